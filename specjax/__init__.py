@@ -1,0 +1,58 @@
+"""Speculative decoding for JAX: exact, in one compiled loop.
+
+Shape suffixes, everywhere: b rows, t query tokens, s cache slots, v vocabulary, d model width, n query heads,
+k key/value heads, h head width, f MLP width, g draft tokens of a round.
+"""
+
+from specjax import cache as cache
+from specjax import testing as testing
+from specjax import verify as verify
+from specjax.checkpoint import load as load
+from specjax.checkpoint import load_drafter as load_drafter
+from specjax.checkpoint import load_tokenizer as load_tokenizer
+from specjax.drafters.model import ModelDrafter as ModelDrafter
+from specjax.drafters.ngram import NGramDrafter as NGramDrafter
+from specjax.engine import State as State
+from specjax.engine import generate as generate
+from specjax.engine import prefill as prefill
+from specjax.engine import step as step
+from specjax.engine import stream as stream
+from specjax.requests import Request as Request
+from specjax.requests import pad_prompts as pad_prompts
+from specjax.sampling import Sampling as Sampling
+from specjax.types import Context as Context
+from specjax.types import Drafter as Drafter
+from specjax.types import Generation as Generation
+from specjax.types import LanguageModel as LanguageModel
+from specjax.types import Output as Output
+from specjax.types import Proposal as Proposal
+from specjax.types import Stats as Stats
+from specjax.types import Verdict as Verdict
+
+__all__ = [
+    "Context",
+    "Drafter",
+    "Generation",
+    "LanguageModel",
+    "ModelDrafter",
+    "NGramDrafter",
+    "Output",
+    "Proposal",
+    "Request",
+    "Sampling",
+    "State",
+    "Stats",
+    "Verdict",
+    "cache",
+    "generate",
+    "load",
+    "load_drafter",
+    "load_tokenizer",
+    "pad_prompts",
+    "prefill",
+    "step",
+    "stream",
+    "testing",
+    "verify",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,68 @@
+"""Prompt lookup: drafts copied from an earlier place in the row itself."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import struct
+
+from specjax.types import Context, Draw, Proposal, Verdict
+
+
+@struct.dataclass
+class NGramDrafter:
+    """Proposes what followed the last tokens where they occurred before (Saxena 2023, prompt lookup decoding).
+
+    The longest match wins, and the most recent among equals; a row without a match proposes nothing. A copy that
+    reaches the row's end goes on with its own beginning, so a repeating pattern is drafted in full.
+
+    Attributes:
+      num_draft: g, the most tokens proposed per round.
+      min_n: shortest match.
+      max_n: longest match looked for.
+    """
+
+    num_draft: int = struct.field(pytree_node=False, default=4)
+    min_n: int = struct.field(pytree_node=False, default=2)
+    max_n: int = struct.field(pytree_node=False, default=4)
+
+    vocab_size = None
+    max_positions = None
+
+    def __post_init__(self):
+        if not 1 <= self.min_n <= self.max_n:
+            raise ValueError(f"min_n is {self.min_n} and max_n {self.max_n}; they must be 1 <= min_n <= max_n")
+
+    @property
+    def capture(self) -> tuple[int, ...]:
+        return ()
+
+    def start(self, context: Context, features: Any, slots: int) -> None:
+        """There is no state: the row's tokens are all it takes."""
+        del context, features, slots
+
+    def propose(self, state: None, context: Context, draw: Draw) -> tuple[Proposal, None]:
+        """Returns the tokens behind the best match; they are certain, so there are no probabilities."""
+        del draw
+        tokens_bs, length_b = context.tokens_bs, context.length_b
+        rows, slots = tokens_bs.shape
+        last_b = length_b - 1
+        # matched_bs[i, j]: how many tokens up to slot j equal those up to the row's last.
+        run_bs = jnp.ones((rows, slots), bool)
+        matched_bs = jnp.zeros((rows, slots), jnp.int32)
+        for back in range(self.max_n):
+            wanted_b1 = jnp.take_along_axis(tokens_bs, jnp.maximum(last_b - back, 0)[:, None], axis=1)
+            earlier_bs = jnp.pad(tokens_bs, ((0, 0), (back, 0)), constant_values=-1)[:, :slots]
+            run_bs &= earlier_bs == wanted_b1
+            matched_bs += run_bs.astype(jnp.int32)
+        slot_s = jnp.arange(slots, dtype=jnp.int32)[None]
+        score_bs = jnp.where(slot_s < last_b[:, None], matched_bs * slots + slot_s, -1)
+        best_b = jnp.argmax(score_bs, axis=1).astype(jnp.int32)
+        found_b = jnp.take_along_axis(score_bs, best_b[:, None], axis=1)[:, 0] >= self.min_n * slots
+        period_b1 = jnp.maximum(last_b - best_b, 1)[:, None]
+        source_bg = best_b[:, None] + 1 + jnp.arange(self.num_draft, dtype=jnp.int32)[None] % period_b1
+        drafts_bg = jnp.take_along_axis(tokens_bs, jnp.clip(source_bg, 0, slots - 1), axis=1)
+        return Proposal(drafts_bg, None, jnp.where(found_b, self.num_draft, 0).astype(jnp.int32)), state
+
+    def commit(self, state: None, context: Context, verdict: Verdict, features: Any) -> None:
+        """Nothing to note."""
+        del state, context, verdict, features

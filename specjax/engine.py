@@ -1,0 +1,325 @@
+"""Speculative decoding in one compiled loop: propose, one target pass, verify, write, repeat.
+
+Rows advance by their own counts and never look at each other: what a row emits depends on its prompt, its sampling
+parameters and its seed alone.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from specjax import sampling as sampling_lib
+from specjax import verify as rules
+from specjax.requests import Request, lay_out
+from specjax.sampling import RoundDraws, Sampling
+from specjax.types import Cache, Context, Drafter, Draw, Generation, LanguageModel, Proposal, Stats, VerifyRule
+
+
+@struct.dataclass
+class State:
+    """Everything the loop carries. Rows are independent slots.
+
+    Attributes:
+      tokens_bs: int32, prompt and emitted tokens, zeros past a row's length.
+      length_b: int32.
+      done_b: bool; such a row emits nothing, and what its passes write lies past its length.
+      cache: the target's, holding the first ``length_b - 1`` tokens of each row.
+      draft: the drafter's own state.
+      stats: counts so far.
+      request: what was asked for; constant.
+      keys_b: one key per row; constant.
+    """
+
+    tokens_bs: Array
+    length_b: Array
+    done_b: Array
+    cache: Cache
+    draft: Any
+    stats: Stats
+    request: Request
+    keys_b: Array
+
+
+@struct.dataclass
+class _NoDrafter:
+    """Proposes nothing, which makes a round a step of plain decoding."""
+
+    num_draft = 0
+    capture = ()
+    vocab_size = None
+    max_positions = None
+
+    def start(self, context, features, slots):
+        del context, features, slots
+
+    def propose(self, state, context, draw):
+        del draw
+        rows = context.length_b.shape[0]
+        return Proposal(jnp.zeros((rows, 0), jnp.int32), None, jnp.zeros((rows,), jnp.int32)), state
+
+    def commit(self, state, context, verdict, features):
+        del context, verdict, features
+        return state
+
+
+def prefill(
+    target: LanguageModel,
+    prompt_bt: Array,
+    request: Request,
+    *,
+    drafter: Drafter | None = None,
+    slots: int,
+    key: Array | None = None,
+) -> State:
+    """Returns the state before the first round. Pure.
+
+    Args:
+      target: the model.
+      prompt_bt: int32, right-padded.
+      request: lengths, limits and sampling parameters, as ``requests.lay_out`` makes them.
+      drafter: as for ``step``.
+      slots: s, allocated per row; at least the longest ``limit_b`` + num_draft + 1.
+      key: folded into every row's key and consumed, if given.
+    """
+    drafter = _NoDrafter() if drafter is None else drafter
+    rows, width = prompt_bt.shape
+    length_b = request.prompt_length_b
+    inside_bt = jnp.arange(width)[None] < length_b[:, None]
+    tokens_bs = jnp.pad(jnp.where(inside_bt, prompt_bt, 0), ((0, 0), (0, slots - width)))
+    zero_b = jnp.zeros((rows,), jnp.int32)
+    zero_bg = jnp.zeros((rows, drafter.num_draft), jnp.int32)
+    # The first round feeds the last prompt token again, which makes all rounds alike.
+    prompt_bt = tokens_bs[:, :width]
+    output = target.forward(target.params, prompt_bt, target.init_cache(rows, slots), zero_b, drafter.capture)
+    return State(
+        tokens_bs=tokens_bs,
+        length_b=length_b,
+        done_b=length_b >= request.limit_b,
+        cache=output.cache,
+        draft=drafter.start(Context(target, output.cache, prompt_bt, length_b), output.features, slots),
+        stats=Stats(zero_b, zero_b, zero_b, zero_b, zero_bg, zero_bg),
+        request=request,
+        keys_b=sampling_lib.row_keys(request.sampling, key),
+    )
+
+
+def step(
+    target: LanguageModel, state: State, *, drafter: Drafter | None = None, verify: VerifyRule = rules.block
+) -> State:
+    """Runs one round and returns the next state. Pure; jit it with ``state`` donated."""
+    drafter = _NoDrafter() if drafter is None else drafter
+    request, sampling, vocab = state.request, state.request.sampling, target.vocab_size
+    context = Context(target, state.cache, state.tokens_bs, state.length_b)
+    draws = RoundDraws(state.keys_b, state.length_b, jnp.any(jnp.asarray(sampling.temperature) > 0))
+    counts = sampling_lib.count(state.tokens_bs, request.prompt_length_b, state.length_b, vocab, sampling)
+
+    def distributions(logits_btv: Array, prefix_btv: Array) -> Array:
+        return sampling_lib.warp(sampling_lib.penalize(logits_btv, sampling, counts, prefix_btv), sampling)
+
+    proposal, draft = drafter.propose(state.draft, context, _make_draw(distributions, draws, verify.shares_noise))
+    # A row with room for r more tokens can use r - 1 drafts; given no more, it ends at its limit exactly.
+    room_b = jnp.where(state.done_b, 0, request.limit_b - state.length_b - 1)
+    proposal = proposal.replace(length_b=jnp.minimum(proposal.length_b, room_b))
+
+    start_b = state.length_b - 1
+    fed_bt = jnp.concatenate(
+        [jnp.take_along_axis(state.tokens_bs, start_b[:, None], axis=1), proposal.tokens_bg], axis=1
+    )
+    output = target.forward(target.params, fed_bt, state.cache, start_b, drafter.capture)
+    prefix_btv = sampling_lib.prefix_counts(proposal.tokens_bg, vocab)
+    verdict = verify(proposal, distributions(output.logits_btv, prefix_btv), draws)
+
+    emitted_bt = _emitted(proposal.tokens_bg, verdict.num_accepted_b, verdict.next_b)
+    count_b, stopped_b = _cut(emitted_bt, verdict.num_accepted_b + 1, request.stop_tokens_k)
+    count_b = jnp.where(state.done_b, 0, count_b)
+    length_b = state.length_b + count_b
+    return state.replace(
+        tokens_bs=_append(state.tokens_bs, state.length_b, emitted_bt, count_b),
+        length_b=length_b,
+        done_b=state.done_b | stopped_b | (length_b >= request.limit_b),
+        cache=target.commit(output.cache, start_b, verdict.num_accepted_b + 1),
+        draft=drafter.commit(draft, context, verdict, output.features),
+        stats=_tally(state.stats, ~state.done_b, proposal.length_b, verdict.num_accepted_b, count_b),
+    )
+
+
+def _make_draw(distributions: Any, draws: RoundDraws, shares_noise: bool) -> Draw:
+    def draw(logits_bv: Array, prefix_bi: Array) -> tuple[Array, Array]:
+        prefix_bv = sampling_lib.prefix_counts(prefix_bi, logits_bv.shape[-1])[:, -1:]
+        probs_bv = distributions(logits_bv[:, None], prefix_bv)[:, 0]
+        index = prefix_bi.shape[1]
+        token_b = draws.emit(probs_bv, jnp.int32(index)) if shares_noise else draws.draft(probs_bv, index)
+        return token_b, probs_bv
+
+    return draw
+
+
+def _emitted(drafts_bg: Array, accepted_b: Array, next_b: Array) -> Array:
+    """Returns ``[b, g+1]``: the accepted drafts, and the next token in every place behind them."""
+    place_t = jnp.arange(drafts_bg.shape[1] + 1)[None]
+    drafts_bt = jnp.pad(drafts_bg, ((0, 0), (0, 1)))
+    return jnp.where(place_t < accepted_b[:, None], drafts_bt, next_b[:, None])
+
+
+def _cut(emitted_bt: Array, count_b: Array, stop_tokens_k: Array) -> tuple[Array, Array]:
+    """Returns how many of ``count_b`` tokens to emit, up to and with the first stop token, and whether there is one."""
+    place_t = jnp.arange(emitted_bt.shape[1])[None]
+    stops_bt = (emitted_bt[..., None] == stop_tokens_k[None, None]).any(-1) & (place_t < count_b[:, None])
+    stopped_b = stops_bt.any(-1)
+    return jnp.where(stopped_b, jnp.argmax(stops_bt, axis=-1).astype(jnp.int32) + 1, count_b), stopped_b
+
+
+def _append(tokens_bs: Array, length_b: Array, emitted_bt: Array, count_b: Array) -> Array:
+    """Writes ``count_b`` tokens behind each row's end; all other slots keep what they hold."""
+    place_bs = jnp.arange(tokens_bs.shape[1])[None] - length_b[:, None]
+    source_bs = jnp.clip(place_bs, 0, emitted_bt.shape[1] - 1)
+    written_bs = (place_bs >= 0) & (place_bs < count_b[:, None])
+    return jnp.where(written_bs, jnp.take_along_axis(emitted_bt, source_bs, axis=1), tokens_bs)
+
+
+def _tally(stats: Stats, running_b: Array, drafted_b: Array, accepted_b: Array, emitted_b: Array) -> Stats:
+    running_b = running_b.astype(jnp.int32)
+    drafted_b, accepted_b = drafted_b * running_b, accepted_b * running_b
+    place_g = jnp.arange(stats.drafted_at_bg.shape[1])[None]
+
+    def reached(count_b: Array) -> Array:
+        return (place_g < count_b[:, None]).astype(jnp.int32)
+
+    return Stats(
+        rounds_b=stats.rounds_b + running_b,
+        drafted_b=stats.drafted_b + drafted_b,
+        accepted_b=stats.accepted_b + accepted_b,
+        emitted_b=stats.emitted_b + emitted_b,
+        drafted_at_bg=stats.drafted_at_bg + reached(drafted_b),
+        accepted_at_bg=stats.accepted_at_bg + reached(accepted_b),
+    )
+
+
+def _rounds(
+    target: LanguageModel, state: State, drafter: Drafter | None, verify: VerifyRule, limit: Array | None = None
+) -> State:
+    """Runs rounds until every row is done, or ``limit`` of them."""
+
+    def unfinished(carry: tuple[Array, State]) -> Array:
+        count, state = carry
+        running = ~jnp.all(state.done_b)
+        return running if limit is None else running & (count < limit)
+
+    def body(carry: tuple[Array, State]) -> tuple[Array, State]:
+        count, state = carry
+        return count + 1, step(target, state, drafter=drafter, verify=verify)
+
+    return lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+
+
+def _generation(state: State) -> Generation:
+    return Generation(state.tokens_bs, state.length_b, state.request.prompt_length_b, state.stats)
+
+
+_STATIC = ("verify", "slots")
+
+
+def _generate(target, prompt_bt, request, key, drafter, *, verify, slots):
+    state = prefill(target, prompt_bt, request, drafter=drafter, slots=slots, key=key)
+    return _generation(_rounds(target, state, drafter, verify))
+
+
+_generate_jit = functools.partial(jax.jit, static_argnames=_STATIC)(_generate)
+
+
+@functools.partial(jax.jit, static_argnames=("slots",))
+def _prefill_jit(target, prompt_bt, request, key, drafter, *, slots):
+    return prefill(target, prompt_bt, request, drafter=drafter, slots=slots, key=key)
+
+
+@functools.partial(jax.jit, static_argnames=("verify",), donate_argnames=("state",))
+def _rounds_jit(target, state, drafter, limit, *, verify):
+    return _rounds(target, state, drafter, verify, limit)
+
+
+def generate(
+    target: LanguageModel,
+    prompt_bt: ArrayLike,
+    prompt_length_b: ArrayLike | None = None,
+    *,
+    drafter: Drafter | None = None,
+    verify: VerifyRule = rules.block,
+    sampling: Sampling = Sampling(),
+    max_new_tokens: int,
+    stop_tokens: ArrayLike | tuple[int, ...] = (),
+    slots: int | None = None,
+    key: Array | None = None,
+) -> Generation:
+    """Continues prompts by speculative decoding; the law of the text is the target's, whatever the drafter.
+
+    Pure, and usable inside the caller's own ``jit``. Called outside of one, it compiles itself, with prompt width,
+    slots and the number of stop tokens rounded up, so that other prompts, lengths, sampling parameters, seeds and
+    stop tokens in the same buckets compile nothing new.
+
+    Args:
+      target: the model whose text is wanted.
+      prompt_bt: integers ``[b, t]``, right-padded.
+      prompt_length_b: integers ``[b]``, 1 .. t; None means t for all.
+      drafter: proposes tokens; None is plain decoding through the same loop.
+      verify: a rule of ``specjax.verify``.
+      sampling: temperature, top-k and so on, one for all rows or per row.
+      max_new_tokens: the most tokens a row emits; under ``jit`` a static integer.
+      stop_tokens: ids that end a row; the one that ended it is part of the text.
+      slots: tokens to allocate per row; None fits. At least prompt + max_new_tokens + num_draft + 1.
+      key: makes the draws another sample for the same seeds; consumed. None is a fixed key.
+
+    Returns:
+      Tokens, lengths and statistics of each row.
+
+    Raises:
+      ValueError, TypeError: before anything compiles, naming the value, the limit and the cure.
+    """
+    prompt_bt, request, slots = lay_out(
+        target, drafter, prompt_bt, prompt_length_b, sampling, max_new_tokens, stop_tokens, slots
+    )
+    return _generate_jit(target, prompt_bt, request, key, drafter, verify=verify, slots=slots)
+
+
+def stream(
+    target: LanguageModel,
+    prompt_bt: ArrayLike,
+    prompt_length_b: ArrayLike | None = None,
+    *,
+    rounds: int = 1,
+    drafter: Drafter | None = None,
+    verify: VerifyRule = rules.block,
+    sampling: Sampling = Sampling(),
+    max_new_tokens: int,
+    stop_tokens: ArrayLike | tuple[int, ...] = (),
+    slots: int | None = None,
+    key: Array | None = None,
+) -> Iterator[Generation]:
+    """Like ``generate``, but yields the generation so far, as NumPy arrays, after every few rounds.
+
+    Args:
+      rounds: rounds between two yields, at least 1: one return to the host each. The rest is as for ``generate``.
+
+    Yields:
+      The generation so far; the last one is what ``generate`` returns.
+    """
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(f"rounds is {rounds!r}; give an integer of at least 1")
+    prompt_bt, request, slots = lay_out(
+        target, drafter, prompt_bt, prompt_length_b, sampling, max_new_tokens, stop_tokens, slots
+    )
+
+    def run() -> Iterator[Generation]:
+        state = _prefill_jit(target, prompt_bt, request, key, drafter, slots=slots)
+        while True:
+            state = _rounds_jit(target, state, drafter, jnp.int32(rounds), verify=verify)
+            yield jax.device_get(_generation(state))
+            if state.done_b.all():
+                return
+
+    return run()

@@ -1,0 +1,48 @@
+"""Models whose law is known, for tests of loops and drafters.
+
+A table model reads its next-token logits from a table, through a real cache: each round writes the tokens it is
+given at their slots and reads them back, so that a wrong offset, a stale slot or a token never fed changes its law.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from specjax.types import LanguageModel, Output
+
+
+@functools.cache
+def _functions(order: int):
+    def init_cache(rows: int, slots: int) -> Array:
+        return jnp.zeros((rows, slots), jnp.int32)
+
+    def forward(params, tokens_bt, cache, start_b, capture=()):
+        cache = jax.vmap(lambda row, new, at: lax.dynamic_update_slice(row, new, (at,)))(cache, tokens_bt, start_b)
+        position_bt = start_b[:, None] + jnp.arange(tokens_bt.shape[1], dtype=jnp.int32)[None]
+        logits_btv = table_logits(params, cache, position_bt, order)
+        features = tuple(jnp.zeros((*tokens_bt.shape, 1), jnp.float32) for _ in capture)
+        return Output(logits_btv, features, cache)
+
+    return init_cache, forward
+
+
+def table_logits(table: Array, cache: Array, position_bt: Array, order: int) -> Array:
+    """Looks up the logits behind each position: ``table[token at i - order + 1, .., token at i]``.
+
+    Slots before the first token count as token 0.
+    """
+    index = []
+    for back in reversed(range(order)):
+        slot_bt = position_bt - back
+        token_bt = jnp.take_along_axis(cache, jnp.maximum(slot_bt, 0), axis=1)
+        index.append(jnp.where(slot_bt >= 0, token_bt, 0))
+    return table[tuple(index)]
+
+
+def table_model(logits: Array) -> LanguageModel:
+    """Returns a model whose next token depends on the last k by ``logits``, float32 of shape ``[v] * (k + 1)``."""
+    logits = jnp.asarray(logits, jnp.float32)
+    init_cache, forward = _functions(logits.ndim - 1)
+    return LanguageModel(params=logits, forward=forward, init_cache=init_cache, vocab_size=logits.shape[-1])

@@ -1,0 +1,81 @@
+"""Training text: the standard library of the running Python, and token windows drawn from it."""
+
+import hashlib
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT = "<|endoftext|>"
+
+# Folders that hold tests, tables of numbers or one generated string: little of them reads like Python.
+_SKIPPED = frozenset({"__pycache__", "site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"})
+
+
+def stdlib_modules() -> dict[str, str]:
+    """Returns the source of each standard-library module by dotted name, sorted by name."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    sources = {}
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root).with_suffix("").parts
+        if _SKIPPED.isdisjoint(parts):
+            try:
+                sources[".".join(parts)] = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:  # a few old modules declare another encoding
+                continue
+    return dict(sorted(sources.items()))
+
+
+def is_held_out(module: str, percent: int = 5) -> bool:
+    """Whether a module is kept from training: a fixed hash of its name, alike on every machine and version."""
+    return int.from_bytes(hashlib.sha256(module.encode()).digest()[:4], "big") % 100 < percent
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Returns a byte-level byte-pair encoding (Sennrich et al. 2016), id 0 being the end of a text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return tokenizer
+
+
+def encode_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
+    """Returns the int32 tokens of all texts in one row, each behind an end-of-text token."""
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    pieces = [np.asarray([end, *encoding.ids], np.int32) for encoding in tokenizer.encode_batch(list(texts))]
+    return np.concatenate(pieces)
+
+
+class Windows:
+    """Batches of token windows; the batch of a step is a function of (seed, step), so training can resume anywhere.
+
+    Each epoch visits every window once, in an order and from an offset of its own.
+    """
+
+    def __init__(self, tokens: np.ndarray, length: int, rows: int, seed: int):
+        self.tokens, self.length, self.rows, self.seed = tokens, length, rows, seed
+        self.batches_per_epoch = (len(tokens) - length) // length // rows
+        if self.batches_per_epoch < 1:
+            raise ValueError(
+                f"{len(tokens)} tokens hold no batch of {rows} windows of {length}; give more text or smaller batches"
+            )
+
+    def batch(self, step: int) -> np.ndarray:
+        """Returns int32 ``[rows, length]``."""
+        epoch, index = divmod(step, self.batches_per_epoch)
+        rng = np.random.default_rng((self.seed, epoch))
+        offset = rng.integers(self.length)
+        order = rng.permutation(self.batches_per_epoch * self.rows)
+        starts = offset + self.length * order[index * self.rows : (index + 1) * self.rows]
+        return np.stack([self.tokens[start : start + self.length] for start in starts])

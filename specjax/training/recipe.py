@@ -1,0 +1,112 @@
+"""Recipes: what to train on what, read from ``models/NAME/recipe.toml``."""
+
+import dataclasses
+import hashlib
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from specjax.transformer.config import DecoderConfig
+
+LOSSES = ("next_token", "kl", "total_variation")
+TEXTS = ("corpus", "samples", "both")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One run of the optimiser over one loss.
+
+    Attributes:
+      loss: ``next_token``; or ``kl`` or ``total_variation`` against the model that this one drafts for.
+      text: ``corpus``; ``samples`` drawn from that model; or ``both``, in turn.
+      steps: optimiser steps.
+      rows: windows in a batch.
+      sequence: tokens in a window.
+      peak_learning_rate: reached after ``warmup_steps`` and decayed linearly to zero.
+      warmup_steps: steps of linear rise.
+      weight_decay: AdamW's, on matrices only.
+    """
+
+    loss: str
+    steps: int
+    rows: int
+    sequence: int
+    peak_learning_rate: float
+    text: str = "corpus"
+    warmup_steps: int = 50
+    weight_decay: float = 0.1
+
+    def __post_init__(self):
+        if self.loss not in LOSSES:
+            raise ValueError(f"stage loss {self.loss!r} is unknown; choose from {LOSSES}")
+        if self.text not in TEXTS:
+            raise ValueError(f"stage text {self.text!r} is unknown; choose from {TEXTS}")
+        for name in ("steps", "rows", "sequence"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"stage {name} must be at least 1, got {getattr(self, name)}")
+        if self.sequence < 2:
+            raise ValueError("stage sequence must be at least 2: a loss needs a token and the next one")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A model to train.
+
+    Attributes:
+      name: of the folders ``models/NAME`` and ``checkpoints/NAME``.
+      seed: of parameters, batches and samples.
+      config: the architecture.
+      stages: trained one after the other.
+      drafts_for: the model that this one drafts for, or None. Its tokenizer is used.
+      sample_tokens: tokens drawn from that model for stages on samples.
+      digest: hash of the recipe file.
+    """
+
+    name: str
+    seed: int
+    config: DecoderConfig
+    stages: tuple[Stage, ...]
+    drafts_for: str | None
+    sample_tokens: int
+    digest: str
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """Reads ``recipe.toml`` in a model's folder.
+
+    Raises:
+      ValueError: the file is absent, not TOML, or has an unknown or missing key or value.
+    """
+    file = folder / "recipe.toml"
+    try:
+        text = file.read_text(encoding="utf-8")
+        raw: dict[str, Any] = tomllib.loads(text)
+    except FileNotFoundError:
+        raise ValueError(f"{file} does not exist; give a folder of models/") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{file} is not valid TOML: {error}") from None
+    try:
+        recipe = Recipe(
+            name=folder.resolve().name,
+            seed=raw.pop("seed", 0),
+            config=DecoderConfig.from_hf(raw.pop("architecture")),
+            stages=tuple(Stage(**stage) for stage in raw.pop("stages")),
+            drafts_for=raw.pop("drafts_for", None),
+            sample_tokens=raw.pop("sample_tokens", 0),
+            digest=hashlib.sha256(text.encode()).hexdigest()[:16],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from None
+    if raw:
+        raise ValueError(f"{file}: unknown keys {sorted(raw)}")
+    for stage in recipe.stages:
+        if recipe.drafts_for is None and (stage.loss != "next_token" or stage.text != "corpus"):
+            raise ValueError(f"{file}: a stage with loss {stage.loss!r} on {stage.text!r} needs drafts_for")
+        if stage.text != "corpus" and recipe.sample_tokens < 1:
+            raise ValueError(f"{file}: a stage on {stage.text!r} needs sample_tokens")
+        if stage.sequence > recipe.config.max_position_embeddings:
+            raise ValueError(
+                f"{file}: stage sequence {stage.sequence} exceeds max_position_embeddings "
+                f"{recipe.config.max_position_embeddings}"
+            )
+    return recipe

@@ -1,0 +1,231 @@
+"""The contracts of specjax: what a model, a drafter and a verification rule are.
+
+Shape suffixes follow the key in :mod:`specjax`: b rows, t query tokens, s cache slots, v vocabulary, g draft
+tokens. This module imports nothing else of the package.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from flax import struct
+from jax import Array
+
+Cache = Any
+"""Whatever pytree a model's ``init_cache`` returns."""
+
+
+class Output(NamedTuple):
+    """What one forward pass returns.
+
+    Attributes:
+      logits_btv: next-token logits for each of the t input tokens.
+      features: one ``[b, t, d]`` hidden state per captured index, in the order asked for.
+      cache: the cache with the t tokens written.
+    """
+
+    logits_btv: Array
+    features: tuple[Array, ...]
+    cache: Cache
+
+
+class InitCache(Protocol):
+    def __call__(self, rows: int, slots: int) -> Cache: ...
+
+
+class Forward(Protocol):
+    def __call__(
+        self, params: Any, tokens_bt: Array, cache: Cache, start_b: Array, capture: tuple[int, ...] = ()
+    ) -> Output: ...
+
+
+class CommitCache(Protocol):
+    def __call__(self, cache: Cache, start_b: Array, kept_b: Array) -> Cache: ...
+
+
+def keep_cache(cache: Cache, start_b: Array, kept_b: Array) -> Cache:
+    """The ``commit`` of attention caches: slots past a row's length are masked, so there is nothing to undo."""
+    del start_b, kept_b
+    return cache
+
+
+@struct.dataclass
+class LanguageModel:
+    """A causal language model as pure functions over a pytree of parameters.
+
+    Any JAX model fits by giving the functions. They are static: give the *same* function objects for the same
+    architecture (module-level or cached functions), or each new model recompiles the loop.
+
+    Attributes:
+      params: the parameters, the only leaves.
+      forward: ``forward(params, tokens_bt, cache, start_b, capture=()) -> Output``. Writes the t tokens of row i
+        at slots ``start_b[i] .. start_b[i] + t - 1`` and lets each attend to all slots up to its own. Slot equals
+        position. Slots past a row's length hold garbage that is masked now and overwritten later. ``capture`` is a
+        static tuple of hidden-state indices: 0 the embedding output, i the output of layer i, -1 the state after
+        the final norm.
+      init_cache: ``init_cache(rows, slots) -> cache`` of fixed shape.
+      vocab_size: size v of the logits.
+      commit: ``commit(cache, start_b, kept_b) -> cache``, called after verification: of the tokens written at
+        ``start_b``, the first ``kept_b[i]`` stay. Identity for attention caches.
+      max_positions: the longest sequence the model can represent, or None.
+    """
+
+    params: Any
+    forward: Forward = struct.field(pytree_node=False)
+    init_cache: InitCache = struct.field(pytree_node=False)
+    vocab_size: int = struct.field(pytree_node=False)
+    commit: CommitCache = struct.field(pytree_node=False, default=keep_cache)
+    max_positions: int | None = struct.field(pytree_node=False, default=None)
+
+
+@struct.dataclass
+class Context:
+    """What a drafter may read between two target passes.
+
+    Attributes:
+      target: the target model.
+      cache: the target's cache; row i holds its first ``length_b[i] - 1`` tokens.
+      tokens_bs: int32, prompt and emitted tokens; past a row's length, padding. In ``start``, the prompt's slots
+        only.
+      length_b: int32, tokens of each row, at least 1.
+    """
+
+    target: LanguageModel
+    cache: Cache
+    tokens_bs: Array
+    length_b: Array
+
+
+@struct.dataclass
+class Proposal:
+    """What a drafter proposes for the next g positions.
+
+    Attributes:
+      tokens_bg: int32 draft tokens.
+      probs_bgv: the distribution each token was really drawn from (as returned by ``draw``), or None when the
+        tokens are a deterministic function of the context: then q is one-hot.
+      length_b: int32, how many of the g tokens row i proposes; the rest are ignored.
+    """
+
+    tokens_bg: Array
+    probs_bgv: Array | None
+    length_b: Array
+
+
+@struct.dataclass
+class Verdict:
+    """What verification decided.
+
+    Attributes:
+      num_accepted_b: int32, draft tokens kept, 0 .. length_b.
+      next_b: int32, the token emitted after them.
+    """
+
+    num_accepted_b: Array
+    next_b: Array
+
+
+class Draws(Protocol):
+    """The random choices of one round, keyed per row; made by the engine."""
+
+    def uniforms(self, count: int) -> Array:
+        """Returns ``[b, count]`` in [0, 1), one for each draft position."""
+        ...
+
+    def emit(self, weights_bv: Array, offset_b: Array) -> Array:
+        """Draws the token to emit ``offset_b`` places behind the row's end, with probability proportional to
+        the weights. The same noise serves each row and absolute position, whatever the weights."""
+        ...
+
+
+class VerifyRule(Protocol):
+    """Decides which draft tokens stay: ``rule(proposal, target_bsv, draws) -> Verdict``.
+
+    ``target_bsv`` holds the target's g+1 warped distributions. A rule is hashable, being a static argument.
+
+    Attributes:
+      shares_noise: whether drafts are drawn with the noise that ``emit`` uses at their position.
+    """
+
+    @property
+    def shares_noise(self) -> bool: ...
+
+    def __call__(self, proposal: Proposal, target_bsv: Array, draws: Draws) -> Verdict: ...
+
+
+Draw = Callable[[Array, Array], tuple[Array, Array]]
+"""``draw(logits_bv, prefix_bi) -> (token_b, probs_bv)``: warps the logits with the rows' sampling parameters and
+draws the next draft token. ``prefix_bi`` are the tokens drafted before it in this round (i = 0 .. g-1), from which
+position and penalties follow. ``probs_bv`` is the very distribution that was sampled."""
+
+
+class Drafter(Protocol):
+    """A source of draft tokens: a registered pytree with these static fields and pure methods.
+
+    Attributes:
+      num_draft: g, the tokens proposed per round.
+      capture: hidden-state indices of the target that ``start`` and ``commit`` receive as ``features``.
+      vocab_size: the vocabulary drafted from, or None when it is the target's by construction.
+      max_positions: the longest sequence it can draft for, or None.
+    """
+
+    @property
+    def num_draft(self) -> int: ...
+    @property
+    def capture(self) -> tuple[int, ...]: ...
+    @property
+    def vocab_size(self) -> int | None: ...
+    @property
+    def max_positions(self) -> int | None: ...
+
+    def start(self, context: Context, features: tuple[Array, ...], slots: int) -> Any:
+        """Builds the draft state from the prompt. ``features`` are ``[b, s', d]``, valid before ``length_b - 1``."""
+        ...
+
+    def propose(self, state: Any, context: Context, draw: Draw) -> tuple[Proposal, Any]:
+        """Proposes up to ``num_draft`` tokens to follow each row."""
+        ...
+
+    def commit(self, state: Any, context: Context, verdict: Verdict, features: tuple[Array, ...]) -> Any:
+        """Takes note of the verdict. ``context`` is that of ``propose``; ``features`` are the target's states
+        ``[b, g+1, d]`` over [last token, g drafts]."""
+        ...
+
+
+@struct.dataclass
+class Stats:
+    """What happened, per row; all int32.
+
+    Attributes:
+      rounds_b: target passes in which the row was still running.
+      drafted_b: draft tokens proposed.
+      accepted_b: draft tokens that verification kept, those behind a stop token included.
+      emitted_b: tokens emitted, the token after the accepted drafts included: ``emitted / rounds`` is the
+        figure to compare with 1 for plain decoding.
+      drafted_at_bg: rounds that proposed a token at draft position j.
+      accepted_at_bg: rounds that kept it.
+    """
+
+    rounds_b: Array
+    drafted_b: Array
+    accepted_b: Array
+    emitted_b: Array
+    drafted_at_bg: Array
+    accepted_at_bg: Array
+
+
+@struct.dataclass
+class Generation:
+    """The result of ``generate``.
+
+    Attributes:
+      tokens_bs: int32; ``tokens_bs[i, :length_b[i]]`` is prompt i followed by what was emitted, a stop token
+        included; zeros past it.
+      length_b: int32.
+      prompt_length_b: int32.
+      stats: per-row counts.
+    """
+
+    tokens_bs: Array
+    length_b: Array
+    prompt_length_b: Array
+    stats: Stats
