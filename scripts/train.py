@@ -1,52 +1,186 @@
 """Trains the model of a recipe: ``python scripts/train.py models/NAME`` writes ``checkpoints/NAME``.
 
-Stopped at any time, the same command goes on from the last checkpoint in ``runs/NAME`` and ends with the same bits.
+A draft (a recipe with ``drafts_for``) needs its target in ``checkpoints/`` first. Stopped at any time, the same
+command goes on from the last checkpoint in ``runs/NAME`` and ends with the same bits.
 """
 
 import argparse
-from pathlib import Path
+import dataclasses
 import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from tqdm import tqdm
 
-from specjax import checkpoint
-from specjax.training import data, losses
-from specjax.training.loop import fit
-from specjax.training.recipe import read_recipe
-from specjax.transformer.decoder import bind, init_params
+import specjax
+from specjax import training, transformer
+
+HELD_OUT_PROMPTS = 20
+PROMPT_TOKENS, NEW_TOKENS = 64, 192
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recipe", type=Path)
-    args = parser.parse_args()
-    recipe = read_recipe(args.recipe)
-    run = Path("runs") / recipe.name
-    modules = data.stdlib_modules()
-    train = [text for name, text in modules.items() if not data.is_held_out(name)]
-    held = [text for name, text in modules.items() if data.is_held_out(name)]
-    tokenizer = data.train_tokenizer(train, recipe.config.vocab_size)
-    tokens, held_tokens = data.encode_texts(tokenizer, train), data.encode_texts(tokenizer, held)
-    print(f"{len(train)} modules, {len(tokens)} tokens; held out {len(held)} modules, {len(held_tokens)} tokens",
-          sum(map(len, train)) / len(tokens), "characters a token")
-    params = init_params(recipe.config, jax.random.key(recipe.seed))
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path, help="a folder of models/")
+    parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"), help="default: %(default)s")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="resumable state; default: %(default)s")
+    parser.add_argument("--save-every", type=int, default=100, help="steps between saves; default: %(default)s")
+    args = parser.parse_args(argv)
+    try:
+        train(args.recipe, args.checkpoints, args.runs, args.save_every)
+    except ValueError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last save", file=sys.stderr)
+        return 130
+    return 0
 
-    def loss(params, tokens):
-        logits = bind(recipe.config, params)(tokens, jnp.zeros(tokens.shape[0], jnp.int32), None)[0]
-        return losses.next_token(logits, tokens)
 
+def train(folder: Path, checkpoints: Path, runs: Path, save_every: int) -> None:
+    """Runs all stages of a recipe and writes the checkpoint folder."""
+    recipe = training.read_recipe(folder)
+    run = runs / recipe.name
+    modules = training.stdlib_modules()
+    kept = [text for name, text in modules.items() if not training.is_held_out(name)]
+    held = [text for name, text in modules.items() if training.is_held_out(name)]
+    if recipe.drafts_for is None:
+        teacher, tokenizer = None, training.train_tokenizer(kept, recipe.config.vocab_size)
+    else:
+        teacher = specjax.load(checkpoints / recipe.drafts_for)
+        tokenizer = specjax.load_tokenizer(checkpoints / recipe.drafts_for)
+    corpus, held_out = training.encode_texts(tokenizer, kept), training.encode_texts(tokenizer, held)
+    print(f"{len(kept)} modules, {len(corpus):,} tokens; held out: {len(held)} modules, {len(held_out):,} tokens")
+
+    texts = {"corpus": corpus}
+    if teacher is not None and any(stage.text != "corpus" for stage in recipe.stages):
+        texts["samples"] = draw_samples(teacher, corpus, recipe, run / "samples.npy")
+
+    params = transformer.init_params(recipe.config, jax.random.key(recipe.seed))
+    history = []
     for number, stage in enumerate(recipe.stages):
-        windows = data.Windows(tokens, stage.sequence, stage.rows, recipe.seed)
-        print(windows.batches_per_epoch, "batches an epoch")
-        bar = tqdm(total=stage.steps, mininterval=20)
-        params, history = fit(loss, params, stage, windows.batch, run / f"stage-{number}",
-                              lambda n, v: (bar.update(n - bar.n), bar.set_postfix(loss=f"{v:.3f}", refresh=False)))
-    held_windows = data.Windows(held_tokens, 512, 4, 0)
-    held_loss = sum(float(jax.jit(loss)(params, held_windows.batch(i))) for i in range(20)) / 20
-    checkpoint.save(Path("checkpoints") / recipe.name, recipe.config, params, tokenizer,
-                    {"recipe": recipe.digest, "python": platform.python_version(), "held_out_loss": held_loss, "losses": history})
+        with tqdm(total=stage.steps, desc=f"stage {number}: {stage.loss} on {stage.text}", unit="step") as bar:
+
+            def on_step(done: int, loss: float, bar: tqdm = bar) -> None:
+                bar.update(done - bar.n)
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+
+            params, losses = training.fit(
+                training.make_objective(stage.loss, recipe.config),
+                params,
+                stage,
+                batches(stage, texts, recipe.seed + number),
+                run / f"stage-{number}",
+                teacher=teacher,
+                on_step=on_step,
+                save_every=save_every,
+            )
+        history.append({**dataclasses.asdict(stage), "losses": [round(loss, 4) for loss in losses]})
+
+    model = transformer.decoder_model(recipe.config, params)
+    metrics = {
+        "recipe": recipe.digest,
+        "seed": recipe.seed,
+        "python": platform.python_version(),
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "train_tokens": len(corpus),
+        "held_out_tokens": len(held_out),
+        "held_out_loss": held_out_loss(model, recipe, held_out),
+    }
+    if teacher is not None:
+        metrics["held_out_acceptance"] = held_out_acceptance(teacher, model, held_out)
+    for name, value in metrics.items():
+        print(f"{name}: {value}")
+    specjax.save(checkpoints / recipe.name, recipe.config, params, tokenizer, {**metrics, "stages": history})
+    plot(history, checkpoints / recipe.name / "loss.png")
 
 
-main()
+def batches(stage: training.Stage, texts: dict[str, np.ndarray], seed: int) -> Callable[[int], np.ndarray]:
+    """Returns ``batch(step)`` over the stage's text; over both texts, they take turns."""
+    names = ("corpus", "samples") if stage.text == "both" else (stage.text,)
+    windows = [training.Windows(texts[name], stage.sequence, stage.rows, seed) for name in names]
+    return lambda step: windows[step % len(windows)].batch(step // len(windows))
+
+
+def draw_samples(
+    teacher: specjax.LanguageModel, corpus: np.ndarray, recipe: training.Recipe, file: Path, rows: int = 64
+) -> np.ndarray:
+    """Returns text drawn from the teacher behind openings from the corpus: half of the rows at temperature 1, half
+    greedily, since the draft will serve both. Drawn once, then read from ``file``."""
+    if file.is_file():
+        return np.load(file)
+    limit = recipe.config.max_position_embeddings
+    openings = training.Windows(corpus, PROMPT_TOKENS, rows, recipe.seed)
+    temperature = np.where(np.arange(rows) % 2, 0.0, 1.0).astype(np.float32)
+    pieces: list[np.ndarray] = []
+    with tqdm(total=recipe.sample_tokens, desc="samples", unit="token") as bar:
+        while bar.n < recipe.sample_tokens:
+            generation = specjax.generate(
+                teacher,
+                openings.batch(len(pieces)),
+                drafter=specjax.NGramDrafter(num_draft=4),
+                sampling=specjax.Sampling(temperature=temperature, seed=recipe.seed + rows * len(pieces)),
+                max_new_tokens=limit - PROMPT_TOKENS,
+            )
+            pieces.append(np.asarray(generation.tokens_bs)[:, :limit].reshape(-1))
+            bar.update(int(np.sum(generation.stats.emitted_b)))
+    samples = np.concatenate(pieces)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.save(file, samples)
+    return samples
+
+
+def held_out_loss(model: specjax.LanguageModel, recipe: training.Recipe, tokens: np.ndarray) -> float:
+    """Returns the mean next-token loss in nats over the held-out modules."""
+    sequence = max(stage.sequence for stage in recipe.stages)
+    windows = training.Windows(tokens, sequence, 4, seed=0)
+    loss = jax.jit(training.make_objective("next_token", recipe.config), static_argnames="teacher")
+    values = [float(loss(model.params, windows.batch(i), teacher=None)) for i in range(windows.batches_per_epoch)]
+    return float(np.mean(values))
+
+
+def held_out_acceptance(
+    target: specjax.LanguageModel, model: specjax.LanguageModel, tokens: np.ndarray, num_draft: int = 5
+) -> dict[str, dict]:
+    """Returns acceptance by position and tokens per round behind held-out openings, greedy and at temperature 1."""
+    prompts = training.Windows(tokens, PROMPT_TOKENS, HELD_OUT_PROMPTS, seed=0).batch(0)
+    drafter = specjax.ModelDrafter(model, num_draft)
+    figures = {}
+    for temperature in (0.0, 1.0):
+        sampling = specjax.Sampling(temperature=temperature)
+        generation = specjax.generate(target, prompts, drafter=drafter, sampling=sampling, max_new_tokens=NEW_TOKENS)
+        stats = jax.device_get(generation.stats)
+        by_position = stats.accepted_at_bg.sum(0) / stats.drafted_at_bg.sum(0)
+        figures[f"temperature {temperature:g}"] = {
+            "num_draft": num_draft,
+            "by_position": [round(float(x), 4) for x in by_position],
+            "emitted_per_round": round(float(stats.emitted_b.sum() / stats.rounds_b.sum()), 4),
+        }
+    return figures
+
+
+def plot(stages: list[dict], file: Path) -> None:
+    """Draws the losses of all stages, if matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("matplotlib is not installed: no loss plot (pip install 'specjax[plot]')")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(stages), figsize=(5 * len(stages), 3.5), squeeze=False, layout="constrained")
+    for axis, stage in zip(axes[0], stages, strict=True):
+        losses = np.asarray(stage["losses"])
+        width = max(1, len(losses) // 50)
+        axis.plot(losses, alpha=0.3, linewidth=0.8)
+        axis.plot(np.arange(width - 1, len(losses)), np.convolve(losses, np.ones(width) / width, "valid"))
+        axis.set(title=f"{stage['loss']} on {stage['text']}", xlabel="step", ylabel="loss")
+    figure.savefig(file, dpi=100)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,10 +6,14 @@ k key/value heads, h head width, f MLP width, g draft tokens of a round.
 
 from specjax import cache as cache
 from specjax import testing as testing
+from specjax import training as training
+from specjax import transformer as transformer
 from specjax import verify as verify
+from specjax.checkpoint import default_dtype as default_dtype
 from specjax.checkpoint import load as load
 from specjax.checkpoint import load_drafter as load_drafter
 from specjax.checkpoint import load_tokenizer as load_tokenizer
+from specjax.checkpoint import save as save
 from specjax.drafters.model import ModelDrafter as ModelDrafter
 from specjax.drafters.ngram import NGramDrafter as NGramDrafter
 from specjax.engine import State as State
@@ -17,7 +21,6 @@ from specjax.engine import generate as generate
 from specjax.engine import prefill as prefill
 from specjax.engine import step as step
 from specjax.engine import stream as stream
-from specjax.requests import Request as Request
 from specjax.requests import pad_prompts as pad_prompts
 from specjax.sampling import Sampling as Sampling
 from specjax.types import Context as Context
@@ -38,21 +41,24 @@ __all__ = [
     "NGramDrafter",
     "Output",
     "Proposal",
-    "Request",
     "Sampling",
     "State",
     "Stats",
     "Verdict",
     "cache",
+    "default_dtype",
     "generate",
     "load",
     "load_drafter",
     "load_tokenizer",
     "pad_prompts",
     "prefill",
+    "save",
     "step",
     "stream",
     "testing",
+    "training",
+    "transformer",
     "verify",
 ]
 __version__ = "0.1.0"

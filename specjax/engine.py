@@ -4,6 +4,7 @@ Rows advance by their own counts and never look at each other: what a row emits 
 parameters and its seed alone.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -68,25 +69,10 @@ class _NoDrafter:
         return state
 
 
-def prefill(
-    target: LanguageModel,
-    prompt_bt: Array,
-    request: Request,
-    *,
-    drafter: Drafter | None = None,
-    slots: int,
-    key: Array | None = None,
+def _prefill(
+    target: LanguageModel, prompt_bt: Array, request: Request, key: Array | None, drafter: Drafter | None, slots: int
 ) -> State:
-    """Returns the state before the first round. Pure.
-
-    Args:
-      target: the model.
-      prompt_bt: int32, right-padded.
-      request: lengths, limits and sampling parameters, as ``requests.lay_out`` makes them.
-      drafter: as for ``step``.
-      slots: s, allocated per row; at least the longest ``limit_b`` + num_draft + 1.
-      key: folded into every row's key and consumed, if given.
-    """
+    """Returns the state before the first round."""
     drafter = _NoDrafter() if drafter is None else drafter
     rows, width = prompt_bt.shape
     length_b = request.prompt_length_b
@@ -112,7 +98,14 @@ def prefill(
 def step(
     target: LanguageModel, state: State, *, drafter: Drafter | None = None, verify: VerifyRule = rules.block
 ) -> State:
-    """Runs one round and returns the next state. Pure; jit it with ``state`` donated."""
+    """Runs one round and returns the next state. Pure; jit it with ``state`` donated.
+
+    Args:
+      target: the model that ``state`` was made with.
+      state: from ``prefill`` or an earlier round.
+      drafter: the drafter that ``state`` was made with.
+      verify: a rule of ``specjax.verify``.
+    """
     drafter = _NoDrafter() if drafter is None else drafter
     request, sampling, vocab = state.request, state.request.sampling, target.vocab_size
     context = Context(target, state.cache, state.tokens_bs, state.length_b)
@@ -125,7 +118,7 @@ def step(
     proposal, draft = drafter.propose(state.draft, context, _make_draw(distributions, draws, verify.shares_noise))
     # A row with room for r more tokens can use r - 1 drafts; given no more, it ends at its limit exactly.
     room_b = jnp.where(state.done_b, 0, request.limit_b - state.length_b - 1)
-    proposal = proposal.replace(length_b=jnp.minimum(proposal.length_b, room_b))
+    proposal = dataclasses.replace(proposal, length_b=jnp.minimum(proposal.length_b, room_b))
 
     start_b = state.length_b - 1
     fed_bt = jnp.concatenate(
@@ -139,7 +132,8 @@ def step(
     count_b, stopped_b = _cut(emitted_bt, verdict.num_accepted_b + 1, request.stop_tokens_k)
     count_b = jnp.where(state.done_b, 0, count_b)
     length_b = state.length_b + count_b
-    return state.replace(
+    return dataclasses.replace(
+        state,
         tokens_bs=_append(state.tokens_bs, state.length_b, emitted_bt, count_b),
         length_b=length_b,
         done_b=state.done_b | stopped_b | (length_b >= request.limit_b),
@@ -222,20 +216,12 @@ def _generation(state: State) -> Generation:
     return Generation(state.tokens_bs, state.length_b, state.request.prompt_length_b, state.stats)
 
 
-_STATIC = ("verify", "slots")
+@functools.partial(jax.jit, static_argnames=("verify", "slots"))
+def _generate_jit(target, prompt_bt, request, key, drafter, *, verify, slots):
+    return _generation(_rounds(target, _prefill(target, prompt_bt, request, key, drafter, slots), drafter, verify))
 
 
-def _generate(target, prompt_bt, request, key, drafter, *, verify, slots):
-    state = prefill(target, prompt_bt, request, drafter=drafter, slots=slots, key=key)
-    return _generation(_rounds(target, state, drafter, verify))
-
-
-_generate_jit = functools.partial(jax.jit, static_argnames=_STATIC)(_generate)
-
-
-@functools.partial(jax.jit, static_argnames=("slots",))
-def _prefill_jit(target, prompt_bt, request, key, drafter, *, slots):
-    return prefill(target, prompt_bt, request, drafter=drafter, slots=slots, key=key)
+_prefill_jit = jax.jit(_prefill, static_argnames=("slots",))
 
 
 @functools.partial(jax.jit, static_argnames=("verify",), donate_argnames=("state",))
@@ -286,6 +272,25 @@ def generate(
     return _generate_jit(target, prompt_bt, request, key, drafter, verify=verify, slots=slots)
 
 
+def prefill(
+    target: LanguageModel,
+    prompt_bt: ArrayLike,
+    prompt_length_b: ArrayLike | None = None,
+    *,
+    drafter: Drafter | None = None,
+    sampling: Sampling = Sampling(),
+    max_new_tokens: int,
+    stop_tokens: ArrayLike | tuple[int, ...] = (),
+    slots: int | None = None,
+    key: Array | None = None,
+) -> State:
+    """Fills the caches from the prompts, for loops of one's own around ``step``. The arguments are ``generate``'s."""
+    prompt_bt, request, slots = lay_out(
+        target, drafter, prompt_bt, prompt_length_b, sampling, max_new_tokens, stop_tokens, slots
+    )
+    return _prefill_jit(target, prompt_bt, request, key, drafter, slots=slots)
+
+
 def stream(
     target: LanguageModel,
     prompt_bt: ArrayLike,
@@ -310,16 +315,23 @@ def stream(
     """
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds is {rounds!r}; give an integer of at least 1")
-    prompt_bt, request, slots = lay_out(
-        target, drafter, prompt_bt, prompt_length_b, sampling, max_new_tokens, stop_tokens, slots
+    state = prefill(
+        target,
+        prompt_bt,
+        prompt_length_b,
+        drafter=drafter,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        stop_tokens=stop_tokens,
+        slots=slots,
+        key=key,
     )
+    return _run(target, state, drafter, jnp.int32(rounds), verify)
 
-    def run() -> Iterator[Generation]:
-        state = _prefill_jit(target, prompt_bt, request, key, drafter, slots=slots)
-        while True:
-            state = _rounds_jit(target, state, drafter, jnp.int32(rounds), verify=verify)
-            yield jax.device_get(_generation(state))
-            if state.done_b.all():
-                return
 
-    return run()
+def _run(
+    target: LanguageModel, state: State, drafter: Drafter | None, rounds: Array, verify: VerifyRule
+) -> Iterator[Generation]:
+    while not state.done_b.all():
+        state = _rounds_jit(target, state, drafter, rounds, verify=verify)
+        yield jax.device_get(_generation(state))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from specjax.sampling import Sampling
@@ -57,8 +58,8 @@ def bucket(size: int, smallest: int) -> int:
 def lay_out(
     target: LanguageModel,
     drafter: Drafter | None,
-    prompt_bt: ArrayLike,
-    prompt_length_b: ArrayLike | None,
+    prompt: ArrayLike,
+    prompt_length: ArrayLike | None,
     sampling: Sampling,
     max_new_tokens: int,
     stop_tokens: Any,
@@ -71,15 +72,15 @@ def lay_out(
     Raises:
       ValueError, TypeError: an argument is out of its range; the message names value, limit and cure.
     """
-    prompt_bt = _integers("prompt_bt", prompt_bt)
+    prompt_bt = _integers("prompt_bt", prompt)
     if prompt_bt.ndim != 2 or 0 in prompt_bt.shape:
         raise ValueError(
             f"prompt_bt has shape {prompt_bt.shape}; give [rows, tokens], neither of them 0 (see specjax.pad_prompts)"
         )
     rows, width = prompt_bt.shape
-    if prompt_length_b is None:
-        prompt_length_b = np.full((rows,), width, np.int32)
-    prompt_length_b = _integers("prompt_length_b", prompt_length_b)
+    prompt_length_b = _integers(
+        "prompt_length_b", np.full((rows,), width, np.int32) if prompt_length is None else prompt_length
+    )
     if prompt_length_b.shape != (rows,):
         raise ValueError(f"prompt_length_b has shape {prompt_length_b.shape}; give ({rows},), one length per prompt")
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
@@ -94,22 +95,23 @@ def lay_out(
     if known:
         _check_prompt(np.asarray(prompt_bt), np.asarray(prompt_length_b), target.vocab_size)
     longest = int(np.max(np.asarray(prompt_length_b))) if known else width
-    for name, limit in (("target", target.max_positions), ("drafter", drafter and drafter.max_positions)):
+    limits = {"target": target.max_positions, "drafter": None if drafter is None else drafter.max_positions}
+    for name, limit in limits.items():
         if limit is not None and longest + max_new_tokens > limit:
             raise ValueError(
                 f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} need {longest + max_new_tokens} "
                 f"positions; the {name} has {limit}: shorten the prompt or ask for fewer tokens"
             )
     needed = max(longest + max_new_tokens + g + 1, width)
-    if slots is None:
-        slots = bucket(needed, _SMALLEST_SLOTS) if known else needed
-    elif slots < needed:
+    fitting = bucket(needed, _SMALLEST_SLOTS) if known else needed
+    allocated = fitting if slots is None else slots
+    if allocated < needed:
         raise ValueError(
-            f"slots is {slots}; a prompt of {longest} tokens (padded to {width}), max_new_tokens {max_new_tokens} and "
-            f"{g} drafts need {needed}: allocate more slots or ask for fewer tokens"
+            f"slots is {allocated}; a prompt of {longest} tokens (padded to {width}), max_new_tokens {max_new_tokens} "
+            f"and {g} drafts need {needed}: allocate more slots or ask for fewer tokens"
         )
     if known:
-        padded = min(bucket(width, _SMALLEST_PROMPT), slots)
+        padded = min(bucket(width, _SMALLEST_PROMPT), allocated)
         prompt_bt = np.pad(np.asarray(prompt_bt), ((0, 0), (0, padded - width)))
 
     sampling = sampling.per_row(rows)
@@ -118,11 +120,11 @@ def lay_out(
     if sampling.max_new_tokens is not None:
         new_b = jnp.minimum(new_b, jnp.asarray(sampling.max_new_tokens))
     request = Request(prompt_length_b, prompt_length_b + new_b, stop_tokens_k, sampling)
-    return jnp.asarray(prompt_bt, jnp.int32), request, slots
+    return jnp.asarray(prompt_bt, jnp.int32), request, allocated
 
 
 def _is_known(tree: Any) -> bool:
-    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+    return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def _integers(name: str, value: ArrayLike) -> Any:

@@ -110,9 +110,7 @@ class ChainRule:
     def __call__(self, proposal: Proposal, target_bsv: Array, draws: Draws) -> Verdict:
         rows, g = proposal.tokens_bg.shape
         q_bgv = draft_probs(proposal, target_bsv.shape[-1], target_bsv.dtype)
-        numerator, denominator, scale_bs = self.thresholds(
-            proposal.tokens_bg, target_bsv, q_bgv, proposal.length_b
-        )
+        numerator, denominator, scale_bs = self.thresholds(proposal.tokens_bg, target_bsv, q_bgv, proposal.length_b)
         proposed_bg = jnp.arange(g)[None] < proposal.length_b[:, None]
         success_bg = (draws.uniforms(g) * denominator < numerator) & proposed_bg
         accepted_b = self.keep(success_bg)

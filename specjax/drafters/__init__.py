@@ -1,0 +1,1 @@
+"""Drafters, one file per kind. ``specjax.types.Drafter`` is the contract."""

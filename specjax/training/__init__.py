@@ -1,0 +1,13 @@
+"""Training of targets and drafts: recipes, text, losses, and a loop that resumes to the bit."""
+
+from specjax.training.data import END_OF_TEXT as END_OF_TEXT
+from specjax.training.data import Windows as Windows
+from specjax.training.data import encode_texts as encode_texts
+from specjax.training.data import is_held_out as is_held_out
+from specjax.training.data import stdlib_modules as stdlib_modules
+from specjax.training.data import train_tokenizer as train_tokenizer
+from specjax.training.loop import fit as fit
+from specjax.training.objectives import make_objective as make_objective
+from specjax.training.recipe import Recipe as Recipe
+from specjax.training.recipe import Stage as Stage
+from specjax.training.recipe import read_recipe as read_recipe

@@ -87,7 +87,8 @@ class DecoderConfig:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads {self.kv_heads}"
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
+                f"{self.kv_heads}"
             )
         if self.head_width % 2:
             raise ValueError(f"head_dim {self.head_width} is odd; rotary embeddings need an even one")

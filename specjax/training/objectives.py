@@ -1,0 +1,42 @@
+"""From a stage of a recipe to the function that the optimiser minimises."""
+
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+from jax import Array
+
+from specjax.training import losses
+from specjax.transformer.config import DecoderConfig
+from specjax.transformer.decoder import bind
+from specjax.types import LanguageModel
+
+
+class Objective(Protocol):
+    """``objective(params, tokens_bt, teacher) -> scalar``, in nats or, for total variation, as a fraction."""
+
+    def __call__(self, params: Any, tokens_bt: Array, teacher: LanguageModel | None) -> Array: ...
+
+
+_IMITATION = {"kl": losses.kl, "total_variation": losses.total_variation}
+
+
+def make_objective(loss: str, config: DecoderConfig) -> Objective:
+    """Returns the objective of a loss named in ``Stage``; imitation needs a teacher of the same vocabulary."""
+
+    def logits(params: Any, tokens_bt: Array) -> Array:
+        start_b = jnp.zeros((tokens_bt.shape[0],), jnp.int32)
+        return bind(config, params)(tokens_bt, start_b, None)[0]
+
+    def next_token(params: Any, tokens_bt: Array, teacher: LanguageModel | None) -> Array:
+        del teacher
+        return losses.next_token(logits(params, tokens_bt), tokens_bt)
+
+    def imitate(params: Any, tokens_bt: Array, teacher: LanguageModel | None) -> Array:
+        if teacher is None:
+            raise ValueError(f"loss {loss!r} needs a teacher; name it as drafts_for in the recipe")
+        rows, length = tokens_bt.shape
+        start_b = jnp.zeros((rows,), jnp.int32)
+        taught = teacher.forward(teacher.params, tokens_bt, teacher.init_cache(rows, length), start_b)
+        return _IMITATION[loss](logits(params, tokens_bt), taught.logits_btv)
+
+    return next_token if loss == "next_token" else imitate
