@@ -112,7 +112,7 @@ def draw_samples(
     greedily, since the draft will serve both. Drawn once, then read from ``file``."""
     if file.is_file():
         return np.load(file)
-    limit = recipe.config.max_position_embeddings
+    limit = min(recipe.config.max_position_embeddings, teacher.max_positions or sys.maxsize)
     openings = training.Windows(corpus, PROMPT_TOKENS, rows, recipe.seed)
     temperature = np.where(np.arange(rows) % 2, 0.0, 1.0).astype(np.float32)
     pieces: list[np.ndarray] = []

@@ -6,7 +6,6 @@ k key/value heads, h head width, f MLP width, g draft tokens of a round.
 
 from specjax import cache as cache
 from specjax import testing as testing
-from specjax import training as training
 from specjax import transformer as transformer
 from specjax import verify as verify
 from specjax.checkpoint import default_dtype as default_dtype
@@ -57,7 +56,6 @@ __all__ = [
     "step",
     "stream",
     "testing",
-    "training",
     "transformer",
     "verify",
 ]

@@ -6,7 +6,7 @@ parameters and its seed alone.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -107,13 +107,13 @@ def step(
       verify: a rule of ``specjax.verify``.
     """
     drafter = _NoDrafter() if drafter is None else drafter
-    request, sampling, vocab = state.request, state.request.sampling, target.vocab_size
+    request, sampling = state.request, state.request.sampling
     context = Context(target, state.cache, state.tokens_bs, state.length_b)
     draws = RoundDraws(state.keys_b, state.length_b, jnp.any(jnp.asarray(sampling.temperature) > 0))
-    counts = sampling_lib.count(state.tokens_bs, request.prompt_length_b, state.length_b, vocab, sampling)
+    counts = sampling_lib.count(state.tokens_bs, request.prompt_length_b, state.length_b, target.vocab_size, sampling)
 
-    def distributions(logits_btv: Array, prefix_btv: Array) -> Array:
-        return sampling_lib.warp(sampling_lib.penalize(logits_btv, sampling, counts, prefix_btv), sampling)
+    def distributions(logits_btv: Array, drafts_bi: Array) -> Array:
+        return sampling_lib.warp(sampling_lib.penalize(logits_btv, sampling, counts, drafts_bi), sampling)
 
     proposal, draft = drafter.propose(state.draft, context, _make_draw(distributions, draws, verify.shares_noise))
     # A row with room for r more tokens can use r - 1 drafts; given no more, it ends at its limit exactly.
@@ -125,8 +125,7 @@ def step(
         [jnp.take_along_axis(state.tokens_bs, start_b[:, None], axis=1), proposal.tokens_bg], axis=1
     )
     output = target.forward(target.params, fed_bt, state.cache, start_b, drafter.capture)
-    prefix_btv = sampling_lib.prefix_counts(proposal.tokens_bg, vocab)
-    verdict = verify(proposal, distributions(output.logits_btv, prefix_btv), draws)
+    verdict = verify(proposal, distributions(output.logits_btv, proposal.tokens_bg), draws)
 
     emitted_bt = _emitted(proposal.tokens_bg, verdict.num_accepted_b, verdict.next_b)
     count_b, stopped_b = _cut(emitted_bt, verdict.num_accepted_b + 1, request.stop_tokens_k)
@@ -143,10 +142,9 @@ def step(
     )
 
 
-def _make_draw(distributions: Any, draws: RoundDraws, shares_noise: bool) -> Draw:
+def _make_draw(distributions: Callable[[Array, Array], Array], draws: RoundDraws, shares_noise: bool) -> Draw:
     def draw(logits_bv: Array, prefix_bi: Array) -> tuple[Array, Array]:
-        prefix_bv = sampling_lib.prefix_counts(prefix_bi, logits_bv.shape[-1])[:, -1:]
-        probs_bv = distributions(logits_bv[:, None], prefix_bv)[:, 0]
+        probs_bv = distributions(logits_bv[:, None], prefix_bi)[:, 0]
         index = prefix_bi.shape[1]
         token_b = draws.emit(probs_bv, jnp.int32(index)) if shares_noise else draws.draft(probs_bv, index)
         return token_b, probs_bv

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array, lax
 from jax.typing import ArrayLike
@@ -51,9 +52,11 @@ class Sampling:
         def spread(value: ArrayLike, dtype: Any) -> Array:
             return jnp.broadcast_to(jnp.asarray(value, dtype), (rows,))
 
-        seed = jnp.asarray(self.seed)
+        # By way of NumPy, since a Python int above 2**31 does not fit JAX's default integer.
+        seed = self.seed if isinstance(self.seed, jax.Array) else np.asarray(self.seed)
+        seed = jnp.asarray(seed.astype(jnp.uint32))
         if seed.ndim == 0:
-            seed = seed + jnp.arange(rows, dtype=seed.dtype)
+            seed = seed + jnp.arange(rows, dtype=jnp.uint32)
         bias = self.logit_bias
         if bias is not None:
             bias = jnp.asarray(bias, jnp.float32)
@@ -115,21 +118,23 @@ def count(tokens_bs: Array, prompt_length_b: Array, length_b: Array, vocab: int,
     return lax.cond(_penalized(sampling), counted, lambda: Counts(empty, empty))
 
 
-def penalize(logits_btv: Array, sampling: Sampling, counts: Counts, prefix_btv: Array) -> Array:
+def penalize(logits_btv: Array, sampling: Sampling, counts: Counts, drafts_bi: Array) -> Array:
     """Adds the bias and applies the penalties.
 
+    A position behind drafts is penalised as if they had been emitted, which they have been if it is ever used.
+
     Args:
-      logits_btv: float32.
+      logits_btv: float32, of the last t of the i + 1 positions before, between and behind the drafts.
       sampling: per-row parameters.
       counts: of the tokens emitted before this round.
-      prefix_btv: int32, how often each token occurs among the drafts before each of the t positions: a position
-        is penalised as if the drafts before it had been emitted, which they have been if it is ever used.
+      drafts_bi: int32, the round's drafts.
     """
+    t, vocab = logits_btv.shape[1:]
     if sampling.logit_bias is not None:
         logits_btv = logits_btv + jnp.asarray(sampling.logit_bias)[:, None]
 
     def penalized() -> Array:
-        output_btv = counts.output_bv[:, None] + prefix_btv
+        output_btv = counts.output_bv[:, None] + _prefix_counts(drafts_bi, vocab)[:, -t:]
         occurs_btv = (output_btv > 0).astype(jnp.float32)
         seen_btv = (counts.prompt_bv[:, None] + output_btv) > 0
         factor = _column(sampling.repetition_penalty)
@@ -141,9 +146,9 @@ def penalize(logits_btv: Array, sampling: Sampling, counts: Counts, prefix_btv: 
     return lax.cond(_penalized(sampling), penalized, lambda: logits_btv)
 
 
-def prefix_counts(drafts_bg: Array, vocab: int) -> Array:
-    """Returns int32 ``[b, g+1, v]``: at j, how often each token occurs among the first j drafts."""
-    one_hot = jax.nn.one_hot(drafts_bg, vocab, dtype=jnp.int32)
+def _prefix_counts(drafts_bi: Array, vocab: int) -> Array:
+    """Returns int32 ``[b, i+1, v]``: at j, how often each token occurs among the first j drafts."""
+    one_hot = jax.nn.one_hot(drafts_bi, vocab, dtype=jnp.int32)
     return jnp.pad(jnp.cumsum(one_hot, axis=1), ((0, 0), (1, 0), (0, 0)))
 
 

@@ -1,0 +1,394 @@
+"""Continues prompts by speculative decoding and shows what it gained.
+
+python scripts/generate.py                                    the shipped pair on a built-in prompt
+python scripts/generate.py --prompt 'def mean(x):' --compare  speed-up over plain decoding
+head -30 x.py | python scripts/generate.py --trace t.html     a page that shows where each token came from
+"""
+
+import argparse
+import json
+import os
+import select
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # Ctrl-C and `| head` end it quietly and at once, even while modules load or XLA compiles
+    for name in ("SIGINT", "SIGPIPE"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+import jax
+from trace_page import Round, Token, Trace, render
+
+import specjax
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "checkpoints" / "py-14m"
+SHIPPED_DRAFT = ROOT / "checkpoints" / "py-14m-draft"
+PROMPT = '''class Stack:
+    """A last-in, first-out collection of items."""
+
+    def __init__(self, items=()):'''
+STOP = "<|endoftext|>"
+VERIFY = {"token": specjax.verify.token, "block": specjax.verify.block, "coupled": specjax.verify.coupled}
+COMPARED_RUNS = 5
+STDIN_WAIT_S = 3.0  # a pipe that nobody writes to must not hold up a call without arguments
+# Sampling parameters and the values at which they do nothing.
+IDLE = {
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+DIM, RESET = "\x1b[2m", "\x1b[0m"
+COLOURS = {"accepted": "\x1b[32m", "corrected": "\x1b[33m", "bonus": "\x1b[36m", "target": ""}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {' '.join(message.split())}\n")
+
+
+def utf8(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("the text is not UTF-8") from None
+    return text
+
+
+def text_file(name: str) -> str:
+    """Returns the text without its last newline: a token joins that with the indentation which is to follow."""
+    try:
+        return Path(name).read_text(encoding="utf-8").removesuffix("\n")
+    except UnicodeDecodeError:
+        raise argparse.ArgumentTypeError(f"{name} is not UTF-8 text") from None
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{name} cannot be read: {error.strerror}") from None
+
+
+def output_file(name: str) -> Path:
+    """Returns the path if a file can be written there, found out by making one beside it."""
+    path = Path(name).absolute()
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise argparse.ArgumentTypeError(f"{name} is not a regular file; give the name of one, or a new name")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path.parent} cannot be written to: {error.strerror}") from None
+    return path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that nobody ever sees half of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    text = parser.add_argument_group("prompts", "several are one batch; text piped in is one when none is given")
+    text.add_argument("--prompt", dest="prompts", action="append", type=utf8, metavar="TEXT")
+    text.add_argument("--prompt-file", dest="prompts", action="append", type=text_file, metavar="FILE")
+    models = parser.add_argument_group("models")
+    models.add_argument("--target", type=Path, default=SHIPPED, metavar="DIR", help="checkpoint (default: py-14m)")
+    models.add_argument(
+        "--drafter", metavar="SPEC", help="model:DIR, ngram or none (default: the shipped draft, or ngram)"
+    )
+    models.add_argument("--num-draft", type=int, default=4, metavar="N", help="tokens drafted per round (default: 4)")
+    models.add_argument("--verify", choices=VERIFY, default="block", help="how drafts are verified (default: block)")
+    draws = parser.add_argument_group("sampling")
+    draws.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
+    draws.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens; 0 keeps all")
+    draws.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest tokens that reach P")
+    draws.add_argument("--min-p", type=float, default=0.0, metavar="P", help="keep tokens of P times the likeliest")
+    draws.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1 is none")
+    draws.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="0 is none")
+    draws.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="0 is none")
+    draws.add_argument("--seed", type=int, default=0, metavar="S", help="of the first prompt; the next has S + 1 ...")
+    draws.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="most per prompt (default: 200)")
+    out = parser.add_argument_group("output", "text goes to standard output, figures to standard error")
+    out.add_argument("--compare", action="store_true", help="measure the speed-up over plain decoding")
+    out.add_argument("--json", type=output_file, metavar="FILE", help="write text, tokens and figures")
+    out.add_argument("--trace", type=output_file, metavar="FILE", help="write an HTML page: where each token came from")
+    return parser, parser.parse_args(argv)
+
+
+def piped_text() -> str:
+    """Returns what is piped in, less its last newline; nothing from a terminal, or when nothing comes."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return ""
+    try:
+        waiting = select.select([sys.stdin], [], [], STDIN_WAIT_S)[0]
+    except (OSError, ValueError):  # no file that can be polled
+        waiting = [sys.stdin]
+    if not waiting:
+        note("nothing was piped in, so the prompt is the built-in one (--prompt-file /dev/stdin waits for text)\n")
+        return ""
+    sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+    return sys.stdin.read().removesuffix("\n")
+
+
+def note(message: str) -> None:
+    print(message, end="", file=sys.stderr, flush=True)
+
+
+def open_drafter(spec: str | None, target: specjax.LanguageModel, target_dir: Path, num_draft: int):
+    """Returns the drafter that a ``--drafter`` value names, and the value."""
+    if spec is None:
+        spec = f"model:{SHIPPED_DRAFT}" if target_dir.resolve() == SHIPPED else "ngram"
+    if spec == "none":
+        return None, spec
+    if spec == "ngram":
+        return specjax.NGramDrafter(num_draft=num_draft), spec
+    kind, _, folder = spec.partition(":")
+    if kind != "model" or not folder:
+        raise ValueError(f"--drafter is {spec!r}; give model:DIR, ngram or none")
+    return specjax.load_drafter(folder, target, num_draft=num_draft), spec
+
+
+class Transcript:
+    """A prompt and what was emitted behind it, round by round."""
+
+    def __init__(self, tokenizer: Any, prompt: str, max_new_tokens: int):
+        self.prompt, self.done = prompt, False
+        self.ids, self.tokens, self.rounds = [], [], []
+        self._tokenizer, self._limit, self._stop = tokenizer, max_new_tokens, tokenizer.token_to_id(STOP)
+        self.prompt_ids = tokenizer.encode(prompt).ids
+        self._shown = len(tokenizer.decode(self.prompt_ids))
+        self._drafted = self._accepted = 0
+
+    @property
+    def text(self) -> str:
+        return "".join(token.text for token in self.tokens)
+
+    def add(self, generation: specjax.Generation, row: int) -> None:
+        """Takes note of a round, if the row was still running in it."""
+        if self.done:
+            return
+        drafted = int(generation.stats.drafted_b[row]) - self._drafted
+        accepted = int(generation.stats.accepted_b[row]) - self._accepted
+        self._drafted, self._accepted = self._drafted + drafted, self._accepted + accepted
+        length = len(self.prompt_ids) + len(self.ids)
+        new = generation.tokens_bs[row, length : generation.length_b[row]].tolist()
+        behind = "target" if not drafted else "bonus" if accepted == drafted else "corrected"
+        self.done = new[-1] == self._stop or len(self.ids) + len(new) == self._limit
+        tokens = []
+        for place, token in enumerate(new):
+            self.ids.append(token)
+            text = self._next_text(flush=self.done and place == len(new) - 1)
+            origin = "accepted" if place < accepted else behind
+            tokens.append(Token(text, origin, STOP if token == self._stop else ""))
+        self.tokens += tokens
+        self.rounds.append(Round(drafted, accepted, tokens))
+
+    def _next_text(self, flush: bool) -> str:
+        """Returns the text that the last token completes: the bytes of an unfinished character wait for the rest."""
+        text = self._tokenizer.decode(self.prompt_ids + self.ids)
+        text = text[self._shown :] if flush else text.rstrip("\ufffd")[self._shown :]
+        self._shown += len(text)
+        return text
+
+
+class Printer:
+    """Prints text as it is accepted: the first unfinished prompt's live, the others' in turn."""
+
+    def __init__(self, transcripts: list[Transcript]):
+        self._transcripts, self._row, self._printed = transcripts, 0, 0
+        self._colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        self._begin()
+
+    def _begin(self) -> None:
+        if len(self._transcripts) > 1:
+            print(self._paint(f"--- prompt {self._row + 1} of {len(self._transcripts)} ---", DIM))
+        print(self._paint(self._transcripts[self._row].prompt, DIM), end="", flush=True)
+
+    def _paint(self, text: str, colour: str) -> str:
+        return f"{colour}{text}{RESET}" if self._colour and colour and text else text
+
+    def update(self) -> None:
+        while self._row < len(self._transcripts):
+            transcript = self._transcripts[self._row]
+            for token in transcript.tokens[self._printed :]:
+                print(self._paint(token.text, COLOURS[token.origin]), end="")
+            self._printed = len(transcript.tokens)
+            if not transcript.done:
+                break
+            if not (transcript.prompt + transcript.text).endswith("\n"):
+                print()
+            self._row, self._printed = self._row + 1, 0
+            if self._row < len(self._transcripts):
+                self._begin()
+        sys.stdout.flush()
+
+
+def compare(request: dict[str, Any], drafter: Any) -> dict[str, float]:
+    """Returns tokens per second with the drafter and without: medians of interleaved runs, one compiled loop each."""
+    rates: dict[str, list[float]] = {"with_drafter": [], "plain": []}
+    for run in range(COMPARED_RUNS + 1):
+        for name, proposer in (("with_drafter", drafter), ("plain", None)):
+            start = time.perf_counter()
+            stats = jax.block_until_ready(specjax.generate(**request, drafter=proposer)).stats
+            if run:  # the first compiles
+                rates[name].append(int(stats.emitted_b.sum()) / (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def results(transcripts: list[Transcript], stats: specjax.Stats, seconds: float) -> dict[str, Any]:
+    """Returns what ``--json`` writes: figures of each prompt, and of all together."""
+    prompts = [
+        {
+            "prompt": transcript.prompt,
+            "text": transcript.text,
+            "tokens": transcript.ids,
+            "rounds": int(stats.rounds_b[row]),
+            "drafted": int(stats.drafted_b[row]),
+            "accepted": int(stats.accepted_b[row]),
+            "emitted": int(stats.emitted_b[row]),
+            "drafted_at": stats.drafted_at_bg[row].tolist(),
+            "accepted_at": stats.accepted_at_bg[row].tolist(),
+        }
+        for row, transcript in enumerate(transcripts)
+    ]
+    total = {name: sum(prompt[name] for prompt in prompts) for name in ("rounds", "drafted", "accepted", "emitted")}
+    return total | {
+        "drafted_at": stats.drafted_at_bg.sum(0).tolist(),
+        "accepted_at": stats.accepted_at_bg.sum(0).tolist(),
+        "emitted_per_round": total["emitted"] / total["rounds"],
+        "tokens_per_second": total["emitted"] / seconds,
+        "prompts": prompts,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Returns the closing figures."""
+    lines = [
+        ("tokens", f"{result['emitted']} in {result['rounds']} rounds"),
+        ("emitted per round", f"{result['emitted_per_round']:.2f}  (plain decoding: 1)"),
+        ("tokens per second", f"{result['tokens_per_second']:.1f}  (streamed; compilation excluded)"),
+    ]
+    if result["drafted"]:
+        lines.append(("drafts accepted", f"{result['accepted']} of {result['drafted']}"))
+    for place, (drafted, accepted) in enumerate(zip(result["drafted_at"], result["accepted_at"], strict=True), 1):
+        share = accepted / drafted if drafted else 0
+        lines.append((f"  at position {place}", f"{share:4.0%}  {'#' * round(20 * share)}"))
+    if "speedup" in result:
+        speeds = result["comparison"]
+        rates = f"{speeds['with_drafter']:.1f} against {speeds['plain']:.1f} tokens/s"
+        times = f"{result['speedup']:.2f} times plain decoding"
+        lines.append(("speed-up", f"{times}  ({rates}, medians of {COMPARED_RUNS} runs)"))
+    return "\n".join(f"{name:<20} {value}".rstrip() for name, value in lines) + "\n"
+
+
+def settings(args: argparse.Namespace, spec: str) -> dict[str, str]:
+    """Returns how the text was made, by name, leaving out sampling parameters that do nothing."""
+    kind, _, folder = spec.partition(":")
+    chosen = {"target": args.target.resolve().name, "drafter": Path(folder).name or kind}
+    if spec != "none":
+        chosen |= {"drafts per round": str(args.num_draft), "verify": args.verify}
+    chosen["temperature"] = f"{args.temperature:g}" if args.temperature else "0 (greedy)"
+    for name, idle in IDLE.items():
+        if getattr(args, name) != idle:
+            chosen[name.replace("_", " ")] = f"{getattr(args, name):g}"
+    return chosen | ({"seed": str(args.seed)} if args.temperature else {})
+
+
+def figures(result: dict[str, Any]) -> dict[str, str]:
+    """Returns what a trace page shows large."""
+    shown = {
+        "tokens per round (plain decoding: 1)": f"{result['emitted_per_round']:.2f}",
+        "tokens emitted": str(result["emitted"]),
+        "rounds": str(result["rounds"]),
+    }
+    if result["drafted"]:
+        shown["of drafts accepted"] = f"{result['accepted'] / result['drafted']:.0%}"
+    shown["tokens per second"] = f"{result['tokens_per_second']:.0f}"
+    if "speedup" in result:
+        shown["speed-up over plain decoding"] = f"{result['speedup']:.2f}\u00d7"
+    return shown
+
+
+def request_for(args: argparse.Namespace, target: Any, transcripts: list[Transcript], stop: int | None) -> dict:
+    """Returns the arguments of ``specjax.generate``, all but the drafter."""
+    prompt_bt, prompt_length_b = specjax.pad_prompts([transcript.prompt_ids for transcript in transcripts])
+    return {
+        "target": target,
+        "prompt_bt": prompt_bt,
+        "prompt_length_b": prompt_length_b,
+        "verify": VERIFY[args.verify],
+        "sampling": specjax.Sampling(
+            temperature=args.temperature, seed=args.seed, **{name: getattr(args, name) for name in IDLE}
+        ),
+        "max_new_tokens": args.max_new_tokens,
+        "stop_tokens": () if stop is None else (stop,),
+    }
+
+
+def follow(rounds: Iterator[specjax.Generation], transcripts: list[Transcript]) -> tuple[specjax.Generation, float]:
+    """Prints the text while it is made, and returns the generation and the seconds that it took."""
+    printer = Printer(transcripts)
+    seconds, start = 0.0, time.perf_counter()
+    for generation in rounds:
+        seconds += time.perf_counter() - start  # decoding and printing text is not counted
+        for row, transcript in enumerate(transcripts):
+            transcript.add(generation, row)
+        printer.update()
+        start = time.perf_counter()
+    return generation, seconds
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, args = parse(argv)
+    try:
+        prompts = args.prompts or [piped_text() or PROMPT]
+        target = specjax.load(args.target)
+        tokenizer = specjax.load_tokenizer(args.target)
+        drafter, spec = open_drafter(args.drafter, target, args.target, args.num_draft)
+        if args.compare and drafter is None:
+            raise ValueError("--compare needs a drafter to compare with plain decoding; --drafter is none")
+        transcripts = [Transcript(tokenizer, prompt, args.max_new_tokens) for prompt in prompts]
+        request = request_for(args, target, transcripts, tokenizer.token_to_id(STOP))
+        # The first of two equal calls compiles, so that the second can be timed.
+        warm_up, rounds = (specjax.stream(**request, drafter=drafter) for _ in range(2))
+    except (ValueError, TypeError, OSError) as error:
+        parser.error(str(error))
+
+    progress = note if sys.stderr.isatty() else lambda message: None
+    progress("compiling ...")
+    next(warm_up)
+    progress("\r\x1b[K")
+    generation, seconds = follow(rounds, transcripts)
+    result = results(transcripts, generation.stats, seconds) | {"settings": settings(args, spec)}
+    if args.compare:
+        progress("comparing with plain decoding ...")
+        result["comparison"] = compare(request, drafter)
+        result["speedup"] = result["comparison"]["with_drafter"] / result["comparison"]["plain"]
+        progress("\r\x1b[K")
+    note("\n" + table(result))
+    try:
+        if args.json:
+            write_whole(args.json, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        if args.trace:
+            traces = [Trace(transcript.prompt, transcript.rounds) for transcript in transcripts]
+            write_whole(args.trace, render(traces, result["settings"], figures(result)))
+    except OSError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character shows its code
+    main()

@@ -1,0 +1,301 @@
+"""The law of whole texts: what ``generate`` emits over several rounds, through the loop and the caches.
+
+Thousands of rows, each with a seed of its own, continue three prompts with a target of known law. Counts of the joint
+outcomes of all five emitted tokens are compared with the exact law by Pearson's chi-square. Two drafts a round, so
+that a text takes two to five rounds. Faulty drafters, rules and caches go through the same test, and must fail it.
+"""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from flax import struct
+from jax.scipy.special import gammaincc
+
+import specjax
+from specjax import ModelDrafter, NGramDrafter, Proposal, Sampling, Verdict, verify
+from specjax import sampling as sampling_lib
+from specjax.testing import table_logits, table_model
+from specjax.types import Output
+
+VOCAB, TOKENS, DRAFTS, SLOTS = 3, 5, 2, 16
+PROMPTS = ((0,), (1, 2, 1), (2, 0, 1, 2, 0))
+ROWS_PER_PROMPT = 4000
+IMPOSSIBLE = -1e9  # a logit whose probability is 0 in float32
+
+
+def random_table(seed):
+    """Logits of the next token behind each two."""
+    return np.random.default_rng(seed).normal(scale=1.5, size=(VOCAB,) * 3).astype(np.float32)
+
+
+TABLE = random_table(0)
+TABLE[0, 1, 2] = TABLE[2, 2, 0] = TABLE[1, 0, :2] = IMPOSSIBLE
+TARGET = table_model(TABLE)
+# Likes what the target does not, the impossible above all.
+AGAINST = np.where(TABLE == IMPOSSIBLE, 3, -2 * TABLE).astype(np.float32)
+
+
+@struct.dataclass
+class RaggedDrafter:
+    """Draws from one fixed distribution; a row proposes 0, 1 or 2 tokens, as its last token and its first draft say."""
+
+    logits_v: jax.Array
+    num_draft: int = struct.field(pytree_node=False, default=DRAFTS)
+
+    capture = ()
+    vocab_size = None
+    max_positions = None
+
+    def start(self, context, features, slots):
+        return None
+
+    def propose(self, state, context, draw):
+        rows = context.length_b.shape[0]
+        logits_bv = jnp.broadcast_to(self.logits_v[None], (rows, VOCAB))
+        first_b, first_bv = draw(logits_bv, jnp.zeros((rows, 0), jnp.int32))
+        second_b, second_bv = draw(logits_bv, first_b[:, None])
+        last_b = jnp.take_along_axis(context.tokens_bs, context.length_b[:, None] - 1, axis=1)[:, 0]
+        length_b = jnp.where(last_b == 0, 0, jnp.where(first_b == 1, 1, 2)).astype(jnp.int32)
+        return Proposal(jnp.stack([first_b, second_b], 1), jnp.stack([first_bv, second_bv], 1), length_b), state
+
+    def commit(self, state, context, verdict, features):
+        return state
+
+
+RULES = {"token": verify.token, "block": verify.block, "coupled": verify.coupled}
+DRAFTERS = {
+    "another model": ModelDrafter(table_model(random_table(1)), DRAFTS),
+    "the target itself": ModelDrafter(TARGET, DRAFTS),
+    "a bad model": ModelDrafter(table_model(AGAINST), DRAFTS),
+    "n-gram": NGramDrafter(DRAFTS, min_n=1, max_n=2),
+    "ragged": RaggedDrafter(jnp.asarray([0.5, -0.5, 1.0])),
+}
+PENALTIES = ("repetition", "presence", "frequency")
+PLAIN, FILTERED, PENALIZED = {}, {"temperature": 0.7, "top_k": 2, "top_p": 0.9}, {"repetition": 1.5, "frequency": 0.7}
+SAMPLINGS = {
+    "T=1": PLAIN,
+    "filtered": FILTERED,
+    "penalized": PENALIZED,
+    "all": {"temperature": 1.3, "top_p": 0.95, "min_p": 0.05, "presence": 0.5, "frequency": -0.4},
+}
+
+
+def emitted(target, drafter, rule, settings, slots=SLOTS):
+    """Returns the texts ``[prompt, row, token]``."""
+    named = {f"{name}_penalty" if name in PENALTIES else name: value for name, value in settings.items()}
+    prompt_bt, length_b = specjax.pad_prompts(PROMPTS * ROWS_PER_PROMPT)
+    out = specjax.generate(
+        target,
+        prompt_bt,
+        length_b,
+        drafter=drafter,
+        verify=rule,
+        sampling=Sampling(seed=1000, **named),
+        max_new_tokens=TOKENS,
+        slots=slots,
+    )
+    assert (np.asarray(out.length_b) == length_b + TOKENS).all()
+    assert (np.asarray(out.stats.rounds_b) >= 2).all()
+    new_bt = np.take_along_axis(np.asarray(out.tokens_bs), length_b[:, None] + np.arange(TOKENS), axis=1)
+    return new_bt.reshape(ROWS_PER_PROMPT, len(PROMPTS), TOKENS).swapaxes(0, 1)
+
+
+def exact_law(table, prompt, settings):
+    """Returns the probability of each text of TOKENS tokens, ``[v, v, ..]``."""
+    warping = {name: value for name, value in settings.items() if name not in PENALTIES}
+    penalizing = {name: value for name, value in settings.items() if name in PENALTIES}
+
+    def behind(output):
+        last = (0, *prompt, *output)[-2:]  # before its first token a row reads token 0
+        return reference.warp(reference.penalize(table[last], prompt, output, **penalizing), **warping)
+
+    law = np.zeros((VOCAB,) * TOKENS)
+    for text in itertools.product(range(VOCAB), repeat=TOKENS):
+        law[text] = np.prod([behind(text[:i])[text[i]] for i in range(TOKENS)])
+    return law
+
+
+def p_value(texts, target, settings):
+    """Returns the probability of counts at least as far from the exact law; 0 if an impossible text occurs.
+
+    Texts with an expected count below 5 are one outcome together.
+    """
+    statistic, freedom = 0.0, 0
+    for prompt, rows in zip(PROMPTS, texts, strict=True):
+        expected = len(rows) * exact_law(np.asarray(target.params), prompt, settings).ravel()
+        observed = np.bincount(np.ravel_multi_index(rows.T, (VOCAB,) * TOKENS), minlength=len(expected))
+        assert abs(expected.sum() - len(rows)) < 1e-6
+        if observed[expected == 0].any():
+            return 0.0
+        rare = expected < 5
+        expected = np.append(expected[~rare], expected[rare].sum())
+        observed = np.append(observed[~rare], observed[rare].sum())
+        some = expected > 0
+        statistic += ((observed[some] - expected[some]) ** 2 / expected[some]).sum()
+        freedom += some.sum() - 1
+    print(f"chi-square {statistic:.1f}, {freedom} degrees of freedom")
+    return float(gammaincc(jnp.float32(freedom / 2), jnp.float32(statistic / 2)))
+
+
+@pytest.mark.parametrize("settings", SAMPLINGS.values(), ids=SAMPLINGS)
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("drafter", DRAFTERS.values(), ids=DRAFTERS)
+def test_joint_law(drafter, rule, settings):
+    p = p_value(emitted(TARGET, drafter, rule, settings), TARGET, settings)
+    print(f"p = {p:.4f}")
+    assert p > 1e-3
+
+
+@pytest.mark.parametrize("settings", SAMPLINGS.values(), ids=SAMPLINGS)
+def test_joint_law_without_drafter(settings):
+    assert p_value(emitted(TARGET, None, verify.block, settings), TARGET, settings) > 1e-3
+
+
+# Faults. Each is a known way to lose the law, and the test above must see it.
+
+
+@struct.dataclass
+class ScoresRaw(ModelDrafter):
+    """Samples from the warped distribution, and reports the model's own."""
+
+    def propose(self, state, context, draw):
+        def faulty(logits_bv, prefix_bi):
+            return draw(logits_bv, prefix_bi)[0], jax.nn.softmax(logits_bv)
+
+        return super().propose(state, context, faulty)
+
+
+@struct.dataclass
+class ScoresArgmax(ModelDrafter):
+    """Proposes the likeliest token, and reports the distribution as if it had been drawn."""
+
+    def propose(self, state, context, draw):
+        def faulty(logits_bv, prefix_bi):
+            probs_bv = draw(logits_bv, prefix_bi)[1]
+            return jnp.argmax(probs_bv, axis=-1).astype(jnp.int32), probs_bv
+
+        return super().propose(state, context, faulty)
+
+
+@struct.dataclass
+class KeysByPosition(ModelDrafter):
+    """Draws with noise keyed by row and absolute position; honest about the distribution."""
+
+    def propose(self, state, context, draw):
+        rows = context.length_b.shape[0]
+        keys_b = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(5), jnp.arange(rows))
+
+        def faulty(logits_bv, prefix_bi):
+            probs_bv = draw(logits_bv, prefix_bi)[1]
+            position_b = context.length_b + prefix_bi.shape[1]
+            return sampling_lib.exponential_race(probs_bv, jax.vmap(jax.random.fold_in)(keys_b, position_b)), probs_bv
+
+        return super().propose(state, context, faulty)
+
+
+@dataclasses.dataclass
+class OtherUniforms:
+    """The engine's draws, but for the uniforms."""
+
+    draws: sampling_lib.RoundDraws
+    uniforms_bg: jax.Array
+
+    def uniforms(self, count):
+        return self.uniforms_bg
+
+    def emit(self, weights_bv, offset_b):
+        return self.draws.emit(weights_bv, offset_b)
+
+
+def uniforms_by_row(proposal, target_bsv, draws):
+    """Token verification whose uniforms are the same in each round."""
+    uniforms_bg = jax.vmap(lambda key: jax.random.uniform(key, (DRAFTS,)))(draws._keys(7))
+    return verify.token(proposal, target_bsv, OtherUniforms(draws, uniforms_bg))
+
+
+def uniforms_by_position(proposal, target_bsv, draws):
+    """Block verification whose uniforms are keyed by row and absolute position."""
+    uniforms = [jax.vmap(jax.random.uniform)(draws._keys(7, draws.length_b + j)) for j in range(DRAFTS)]
+    return verify.block(proposal, target_bsv, OtherUniforms(draws, jnp.stack(uniforms, axis=1)))
+
+
+def uniforms_of_drafts(proposal, target_bsv, draws):
+    """Token verification whose uniforms come from the keys that drew the drafts."""
+    places = [jnp.full_like(draws.length_b, j) for j in range(DRAFTS)]
+    keys = [draws._keys(sampling_lib._DRAFT, draws.length_b, place_b) for place_b in places]
+    uniforms = [jax.vmap(jax.random.uniform)(keys_b) for keys_b in keys]
+    return verify.token(proposal, target_bsv, OtherUniforms(draws, jnp.stack(uniforms, axis=1)))
+
+
+def residual_from_p(proposal, target_bsv, draws):
+    accepted_b = verify.token(proposal, target_bsv, draws).num_accepted_b
+    return Verdict(accepted_b, draws.emit(target_bsv[jnp.arange(len(accepted_b)), accepted_b], accepted_b))
+
+
+def bonus_from_last_draft(proposal, target_bsv, draws):
+    verdict = verify.token(proposal, target_bsv, draws)
+    early = draws.emit(target_bsv[:, DRAFTS - 1], verdict.num_accepted_b)
+    return verdict.replace(next_b=jnp.where(verdict.num_accepted_b == DRAFTS, early, verdict.next_b))
+
+
+for rule in (uniforms_by_row, uniforms_by_position, uniforms_of_drafts, residual_from_p, bonus_from_last_draft):
+    rule.shares_noise = False
+
+breaks_in_block = verify.ChainRule(verify.block_thresholds, verify.leading)
+
+
+def _write_once(params, tokens_bt, cache, start_b, capture=()):
+    """A table model's forward pass, but slots that hold a token keep it: rejected drafts stay in the cache."""
+    position_bt = start_b[:, None] + jnp.arange(tokens_bt.shape[1], dtype=jnp.int32)[None]
+    row_b1 = jnp.arange(cache.shape[0])[:, None]
+    kept_bt = cache[row_b1, position_bt]
+    cache = cache.at[row_b1, position_bt].set(jnp.where(kept_bt < 0, tokens_bt, kept_bt))
+    return Output(table_logits(params, jnp.maximum(cache, 0), position_bt, 2), (), cache)
+
+
+def _empty(rows, slots):
+    return jnp.full((rows, slots), -1, jnp.int32)
+
+
+# Without context: block verification accepts from both drafts together here, where rejecting tells most about them.
+LOPSIDED = table_model(np.broadcast_to(np.log(np.float32([0.3, 0.6, 0.1])), (VOCAB,) * 3))
+REVERSED = table_model(np.broadcast_to(np.log(np.float32([0.6, 0.3, 0.1])), (VOCAB,) * 3))
+STALE = TARGET.replace(forward=_write_once, init_cache=_empty)
+MODEL = DRAFTERS["another model"]
+FAULTS = {
+    "raw q is scored, warped q sampled": (TARGET, ScoresRaw(MODEL.model, DRAFTS), verify.token, FILTERED),
+    "argmax drafts scored by softmax": (TARGET, ScoresArgmax(MODEL.model, DRAFTS), verify.token, PLAIN),
+    "residual drawn from p": (TARGET, MODEL, residual_from_p, PLAIN),
+    "bonus drawn one place early": (TARGET, MODEL, bonus_from_last_draft, PLAIN),
+    "a break inside block verification": (TARGET, MODEL, breaks_in_block, PLAIN),
+    "each round has the same uniforms": (TARGET, MODEL, uniforms_by_row, PLAIN),
+    "drafts and acceptance share their noise": (TARGET, MODEL, uniforms_of_drafts, PLAIN),
+    "block with noise by absolute position": (
+        LOPSIDED,
+        KeysByPosition(REVERSED, DRAFTS),
+        uniforms_by_position,
+        PLAIN,
+    ),
+    "rejected drafts stay in the cache": (STALE, MODEL, verify.token, PLAIN),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_fault_is_seen(fault):
+    target, drafter, rule, settings = fault
+    p = p_value(emitted(target, drafter, rule, settings), target, settings)
+    print(f"p = {p:.2e}")
+    assert p < 1e-6
+
+
+def test_penalties_without_the_drafts_before_are_seen(monkeypatch):
+    honest = sampling_lib._prefix_counts
+    monkeypatch.setattr(sampling_lib, "_prefix_counts", lambda drafts, vocab: 0 * honest(drafts, vocab))
+    # One slot more is another static argument, so that the loop is traced with the fault in it.
+    texts = emitted(TARGET, MODEL, verify.token, PENALIZED, slots=SLOTS + 1)
+    assert p_value(texts, TARGET, PENALIZED) < 1e-6

@@ -1,0 +1,444 @@
+"""The decoder against its NumPy twin: whole rows, single tokens, ragged blocks over rejected drafts, long caches."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference_model
+
+from specjax.transformer.attention import attend, attention_windows
+from specjax.transformer.config import DecoderConfig, read_config
+from specjax.transformer.decoder import abstract_params, bind, decoder_model, init_params
+
+CONFIGS = {
+    "grouped, tied": DecoderConfig(
+        vocab_size=29,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+    "one key head, attention biases, wide heads, small theta": DecoderConfig(
+        vocab_size=29,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=10,
+        rope_theta=50.0,
+        rms_norm_eps=0.1,
+        attention_bias=True,
+    ),
+    "as many key heads, MLP biases": DecoderConfig(
+        vocab_size=29,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        mlp_bias=True,
+    ),
+}
+LENGTHS = (1, 9, 14)
+SLOTS = 24
+CAPTURE = (0, 1, 2, -1, -2)
+
+
+def random_params(config, seed, dtype=np.float32):
+    """Parameters under which every part matters: norms far from 1, biases far from 0, logits of a few units."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = jax.tree_util.keystr(path)
+        x = rng.normal(size=leaf.shape)
+        if leaf.ndim == 1:
+            x = 1 + 0.3 * x if "norm" in name else 0.5 * x
+        elif "embed" not in name:
+            x = x / np.sqrt(leaf.shape[1])
+        return jnp.asarray(x, dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(config))
+
+
+@dataclasses.dataclass
+class Case:
+    """A model, ragged rows of tokens, and what the twin says about them."""
+
+    model: object
+    config: DecoderConfig
+    rows: list
+    logits: list
+    states: list
+
+    def forward(self, tokens_bt, cache, start_b, capture=()):
+        return _forward(self.model, jnp.asarray(tokens_bt, jnp.int32), cache, jnp.asarray(start_b, jnp.int32), capture)
+
+    def start(self):
+        """Returns the output over the right-padded rows; padding is the highest id, to be noticed."""
+        padded = np.full((len(self.rows), max(LENGTHS)), self.config.vocab_size - 1)
+        for i, length in enumerate(LENGTHS):
+            padded[i, :length] = self.rows[i][:length]
+        return self.forward(padded, self.model.init_cache(len(self.rows), SLOTS), np.zeros(len(self.rows)), CAPTURE)
+
+
+_forward = jax.jit(
+    lambda model, tokens_bt, cache, start_b, capture: model.forward(model.params, tokens_bt, cache, start_b, capture),
+    static_argnums=4,
+)
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def case(request):
+    config = CONFIGS[request.param]
+    params = random_params(config, 1)
+    rows = np.random.default_rng(2).integers(0, config.vocab_size, (len(LENGTHS), SLOTS)).tolist()
+    twin = [reference_model.llama(config.to_hf(), params, row) for row in rows]
+    return Case(decoder_model(config, params), config, rows, [t[0] for t in twin], [t[1] for t in twin])
+
+
+def test_logits_are_of_a_size_that_tests_something(case):
+    assert 0.5 < np.std(case.logits) < 10
+
+
+def test_prefill_equals_the_twin(case):
+    output = case.start()
+    assert output.logits_btv.dtype == jnp.float32
+    for i, length in enumerate(LENGTHS):
+        np.testing.assert_allclose(output.logits_btv[i, :length], case.logits[i][:length], atol=1e-4, rtol=0)
+
+
+def test_captured_states_are_counted_from_the_embedding(case):
+    features = case.start().features
+    assert len(features) == len(CAPTURE)
+    # The twin's states: embedding, layer 1, layer 2, after the norm; -2 is the last layer's output.
+    for feature_btd, index in zip(features, CAPTURE, strict=True):
+        for i, length in enumerate(LENGTHS):
+            np.testing.assert_allclose(feature_btd[i, :length], case.states[i][index][:length], atol=1e-4, rtol=0)
+    assert case.forward([[1], [1], [1]], case.model.init_cache(3, SLOTS), [0, 0, 0]).features == ()
+
+
+def test_token_by_token_equals_the_twin(case):
+    cache = case.start().cache
+    for step in range(4):
+        start = np.asarray(LENGTHS) + step
+        tokens = [[row[at]] for row, at in zip(case.rows, start, strict=True)]
+        logits, _, cache = case.forward(tokens, cache, start)
+        for i, at in enumerate(start):
+            np.testing.assert_allclose(logits[i, 0], case.logits[i][at], atol=1e-4, rtol=0)
+
+
+def test_blocks_over_rejected_drafts_equal_the_twin(case):
+    """Each round feeds four tokens a row; the rows keep different numbers of them, and the rest were wrong."""
+    cache = case.start().cache
+    start = np.asarray(LENGTHS)
+    for kept in ([1, 4, 2], [3, 1, 1], [4, 2, 3]):
+        tokens = [row[at : at + 4] for row, at in zip(case.rows, start, strict=True)]
+        for i, keep in enumerate(kept):
+            tokens[i][keep:] = [(token + 1) % case.config.vocab_size for token in tokens[i][keep:]]
+        logits, _, cache = case.forward(tokens, cache, start)
+        for i, keep in enumerate(kept):
+            wanted = case.logits[i][start[i] : start[i] + keep]
+            np.testing.assert_allclose(logits[i, :keep], wanted, atol=1e-4, rtol=0)
+        start = start + kept
+
+
+def test_feeding_a_token_again_changes_nothing(case):
+    """The engine's first round feeds the last prompt token again."""
+    output = case.start()
+    start = np.asarray(LENGTHS) - 1
+    logits = case.forward([[row[at]] for row, at in zip(case.rows, start, strict=True)], output.cache, start).logits_btv
+    for i, at in enumerate(start):
+        np.testing.assert_allclose(logits[i, 0], output.logits_btv[i, at], atol=1e-5, rtol=0)
+
+
+def test_without_a_cache_a_block_attends_to_itself(case):
+    run = jax.jit(lambda params, tokens_bt: bind(case.config, params)(tokens_bt, jnp.zeros(3, jnp.int32), None)[0])
+    np.testing.assert_allclose(run(case.model.params, jnp.asarray(case.rows)), case.logits, atol=1e-4, rtol=0)
+
+
+def test_bfloat16_stays_near_the_twin():
+    """The logits are float32 throughout; with 8 bits of mantissa, a few roundings in a row cost some 1e-2."""
+    config = CONFIGS["grouped, tied"]
+    params = random_params(config, 1, jnp.bfloat16)
+    model = decoder_model(config, params)
+    row = list(range(12))
+    cache = model.init_cache(1, SLOTS)
+    assert cache.keys[0].dtype == jnp.bfloat16
+    output = _forward(model, jnp.asarray([row]), cache, jnp.zeros(1, jnp.int32), (-1,))
+    assert (output.logits_btv.dtype, output.features[0].dtype) == (jnp.float32, jnp.bfloat16)
+    logits, _ = reference_model.llama(config.to_hf(), jax.tree.map(lambda x: np.asarray(x, np.float64), params), row)
+    np.testing.assert_allclose(output.logits_btv[0], logits, atol=8 * 2**-8 * np.abs(logits).max(), rtol=0)
+
+
+# Attention over windows of the cache.
+
+
+def test_windows_double_up_to_the_allocated_slots():
+    assert attention_windows(1) == (1,)
+    assert attention_windows(255) == (255,)
+    assert attention_windows(256) == (256,)
+    assert attention_windows(257) == (256, 257)
+    assert attention_windows(512) == (256, 512)
+    assert attention_windows(600) == (256, 512, 600)
+    assert attention_windows(4096) == (256, 512, 1024, 2048, 4096)
+
+
+_attend = jax.jit(attend)
+
+
+@pytest.mark.parametrize("last", [0, 254, 255, 256, 257, 510, 511, 512, 513, 599])
+def test_attention_at_the_edges_of_windows(last):
+    """Position ``last`` is the highest of the batch; the other row is far behind, and the blocks straddle the edge."""
+    n, k, t, h, slots = 4, 2, 3, 6, 600
+    rng = np.random.default_rng(last)
+    query, keys, values = (
+        rng.normal(size=(2, *s)).astype(np.float32) for s in ((n, t, h), (k, slots, h), (k, slots, h))
+    )
+    position = np.maximum(np.array([[last], [last // 3]]) + np.arange(1 - t, 1), 0).astype(np.int32)
+    out = _attend(query, keys, values, position)
+    for row in range(2):
+        wanted = reference_model.attend(query[row], keys[row], values[row], position[row])
+        np.testing.assert_allclose(out[row], wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("last", "window"), [(0, 256), (255, 256), (256, 512), (511, 512), (512, 600)])
+def test_attention_reads_no_further_than_its_window(last, window):
+    """NaN behind the window would reach the output if it were read: its weight is 0, and 0 * NaN is NaN."""
+    rng = np.random.default_rng(0)
+    query, keys, values = (
+        rng.normal(size=s).astype(np.float32) for s in ((1, 4, 1, 6), (1, 2, 600, 6), (1, 2, 600, 6))
+    )
+    keys[:, :, window:] = values[:, :, window:] = np.nan
+    out = _attend(query, keys, values, np.array([[last]], np.int32))
+    assert np.isfinite(out).all()
+
+
+def test_a_decoder_crosses_windows():
+    """Rows of 254 and 3 tokens grow four at a time, the first across slot 256."""
+    config = CONFIGS["grouped, tied"]
+    params = random_params(config, 3)
+    model = decoder_model(config, params)
+    rows = np.random.default_rng(4).integers(0, config.vocab_size, (2, 270)).tolist()
+    start = np.array([254, 3])
+    wanted = [reference_model.llama(config.to_hf(), params, row[:266])[0] for row in rows]
+    tokens = np.asarray([row[:254] for row in rows], np.int32)
+    _, _, cache = _forward(model, tokens, model.init_cache(2, 300), jnp.zeros(2, jnp.int32), ())
+    for _ in range(3):
+        tokens = jnp.asarray([row[at : at + 4] for row, at in zip(rows, start, strict=True)], jnp.int32)
+        logits, _, cache = _forward(model, tokens, cache, jnp.asarray(start, jnp.int32), ())
+        for i, at in enumerate(start):
+            np.testing.assert_allclose(logits[i], wanted[i][at : at + 4], atol=1e-4, rtol=0)
+        start = start + 4
+
+
+# Parameters and static functions.
+
+
+def test_parameters_carry_hugging_face_names_and_shapes():
+    shapes = {
+        ".".join(str(key.key) for key in path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(
+            abstract_params(CONFIGS["one key head, attention biases, wide heads, small theta"])
+        )
+        if "layers.1" not in ".".join(str(key.key) for key in path)
+    }
+    assert shapes == {
+        "embed_tokens.weight": (29, 16),
+        "layers.0.input_layernorm.weight": (16,),
+        "layers.0.self_attn.q_proj.weight": (30, 16),
+        "layers.0.self_attn.q_proj.bias": (30,),
+        "layers.0.self_attn.k_proj.weight": (10, 16),
+        "layers.0.self_attn.k_proj.bias": (10,),
+        "layers.0.self_attn.v_proj.weight": (10, 16),
+        "layers.0.self_attn.v_proj.bias": (10,),
+        "layers.0.self_attn.o_proj.weight": (16, 30),
+        "layers.0.self_attn.o_proj.bias": (16,),
+        "layers.0.post_attention_layernorm.weight": (16,),
+        "layers.0.mlp.gate_proj.weight": (24, 16),
+        "layers.0.mlp.up_proj.weight": (24, 16),
+        "layers.0.mlp.down_proj.weight": (16, 24),
+        "norm.weight": (16,),
+        "lm_head.weight": (29, 16),
+    }
+    assert "lm_head" not in abstract_params(CONFIGS["grouped, tied"])
+
+
+def test_fresh_parameters_are_a_function_of_the_key():
+    config = CONFIGS["grouped, tied"]
+    first, again, other = (init_params(config, jax.random.key(seed)) for seed in (0, 0, 1))
+    assert jax.tree.all(jax.tree.map(np.array_equal, first, again))
+    assert not np.array_equal(first["embed_tokens"]["weight"], other["embed_tokens"]["weight"])
+    weights = [x for x in jax.tree.leaves(first) if x.ndim == 2]
+    assert all(0.01 < np.std(x) < 0.03 for x in weights)
+    assert len({x.tobytes() for x in map(np.asarray, weights)}) == len(weights), "two matrices share their draws"
+
+
+def test_models_of_one_architecture_share_their_functions():
+    """They are static arguments of the loop: others would compile it anew."""
+    config = CONFIGS["grouped, tied"]
+    first, second = (decoder_model(config, random_params(config, seed)) for seed in (0, 1))
+    assert first.forward is second.forward
+    assert first.init_cache is second.init_cache
+    assert (first.vocab_size, first.max_positions) == (29, 2048)
+    other = decoder_model(config, random_params(config, 0, jnp.bfloat16))
+    assert other.init_cache is not first.init_cache
+
+
+# The config.
+
+
+SIZES = {
+    "vocab_size": 29,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_config_survives_a_round_trip_through_json(config, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config.to_hf()))
+    assert read_config(file) == config
+    assert hash(read_config(file)) == hash(config)
+    assert config.to_hf()["architectures"] == ["LlamaForCausalLM"]
+    assert config.to_hf()["model_type"] == "llama"
+
+
+def test_missing_keys_mean_what_hugging_face_means_by_them():
+    """The defaults of ``transformers.LlamaConfig``; another epsilon or theta would be another model."""
+    config = DecoderConfig.from_hf(SIZES)
+    assert config.num_key_value_heads == 4
+    assert config.head_dim == 4
+    assert config.max_position_embeddings == 2048
+    assert config.rms_norm_eps == 1e-6
+    assert config.rope_theta == 10000.0
+    assert (config.attention_bias, config.mlp_bias, config.tie_word_embeddings) == (False, False, False)
+
+
+def test_both_spellings_of_the_rotary_base_are_read():
+    assert DecoderConfig.from_hf({**SIZES, "rope_theta": 5e5}).rope_theta == 5e5
+    assert DecoderConfig.from_hf({**SIZES, "rope_theta": 500000}).rope_theta == 5e5
+    newer = {**SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    assert DecoderConfig.from_hf(newer).rope_theta == 5e5
+    assert DecoderConfig.from_hf({**SIZES, "rope_parameters": None}).rope_theta == 1e4
+
+
+def test_keys_that_do_not_touch_the_forward_pass_are_read_over():
+    raw = {
+        **SIZES,
+        "_name_or_path": "x",
+        "architectures": ["LlamaForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": [2, 3],
+        "head_dim": None,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "model_type": "llama",
+        "num_key_value_heads": None,
+        "pretraining_tp": 1,
+        "rope_scaling": None,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.57.0",
+        "use_cache": True,
+    }
+    assert DecoderConfig.from_hf(raw) == DecoderConfig.from_hf(SIZES)
+    assert raw["rope_scaling"] is None, "the caller's mapping was changed"
+
+
+# changed keys -> what the message must contain: the key and the value
+BAD_CONFIGS = {
+    "unknown key": ({"qk_norm": "yes"}, ["qk_norm", "'yes'"]),
+    "unknown key of transformers 5": (
+        {"rope_parameters": {"rope_type": "default", "factor": 8.5}},
+        ["factor", "8.5"],
+    ),
+    "scaled rotary embeddings": (
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.5}},
+        ["rope_scaling", "llama3", "8.5"],
+    ),
+    "scaled rotary embeddings of transformers 5": (
+        {"rope_parameters": {"rope_type": "llama3", "factor": 8.5}},
+        ["rope_parameters", "llama3"],
+    ),
+    "rope_parameters not a table": ({"rope_parameters": [1]}, ["rope_parameters", "[1]"]),
+    "rope_parameters a string": ({"rope_parameters": "linear"}, ["rope_parameters", "'linear'"]),
+    "activation": ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "'silu'"]),
+    "sliding window": ({"sliding_window": 128}, ["sliding_window", "128"]),
+    "dropout": ({"attention_dropout": 0.1}, ["attention_dropout", "0.1"]),
+    "another kind of model": ({"model_type": "gpt2"}, ["model_type", "'gpt2'", "'llama'"]),
+    "model_type null": ({"model_type": None}, ["model_type", "None", "'llama'"]),
+    "size a string": ({"hidden_size": "16"}, ["hidden_size", "'16'"]),
+    "size a float": ({"vocab_size": 29.0}, ["vocab_size", "29.0"]),
+    "size a bool": ({"num_hidden_layers": True}, ["num_hidden_layers", "True"]),
+    "size null": ({"intermediate_size": None}, ["intermediate_size", "None"]),
+    "size zero": ({"vocab_size": 0}, ["vocab_size", "0", "at least 1"]),
+    "no heads": ({"num_attention_heads": 0}, ["num_attention_heads", "0", "at least 1"]),
+    "heads a string": ({"num_attention_heads": "4"}, ["num_attention_heads", "'4'"]),
+    "no key heads": ({"num_key_value_heads": 0}, ["num_key_value_heads", "0", "at least 1"]),
+    "key heads that do not divide": (
+        {"num_key_value_heads": 3},
+        ["num_attention_heads", "4", "num_key_value_heads", "3"],
+    ),
+    "odd heads": ({"head_dim": 5}, ["head_dim", "5", "even"]),
+    "heads that do not divide the width": (
+        {"num_attention_heads": 3},
+        ["hidden_size", "16", "num_attention_heads", "3"],
+    ),
+    "no positions": ({"max_position_embeddings": 0}, ["max_position_embeddings", "0", "at least 1"]),
+    "epsilon a string": ({"rms_norm_eps": "tiny"}, ["rms_norm_eps", "'tiny'"]),
+    "epsilon null": ({"rms_norm_eps": None}, ["rms_norm_eps", "None"]),
+    "epsilon negative": ({"rms_norm_eps": -1e-5}, ["rms_norm_eps", "-1e-05"]),
+    "theta a string": ({"rope_theta": "10000"}, ["rope_theta", "'10000'"]),
+    "theta zero": ({"rope_theta": 0}, ["rope_theta", "0"]),
+    "theta not a number": ({"rope_theta": float("nan")}, ["rope_theta", "nan"]),
+    "tied a string": ({"tie_word_embeddings": "false"}, ["tie_word_embeddings", "'false'"]),
+    "bias a number": ({"attention_bias": 1}, ["attention_bias", "1"]),
+    "MLP bias null": ({"mlp_bias": None}, ["mlp_bias", "None"]),
+}
+
+
+@pytest.mark.parametrize(("changed", "words"), BAD_CONFIGS.values(), ids=BAD_CONFIGS.keys())
+def test_bad_configs_name_key_and_value(changed, words, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**SIZES, **changed}))
+    with pytest.raises(ValueError) as caught:
+        read_config(file)
+    assert str(file) in str(caught.value)
+    message = str(caught.value).replace(str(file), "")
+    for word in words:
+        assert word in message, f"{word!r} is not in {message!r}"
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_missing_sizes_are_named(name):
+    with pytest.raises(ValueError, match=rf"{name}.* missing"):
+        DecoderConfig.from_hf({key: value for key, value in SIZES.items() if key != name})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, ["does not exist"]),
+        (b"", ["not valid JSON"]),
+        (b'{"vocab_size": 29', ["not valid JSON"]),
+        (b"\xff\xfe", ["not valid JSON"]),
+        (b"[29]", ["list", "object"]),
+    ],
+    ids=["absent", "empty", "cut short", "not text", "a list"],
+)
+def test_bad_config_files_name_the_file(text, words, tmp_path):
+    file = tmp_path / "config.json"
+    if text is not None:
+        file.write_bytes(text)
+    with pytest.raises(ValueError) as caught:
+        read_config(file)
+    for word in [str(file), *words]:
+        assert word in str(caught.value)
