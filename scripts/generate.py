@@ -112,7 +112,7 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     models.add_argument("--num-draft", type=int, default=4, metavar="N", help="tokens drafted per round (default: 4)")
     models.add_argument("--verify", choices=VERIFY, default="block", help="how drafts are verified (default: block)")
     draws = parser.add_argument_group("sampling")
-    draws.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
+    draws.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default: 0.8)")
     draws.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens; 0 keeps all")
     draws.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest tokens that reach P")
     draws.add_argument("--min-p", type=float, default=0.0, metavar="P", help="keep tokens of P times the likeliest")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -80,7 +81,9 @@ def train(folder: Path, checkpoints: Path, runs: Path, save_every: int) -> None:
             )
         history.append({**dataclasses.asdict(stage), "losses": [round(loss, 4) for loss in losses]})
 
-    model = transformer.decoder_model(recipe.config, params)
+    # Stored in bfloat16, half the size; what is measured is what is stored.
+    stored = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    model = transformer.decoder_model(recipe.config, jax.tree.map(lambda x: x.astype(jnp.float32), stored))
     metrics = {
         "recipe": recipe.digest,
         "seed": recipe.seed,
@@ -94,7 +97,7 @@ def train(folder: Path, checkpoints: Path, runs: Path, save_every: int) -> None:
         metrics["held_out_acceptance"] = held_out_acceptance(teacher, model, held_out)
     for name, value in metrics.items():
         print(f"{name}: {value}")
-    specjax.save(checkpoints / recipe.name, recipe.config, params, tokenizer, {**metrics, "stages": history})
+    specjax.save(checkpoints / recipe.name, recipe.config, stored, tokenizer, {**metrics, "stages": history})
     plot(history, checkpoints / recipe.name / "loss.png")
 
 

@@ -1,0 +1,204 @@
+"""The rooms of the library import one way, scripts see public names only, and nothing runs at import."""
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import specjax
+
+REPOSITORY = Path(__file__).parent.parent
+LIBRARY = REPOSITORY / "specjax"
+
+
+def read_table():
+    """Returns the table "Rooms of the library" of docs/architecture.md as room -> rooms that it may import."""
+    text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = text.split("## Rooms of the library")[1].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
+    return {re.findall(r"`(\w+)`", row[0])[0]: set(re.findall(r"`(\w+)`", row[-1])) for row in rows}
+
+
+ALLOWED = read_table()
+FILES = sorted(LIBRARY.rglob("*.py"))
+SCRIPTS = sorted((REPOSITORY / "scripts").glob("*.py"))
+
+
+def name_of(file):
+    return str(file.relative_to(REPOSITORY))
+
+
+def room_of(file):
+    return file.relative_to(LIBRARY).with_suffix("").parts[0]
+
+
+def imported(file):
+    """Yields the full dotted name of every import of the package in a file, those inside functions included."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}:{node.lineno} imports relatively"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (name for name in names if name.split(".")[0] == "specjax")
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_imports_keep_to_the_table(file):
+    """A folder may also import itself; ``__init__.py`` may import all."""
+    room = room_of(file)
+    if room == "__init__":
+        return
+    allowed = ALLOWED[room] | ({room} if (LIBRARY / room).is_dir() else set())
+    for name in imported(file):
+        parts = name.split(".")
+        assert len(parts) > 1 and parts[1] in ALLOWED, f"{file} imports {name}, which is no room of the table"
+        assert parts[1] in allowed, f"{room} must not import {parts[1]}"
+
+
+def test_the_table_lists_the_rooms_that_there_are():
+    assert set(ALLOWED) == {room_of(file) for file in FILES} - {"__init__"}
+
+
+def test_the_contracts_import_nothing_and_the_engine_knows_no_model():
+    """What the table must keep saying, whatever is added to it."""
+    assert ALLOWED["types"] == set()
+    for room in ("sampling", "verify", "cache", "testing"):
+        assert ALLOWED[room] == {"types"}
+    assert ALLOWED["requests"] == {"types", "sampling"}
+    assert ALLOWED["engine"] == {"types", "sampling", "verify", "cache", "requests"}
+    for room in ("transformer", "drafters", "checkpoint"):
+        assert ALLOWED[room].isdisjoint({"engine", "requests", "training"})
+
+
+def test_the_table_has_no_cycles():
+    """Rooms can be ordered so that each imports only those before it."""
+    done, left = set(), dict(ALLOWED)
+    while left:
+        ready = [room for room, imports in left.items() if imports <= done]
+        assert ready, f"{sorted(left)} import each other"
+        done |= set(ready)
+        for room in ready:
+            del left[room]
+
+
+def test_the_table_would_catch_a_wrong_import(tmp_path):
+    file = tmp_path / "engine.py"
+    file.write_text("def f():\n    from specjax.transformer import decoder\n    from specjax import drafters as d\n")
+    assert sorted(imported(file)) == ["specjax.drafters", "specjax.transformer.decoder"]
+
+
+@pytest.mark.parametrize("file", SCRIPTS, ids=name_of)
+def test_scripts_use_public_names_only(file):
+    """``specjax.X`` with X in ``__all__``, by any spelling, and ``specjax.training``, which is public too but not
+    imported with the package."""
+    public = {*specjax.__all__, "training"}
+    for name in imported(file):
+        parts = name.split(".")
+        assert len(parts) == 1 or parts[1] in public, f"{file} imports {name}"
+        if len(parts) > 2:
+            assert_public_member(file, parts[1], parts[2])
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "specjax":
+            assert node.attr in public, f"{file}:{node.lineno} uses specjax.{node.attr}"
+
+
+def assert_public_member(file, module, name):
+    assert not name.startswith("_"), f"{file} imports specjax.{module}.{name}"
+    assert hasattr(importlib.import_module(f"specjax.{module}"), name)
+
+
+def run(program):
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+
+
+def test_importing_specjax_starts_no_backend_and_prints_nothing():
+    """A backend would take the accelerator, and forbid jax.distributed and flags, before the user has said a word."""
+    done = run(
+        "import specjax, specjax.training\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge.backends_are_initialized()\n"
+        "import jax; jax.devices(); assert xla_bridge.backends_are_initialized()\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+
+
+def test_importing_specjax_leaves_jaxs_settings_alone():
+    done = run(
+        "import jax, os\n"
+        "settings, environment = dict(jax.config.values), dict(os.environ)\n"
+        "import specjax, specjax.training\n"
+        "changed = {name for name, value in settings.items() if jax.config.values[name] != value}\n"
+        "assert not changed, changed\n"
+        "assert dict(os.environ) == environment\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_torch_and_transformers_are_not_needed():
+    """They are for tests of parity and must not be imported at run time, even where they are installed."""
+    done = run(
+        "import sys\n"
+        "sys.modules.update(torch=None, transformers=None, matplotlib=None)\n"
+        "import specjax, specjax.training\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# Public names.
+
+
+def test_every_public_name_exists_once_and_in_order():
+    assert len(set(specjax.__all__)) == len(specjax.__all__)
+    assert specjax.__all__ == sorted(specjax.__all__)
+    for name in specjax.__all__:
+        assert getattr(specjax, name, None) is not None, name
+
+
+def test_every_public_import_is_in_all():
+    """``from x import y as y`` is how type checkers see a re-export; both lists name the same things."""
+    tree = ast.parse((LIBRARY / "__init__.py").read_text(encoding="utf-8"))
+    reexported = {
+        alias.asname
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname == alias.name
+    }
+    assert reexported == set(specjax.__all__)
+
+
+def definitions():
+    """Returns every public function and class by file and name."""
+    return {
+        f"{name_of(file)}:{node.name}": node
+        for file in FILES
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+    }
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_every_module_says_what_it_is(file):
+    assert ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("node", definitions().values(), ids=definitions().keys())
+def test_every_public_function_and_class_has_a_docstring(node):
+    assert ast.get_docstring(node)
+
+
+@pytest.mark.parametrize("name", sorted(set(specjax.__all__)))
+def test_every_public_name_is_documented(name):
+    value = getattr(specjax, name)
+    doc = inspect.getdoc(value)
+    assert doc
+    assert not doc.startswith(f"{name}("), "a dataclass without a docstring documents its signature alone"
