@@ -53,6 +53,9 @@ def load(path: str | os.PathLike, dtype: jnp.dtype | str | None = None) -> Langu
     Raises:
       ValueError: the folder or a file of it is missing, truncated, or does not fit its ``config.json``.
     """
+    dtype = default_dtype() if dtype is None else jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype is {dtype}; give a floating one, such as float32 or bfloat16")
     path = Path(path).absolute()
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; give a checkpoint folder with config.json and params/")
@@ -69,7 +72,6 @@ def load(path: str | os.PathLike, dtype: jnp.dtype | str | None = None) -> Langu
                 f"{path / 'params'} cannot be read as the parameters that config.json describes ({reason}); "
                 "it is truncated or of another model, copy or convert it again"
             ) from error
-    dtype = default_dtype() if dtype is None else jnp.dtype(dtype)
     return decoder_model(config, jax.tree.map(lambda x: x.astype(dtype), params))
 
 
@@ -96,6 +98,8 @@ def load_drafter(
     Raises:
       ValueError: as for ``load``, or the two vocabularies differ in size, or ``num_draft`` is below 1.
     """
+    if isinstance(num_draft, bool) or not isinstance(num_draft, int) or num_draft < 1:
+        raise ValueError(f"num_draft is {num_draft!r}; give an integer of at least 1")
     model = load(path, dtype)
     if model.vocab_size != target.vocab_size:
         raise ValueError(

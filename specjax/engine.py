@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from specjax import sampling as sampling_lib
 from specjax import verify as rules
-from specjax.requests import Request, lay_out
+from specjax.requests import Request, check_key, check_rule, lay_out
 from specjax.sampling import RoundDraws, Sampling
 from specjax.types import Cache, Context, Drafter, Draw, Generation, LanguageModel, Proposal, Stats, VerifyRule
 
@@ -264,6 +264,8 @@ def generate(
     Raises:
       ValueError, TypeError: before anything compiles, naming the value, the limit and the cure.
     """
+    check_rule(verify)
+    check_key(key)
     prompt_bt, request, slots = lay_out(
         target, drafter, prompt_bt, prompt_length_b, sampling, max_new_tokens, stop_tokens, slots
     )
@@ -283,6 +285,7 @@ def prefill(
     key: Array | None = None,
 ) -> State:
     """Fills the caches from the prompts, for loops of one's own around ``step``. The arguments are ``generate``'s."""
+    check_key(key)
     prompt_bt, request, slots = lay_out(
         target, drafter, prompt_bt, prompt_length_b, sampling, max_new_tokens, stop_tokens, slots
     )
@@ -313,6 +316,7 @@ def stream(
     """
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds is {rounds!r}; give an integer of at least 1")
+    check_rule(verify)
     state = prefill(
         target,
         prompt_bt,

@@ -41,12 +41,22 @@ class Request:
 
 def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Returns ragged prompts as int32 ``[b, t]``, right-padded with zeros, and their lengths ``[b]``."""
-    length_b = np.asarray([len(prompt) for prompt in prompts], np.int32)
-    if not len(prompts) or not length_b.min():
+    if not isinstance(prompts, Sequence | np.ndarray | jax.Array):
+        raise TypeError(f"prompts is {prompts!r}; give a sequence of prompts, each a sequence of token ids")
+    rows = [np.asarray(_array(f"prompt {row}", prompt)) for row, prompt in enumerate(prompts)]
+    for row, tokens in enumerate(rows):
+        if tokens.size:  # NumPy gives an empty list the dtype float64
+            _check_integers(f"prompt {row}", tokens)
+        if tokens.ndim != 1:
+            raise ValueError(f"prompt {row} has shape {tokens.shape}; give a flat sequence of token ids")
+        if tokens.size and tokens.max() >= 2**31:
+            raise ValueError(f"prompt {row} holds token {tokens.max()}; ids are below 2**31")
+    length_b = np.asarray([len(tokens) for tokens in rows], np.int32)
+    if not rows or not length_b.min():
         raise ValueError(f"prompts have lengths {length_b.tolist()}; give at least one, each of at least one token")
-    prompt_bt = np.zeros((len(prompts), length_b.max()), np.int32)
-    for row, prompt in enumerate(prompts):
-        prompt_bt[row, : len(prompt)] = prompt
+    prompt_bt = np.zeros((len(rows), length_b.max()), np.int32)
+    for row, tokens in enumerate(rows):
+        prompt_bt[row, : len(tokens)] = tokens
     return prompt_bt, length_b
 
 
@@ -72,7 +82,10 @@ def lay_out(
     Raises:
       ValueError, TypeError: an argument is out of its range; the message names value, limit and cure.
     """
-    prompt_bt = _integers("prompt_bt", prompt)
+    _check_model("target", target)
+    prompt_bt = _array("prompt_bt", prompt)
+    if prompt_bt.size:
+        _check_integers("prompt_bt", prompt_bt)
     if prompt_bt.ndim != 2 or 0 in prompt_bt.shape:
         raise ValueError(
             f"prompt_bt has shape {prompt_bt.shape}; give [rows, tokens], neither of them 0 (see specjax.pad_prompts)"
@@ -87,6 +100,9 @@ def lay_out(
         raise ValueError(
             f"max_new_tokens is {max_new_tokens!r}; give an integer of at least 1 (per row: Sampling.max_new_tokens)"
         )
+    max_new_tokens = int(max_new_tokens)
+    if slots is not None and (isinstance(slots, bool) or not isinstance(slots, (int, np.integer))):
+        raise TypeError(f"slots is {slots!r}; give an integer, or None for what fits")
     g = _check_drafter(target, drafter)
     _check_sampling(sampling, rows, target.vocab_size)
     stop_tokens_k = _stop_tokens(stop_tokens, target.vocab_size)
@@ -103,8 +119,13 @@ def lay_out(
                 f"positions; the {name} has {limit}: shorten the prompt or ask for fewer tokens"
             )
     needed = max(longest + max_new_tokens + g + 1, width)
+    if needed > 2**30:
+        raise ValueError(
+            f"max_new_tokens is {max_new_tokens}; with the prompt it needs {needed} slots and 2**30 is the most: ask "
+            "for fewer tokens"
+        )
     fitting = bucket(needed, _SMALLEST_SLOTS) if known else needed
-    allocated = fitting if slots is None else slots
+    allocated = fitting if slots is None else int(slots)
     if allocated < needed:
         raise ValueError(
             f"slots is {allocated}; a prompt of {longest} tokens (padded to {width}), max_new_tokens {max_new_tokens} "
@@ -127,23 +148,68 @@ def _is_known(tree: Any) -> bool:
     return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
-def _integers(name: str, value: ArrayLike) -> Any:
-    array = value if isinstance(value, jax.Array) else _as_numpy(name, value)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{name} has dtype {array.dtype}; give integers")
+def _integers(name: str, value: Any) -> Any:
+    array = _array(name, value)
+    _check_integers(name, array)
     return array
 
 
-def _as_numpy(name: str, value: Any) -> np.ndarray:
+def _check_integers(name: str, array: Any) -> None:
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} has dtype {array.dtype}; give integers")
+
+
+def _numbers(name: str, value: Any) -> Any:
+    array = _array(name, value)
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
+        raise TypeError(f"{name} is {value!r}; give real numbers")
+    return array
+
+
+def _array(name: str, value: Any) -> Any:
+    if isinstance(value, jax.Array):
+        return value
     try:
         return np.asarray(value)
     except ValueError:
-        raise ValueError(f"{name} is not a rectangular array; pad ragged prompts with specjax.pad_prompts") from None
+        raise ValueError(
+            f"{name} is not a rectangular array; give rows of one length (prompts: specjax.pad_prompts)"
+        ) from None
+
+
+def _check_model(name: str, model: Any) -> None:
+    if not isinstance(model, LanguageModel):
+        raise TypeError(f"{name} is a {type(model).__name__}; give a specjax.LanguageModel, as specjax.load returns it")
+
+
+def check_rule(verify: Any) -> None:
+    """Raises TypeError unless ``verify`` is a verification rule."""
+    if not (callable(verify) and hasattr(verify, "shares_noise")):
+        raise TypeError(f"verify is {verify!r}; give a rule, such as specjax.verify.block")
+
+
+def check_key(key: Any) -> None:
+    """Raises TypeError unless ``key`` is None or one key, of the new kind or the old."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
+    raw = dtype == np.uint32 and shape is not None and len(shape) == 1
+    if key is not None and not typed and not raw:
+        raise TypeError(f"key is {key!r}; give one key, as jax.random.key(seed) makes it, or None")
+
+
+_DRAFTER = ("num_draft", "capture", "vocab_size", "max_positions", "start", "propose", "commit")
 
 
 def _check_drafter(target: LanguageModel, drafter: Drafter | None) -> int:
     if drafter is None:
         return 0
+    missing = [name for name in _DRAFTER if not hasattr(drafter, name)]
+    if isinstance(drafter, type) or missing:
+        kind = f"the class {drafter.__name__}" if isinstance(drafter, type) else f"a {type(drafter).__name__}"
+        raise TypeError(
+            f"drafter is {kind}{f' without {missing[0]}' if missing else ''}; give a drafter, such as "
+            "specjax.ModelDrafter(model) or specjax.NGramDrafter()"
+        )
     g = drafter.num_draft
     if isinstance(g, bool) or not isinstance(g, int) or g < 1:
         raise ValueError(f"num_draft is {g!r}; give an integer of at least 1, or drafter=None for plain decoding")
@@ -187,35 +253,42 @@ def _stop_tokens(stop_tokens: Any, vocab: int) -> Array:
 # name -> (holds for all values, what the values must be)
 _RANGES = {
     "temperature": (lambda x: np.isfinite(x) & (x >= 0), "finite and at least 0 (0 is greedy)"),
-    "top_k": (lambda x: x >= 0, "at least 0 (0 keeps all tokens)"),
+    "top_k": (lambda x: (x >= 0) & (x < 2**31), "at least 0 (0 keeps all tokens) and below 2**31"),
     "top_p": (lambda x: (x > 0) & (x <= 1), "above 0 and at most 1 (1 keeps all tokens)"),
     "min_p": (lambda x: (x >= 0) & (x <= 1), "from 0 (keeps all tokens) to 1"),
     "repetition_penalty": (lambda x: np.isfinite(x) & (x > 0), "finite and above 0 (1 is none)"),
     "presence_penalty": (np.isfinite, "finite (0 is none)"),
     "frequency_penalty": (np.isfinite, "finite (0 is none)"),
     "seed": (lambda x: (x >= 0) & (x < 2**32), "from 0 to 2**32 - 1"),
-    "max_new_tokens": (lambda x: x >= 1, "at least 1"),
+    "max_new_tokens": (lambda x: (x >= 1) & (x < 2**31), "at least 1 and below 2**31"),
 }
 _INTEGER = ("top_k", "seed", "max_new_tokens")
 
 
 def _check_sampling(sampling: Sampling, rows: int, vocab: int) -> None:
+    if not isinstance(sampling, Sampling):
+        raise TypeError(f"sampling is a {type(sampling).__name__}; give a specjax.Sampling")
     for name, (holds, wanted) in _RANGES.items():
         value = getattr(sampling, name)
-        if value is None:
+        if value is None and name == "max_new_tokens":
             continue
-        if np.shape(value) not in ((), (rows,)):
-            raise ValueError(f"{name} has shape {np.shape(value)}; give one number, or one per row: ({rows},)")
-        if name in _INTEGER:
-            value = _integers(name, value)
-        if _is_known(value) and not np.all(holds(np.asarray(value))):
-            raise ValueError(f"{name} is {np.asarray(value).tolist()}; it must be {wanted}")
+        array = _integers(name, value) if name in _INTEGER else _numbers(name, value)
+        if array.shape not in ((), (rows,)):
+            raise ValueError(f"{name} has shape {array.shape}; give one number, or one per row: ({rows},)")
+        if _is_known(array) and not np.all(holds(_as_sampled(name, array))):
+            raise ValueError(f"{name} is {np.asarray(array).tolist()}; it must be {wanted}")
     if sampling.logit_bias is None:
         return
-    shape = np.shape(sampling.logit_bias)
-    if shape not in ((vocab,), (rows, vocab)):
-        raise ValueError(f"logit_bias has shape {shape}; give ({vocab},) or ({rows}, {vocab})")
-    if _is_known(sampling.logit_bias):
-        bias = np.atleast_2d(np.asarray(sampling.logit_bias))
+    bias = _numbers("logit_bias", sampling.logit_bias)
+    if bias.shape not in ((vocab,), (rows, vocab)):
+        raise ValueError(f"logit_bias has shape {bias.shape}; give ({vocab},) or ({rows}, {vocab})")
+    if _is_known(bias):
+        bias = np.atleast_2d(_as_sampled("logit_bias", bias))
         if np.isnan(bias).any() or np.isposinf(bias).any() or np.isneginf(bias).all(-1).any():
             raise ValueError("logit_bias holds nan, +inf, or -inf for every token; -inf may ban some tokens, not all")
+
+
+def _as_sampled(name: str, array: Any) -> np.ndarray:
+    """Returns the values that the loop will see: float32 rounds 1e-50 to 0, and 1e39 to infinity."""
+    with np.errstate(over="ignore"):
+        return np.asarray(array) if name in _INTEGER else np.asarray(array).astype(np.float32)

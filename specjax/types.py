@@ -29,16 +29,22 @@ class Output(NamedTuple):
 
 
 class InitCache(Protocol):
+    """Makes an empty cache for ``rows`` rows of ``slots`` tokens."""
+
     def __call__(self, rows: int, slots: int) -> Cache: ...
 
 
 class Forward(Protocol):
+    """Feeds tokens through the model; see ``LanguageModel.forward``."""
+
     def __call__(
         self, params: Any, tokens_bt: Array, cache: Cache, start_b: Array, capture: tuple[int, ...] = ()
     ) -> Output: ...
 
 
 class CommitCache(Protocol):
+    """Keeps the first ``kept_b[i]`` of the tokens that were written at ``start_b``."""
+
     def __call__(self, cache: Cache, start_b: Array, kept_b: Array) -> Cache: ...
 
 

@@ -29,8 +29,11 @@ class NGramDrafter:
     max_positions = None
 
     def __post_init__(self):
-        if not 1 <= self.min_n <= self.max_n:
-            raise ValueError(f"min_n is {self.min_n} and max_n {self.max_n}; they must be 1 <= min_n <= max_n")
+        integers = all(isinstance(n, int) and not isinstance(n, bool) for n in (self.min_n, self.max_n))
+        if not integers or not 1 <= self.min_n <= self.max_n:
+            raise ValueError(
+                f"min_n is {self.min_n!r} and max_n {self.max_n!r}; they must be integers, 1 <= min_n <= max_n"
+            )
 
     @property
     def capture(self) -> tuple[int, ...]:

@@ -2,11 +2,12 @@
 
 import dataclasses
 import hashlib
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
 
-from specjax.transformer.config import DecoderConfig
+from specjax.transformer.config import DecoderConfig, check_integer
 
 LOSSES = ("next_token", "kl", "total_variation")
 TEXTS = ("corpus", "samples", "both")
@@ -41,9 +42,14 @@ class Stage:
             raise ValueError(f"stage loss {self.loss!r} is unknown; choose from {LOSSES}")
         if self.text not in TEXTS:
             raise ValueError(f"stage text {self.text!r} is unknown; choose from {TEXTS}")
-        for name in ("steps", "rows", "sequence"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"stage {name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("steps", 1), ("rows", 1), ("sequence", 1), ("warmup_steps", 0)):
+            check_integer(f"stage {name}", getattr(self, name), least)
+        for name in ("peak_learning_rate", "weight_decay"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"stage {name} must be a number of at least 0, got {value!r}")
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"stage warmup_steps {self.warmup_steps} must be below its steps, {self.steps}")
         if self.sequence < 2:
             raise ValueError("stage sequence must be at least 2: a loss needs a token and the next one")
 
@@ -70,6 +76,12 @@ class Recipe:
     sample_tokens: int
     digest: str
 
+    def __post_init__(self):
+        check_integer("seed", self.seed, 0)
+        check_integer("sample_tokens", self.sample_tokens, 0)
+        if not self.stages:
+            raise ValueError("stages is empty; give at least one [[stages]]")
+
 
 def read_recipe(folder: Path) -> Recipe:
     """Reads ``recipe.toml`` in a model's folder.
@@ -83,8 +95,11 @@ def read_recipe(folder: Path) -> Recipe:
         raw: dict[str, Any] = tomllib.loads(text)
     except FileNotFoundError:
         raise ValueError(f"{file} does not exist; give a folder of models/") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not valid TOML: {error}") from None
+    for key, kind, example in (("architecture", dict, "[architecture]"), ("stages", list, "[[stages]]")):
+        if not isinstance(raw.get(key), kind):
+            raise ValueError(f"{file}: {key} is {'missing' if key not in raw else repr(raw[key])}; give {example}")
     try:
         recipe = Recipe(
             name=folder.resolve().name,
@@ -95,7 +110,7 @@ def read_recipe(folder: Path) -> Recipe:
             sample_tokens=raw.pop("sample_tokens", 0),
             digest=hashlib.sha256(text.encode()).hexdigest()[:16],
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from None
     if raw:
         raise ValueError(f"{file}: unknown keys {sorted(raw)}")

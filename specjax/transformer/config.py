@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class DecoderConfig:
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -75,6 +76,8 @@ class DecoderConfig:
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None:
+            for name in ("hidden_size", "num_attention_heads"):
+                check_integer(name, getattr(self, name), _LEAST[name])
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
                     f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
@@ -82,9 +85,14 @@ class DecoderConfig:
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         for name, least in _LEAST.items():
+            check_integer(name, getattr(self, name), least)
+        for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a number above 0, got {value!r}")
+        for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
@@ -117,16 +125,15 @@ class DecoderConfig:
             raise ValueError(f"model_type {model_type!r} is not supported; supported: 'llama'")
         rope = raw.pop("rope_parameters", None)  # the spelling of transformers 5
         if rope is not None:
-            rope = dict(rope)
-            if rope.pop("rope_type", "default") != "default":
-                raise ValueError(f"rope_parameters {raw!r} is not supported; supported: rope_type 'default'")
-            raw |= rope
+            if not isinstance(rope, Mapping) or rope.get("rope_type", "default") != "default":
+                raise ValueError(f"rope_parameters {rope!r} is not supported; supported: rope_type 'default'")
+            raw |= {key: value for key, value in rope.items() if key != "rope_type"}
         for key, value in _ONLY.items():
             given = raw.pop(key, value)
             if given != value:
                 raise ValueError(f"config key {key!r} is {given!r}; this decoder computes only {value!r}")
         names = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(raw.keys() - names - _IGNORED)
+        unknown = {key: raw[key] for key in sorted(raw.keys() - names - _IGNORED)}
         if unknown:
             raise ValueError(
                 f"config keys {unknown} are unknown and might change the model; remove them if they do not"
@@ -145,6 +152,12 @@ class DecoderConfig:
             "hidden_act": "silu",
             **dataclasses.asdict(self),
         }
+
+
+def check_integer(name: str, value: Any, least: int) -> None:
+    """Raises ValueError unless the value is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
 _LEAST = {
