@@ -147,7 +147,7 @@ def note(message: str) -> None:
     print(message, end="", file=sys.stderr, flush=True)
 
 
-def open_drafter(spec: str | None, target: specjax.LanguageModel, target_dir: Path, num_draft: int):
+def open_drafter(spec: str | None, target: specjax.LanguageModel, tokenizer: Any, target_dir: Path, num_draft: int):
     """Returns the drafter that a ``--drafter`` value names, and the value."""
     if spec is None:
         spec = f"model:{SHIPPED_DRAFT}" if target_dir.resolve() == SHIPPED else "ngram"
@@ -158,7 +158,10 @@ def open_drafter(spec: str | None, target: specjax.LanguageModel, target_dir: Pa
     kind, _, folder = spec.partition(":")
     if kind != "model" or not folder:
         raise ValueError(f"--drafter is {spec!r}; give model:DIR, ngram or none")
-    return specjax.load_drafter(folder, target, num_draft=num_draft), spec
+    drafter = specjax.load_drafter(folder, target, num_draft=num_draft)
+    if specjax.load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"{folder} and {target_dir} have other tokenizers; give a drafter trained with the target's")
+    return drafter, spec
 
 
 class Transcript:
@@ -357,7 +360,7 @@ def main(argv: list[str] | None = None) -> None:
         prompts = args.prompts or [piped_text() or PROMPT]
         target = specjax.load(args.target)
         tokenizer = specjax.load_tokenizer(args.target)
-        drafter, spec = open_drafter(args.drafter, target, args.target, args.num_draft)
+        drafter, spec = open_drafter(args.drafter, target, tokenizer, args.target, args.num_draft)
         if args.compare and drafter is None:
             raise ValueError("--compare needs a drafter to compare with plain decoding; --drafter is none")
         transcripts = [Transcript(tokenizer, prompt, args.max_new_tokens) for prompt in prompts]

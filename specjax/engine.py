@@ -76,7 +76,7 @@ def _prefill(
     drafter = _NoDrafter() if drafter is None else drafter
     rows, width = prompt_bt.shape
     length_b = request.prompt_length_b
-    inside_bt = jnp.arange(width)[None] < length_b[:, None]
+    inside_bt = jnp.arange(width, dtype=jnp.int32)[None] < length_b[:, None]
     tokens_bs = jnp.pad(jnp.where(inside_bt, prompt_bt, 0), ((0, 0), (0, slots - width)))
     zero_b = jnp.zeros((rows,), jnp.int32)
     zero_bg = jnp.zeros((rows, drafter.num_draft), jnp.int32)
@@ -154,14 +154,14 @@ def _make_draw(distributions: Callable[[Array, Array], Array], draws: RoundDraws
 
 def _emitted(drafts_bg: Array, accepted_b: Array, next_b: Array) -> Array:
     """Returns ``[b, g+1]``: the accepted drafts, and the next token in every place behind them."""
-    place_t = jnp.arange(drafts_bg.shape[1] + 1)[None]
+    place_t = jnp.arange(drafts_bg.shape[1] + 1, dtype=jnp.int32)[None]
     drafts_bt = jnp.pad(drafts_bg, ((0, 0), (0, 1)))
     return jnp.where(place_t < accepted_b[:, None], drafts_bt, next_b[:, None])
 
 
 def _cut(emitted_bt: Array, count_b: Array, stop_tokens_k: Array) -> tuple[Array, Array]:
     """Returns how many of ``count_b`` tokens to emit, up to and with the first stop token, and whether there is one."""
-    place_t = jnp.arange(emitted_bt.shape[1])[None]
+    place_t = jnp.arange(emitted_bt.shape[1], dtype=jnp.int32)[None]
     stops_bt = (emitted_bt[..., None] == stop_tokens_k[None, None]).any(-1) & (place_t < count_b[:, None])
     stopped_b = stops_bt.any(-1)
     return jnp.where(stopped_b, jnp.argmax(stops_bt, axis=-1).astype(jnp.int32) + 1, count_b), stopped_b
@@ -169,7 +169,7 @@ def _cut(emitted_bt: Array, count_b: Array, stop_tokens_k: Array) -> tuple[Array
 
 def _append(tokens_bs: Array, length_b: Array, emitted_bt: Array, count_b: Array) -> Array:
     """Writes ``count_b`` tokens behind each row's end; all other slots keep what they hold."""
-    place_bs = jnp.arange(tokens_bs.shape[1])[None] - length_b[:, None]
+    place_bs = jnp.arange(tokens_bs.shape[1], dtype=jnp.int32)[None] - length_b[:, None]
     source_bs = jnp.clip(place_bs, 0, emitted_bt.shape[1] - 1)
     written_bs = (place_bs >= 0) & (place_bs < count_b[:, None])
     return jnp.where(written_bs, jnp.take_along_axis(emitted_bt, source_bs, axis=1), tokens_bs)
@@ -178,7 +178,7 @@ def _append(tokens_bs: Array, length_b: Array, emitted_bt: Array, count_b: Array
 def _tally(stats: Stats, running_b: Array, drafted_b: Array, accepted_b: Array, emitted_b: Array) -> Stats:
     running_b = running_b.astype(jnp.int32)
     drafted_b, accepted_b = drafted_b * running_b, accepted_b * running_b
-    place_g = jnp.arange(stats.drafted_at_bg.shape[1])[None]
+    place_g = jnp.arange(stats.drafted_at_bg.shape[1], dtype=jnp.int32)[None]
 
     def reached(count_b: Array) -> Array:
         return (place_g < count_b[:, None]).astype(jnp.int32)

@@ -3,6 +3,7 @@
 Values are checked whenever they are known, that is outside ``jit``; under ``jit`` only shapes and dtypes are.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -135,13 +136,16 @@ def lay_out(
         padded = min(bucket(width, _SMALLEST_PROMPT), allocated)
         prompt_bt = np.pad(np.asarray(prompt_bt), ((0, 0), (0, padded - width)))
 
-    sampling = sampling.per_row(rows)
-    prompt_length_b = jnp.asarray(prompt_length_b, jnp.int32)
-    new_b = jnp.full((rows,), max_new_tokens, jnp.int32)
-    if sampling.max_new_tokens is not None:
-        new_b = jnp.minimum(new_b, jnp.asarray(sampling.max_new_tokens))
-    request = Request(prompt_length_b, prompt_length_b + new_b, stop_tokens_k, sampling)
-    return jnp.asarray(prompt_bt, jnp.int32), request, allocated
+    own = max_new_tokens if sampling.max_new_tokens is None else sampling.max_new_tokens
+    sampling = dataclasses.replace(sampling, max_new_tokens=own).per_row(rows)  # None would be another loop
+    prompt_length_b = _int32(prompt_length_b)
+    limit_b = prompt_length_b + jnp.minimum(jnp.asarray(sampling.max_new_tokens), max_new_tokens)
+    return _int32(prompt_bt), Request(prompt_length_b, limit_b, _int32(stop_tokens_k), sampling), allocated
+
+
+def _int32(array: Any) -> Array:
+    """Returns the array on the device. One from the host is converted there, which compiles nothing."""
+    return jnp.asarray(array.astype(np.int32))
 
 
 def _is_known(tree: Any) -> bool:
@@ -236,18 +240,19 @@ def _check_prompt(prompt_bt: np.ndarray, prompt_length_b: np.ndarray, vocab: int
             )
 
 
-def _stop_tokens(stop_tokens: Any, vocab: int) -> Array:
+def _stop_tokens(stop_tokens: Any, vocab: int) -> Any:
+    """Returns the ids, padded with -1 to a bucket if they are known."""
     array = _integers("stop_tokens", stop_tokens if np.size(stop_tokens) else np.zeros((0,), np.int32))
     if array.ndim > 1:
         raise ValueError(f"stop_tokens has shape {array.shape}; give a flat sequence of token ids")
     array = array.reshape(-1)
     if not _is_known(array):
-        return array.astype(jnp.int32)
+        return array
     array = np.asarray(array)
     if array.size and not (0 <= array.min() and array.max() < vocab):
         raise ValueError(f"stop_tokens are {array.tolist()}; the target's ids are 0 to {vocab - 1}")
     padded = bucket(max(array.size, 1), _STOP_TOKENS)
-    return jnp.asarray(np.pad(array, (0, padded - array.size), constant_values=-1), jnp.int32)
+    return np.pad(array.astype(np.int32), (0, padded - array.size), constant_values=-1)
 
 
 # name -> (holds for all values, what the values must be)

@@ -104,7 +104,7 @@ def _penalized(sampling: Sampling) -> Array:
 def count(tokens_bs: Array, prompt_length_b: Array, length_b: Array, vocab: int, sampling: Sampling) -> Counts:
     """Counts the tokens of each row."""
     rows, slots = tokens_bs.shape
-    slot_s = jnp.arange(slots)[None]
+    slot_s = jnp.arange(slots, dtype=jnp.int32)[None]
 
     def histogram(inside_bs: Array) -> Array:
         row_b = jnp.arange(rows)[:, None]
@@ -169,7 +169,9 @@ def warp(logits_btv: Array, sampling: Sampling) -> Array:
     greedy = jax.nn.one_hot(jnp.argmax(logits_btv, axis=-1), logits_btv.shape[-1], dtype=jnp.float32)
 
     def sampled() -> Array:
-        probs = jax.nn.softmax(logits_btv / jnp.where(greedy_b11, 1.0, _column(sampling.temperature)), axis=-1)
+        # The highest logit becomes 0, or a tiny temperature would divide it to infinity.
+        below_btv = logits_btv - jnp.max(logits_btv, axis=-1, keepdims=True)
+        probs = jax.nn.softmax(below_btv / jnp.where(greedy_b11, 1.0, _column(sampling.temperature)), axis=-1)
         filters = (
             (jnp.asarray(sampling.top_k) > 0) | (jnp.asarray(sampling.top_p) < 1) | (jnp.asarray(sampling.min_p) > 0)
         )
@@ -190,7 +192,9 @@ def _filter(probs_btv: Array, sampling: Sampling) -> Array:
     probs = jnp.where((top_p == 1) | (probs >= last), probs, 0.0)
 
     probs = jnp.where(probs >= min_p * jnp.max(probs, axis=-1, keepdims=True), probs, 0.0)
-    return probs / jnp.sum(probs, axis=-1, keepdims=True)
+    probs = probs / jnp.sum(probs, axis=-1, keepdims=True)
+    # A row without filters keeps its bits, whatever its neighbours ask for.
+    return jnp.where((top_k == 0) & (top_p == 1) & (min_p == 0), probs_btv, probs)
 
 
 def _largest(probs_btv: Array, enough: Any) -> Array:

@@ -61,7 +61,7 @@ def block_thresholds(tokens_bg: Array, p_bsv: Array, q_bgv: Array, length_b: Arr
     left_bg = jnp.maximum(reached_bg[..., None] * p_bsv[:, 1:] - q_next, 0).sum(-1)
     over_bg = left_bg + 1 - reached_bg
     certain_bg = over_bg <= 0  # S = 0 and P = 1: the two models agree from here on
-    last_bg = jnp.arange(g)[None] == length_b[:, None] - 1
+    last_bg = jnp.arange(g, dtype=jnp.int32)[None] == length_b[:, None] - 1
     one = jnp.ones((), p_bsv.dtype)
     return Thresholds(
         jnp.where(last_bg, reached_bg, jnp.where(certain_bg, one, left_bg)),
@@ -72,7 +72,7 @@ def block_thresholds(tokens_bg: Array, p_bsv: Array, q_bgv: Array, length_b: Arr
 
 def leading(success_bg: Array) -> Array:
     """Returns how many drafts succeed before the first that fails."""
-    return jnp.cumprod(success_bg.astype(jnp.int32), axis=-1).sum(-1)
+    return jnp.cumprod(success_bg.astype(jnp.int32), axis=-1).sum(-1, dtype=jnp.int32)
 
 
 def last(success_bg: Array) -> Array:
@@ -111,7 +111,7 @@ class ChainRule:
         rows, g = proposal.tokens_bg.shape
         q_bgv = draft_probs(proposal, target_bsv.shape[-1], target_bsv.dtype)
         numerator, denominator, scale_bs = self.thresholds(proposal.tokens_bg, target_bsv, q_bgv, proposal.length_b)
-        proposed_bg = jnp.arange(g)[None] < proposal.length_b[:, None]
+        proposed_bg = jnp.arange(g, dtype=jnp.int32)[None] < proposal.length_b[:, None]
         success_bg = (draws.uniforms(g) * denominator < numerator) & proposed_bg
         accepted_b = self.keep(success_bg)
         row_b = jnp.arange(rows)
@@ -131,7 +131,7 @@ class CoupledRule:
         rows, g = proposal.tokens_bg.shape
         offsets = [jnp.full((rows,), j, jnp.int32) for j in range(g + 1)]
         own_bs = jnp.stack([draws.emit(target_bsv[:, j], offsets[j]) for j in range(g + 1)], axis=1)
-        proposed_bg = jnp.arange(g)[None] < proposal.length_b[:, None]
+        proposed_bg = jnp.arange(g, dtype=jnp.int32)[None] < proposal.length_b[:, None]
         accepted_b = leading((proposal.tokens_bg == own_bs[:, :g]) & proposed_bg)
         return Verdict(accepted_b, own_bs[jnp.arange(rows), accepted_b])
 

@@ -339,6 +339,7 @@ ERRORS = {
     "truncated target": (["--target", "{pair}/truncated"], "truncated"),
     "target without tokenizer": (["--target", "{pair}/mute"], "tokenizer.json does not exist"),
     "draft of another vocabulary": (["--drafter", "model:{pair}/other"], "vocabulary of 270 tokens"),
+    "draft of another tokenizer": (["--drafter", "model:{pair}/foreign"], "other tokenizers"),
     "missing draft": (["--drafter", "model:{pair}/absent"], "absent is not a folder"),
     "unknown drafter": (["--drafter", "eagle"], "'eagle'; give model:DIR, ngram or none"),
     "drafter without folder": (["--drafter", "model:"], "'model:'; give model:DIR, ngram or none"),
@@ -370,6 +371,8 @@ def damaged(pair):
     (pair / "binary").write_bytes(b"\xff\xfe\x00")
     shutil.copytree(pair / "target", pair / "mute")
     (pair / "mute" / "tokenizer.json").unlink()
+    shutil.copytree(pair / "draft", pair / "foreign")
+    train_tokenizer(["while true; do echo foreign; done\n"] * 3, 262).save(str(pair / "foreign" / "tokenizer.json"))
     shutil.copytree(pair / "target", pair / "truncated")
     for file in (pair / "truncated" / "params").rglob("*"):
         if file.is_file() and file.stat().st_size > 1000:

@@ -180,8 +180,9 @@ def test_bfloat16_stays_near_the_twin():
 
 def test_windows_double_up_to_the_allocated_slots():
     assert attention_windows(1) == (1,)
-    assert attention_windows(255) == (255,)
-    assert attention_windows(256) == (256,)
+    assert attention_windows(2) == (1, 2)
+    assert attention_windows(255) == (127, 254, 255)
+    assert attention_windows(256) == (128, 256)
     assert attention_windows(257) == (256, 257)
     assert attention_windows(512) == (256, 512)
     assert attention_windows(600) == (256, 512, 600)

@@ -1,5 +1,6 @@
 """Grouped-query attention over a cache whose allocated length is not what it costs."""
 
+import functools
 import math
 
 import jax
@@ -31,27 +32,28 @@ def attend(query_bnth: Array, keys_bksh: Array, values_bksh: Array, position_bt:
     def over(window: int, query: Array, keys_bksh: Array, values_bksh: Array, position_bt: Array) -> Array:
         keys, values = keys_bksh[:, :, :window], values_bksh[:, :, :window]
         scores = jnp.einsum("bkqh,bksh->bkqs", query, keys, preferred_element_type=jnp.float32)
-        seen_bts = jnp.arange(window)[None, None] <= position_bt[:, :, None]
+        seen_bts = jnp.arange(window, dtype=position_bt.dtype)[None, None] <= position_bt[:, :, None]
         scores = scores.reshape(b, n, t, window)
         scores = jnp.where(seen_bts[:, None], scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
         return jnp.einsum("bkqs,bksh->bkqh", weights.reshape(b, k, n // k * t, window), values)
 
     windows = attention_windows(slots)
-    operands = (query, keys_bksh, values_bksh, position_bt)
-    if len(windows) == 1:
-        out = over(slots, *operands)
-    else:
-        needed = jnp.max(position_bt) + 1
-        index = jnp.sum(needed > jnp.asarray(windows[:-1], needed.dtype))
-        out = lax.switch(index, [lambda *x, w=w: over(w, *x) for w in windows], *operands)
+    needed = jnp.max(position_bt) + 1
+    index = jnp.sum(needed > jnp.asarray(windows[:-1], needed.dtype))
+    branches = [functools.partial(over, window) for window in windows]
+    out = lax.switch(index, branches, query, keys_bksh, values_bksh, position_bt)
     return out.reshape(b, n, t, h)
 
 
 def attention_windows(slots: int) -> tuple[int, ...]:
-    """Returns the compiled windows: doubling from ``SMALLEST_WINDOW``, the last one ``slots``."""
+    """Returns the compiled windows: doubling from 256, the last one ``slots``.
+
+    A short cache has two as well: a product that reads the cache directly, not from a branch of ``lax.switch``, can
+    make XLA copy it.
+    """
     windows = []
-    window = SMALLEST_WINDOW
+    window = min(SMALLEST_WINDOW, max(slots // 2, 1))
     while window < slots:
         windows.append(window)
         window *= 2
