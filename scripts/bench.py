@@ -2,8 +2,9 @@
 
 Everything is compared as a ratio of medians that were timed in turn in one run, after a warm-up that compiles.
 ``width``: a target pass over t tokens against one over 1. ``round``: a whole round against its drafter steps and
-target pass alone. ``slots``: a step with many slots allocated against few, equally many in use. ``speed``: text per
-second against plain decoding, on openings of held-out modules.
+target pass, each alone, and against both in turn in one loop, where each finds the other's weights in the CPU's
+caches. ``slots``: a step with many slots allocated against few, equally many in use. ``speed``: text per second
+against plain decoding, on openings of held-out modules.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,16 +32,19 @@ LOOP = 20  # rounds or passes inside one timed call, so that dispatch from the h
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=[*BENCHMARKS, []], help="default: all")
+    parser.add_argument("what", nargs="*", metavar="WHAT", help=f"of {', '.join(BENCHMARKS)}; default: all")
     parser.add_argument("--target", type=Path, default=ROOT / "checkpoints" / "py-14m")
     parser.add_argument("--draft", type=Path, default=ROOT / "checkpoints" / "py-14m-draft")
-    parser.add_argument("--num-draft", type=int, nargs="+", default=[5], metavar="G")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="B", help="for speed")
+    parser.add_argument("--num-draft", type=int, nargs="+", default=[4], metavar="G")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8], metavar="B", help="for speed")
     parser.add_argument("--prompts", type=int, default=8, help="for speed; rounded up to whole batches")
     parser.add_argument("--new-tokens", type=int, default=192, help="for speed")
     parser.add_argument("--repeats", type=int, default=15, help="timings whose median is taken")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     args = parser.parse_args(argv)
+    warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # what a part does not return
+    if unknown := set(args.what) - BENCHMARKS.keys():
+        parser.error(f"unknown benchmark {', '.join(sorted(unknown))}; choose from {', '.join(BENCHMARKS)}")
     try:
         args.model = specjax.load(args.target)
         args.drafters = {g: specjax.load_drafter(args.draft, args.model, g) for g in args.num_draft}
@@ -52,16 +57,23 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def medians(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Returns each call's median seconds; the calls take turns."""
+def medians(calls: dict[str, Callable[[], Any]], repeats: int, inputs: Any = None) -> dict[str, float]:
+    """Returns each call's median seconds; the calls take turns.
+
+    Args:
+      calls: what to time.
+      repeats: how often.
+      inputs: for each call a pytree that it consumes (its buffers are donated); a copy is made before each run, so
+        that copying caches is not timed.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        jax.block_until_ready(call())
-    for _ in range(repeats):
+    for run in range(repeats + 1):
         for name, call in calls.items():
+            consumed = () if inputs is None else (jax.block_until_ready(jax.tree.map(jnp.copy, inputs[name])),)
             begin = time.perf_counter()
-            jax.block_until_ready(call())
-            times[name].append(time.perf_counter() - begin)
+            jax.block_until_ready(call(*consumed))
+            if run:  # the first compiles
+                times[name].append(time.perf_counter() - begin)
     return {name: float(np.median(values)) for name, values in times.items()}
 
 
@@ -75,8 +87,8 @@ def table(title: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-@functools.partial(jax.jit, static_argnames="width")
-def target_passes(target: specjax.LanguageModel, cache: Any, start_b: Array, *, width: int) -> Array:
+@functools.partial(jax.jit, static_argnames="width", donate_argnames="cache")
+def target_passes(target: specjax.LanguageModel, start_b: Array, cache: Any, *, width: int) -> Any:
     """Runs ``LOOP`` target passes of ``width`` tokens, each fed the argmax of the last."""
 
     def one(_, carry):
@@ -85,45 +97,55 @@ def target_passes(target: specjax.LanguageModel, cache: Any, start_b: Array, *, 
         return jnp.argmax(output.logits_btv, -1).astype(jnp.int32), output.cache
 
     tokens_bt = jnp.ones((start_b.shape[0], width), jnp.int32)
-    return lax.fori_loop(0, LOOP, one, (tokens_bt, cache))[0]
+    return lax.fori_loop(0, LOOP, one, (tokens_bt, cache))
 
 
-@jax.jit
-def drafter_steps(target: specjax.LanguageModel, drafter: Any, state: specjax.State) -> Array:
-    """Runs ``LOOP`` proposals from a state, drawn greedily or by temperature as the state asks, no more than that."""
+def simple_draw(state: specjax.State) -> Callable[[Array, Array], tuple[Array, Array]]:
+    """Returns a ``draw`` that does no more than must be: greedily or at temperature 1, as the state asks."""
 
     def draw(logits_bv, prefix_bi):
-        greedy_b = jnp.argmax(logits_bv, -1).astype(jnp.int32)
-        sampled = jnp.any(state.request.sampling.temperature > 0)
         key = jax.random.fold_in(jax.random.key(0), prefix_bi.sum())
 
         def sample():
             token_b = jax.random.categorical(key, logits_bv, axis=-1).astype(jnp.int32)
             return token_b, jax.nn.softmax(logits_bv, -1)
 
-        one_hot = lambda: (greedy_b, jax.nn.one_hot(greedy_b, logits_bv.shape[-1]))
-        return lax.cond(sampled, sample, one_hot)
+        def greedy():
+            token_b = jnp.argmax(logits_bv, -1).astype(jnp.int32)
+            return token_b, jax.nn.one_hot(token_b, logits_bv.shape[-1])
+
+        return lax.cond(jnp.any(state.request.sampling.temperature > 0), sample, greedy)
+
+    return draw
+
+
+@functools.partial(jax.jit, donate_argnames="state", static_argnames="with_target")
+def parts(target: specjax.LanguageModel, drafter: Any, state: specjax.State, *, with_target: bool) -> Any:
+    """Runs ``LOOP`` proposals, with a target pass over each or without: rounds that verify and write nothing."""
+    draw = simple_draw(state)
 
     def one(_, carry):
-        tokens_bs, draft = carry
-        context = specjax.Context(target, None, tokens_bs, state.length_b)
-        proposal, draft = drafter.propose(draft, context, draw)
-        # The next proposal depends on this one, so that none can be left out.
-        return tokens_bs.at[:, 0].set(proposal.tokens_bg[:, -1]), draft
+        tokens_bs, draft, cache = carry
+        proposal, draft = drafter.propose(draft, specjax.Context(target, cache, tokens_bs, state.length_b), draw)
+        next_b = proposal.tokens_bg[:, -1]
+        if with_target:
+            fed_bt = jnp.concatenate([tokens_bs[:, :1], proposal.tokens_bg], axis=1)
+            output = target.forward(target.params, fed_bt, cache, state.length_b - 1)
+            next_b, cache = jnp.argmax(output.logits_btv[:, -1], -1).astype(jnp.int32), output.cache
+        return tokens_bs.at[:, 0].set(next_b), draft, cache  # the next pass depends on this one: none can be left out
 
-    return lax.fori_loop(0, LOOP, one, (state.tokens_bs, state.draft))[0]
+    return lax.fori_loop(0, LOOP, one, (state.tokens_bs, state.draft, state.cache))
 
 
-@functools.partial(jax.jit, static_argnames="verify")
-def rounds(target: specjax.LanguageModel, drafter: Any, state: specjax.State, *, verify=specjax.verify.block) -> Any:
+@functools.partial(jax.jit, donate_argnames="state")
+def rounds(target: specjax.LanguageModel, drafter: Any, state: specjax.State) -> specjax.State:
     """Runs ``LOOP`` rounds."""
-    body = lambda _, state: specjax.step(target, state, drafter=drafter, verify=verify)
-    return lax.fori_loop(0, LOOP, body, state).length_b
+    return lax.fori_loop(0, LOOP, lambda _, state: specjax.step(target, state, drafter=drafter), state)
 
 
-def ready(target: specjax.LanguageModel, drafter: Any, temperature: float, length: int, slots: int) -> specjax.State:
+def ready(args: argparse.Namespace, drafter: Any, temperature: float, length: int, slots: int) -> specjax.State:
     """Returns the state of one row of ``length`` tokens."""
-    prompt = held_out_openings(length, 1)
+    target, prompt = args.model, held_out_openings(args.target, length, 1)
     room = min(target.max_positions or slots, slots - 16) - length
     sampling = specjax.Sampling(temperature=temperature)
     return specjax.prefill(target, prompt, drafter=drafter, sampling=sampling, max_new_tokens=room, slots=slots)
@@ -137,9 +159,9 @@ def held_out_tokens(tokenizer_folder: Path) -> np.ndarray:
     return training.encode_texts(tokenizer, texts)
 
 
-def held_out_openings(length: int, count: int) -> np.ndarray:
+def held_out_openings(tokenizer_folder: Path, length: int, count: int) -> np.ndarray:
     """Returns ``count`` windows of ``length`` tokens from held-out modules."""
-    return training.Windows(held_out_tokens(ROOT / "checkpoints" / "py-14m"), length, count, seed=0).batch(0)
+    return training.Windows(held_out_tokens(tokenizer_folder), length, count, seed=0).batch(0)
 
 
 def bench_width(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -147,8 +169,8 @@ def bench_width(args: argparse.Namespace) -> list[dict[str, Any]]:
     start_b = jnp.asarray([300], jnp.int32)
     cache = args.model.init_cache(1, 512)
     widths = range(1, 10)
-    calls = {str(t): functools.partial(target_passes, args.model, cache, start_b, width=t) for t in widths}
-    seconds = medians(calls, args.repeats)
+    calls = {str(t): functools.partial(target_passes, args.model, start_b, width=t) for t in widths}
+    seconds = medians(calls, args.repeats, dict.fromkeys(calls, cache))
     return table(
         "Target pass by width",
         [{"tokens": t, "ms": seconds[str(t)] / LOOP * 1e3, "ratio": seconds[str(t)] / seconds["1"]} for t in widths],
@@ -156,24 +178,27 @@ def bench_width(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def bench_round(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A round against the sum of its parts."""
+    """A round against its parts."""
     rows = []
     for g, drafter in args.drafters.items():
         for temperature in (0.0, 1.0):
-            state = ready(args.model, drafter, temperature, 200, 512)
+            state = ready(args, drafter, temperature, 200, 512)
             calls = {
-                "round": functools.partial(rounds, args.model, drafter, state),
-                "drafter": functools.partial(drafter_steps, args.model, drafter, state),
-                "target": functools.partial(target_passes, args.model, state.cache, state.length_b - 1, width=g + 1),
-                "plain": functools.partial(target_passes, args.model, state.cache, state.length_b - 1, width=1),
+                "round": functools.partial(rounds, args.model, drafter),
+                "drafter": functools.partial(parts, args.model, drafter, with_target=False),
+                "target": functools.partial(target_passes, args.model, state.length_b - 1, width=g + 1),
+                "in turn": functools.partial(parts, args.model, drafter, with_target=True),
             }
-            seconds = medians(calls, args.repeats)
-            milliseconds = {name: value / LOOP * 1e3 for name, value in seconds.items()}
-            alone = milliseconds["drafter"] + milliseconds["target"]
+            inputs = dict.fromkeys(calls, state) | {"target": state.cache}
+            milliseconds = {k: v / LOOP * 1e3 for k, v in medians(calls, args.repeats, inputs).items()}
             rows.append(
                 {"num_draft": g, "temperature": temperature}
                 | {f"{name} ms": value for name, value in milliseconds.items()}
-                | {"round / (drafter + target)": milliseconds["round"] / alone}
+                | {
+                    "round / (drafter + target)": milliseconds["round"]
+                    / (milliseconds["drafter"] + milliseconds["target"]),
+                    "round / in turn": milliseconds["round"] / milliseconds["in turn"],
+                }
             )
     return table("A round against its parts", rows)
 
@@ -182,9 +207,8 @@ def bench_slots(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A step at 300 tokens in use, by slots allocated."""
     rows = []
     for name, drafter in {"plain": None, **{f"g = {g}": d for g, d in args.drafters.items()}}.items():
-        states = {str(slots): ready(args.model, drafter, 0.0, 300, slots) for slots in (512, 4096)}
-        calls = {slots: functools.partial(rounds, args.model, drafter, state) for slots, state in states.items()}
-        seconds = medians(calls, args.repeats)
+        states = {str(slots): ready(args, drafter, 0.0, 300, slots) for slots in (512, 4096)}
+        seconds = medians(dict.fromkeys(states, functools.partial(rounds, args.model, drafter)), args.repeats, states)
         rows.append(
             {"drafter": name}
             | {f"{slots} slots, ms": value / LOOP * 1e3 for slots, value in seconds.items()}
@@ -198,7 +222,7 @@ def bench_speed(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for batch in args.batch:
         count = -(-args.prompts // batch)
-        prompts = held_out_openings(64, count * batch).reshape(count, batch, 64)
+        prompts = held_out_openings(args.target, 64, count * batch).reshape(count, batch, 64)
         for temperature in (0.0, 1.0):
             rows += [speed(args, g, temperature, prompts) for g in args.drafters]
     return table("Speed-up over plain decoding on held-out modules", rows)

@@ -6,6 +6,8 @@ command goes on from the last checkpoint in ``runs/NAME`` and ends with the same
 
 import argparse
 import dataclasses
+import hashlib
+import json
 import platform
 import sys
 from collections.abc import Callable
@@ -30,9 +32,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="resumable state; default: %(default)s")
     parser.add_argument("--save-every", type=int, default=100, help="steps between saves; default: %(default)s")
     args = parser.parse_args(argv)
+    if args.save_every < 1:
+        parser.error(f"--save-every is {args.save_every}; give at least 1")
     try:
         train(args.recipe, args.checkpoints, args.runs, args.save_every)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -54,6 +58,7 @@ def train(folder: Path, checkpoints: Path, runs: Path, save_every: int) -> None:
         teacher = specjax.load(checkpoints / recipe.drafts_for)
         tokenizer = specjax.load_tokenizer(checkpoints / recipe.drafts_for)
     corpus, held_out = training.encode_texts(tokenizer, kept), training.encode_texts(tokenizer, held)
+    start_run(run, recipe, teacher, corpus)
     print(f"{len(kept)} modules, {len(corpus):,} tokens; held out: {len(held)} modules, {len(held_out):,} tokens")
 
     texts = {"corpus": corpus}
@@ -101,6 +106,27 @@ def train(folder: Path, checkpoints: Path, runs: Path, save_every: int) -> None:
     plot(history, checkpoints / recipe.name / "loss.png")
 
 
+def start_run(run: Path, recipe: training.Recipe, teacher: specjax.LanguageModel | None, corpus: np.ndarray) -> None:
+    """Writes down what the folder's checkpoints come from, or makes sure that it is what they came from."""
+    digest = hashlib.sha256(corpus.tobytes())
+    for leaf in jax.tree.leaves(None if teacher is None else teacher.params):
+        digest.update(np.asarray(leaf).tobytes())
+    origin = {"recipe": recipe.digest, "text and target": digest.hexdigest()[:16]}
+    file = run / "origin.json"
+    if not file.is_file():
+        if run.is_dir() and any(run.iterdir()):
+            raise ValueError(f"{run} holds something else than a run; move it away or give another --runs")
+        run.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(origin), encoding="utf-8")
+        return
+    there = json.loads(file.read_text(encoding="utf-8"))
+    changed = [name for name, value in origin.items() if there.get(name) != value]
+    if changed:
+        raise ValueError(
+            f"{run} is a run of another {' and '.join(changed)}; remove it to start anew, or restore what has changed"
+        )
+
+
 def batches(stage: training.Stage, texts: dict[str, np.ndarray], seed: int) -> Callable[[int], np.ndarray]:
     """Returns ``batch(step)`` over the stage's text; over both texts, they take turns."""
     names = ("corpus", "samples") if stage.text == "both" else (stage.text,)
@@ -132,7 +158,9 @@ def draw_samples(
             bar.update(int(np.sum(generation.stats.emitted_b)))
     samples = np.concatenate(pieces)
     file.parent.mkdir(parents=True, exist_ok=True)
-    np.save(file, samples)
+    partial = file.with_suffix(".partial.npy")
+    np.save(partial, samples)
+    partial.replace(file)
     return samples
 
 

@@ -35,8 +35,13 @@ def save(
     tokenizer.save(str(partial / "tokenizer.json"))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(partial / "params", params)
-    shutil.rmtree(path, ignore_errors=True)
+    (partial / "params" / "commit_success.txt").unlink(missing_ok=True)  # Orbax wrote the folder's absolute path there
+    old = path.with_name(path.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
     partial.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_json(path: Path, value: Any) -> None:

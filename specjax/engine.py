@@ -105,17 +105,32 @@ def step(
       state: from ``prefill`` or an earlier round.
       drafter: the drafter that ``state`` was made with.
       verify: a rule of ``specjax.verify``.
+
+    Raises:
+      ValueError, TypeError: the drafter is not the state's, or a model, drafter or rule breaks its contract.
     """
+    check_rule(verify)
     drafter = _NoDrafter() if drafter is None else drafter
+    rows, g = state.stats.drafted_at_bg.shape
+    if drafter.num_draft != g:
+        raise ValueError(
+            f"the drafter proposes {drafter.num_draft} tokens and the state was made for {g}: give prefill and step "
+            "the same drafter"
+        )
     request, sampling = state.request, state.request.sampling
     context = Context(target, state.cache, state.tokens_bs, state.length_b)
     draws = RoundDraws(state.keys_b, state.length_b, jnp.any(jnp.asarray(sampling.temperature) > 0))
     counts = sampling_lib.count(state.tokens_bs, request.prompt_length_b, state.length_b, target.vocab_size, sampling)
 
     def distributions(logits_btv: Array, drafts_bi: Array) -> Array:
+        logits_btv = logits_btv.astype(jnp.float32)
         return sampling_lib.warp(sampling_lib.penalize(logits_btv, sampling, counts, drafts_bi), sampling)
 
     proposal, draft = drafter.propose(state.draft, context, _make_draw(distributions, draws, verify.shares_noise))
+    _check("the drafter's tokens_bg", proposal.tokens_bg, (rows, g), jnp.int32)
+    _check("the drafter's length_b", proposal.length_b, (rows,), jnp.int32)
+    if proposal.probs_bgv is not None:
+        _check("the drafter's probs_bgv", proposal.probs_bgv, (rows, g, target.vocab_size), jnp.float32)
     # A row with room for r more tokens can use r - 1 drafts; given no more, it ends at its limit exactly.
     room_b = jnp.where(state.done_b, 0, request.limit_b - state.length_b - 1)
     proposal = dataclasses.replace(proposal, length_b=jnp.minimum(proposal.length_b, room_b))
@@ -125,6 +140,7 @@ def step(
         [jnp.take_along_axis(state.tokens_bs, start_b[:, None], axis=1), proposal.tokens_bg], axis=1
     )
     output = target.forward(target.params, fed_bt, state.cache, start_b, drafter.capture)
+    _check("the target's logits_btv", output.logits_btv, (rows, g + 1, target.vocab_size))
     verdict = verify(proposal, distributions(output.logits_btv, proposal.tokens_bg), draws)
 
     emitted_bt = _emitted(proposal.tokens_bg, verdict.num_accepted_b, verdict.next_b)
@@ -140,6 +156,13 @@ def step(
         draft=drafter.commit(draft, context, verdict, output.features),
         stats=_tally(state.stats, ~state.done_b, proposal.length_b, verdict.num_accepted_b, count_b),
     )
+
+
+def _check(name: str, array: Array, shape: tuple[int, ...], dtype: Any = None) -> None:
+    """Raises ValueError unless an array that a model or drafter returned is what its contract says."""
+    if array.shape != shape or (dtype is not None and array.dtype != dtype):
+        wanted = f"{shape}" if dtype is None else f"{shape} and {jnp.dtype(dtype)}"
+        raise ValueError(f"{name} is {array.shape} and {array.dtype}; specjax.types asks for {wanted}")
 
 
 def _make_draw(distributions: Callable[[Array, Array], Array], draws: RoundDraws, shares_noise: bool) -> Draw:

@@ -188,7 +188,7 @@ def _check_model(name: str, model: Any) -> None:
 
 def check_rule(verify: Any) -> None:
     """Raises TypeError unless ``verify`` is a verification rule."""
-    if not (callable(verify) and hasattr(verify, "shares_noise")):
+    if isinstance(verify, type) or not (callable(verify) and hasattr(verify, "shares_noise")):
         raise TypeError(f"verify is {verify!r}; give a rule, such as specjax.verify.block")
 
 
@@ -196,7 +196,7 @@ def check_key(key: Any) -> None:
     """Raises TypeError unless ``key`` is None or one key, of the new kind or the old."""
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
-    raw = dtype == np.uint32 and shape is not None and len(shape) == 1
+    raw = dtype == np.uint32 and shape in ((2,), (4,))
     if key is not None and not typed and not raw:
         raise TypeError(f"key is {key!r}; give one key, as jax.random.key(seed) makes it, or None")
 

@@ -18,7 +18,7 @@ class Output(NamedTuple):
     """What one forward pass returns.
 
     Attributes:
-      logits_btv: next-token logits for each of the t input tokens.
+      logits_btv: next-token logits for each of the t input tokens, of any floating dtype; sampled in float32.
       features: one ``[b, t, d]`` hidden state per captured index, in the order asked for.
       cache: the cache with the t tokens written.
     """

@@ -25,13 +25,13 @@ def llama(config, params, tokens):
         x = x + gated_mlp(layer["mlp"], rms_norm(x, layer["post_attention_layernorm"]["weight"], eps))
         states.append(x)
     states.append(rms_norm(x, params["norm"]["weight"], eps))
-    head = embedding if config["tie_word_embeddings"] else np.asarray(params["lm_head"]["weight"], np.float64)
+    head = embedding if config["tie_word_embeddings"] else np.asarray(params["lm_head"]["kernel"], np.float64).T
     return states[-1] @ head.T, states
 
 
 def linear(layer, x):
-    """``x @ weight.T + bias``, the bias being optional."""
-    y = x @ np.asarray(layer["weight"], np.float64).T
+    """``x @ kernel + bias``, the bias being optional."""
+    y = x @ np.asarray(layer["kernel"], np.float64)
     return y + np.asarray(layer["bias"], np.float64) if "bias" in layer else y
 
 

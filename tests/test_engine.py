@@ -7,6 +7,7 @@ attention or on a model's own cache runs a tiny transformer in float32.
 
 import functools
 
+import chex
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -337,7 +338,7 @@ def test_inside_the_callers_jit():
     tokens, length, stats = program(TARGET, DRAFTERS["another model"], PROMPT, LENGTH, MIXED)
     np.testing.assert_array_equal(length, out.length_b)
     np.testing.assert_array_equal(tokens, out.tokens_bs[:, : tokens.shape[1]])
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(stats), out.stats)
+    chex.assert_trees_all_equal(stats, out.stats)
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 3])
@@ -356,7 +357,7 @@ def test_stream_ends_as_generate_does(rounds):
             stop_tokens=stop_tokens,
         )
     )
-    jax.tree.map(np.testing.assert_array_equal, parts[-1], whole)
+    chex.assert_trees_all_equal(parts[-1], whole)
     assert len(parts) == -(-whole.stats.rounds_b.max() // rounds)
     shown = list(PROMPTS)
     for part in parts:
@@ -483,6 +484,9 @@ def test_any_configuration(drafter, rule, sampling, prompts, stop_tokens):
     out = run(drafter, rule, sampling, prompt, length, stop_tokens=stop_tokens)
     plain = run(None, verify.coupled, sampling, prompt, length, stop_tokens=stop_tokens)
     stats = out.stats
+    chex.assert_type(jax.tree.leaves(out), jnp.int32)
+    chex.assert_shape([out.length_b, out.prompt_length_b, stats.rounds_b, stats.drafted_b, stats.emitted_b], (ROWS,))
+    chex.assert_shape([stats.drafted_at_bg, stats.accepted_at_bg], (ROWS, drafter.num_draft))
     for i, (text, start) in enumerate(zip(texts(out), length, strict=True)):
         new = text[start:]
         assert text[:start] == prompts[i]
@@ -504,3 +508,47 @@ def test_any_configuration(drafter, rule, sampling, prompts, stop_tokens):
     assert (stats.emitted_b <= stats.accepted_b + stats.rounds_b).all()
     assert (stats.rounds_b <= stats.emitted_b).all()
     assert (plain.stats.rounds_b == plain.stats.emitted_b).all() and not plain.stats.drafted_b.any()
+
+
+# What a model or drafter of the caller's breaks.
+
+
+@pytest.mark.parametrize("made_for", [None, "n-gram"])
+def test_step_wants_the_drafter_of_its_state(made_for):
+    """With more drafts than the slots were counted for, the last writes would be shifted onto good slots."""
+    state = specjax.prefill(TARGET, PROMPT, LENGTH, drafter=DRAFTERS.get(made_for), max_new_tokens=NEW)
+    with pytest.raises(ValueError, match=r"proposes 3 tokens and the state was made for \d: give prefill and step"):
+        specjax.step(TARGET, state, drafter=NGramDrafter(3))
+
+
+def test_logits_may_have_any_floating_dtype():
+    def forward(params, tokens_bt, cache, start_b, capture=()):
+        output = TARGET.forward(params, tokens_bt, cache, start_b, capture)
+        return output._replace(logits_btv=output.logits_btv.astype(jnp.bfloat16))
+
+    half = TARGET.replace(forward=forward)
+    rounded = TARGET.replace(params=TARGET.params.astype(jnp.bfloat16).astype(jnp.float32))
+    for drafter in (None, ModelDrafter(half, DRAFTS)):
+        assert texts(run(drafter, target=half)) == texts(run(target=rounded))
+
+
+@struct.dataclass
+class Careless(NGramDrafter):
+    """Returns its lengths in the wrong shape."""
+
+    def propose(self, state, context, draw):
+        proposal, state = super().propose(state, context, draw)
+        return proposal.replace(length_b=proposal.length_b[:, None]), state
+
+
+@pytest.mark.parametrize(
+    ("target", "drafter", "message"),
+    [
+        (TARGET.replace(vocab_size=VOCAB + 1), None, r"the target's logits_btv is \(4, 1, 5\)"),
+        (TARGET, Careless(DRAFTS), r"the drafter's length_b is \(4, 1\)"),
+    ],
+    ids=["vocabulary", "lengths"],
+)
+def test_shapes_that_break_a_contract_are_named(target, drafter, message):
+    with pytest.raises(ValueError, match=message):
+        run(drafter, target=target)

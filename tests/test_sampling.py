@@ -310,10 +310,29 @@ def test_race_follows_the_weights(weights):
     assert chance > 1e-3
 
 
+@pytest.mark.parametrize("count", [1, 2, 37, 4096])
+def test_random_bits_are_those_of_jax(count):
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(3, impl="threefry2x32"), jnp.arange(5))
+    wanted = jax.vmap(lambda key: jax.random.bits(key, (count,), jnp.uint32))(keys)
+    np.testing.assert_array_equal(jax.jit(sampling.random_bits, static_argnums=1)(keys, count), wanted)
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_keys_of_every_kind_serve(impl):
+    """Another key gives rows other keys, whatever its implementation, and an old-style key is as good."""
+    params = Sampling().per_row(3)
+    made = [jax.random.key_data(sampling.row_keys(params, jax.random.key(seed, impl=impl))) for seed in (1, 2)]
+    assert made[0].shape == (3, 2)
+    assert len(np.unique(np.concatenate(made), axis=0)) == 6
+    if impl == "threefry2x32":
+        old = sampling.row_keys(params, jax.random.PRNGKey(1))
+        np.testing.assert_array_equal(jax.random.key_data(old), made[0])
+
+
 @pytest.fixture
 def given_bits(monkeypatch):
     """Makes a row's key its random bits, uint32 ``[v]``."""
-    monkeypatch.setattr(jax.random, "bits", lambda key, shape, dtype: key)
+    monkeypatch.setattr(sampling, "random_bits", lambda keys, count: keys)
     return lambda weights, bits: np.asarray(exponential_race(jnp.asarray(weights, jnp.float32), jnp.asarray(bits)))
 
 

@@ -183,7 +183,8 @@ def test_windows_double_up_to_the_allocated_slots():
     assert attention_windows(2) == (1, 2)
     assert attention_windows(255) == (127, 254, 255)
     assert attention_windows(256) == (128, 256)
-    assert attention_windows(257) == (256, 257)
+    assert attention_windows(257) == (128, 256, 257)
+    assert attention_windows(511) == (255, 510, 511)
     assert attention_windows(512) == (256, 512)
     assert attention_windows(600) == (256, 512, 600)
     assert attention_windows(4096) == (256, 512, 1024, 2048, 4096)
@@ -240,7 +241,7 @@ def test_a_decoder_crosses_windows():
 # Parameters and static functions.
 
 
-def test_parameters_carry_hugging_face_names_and_shapes():
+def test_parameters_carry_hugging_face_names_and_kernels_are_in_out():
     shapes = {
         ".".join(str(key.key) for key in path): leaf.shape
         for path, leaf in jax.tree_util.tree_leaves_with_path(
@@ -251,20 +252,20 @@ def test_parameters_carry_hugging_face_names_and_shapes():
     assert shapes == {
         "embed_tokens.weight": (29, 16),
         "layers.0.input_layernorm.weight": (16,),
-        "layers.0.self_attn.q_proj.weight": (30, 16),
+        "layers.0.self_attn.q_proj.kernel": (16, 30),
         "layers.0.self_attn.q_proj.bias": (30,),
-        "layers.0.self_attn.k_proj.weight": (10, 16),
+        "layers.0.self_attn.k_proj.kernel": (16, 10),
         "layers.0.self_attn.k_proj.bias": (10,),
-        "layers.0.self_attn.v_proj.weight": (10, 16),
+        "layers.0.self_attn.v_proj.kernel": (16, 10),
         "layers.0.self_attn.v_proj.bias": (10,),
-        "layers.0.self_attn.o_proj.weight": (16, 30),
+        "layers.0.self_attn.o_proj.kernel": (30, 16),
         "layers.0.self_attn.o_proj.bias": (16,),
         "layers.0.post_attention_layernorm.weight": (16,),
-        "layers.0.mlp.gate_proj.weight": (24, 16),
-        "layers.0.mlp.up_proj.weight": (24, 16),
-        "layers.0.mlp.down_proj.weight": (16, 24),
+        "layers.0.mlp.gate_proj.kernel": (16, 24),
+        "layers.0.mlp.up_proj.kernel": (16, 24),
+        "layers.0.mlp.down_proj.kernel": (24, 16),
         "norm.weight": (16,),
-        "lm_head.weight": (29, 16),
+        "lm_head.kernel": (16, 29),
     }
     assert "lm_head" not in abstract_params(CONFIGS["grouped, tied"])
 

@@ -59,8 +59,8 @@ class NGramDrafter:
             matched_bs += run_bs.astype(jnp.int32)
         slot_s = jnp.arange(slots, dtype=jnp.int32)[None]
         score_bs = jnp.where(slot_s < last_b[:, None], matched_bs * slots + slot_s, -1)
-        best_b = jnp.argmax(score_bs, axis=1).astype(jnp.int32)
-        found_b = jnp.take_along_axis(score_bs, best_b[:, None], axis=1)[:, 0] >= self.min_n * slots
+        best_score_b = jnp.max(score_bs, axis=1)
+        best_b, found_b = best_score_b % slots, best_score_b >= self.min_n * slots
         period_b1 = jnp.maximum(last_b - best_b, 1)[:, None]
         source_bg = best_b[:, None] + 1 + jnp.arange(self.num_draft, dtype=jnp.int32)[None] % period_b1
         drafts_bg = jnp.take_along_axis(tokens_bs, jnp.clip(source_bg, 0, slots - 1), axis=1)

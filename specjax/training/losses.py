@@ -1,4 +1,4 @@
-"""Losses of language models and of drafts that imitate one. All return the mean over positions, in nats."""
+"""Losses of language models and of drafts that imitate one: means over positions."""
 
 import jax
 import jax.numpy as jnp

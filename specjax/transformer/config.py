@@ -11,8 +11,6 @@ from typing import Any
 _IGNORED = frozenset(
     {
         "_name_or_path",
-        "architectures",
-        "auto_map",
         "bos_token_id",
         "dtype",
         "eos_token_id",
@@ -27,7 +25,9 @@ _IGNORED = frozenset(
 
 # Keys that change the forward pass, with the only value this decoder computes.
 _ONLY = {
+    "architectures": ["LlamaForCausalLM"],
     "attention_dropout": 0.0,
+    "auto_map": {},
     "hidden_act": "silu",
     "pretraining_tp": 1,
     "rope_scaling": None,

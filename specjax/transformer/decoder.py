@@ -11,7 +11,7 @@ from jax import Array
 from specjax.cache import KVCache, allocate
 from specjax.transformer.attention import Attention
 from specjax.transformer.config import DecoderConfig
-from specjax.transformer.layers import Embedding, GatedMLP, Linear, RMSNorm, project, rotary_tables
+from specjax.transformer.layers import Embedding, GatedMLP, Linear, RMSNorm, rotary_tables
 from specjax.types import Forward, InitCache, LanguageModel, Output
 
 
@@ -59,8 +59,8 @@ class Decoder(nnx.Module):
             values.append(layer_values)
         normed_btd = self.norm(x_btd)
         states.append(normed_btd)  # index -1
-        head = self.embed_tokens.weight if config.tie_word_embeddings else self.lm_head.weight
-        logits_btv = project(normed_btd, head[...]).astype(jnp.float32)
+        head = self.embed_tokens.logits if config.tie_word_embeddings else self.lm_head
+        logits_btv = head(normed_btd).astype(jnp.float32)
         return logits_btv, tuple(states[i] for i in capture), KVCache(tuple(keys), tuple(values))
 
 

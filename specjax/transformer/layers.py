@@ -1,4 +1,4 @@
-"""The small parts of a decoder. Weights are ``[out, in]``, as on disk, and contracted on their last axis."""
+"""The small parts of a decoder."""
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +11,19 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype, std: float
 
 
 class Linear(nnx.Module):
-    """``x @ weight.T + bias``; on a CPU, 1.6 times faster at decoding widths than weights stored ``[in, out]``."""
+    """``x @ kernel + bias``.
+
+    The kernel is ``[in, out]``: at the widths of speculative decoding XLA's CPU products are 1.2 to 1.5 times faster
+    with it than with ``[out, in]`` (docs/performance.md); a GPU does not mind.
+    """
 
     def __init__(self, inputs: int, outputs: int, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.weight = nnx.Param(_normal(rngs, (outputs, inputs), dtype))
+        self.kernel = nnx.Param(_normal(rngs, (inputs, outputs), dtype))
         self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        y = project(x, self.weight[...])
+        y = x @ self.kernel[...]
         return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
-
-
-def project(x: Array, weight: Array) -> Array:
-    """Contracts the last axis of ``x`` with the last axis of ``weight``."""
-    return lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
 
 
 class Embedding(nnx.Module):
@@ -35,6 +34,10 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens_bt: Array) -> Array:
         return jnp.take(self.weight[...], tokens_bt, axis=0)
+
+    def logits(self, x_btd: Array) -> Array:
+        """Returns the products with each entry of the table, ``[b, t, v]``."""
+        return lax.dot_general(x_btd, self.weight[...], (((2,), (1,)), ((), ())))
 
 
 class RMSNorm(nnx.Module):

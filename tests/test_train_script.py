@@ -1,0 +1,135 @@
+"""scripts/train.py, run in this process on a few lines of text: a target, its draft, resuming, errors."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+import specjax
+from specjax import training
+
+ROOT = Path(__file__).parent.parent
+MODULES = {f"m{i}": "".join(f"def f{j}(x):\n    return x + {i * j}\n\n\n" for j in range(30)) for i in range(80)}
+ARCHITECTURE = """
+[architecture]
+vocab_size = 270
+hidden_size = 16
+intermediate_size = 16
+num_hidden_layers = 1
+num_attention_heads = 1
+max_position_embeddings = 272
+"""
+STAGE = """
+[[stages]]
+loss = "{loss}"
+text = "{text}"
+steps = {steps}
+rows = 2
+sequence = 32
+peak_learning_rate = 1e-2
+warmup_steps = 1
+"""
+TARGET = ARCHITECTURE + STAGE.format(loss="next_token", text="corpus", steps=5)
+DRAFT = (
+    'seed = 1\ndrafts_for = "target"\nsample_tokens = 500\n'
+    + TARGET
+    + STAGE.format(loss="total_variation", text="both", steps=4)
+)
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    yield importlib.import_module("train")
+    sys.path.remove(str(ROOT / "scripts"))
+
+
+@pytest.fixture(autouse=True)
+def settings(monkeypatch):
+    """A small corpus; standard promotion, since optax raises a decay rate to the power of a step count."""
+    monkeypatch.setattr(training, "stdlib_modules", lambda: MODULES)
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def recipes(folder):
+    for name, text in (("target", TARGET), ("draft", DRAFT)):
+        (folder / "models" / name).mkdir(parents=True)
+        (folder / "models" / name / "recipe.toml").write_text(text)
+
+
+def run(script, folder, name, runs="runs"):
+    places = ["--checkpoints", str(folder / "checkpoints"), "--runs", str(folder / runs), "--save-every", "2"]
+    return script.main([str(folder / "models" / name), *places])
+
+
+def test_a_pair_is_trained_resumed_and_guarded(script, tmp_path, monkeypatch, capsys):
+    recipes(tmp_path)
+    assert run(script, tmp_path, "target") == 0
+    assert run(script, tmp_path, "draft") == 0
+    metrics = json.loads((tmp_path / "checkpoints" / "draft" / "metrics.json").read_text())
+    assert [len(stage["losses"]) for stage in metrics["stages"]] == [5, 4]
+    assert np.isfinite(metrics["held_out_loss"])
+    for figures in metrics["held_out_acceptance"].values():
+        assert len(figures["by_position"]) == figures["num_draft"] and 1 <= figures["emitted_per_round"] <= 6
+    assert (tmp_path / "checkpoints" / "draft" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    draft = specjax.load(tmp_path / "checkpoints" / "draft", "float32").params
+
+    # Stopped in the second stage, the same command ends with the same bits.
+    fit, calls = training.fit, []
+
+    def stopped(*args, on_step, **kwargs):
+        def step(done, loss):
+            on_step(done, loss)
+            calls.append(done)
+            if len(calls) == 8:
+                raise KeyboardInterrupt
+
+        return fit(*args, on_step=step, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "fit", stopped)
+        assert run(script, tmp_path, "draft", "others") == 130
+    assert run(script, tmp_path, "draft", "others") == 0
+    chex.assert_trees_all_equal(specjax.load(tmp_path / "checkpoints" / "draft", "float32").params, draft)
+
+    # A run is not taken for that of a changed recipe.
+    file = tmp_path / "models" / "draft" / "recipe.toml"
+    file.write_text(file.read_text().replace("1e-2", "2e-2"))
+    capsys.readouterr()
+    assert run(script, tmp_path, "draft") == 2
+    assert "another recipe; remove it" in capsys.readouterr().err
+
+
+def test_errors_are_one_line(script, tmp_path, capsys):
+    recipes(tmp_path)
+    assert run(script, tmp_path, "absent") == 2
+    assert run(script, tmp_path, "draft") == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "recipe.toml does not exist" in lines[0] and "target is not a folder" in lines[1] and len(lines) == 2
+
+
+@pytest.mark.parametrize("name", ["py-14m", "py-14m-draft"])
+def test_the_shipped_checkpoints_are_those_of_their_recipes(name):
+    metrics = json.loads((ROOT / "checkpoints" / name / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["recipe"] == training.read_recipe(ROOT / "models" / name).digest
+    for file in (ROOT / "checkpoints" / name).rglob("*"):
+        assert not file.is_file() or b"/checkpoints/" not in file.read_bytes(), f"{file} names a path"
+
+
+def test_the_shipped_pair_drafts_its_own_greedy_text():
+    target = specjax.load(ROOT / "checkpoints" / "py-14m")
+    tokenizer = specjax.load_tokenizer(ROOT / "checkpoints" / "py-14m")
+    drafter = specjax.load_drafter(ROOT / "checkpoints" / "py-14m-draft", target)
+    prompt_bt, length_b = specjax.pad_prompts([tokenizer.encode("def __init__(self, name):\n        self.").ids])
+    greedy = {"sampling": specjax.Sampling(temperature=0), "max_new_tokens": 24}
+    plain = specjax.generate(target, prompt_bt, length_b, **greedy)
+    drafted = specjax.generate(target, prompt_bt, length_b, drafter=drafter, **greedy)
+    np.testing.assert_array_equal(drafted.tokens_bs, plain.tokens_bs)
+    assert drafted.stats.rounds_b[0] < 24
+    assert tokenizer.decode(drafted.tokens_bs[0, length_b[0] :].tolist()).startswith("name")
