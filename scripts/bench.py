@@ -4,7 +4,7 @@ Everything is compared as a ratio of medians that were timed in turn in one run,
 ``width``: a target pass over t tokens against one over 1. ``round``: a whole round against its drafter steps and
 target pass, each alone, and against both in turn in one loop, where each finds the other's weights in the CPU's
 caches. ``slots``: a step with many slots allocated against few, equally many in use. ``speed``: text per second
-against plain decoding, on openings of held-out modules.
+against plain decoding, on excerpts of held-out modules.
 """
 
 import argparse
@@ -145,7 +145,7 @@ def rounds(target: specjax.LanguageModel, drafter: Any, state: specjax.State) ->
 
 def ready(args: argparse.Namespace, drafter: Any, temperature: float, length: int, slots: int) -> specjax.State:
     """Returns the state of one row of ``length`` tokens."""
-    target, prompt = args.model, held_out_openings(args.target, length, 1)
+    target, prompt = args.model, held_out_excerpts(args.target, length, 1)
     room = min(target.max_positions or slots, slots - 16) - length
     sampling = specjax.Sampling(temperature=temperature)
     return specjax.prefill(target, prompt, drafter=drafter, sampling=sampling, max_new_tokens=room, slots=slots)
@@ -159,7 +159,7 @@ def held_out_tokens(tokenizer_folder: Path) -> np.ndarray:
     return training.encode_texts(tokenizer, texts)
 
 
-def held_out_openings(tokenizer_folder: Path, length: int, count: int) -> np.ndarray:
+def held_out_excerpts(tokenizer_folder: Path, length: int, count: int) -> np.ndarray:
     """Returns ``count`` windows of ``length`` tokens from held-out modules."""
     return training.Windows(held_out_tokens(tokenizer_folder), length, count, seed=0).batch(0)
 
@@ -222,7 +222,7 @@ def bench_speed(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for batch in args.batch:
         count = -(-args.prompts // batch)
-        prompts = held_out_openings(args.target, 64, count * batch).reshape(count, batch, 64)
+        prompts = held_out_excerpts(args.target, 64, count * batch).reshape(count, batch, 64)
         for temperature in (0.0, 1.0):
             rows += [speed(args, g, temperature, prompts) for g in args.drafters]
     return table("Speed-up over plain decoding on held-out modules", rows)

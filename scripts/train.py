@@ -176,7 +176,7 @@ def held_out_loss(model: specjax.LanguageModel, recipe: training.Recipe, tokens:
 def held_out_acceptance(
     target: specjax.LanguageModel, model: specjax.LanguageModel, tokens: np.ndarray, num_draft: int = 5
 ) -> dict[str, dict]:
-    """Returns acceptance by position and tokens per round behind held-out openings, greedy and at temperature 1."""
+    """Returns acceptance by position and tokens per round behind held-out excerpts, greedy and at temperature 1."""
     prompts = training.Windows(tokens, PROMPT_TOKENS, HELD_OUT_PROMPTS, seed=0).batch(0)
     drafter = specjax.ModelDrafter(model, num_draft)
     figures = {}

@@ -265,9 +265,9 @@ def generate(
 ) -> Generation:
     """Continues prompts by speculative decoding; the law of the text is the target's, whatever the drafter.
 
-    Pure, and usable inside the caller's own ``jit``. Called outside of one, it compiles itself, with prompt width,
-    slots and the number of stop tokens rounded up, so that other prompts, lengths, sampling parameters, seeds and
-    stop tokens in the same buckets compile nothing new.
+    Pure, and usable inside the caller's own ``jit``, where it transfers nothing. Called outside of one, it moves its
+    arguments to the device and compiles itself, with prompt width, slots and the number of stop tokens rounded up, so
+    that other prompts, lengths, sampling parameters, seeds and stop tokens in the same buckets compile nothing new.
 
     Args:
       target: the model whose text is wanted.
