@@ -145,10 +145,10 @@ def rounds(target: specjax.LanguageModel, drafter: Any, state: specjax.State) ->
 
 def ready(args: argparse.Namespace, drafter: Any, temperature: float, length: int, slots: int) -> specjax.State:
     """Returns the state of one row of ``length`` tokens."""
-    target, prompt = args.model, held_out_excerpts(args.target, length, 1)
-    room = min(target.max_positions or slots, slots - 16) - length
+    prompt = held_out_excerpts(args.target, length, 1)
+    room = min(args.model.max_positions or slots, slots - 16) - length
     sampling = specjax.Sampling(temperature=temperature)
-    return specjax.prefill(target, prompt, drafter=drafter, sampling=sampling, max_new_tokens=room, slots=slots)
+    return specjax.prefill(args.model, prompt, drafter=drafter, sampling=sampling, max_new_tokens=room, slots=slots)
 
 
 @functools.cache

@@ -157,7 +157,6 @@ def draw_samples(
             pieces.append(np.asarray(generation.tokens_bs)[:, :limit].reshape(-1))
             bar.update(int(np.sum(generation.stats.emitted_b)))
     samples = np.concatenate(pieces)
-    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial.npy")
     np.save(partial, samples)
     partial.replace(file)

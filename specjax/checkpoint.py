@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from tokenizers import Tokenizer
 
 from specjax.drafters.model import ModelDrafter
-from specjax.transformer.config import DecoderConfig, read_config
+from specjax.transformer.config import DecoderConfig, check_integer, read_config
 from specjax.transformer.decoder import abstract_params, decoder_model
 from specjax.types import Drafter, LanguageModel
 
@@ -103,8 +103,7 @@ def load_drafter(
     Raises:
       ValueError: as for ``load``, or the two vocabularies differ in size, or ``num_draft`` is below 1.
     """
-    if isinstance(num_draft, bool) or not isinstance(num_draft, int) or num_draft < 1:
-        raise ValueError(f"num_draft is {num_draft!r}; give an integer of at least 1")
+    check_integer("num_draft", num_draft, 1)
     model = load(path, dtype)
     if model.vocab_size != target.vocab_size:
         raise ValueError(

@@ -161,7 +161,7 @@ def step(
 def _check(name: str, array: Array, shape: tuple[int, ...], dtype: Any = None) -> None:
     """Raises ValueError unless an array that a model or drafter returned is what its contract says."""
     if array.shape != shape or (dtype is not None and array.dtype != dtype):
-        wanted = f"{shape}" if dtype is None else f"{shape} and {jnp.dtype(dtype)}"
+        wanted = str(shape) if dtype is None else f"{shape} and {jnp.dtype(dtype)}"
         raise ValueError(f"{name} is {array.shape} and {array.dtype}; specjax.types asks for {wanted}")
 
 

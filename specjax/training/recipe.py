@@ -42,7 +42,7 @@ class Stage:
             raise ValueError(f"stage loss {self.loss!r} is unknown; choose from {LOSSES}")
         if self.text not in TEXTS:
             raise ValueError(f"stage text {self.text!r} is unknown; choose from {TEXTS}")
-        for name, least in (("steps", 1), ("rows", 1), ("sequence", 1), ("warmup_steps", 0)):
+        for name, least in (("steps", 1), ("rows", 1), ("sequence", 2), ("warmup_steps", 0)):
             check_integer(f"stage {name}", getattr(self, name), least)
         for name in ("peak_learning_rate", "weight_decay"):
             value = getattr(self, name)
@@ -50,8 +50,6 @@ class Stage:
                 raise ValueError(f"stage {name} must be a number of at least 0, got {value!r}")
         if self.warmup_steps >= self.steps:
             raise ValueError(f"stage warmup_steps {self.warmup_steps} must be below its steps, {self.steps}")
-        if self.sequence < 2:
-            raise ValueError("stage sequence must be at least 2: a loss needs a token and the next one")
 
 
 @dataclasses.dataclass(frozen=True)
