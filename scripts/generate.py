@@ -3,6 +3,7 @@
 python scripts/generate.py                                    the shipped pair on a built-in prompt
 python scripts/generate.py --prompt 'def mean(x):' --compare  speed-up over plain decoding
 head -30 x.py | python scripts/generate.py --trace t.html     a page that shows where each token came from
+python scripts/generate.py --target DIR --chat --prompt 'Why is the sky blue?'      asks a chat model
 """
 
 import argparse
@@ -14,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ PROMPT = '''class Stack:
     """A last-in, first-out collection of items."""
 
     def __init__(self, items=()):'''
-STOP = "<|endoftext|>"
 VERIFY = {"token": specjax.verify.token, "block": specjax.verify.block, "coupled": specjax.verify.coupled}
 COMPARED_RUNS = 5
+COUNTS = ("rounds", "drafted", "accepted", "emitted")
 STDIN_WAIT_S = 3.0  # a pipe that nobody writes to must not hold up a call without arguments
 # Sampling parameters and the values at which they do nothing.
 IDLE = {
@@ -104,6 +105,11 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     text = parser.add_argument_group("prompts", "several are one batch; text piped in is one when none is given")
     text.add_argument("--prompt", dest="prompts", action="append", type=utf8, metavar="TEXT")
     text.add_argument("--prompt-file", dest="prompts", action="append", type=text_file, metavar="FILE")
+    text.add_argument("--chat", action="store_true", help="prompts are messages, laid out by the target's template")
+    text.add_argument("--system", type=utf8, metavar="TEXT", help="system message ahead of each, with --chat")
+    text.add_argument(
+        "--stop", action="append", type=utf8, default=[], metavar="TEXT", help="end before this text; may be repeated"
+    )
     models = parser.add_argument_group("models")
     models.add_argument("--target", type=Path, default=SHIPPED, metavar="DIR", help="checkpoint (default: py-14m)")
     models.add_argument(
@@ -158,53 +164,79 @@ def open_drafter(spec: str | None, target: specjax.LanguageModel, tokenizer: Any
     kind, _, folder = spec.partition(":")
     if kind != "model" or not folder:
         raise ValueError(f"--drafter is {spec!r}; give model:DIR, ngram or none")
-    drafter = specjax.load_drafter(folder, target, num_draft=num_draft)
-    if specjax.load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"{folder} and {target_dir} have other tokenizers; give a drafter trained with the target's")
+    drafter = specjax.load_drafter(folder, target, num_draft, tokenizer=tokenizer)
+    if isinstance(drafter, specjax.SharedVocabularyDrafter):
+        shared = int((drafter.draft_of_v >= 0).sum())
+        note(f"{folder} has another tokenizer: it drafts the {shared} of {target.vocab_size} tokens that both have\n")
     return drafter, spec
 
 
 class Transcript:
-    """A prompt and what was emitted behind it, round by round."""
+    """A prompt and what was emitted behind it, round by round.
 
-    def __init__(self, tokenizer: Any, prompt: str, max_new_tokens: int):
-        self.prompt, self.done = prompt, False
+    Attributes:
+      prompt: the text that is continued; ``prompt_ids`` are its tokens.
+      shown: what is printed ahead of the continuation.
+      messages: what a chat template made the prompt of, else None.
+      ids: the tokens emitted, those behind a stop string in its round included; ``text`` has nothing of them.
+      counts: figures of the row, up to the round in which it was done.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt: str,
+        max_new_tokens: int,
+        stop_tokens: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        template: specjax.text.ChatTemplate | None = None,
+        system: str | None = None,
+    ):
+        self.prompt, self.shown, self.messages, self.done = prompt, prompt, None, False
+        if template is not None:
+            roles = {"system": system, "user": prompt}
+            self.messages = [{"role": role, "content": text} for role, text in roles.items() if text is not None]
+            self.prompt, self.shown = template.render(self.messages), prompt + "\n"
+        self.prompt_ids = tokenizer.encode(self.prompt, add_special_tokens=template is None).ids
         self.ids, self.tokens, self.rounds = [], [], []
-        self._tokenizer, self._limit, self._stop = tokenizer, max_new_tokens, tokenizer.token_to_id(STOP)
-        self.prompt_ids = tokenizer.encode(prompt).ids
-        self._shown = len(tokenizer.decode(self.prompt_ids))
-        self._drafted = self._accepted = 0
+        self.counts: dict[str, Any] = dict.fromkeys(COUNTS, 0)
+        self._tokenizer, self._limit, self._stop_tokens = tokenizer, max_new_tokens, stop_tokens
+        self._stream = specjax.text.TextStream(tokenizer, self.prompt_ids, stop)
 
     @property
     def text(self) -> str:
         return "".join(token.text for token in self.tokens)
 
+    @property
+    def stopped(self) -> str | None:
+        return self._stream.stopped
+
     def add(self, generation: specjax.Generation, row: int) -> None:
         """Takes note of a round, if the row was still running in it."""
         if self.done:
             return
-        drafted = int(generation.stats.drafted_b[row]) - self._drafted
-        accepted = int(generation.stats.accepted_b[row]) - self._accepted
-        self._drafted, self._accepted = self._drafted + drafted, self._accepted + accepted
+        before, self.counts = self.counts, counts_of(generation.stats, row)
+        drafted, accepted = (self.counts[name] - before[name] for name in ("drafted", "accepted"))
         length = len(self.prompt_ids) + len(self.ids)
         new = generation.tokens_bs[row, length : generation.length_b[row]].tolist()
         behind = "target" if not drafted else "bonus" if accepted == drafted else "corrected"
-        self.done = new[-1] == self._stop or len(self.ids) + len(new) == self._limit
         tokens = []
         for place, token in enumerate(new):
-            self.ids.append(token)
-            text = self._next_text(flush=self.done and place == len(new) - 1)
-            origin = "accepted" if place < accepted else behind
-            tokens.append(Token(text, origin, STOP if token == self._stop else ""))
+            ends = token in self._stop_tokens
+            text = "" if ends else self._stream.push([token])
+            name = self._tokenizer.id_to_token(token) or str(token)
+            tokens.append(Token(text, "accepted" if place < accepted else behind, name if ends else ""))
+        self.ids += new
+        self.done = new[-1] in self._stop_tokens or self.stopped is not None or len(self.ids) == self._limit
+        if self.done:
+            tokens[-1] = tokens[-1]._replace(text=tokens[-1].text + self._stream.finish())
         self.tokens += tokens
         self.rounds.append(Round(drafted, accepted, tokens))
 
-    def _next_text(self, flush: bool) -> str:
-        """Returns the text that the last token completes: the bytes of an unfinished character wait for the rest."""
-        text = self._tokenizer.decode(self.prompt_ids + self.ids)
-        text = text[self._shown :] if flush else text.rstrip("\ufffd")[self._shown :]
-        self._shown += len(text)
-        return text
+
+def counts_of(stats: specjax.Stats, row: int) -> dict[str, Any]:
+    counts = {name: int(getattr(stats, f"{name}_b")[row]) for name in COUNTS}
+    return counts | {name: getattr(stats, f"{name}_bg")[row].tolist() for name in ("drafted_at", "accepted_at")}
 
 
 class Printer:
@@ -218,7 +250,7 @@ class Printer:
     def _begin(self) -> None:
         if len(self._transcripts) > 1:
             print(self._paint(f"--- prompt {self._row + 1} of {len(self._transcripts)} ---", DIM))
-        print(self._paint(self._transcripts[self._row].prompt, DIM), end="", flush=True)
+        print(self._paint(self._transcripts[self._row].shown, DIM), end="", flush=True)
 
     def _paint(self, text: str, colour: str) -> str:
         return f"{colour}{text}{RESET}" if self._colour and colour and text else text
@@ -231,7 +263,7 @@ class Printer:
             self._printed = len(transcript.tokens)
             if not transcript.done:
                 break
-            if not (transcript.prompt + transcript.text).endswith("\n"):
+            if not (transcript.shown + transcript.text).endswith("\n"):
                 print()
             self._row, self._printed = self._row + 1, 0
             if self._row < len(self._transcripts):
@@ -240,7 +272,10 @@ class Printer:
 
 
 def compare(request: dict[str, Any], drafter: Any) -> dict[str, float]:
-    """Returns tokens per second with the drafter and without: medians of interleaved runs, one compiled loop each."""
+    """Returns tokens per second with the drafter and without: medians of interleaved runs, one compiled loop each.
+
+    The compiled loop knows no stop strings: both go on behind them.
+    """
     rates: dict[str, list[float]] = {"with_drafter": [], "plain": []}
     for run in range(COMPARED_RUNS + 1):
         for name, proposer in (("with_drafter", drafter), ("plain", None)):
@@ -251,26 +286,27 @@ def compare(request: dict[str, Any], drafter: Any) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
-def results(transcripts: list[Transcript], stats: specjax.Stats, seconds: float) -> dict[str, Any]:
+def results(transcripts: list[Transcript], seconds: float) -> dict[str, Any]:
     """Returns what ``--json`` writes: figures of each prompt, and of all together."""
     prompts = [
         {
             "prompt": transcript.prompt,
+            "messages": transcript.messages,
             "text": transcript.text,
+            "stopped": transcript.stopped,
             "tokens": transcript.ids,
-            "rounds": int(stats.rounds_b[row]),
-            "drafted": int(stats.drafted_b[row]),
-            "accepted": int(stats.accepted_b[row]),
-            "emitted": int(stats.emitted_b[row]),
-            "drafted_at": stats.drafted_at_bg[row].tolist(),
-            "accepted_at": stats.accepted_at_bg[row].tolist(),
+            **transcript.counts,
         }
-        for row, transcript in enumerate(transcripts)
+        for transcript in transcripts
     ]
-    total = {name: sum(prompt[name] for prompt in prompts) for name in ("rounds", "drafted", "accepted", "emitted")}
-    return total | {
-        "drafted_at": stats.drafted_at_bg.sum(0).tolist(),
-        "accepted_at": stats.accepted_at_bg.sum(0).tolist(),
+    total = {name: sum(prompt[name] for prompt in prompts) for name in COUNTS}
+    places = {
+        name: [sum(counts) for counts in zip(*(prompt[name] for prompt in prompts), strict=True)]
+        for name in ("drafted_at", "accepted_at")
+    }
+    return {
+        **total,
+        **places,
         "emitted_per_round": total["emitted"] / total["rounds"],
         "tokens_per_second": total["emitted"] / seconds,
         "prompts": prompts,
@@ -307,6 +343,8 @@ def settings(args: argparse.Namespace, spec: str) -> dict[str, str]:
     for name, idle in IDLE.items():
         if getattr(args, name) != idle:
             chosen[name.replace("_", " ")] = f"{getattr(args, name):g}"
+    if args.stop:
+        chosen["stop strings"] = ", ".join(map(repr, args.stop))
     return chosen | ({"seed": str(args.seed)} if args.temperature else {})
 
 
@@ -325,7 +363,9 @@ def figures(result: dict[str, Any]) -> dict[str, str]:
     return shown
 
 
-def request_for(args: argparse.Namespace, target: Any, transcripts: list[Transcript], stop: int | None) -> dict:
+def request_for(
+    args: argparse.Namespace, target: Any, transcripts: list[Transcript], stop_tokens: Sequence[int]
+) -> dict[str, Any]:
     """Returns the arguments of ``specjax.generate``, all but the drafter."""
     prompt_bt, prompt_length_b = specjax.pad_prompts([transcript.prompt_ids for transcript in transcripts])
     return {
@@ -337,21 +377,22 @@ def request_for(args: argparse.Namespace, target: Any, transcripts: list[Transcr
             temperature=args.temperature, seed=args.seed, **{name: getattr(args, name) for name in IDLE}
         ),
         "max_new_tokens": args.max_new_tokens,
-        "stop_tokens": () if stop is None else (stop,),
+        "stop_tokens": stop_tokens,
     }
 
 
-def follow(rounds: Iterator[specjax.Generation], transcripts: list[Transcript]) -> tuple[specjax.Generation, float]:
-    """Prints the text while it is made, and returns the generation and the seconds that it took."""
+def follow(rounds: Iterator[specjax.Generation], transcripts: list[Transcript]) -> float:
+    """Prints the text while it is made, until all rows are done, and returns the seconds that making it took."""
     printer = Printer(transcripts)
-    seconds, start = 0.0, time.perf_counter()
-    for generation in rounds:
+    seconds = 0.0
+    while not all(transcript.done for transcript in transcripts):
+        start = time.perf_counter()
+        generation = next(rounds)
         seconds += time.perf_counter() - start  # decoding and printing text is not counted
         for row, transcript in enumerate(transcripts):
             transcript.add(generation, row)
         printer.update()
-        start = time.perf_counter()
-    return generation, seconds
+    return seconds
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -363,8 +404,15 @@ def main(argv: list[str] | None = None) -> None:
         drafter, spec = open_drafter(args.drafter, target, tokenizer, args.target, args.num_draft)
         if args.compare and drafter is None:
             raise ValueError("--compare needs a drafter to compare with plain decoding; --drafter is none")
-        transcripts = [Transcript(tokenizer, prompt, args.max_new_tokens) for prompt in prompts]
-        request = request_for(args, target, transcripts, tokenizer.token_to_id(STOP))
+        if args.system is not None and not args.chat:
+            raise ValueError("--system is given without --chat; give both, or neither")
+        template = specjax.text.load_chat_template(args.target) if args.chat else None
+        stop_tokens = specjax.load_stop_tokens(args.target)
+        transcripts = [
+            Transcript(tokenizer, prompt, args.max_new_tokens, stop_tokens, args.stop, template, args.system)
+            for prompt in prompts
+        ]
+        request = request_for(args, target, transcripts, stop_tokens)
         # The first of two equal calls compiles, so that the second can be timed.
         warm_up, rounds = (specjax.stream(**request, drafter=drafter) for _ in range(2))
     except (ValueError, TypeError, OSError) as error:
@@ -374,8 +422,8 @@ def main(argv: list[str] | None = None) -> None:
     progress("compiling ...")
     next(warm_up)
     progress("\r\x1b[K")
-    generation, seconds = follow(rounds, transcripts)
-    result = results(transcripts, generation.stats, seconds) | {"settings": settings(args, spec)}
+    seconds = follow(rounds, transcripts)
+    result = results(transcripts, seconds) | {"settings": settings(args, spec)}
     if args.compare:
         progress("comparing with plain decoding ...")
         result["comparison"] = compare(request, drafter)

@@ -17,7 +17,8 @@ class Token(NamedTuple):
     """A token that was emitted.
 
     Attributes:
-      text: empty for one that ends inside a character; the token that completes the character has it all.
+      text: empty for one that ends inside a character, or inside what may be a stop string; the token that settles
+        it has it all.
       origin: a key of ``ORIGINS``.
       special: the token's name if it is one that is not part of the text, like the one that ends it.
     """

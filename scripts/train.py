@@ -102,7 +102,9 @@ def train(folder: Path, checkpoints: Path, runs: Path, save_every: int) -> None:
         metrics["held_out_acceptance"] = held_out_acceptance(teacher, model, held_out)
     for name, value in metrics.items():
         print(f"{name}: {value}")
-    specjax.save(checkpoints / recipe.name, recipe.config, stored, tokenizer, {**metrics, "stages": history})
+    stop = tokenizer.token_to_id(training.END_OF_TEXT)
+    config = recipe.architecture | {"eos_token_id": stop, "torch_dtype": "bfloat16"}
+    specjax.save(checkpoints / recipe.name, config, stored, tokenizer, {**metrics, "stages": history})
     plot(history, checkpoints / recipe.name / "loss.png")
 
 

@@ -5,16 +5,23 @@ k key/value heads, h head width, f MLP width, g draft tokens of a round.
 """
 
 from specjax import cache as cache
+from specjax import hf as hf
 from specjax import testing as testing
+from specjax import text as text
 from specjax import transformer as transformer
 from specjax import verify as verify
 from specjax.checkpoint import default_dtype as default_dtype
 from specjax.checkpoint import load as load
 from specjax.checkpoint import load_drafter as load_drafter
+from specjax.checkpoint import load_stop_tokens as load_stop_tokens
 from specjax.checkpoint import load_tokenizer as load_tokenizer
 from specjax.checkpoint import save as save
+from specjax.conversion import convert_hf as convert_hf
+from specjax.conversion import export_hf as export_hf
 from specjax.drafters.model import ModelDrafter as ModelDrafter
 from specjax.drafters.ngram import NGramDrafter as NGramDrafter
+from specjax.drafters.shared_vocabulary import SharedVocabularyDrafter as SharedVocabularyDrafter
+from specjax.drafters.shared_vocabulary import shared_vocabulary_drafter as shared_vocabulary_drafter
 from specjax.engine import State as State
 from specjax.engine import generate as generate
 from specjax.engine import prefill as prefill
@@ -41,21 +48,28 @@ __all__ = [
     "Output",
     "Proposal",
     "Sampling",
+    "SharedVocabularyDrafter",
     "State",
     "Stats",
     "Verdict",
     "cache",
+    "convert_hf",
     "default_dtype",
+    "export_hf",
     "generate",
+    "hf",
     "load",
     "load_drafter",
+    "load_stop_tokens",
     "load_tokenizer",
     "pad_prompts",
     "prefill",
     "save",
+    "shared_vocabulary_drafter",
     "step",
     "stream",
     "testing",
+    "text",
     "transformer",
     "verify",
 ]

@@ -5,29 +5,38 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
 
+LayerCache = tuple[Array, ...]
+"""What one layer keeps of each token, in arrays ``[b, k, s, h]``: its keys and values, or its latents."""
+
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of all layers; slot equals position.
+    """What all layers keep; slot equals position.
 
-    One array per layer, not one stacked array: a layer reads and writes its own without slicing the others.
+    Arrays of their own for each layer, not one stacked array: a layer reads and writes its own without slicing the
+    others.
 
     Attributes:
-      keys: per layer ``[b, k, s, h]``.
-      values: per layer ``[b, k, s, h]``.
+      layers: per layer, arrays ``[b, k, s, h]``.
     """
 
-    keys: tuple[Array, ...]
-    values: tuple[Array, ...]
+    layers: tuple[LayerCache, ...]
 
 
-def allocate(layers: int, rows: int, slots: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> KVCache:
-    """Returns an empty cache."""
-    shape = (rows, kv_heads, slots, head_dim)
-    return KVCache(
-        keys=tuple(jnp.zeros(shape, dtype) for _ in range(layers)),
-        values=tuple(jnp.zeros(shape, dtype) for _ in range(layers)),
-    )
+def allocate(layers: int, rows: int, slots: int, kv_heads: int, widths: tuple[int, ...], dtype: jnp.dtype) -> KVCache:
+    """Returns an empty cache; each layer has one array for each of the ``widths`` h."""
+
+    def layer() -> LayerCache:
+        return tuple(jnp.zeros((rows, kv_heads, slots, width), dtype) for width in widths)
+
+    return KVCache(tuple(layer() for _ in range(layers)))
+
+
+def update(stored: LayerCache | None, new: LayerCache, start_b: Array) -> LayerCache:
+    """Returns the layer's arrays with ``new`` ``[b, k, t, h]`` written from ``start_b`` on; ``new`` if it has none."""
+    if stored is None:
+        return new
+    return tuple(write(old, block, start_b) for old, block in zip(stored, new, strict=True))
 
 
 def write(cache_bksh: Array, new_bkth: Array, start_b: Array) -> Array:
@@ -47,7 +56,7 @@ def write(cache_bksh: Array, new_bkth: Array, start_b: Array) -> Array:
 
 def grow(cache: KVCache, slots: int) -> KVCache:
     """Returns the cache with ``slots`` slots, the new ones empty; ``slots`` must not be less than it has."""
-    have = cache.keys[0].shape[2]
+    have = cache.layers[0][0].shape[2]
     if slots < have:
         raise ValueError(f"cannot shrink a cache from {have} to {slots} slots; ask for at least {have}")
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots - have), (0, 0))), cache)

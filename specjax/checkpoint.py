@@ -1,8 +1,10 @@
 """Self-contained checkpoint folders: ``config.json``, ``tokenizer.json``, ``params/`` (Orbax), ``metrics.json``."""
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,16 @@ import orbax.checkpoint as ocp
 from tokenizers import Tokenizer
 
 from specjax.drafters.model import ModelDrafter
-from specjax.transformer.config import DecoderConfig, check_integer, read_config
+from specjax.drafters.shared_vocabulary import shared_vocabulary_drafter
+from specjax.hf.config import decoder_config, read_config
+from specjax.hf.keys import read_json
+from specjax.hf.weights import Parameter, open_weights
+from specjax.text.vocabulary import match_vocabularies
+from specjax.transformer.config import DecoderConfig, check_integer
 from specjax.transformer.decoder import abstract_params, decoder_model
 from specjax.types import Drafter, LanguageModel
+
+_LEAST_BUFFER = 64 * 10**6
 
 
 def default_dtype() -> jnp.dtype:
@@ -23,61 +32,142 @@ def default_dtype() -> jnp.dtype:
 
 
 def save(
-    path: str | os.PathLike, config: DecoderConfig, params: Any, tokenizer: Tokenizer, metrics: dict[str, Any]
+    path: str | os.PathLike, config: Mapping[str, Any], params: Any, tokenizer: Tokenizer, metrics: dict[str, Any]
 ) -> None:
-    """Writes a checkpoint folder, replacing one that is there only once the new one is whole."""
+    """Writes a checkpoint folder, replacing one that is there only once the new one is whole.
+
+    Args:
+      path: the folder.
+      config: what ``config.json`` is to hold, Hugging Face's keys.
+      params: nested dict of arrays, as ``specjax.transformer.init_params`` returns.
+      tokenizer: the tokenizer.
+      metrics: what ``metrics.json`` is to hold.
+
+    Raises:
+      ValueError: the config is of no supported model, or the parameters are not those it describes.
+    """
+    check_params(params, decoder_config(config))
+    with new_folder(path) as folder:
+        write_json(folder / "config.json", config)
+        write_json(folder / "metrics.json", metrics)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        save_params(folder, params)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a folder to fill, which takes the place of ``path`` once it is whole.
+
+    When anything fails it is removed. A run that is killed leaves ``path`` as it was, beside a folder with the ending
+    ``.partial``, which the next run removes.
+    """
     path = Path(path).absolute()
-    partial = path.with_name(path.name + ".partial")
+    partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _write_json(partial / "config.json", config.to_hf())
-    _write_json(partial / "metrics.json", metrics)
-    tokenizer.save(str(partial / "tokenizer.json"))
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(partial / "params", params)
-    (partial / "params" / "commit_success.txt").unlink(missing_ok=True)  # Orbax wrote the folder's absolute path there
-    old = path.with_name(path.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file for people and programs."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def save_params(folder: Path, params: Any) -> None:
+    """Writes ``params/``. JAX arrays of a CPU are written as they lie, with buffers of no more than the largest."""
+    buffer = max(_LEAST_BUFFER, *(leaf.nbytes + 1 for leaf in jax.tree.leaves(params)))
+    handler = ocp.StandardCheckpointHandler(save_concurrent_gb=buffer / 1e9)  # type: ignore  (any number will do)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(folder / "params", params)
+    (folder / "params" / "commit_success.txt").unlink(missing_ok=True)  # Orbax wrote the folder's absolute path there
+
+
 def load(path: str | os.PathLike, dtype: jnp.dtype | str | None = None) -> LanguageModel:
-    """Opens a checkpoint folder.
+    """Opens a checkpoint folder, or a Hugging Face folder with safetensors.
+
+    Parameters go to the default device one by one; of a Hugging Face folder, files are mapped and never read whole.
 
     Args:
       path: the folder.
       dtype: dtype of parameters and computation; None means ``default_dtype()``.
 
     Raises:
-      ValueError: the folder or a file of it is missing, truncated, or does not fit its ``config.json``.
+      ValueError: the folder or a file of it is missing, truncated, of an unsupported model, or does not fit its
+        ``config.json``.
     """
-    dtype = default_dtype() if dtype is None else jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype is {dtype}; give a floating one, such as float32 or bfloat16")
+    dtype = check_dtype(default_dtype() if dtype is None else dtype)
     path = Path(path).absolute()
     if not path.is_dir():
-        raise ValueError(f"{path} is not a folder; give a checkpoint folder with config.json and params/")
-    config = read_config(path / "config.json")
-    if not (path / "params").is_dir():
+        raise ValueError(f"{path} is not a folder; give one with config.json and params/, or with safetensors files")
+    if (path / "params").is_dir():
+        config = read_config(path / "config.json")
+        return decoder_model(config, load_params(path, abstract_params(config, dtype)))
+    if (path / "metrics.json").is_file():
         raise ValueError(f"{path / 'params'} does not exist; the checkpoint is incomplete, copy or convert it again")
-    expected = abstract_params(config)
+    weights = open_weights(path)
+    return decoder_model(weights.config, read_params(weights.params, abstract_params(weights.config, dtype)))
+
+
+def check_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
+    """Returns a floating dtype by its name; raises ValueError if it is another."""
+    try:
+        known = jnp.dtype(dtype)
+    except TypeError:
+        raise ValueError(f"dtype is {dtype!r}; give float32, bfloat16 or float16") from None
+    if known not in map(jnp.dtype, ("float32", "bfloat16", "float16", "float64")):
+        raise ValueError(f"dtype is {known}; give float32, bfloat16 or float16")
+    return known
+
+
+def check_params(params: Any, config: DecoderConfig) -> None:
+    """Raises ValueError unless the parameters are those of the config, in whatever dtypes."""
+    given, wanted = (
+        {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (params, abstract_params(config))
+    )
+    for name in sorted(given.keys() | wanted.keys()):
+        if given.get(name) != wanted.get(name):
+            raise ValueError(
+                f"parameter {name} is {given.get(name, 'missing')}, and config.json asks for "
+                f"{wanted.get(name, 'none')}; give the parameters of that config"
+            )
+
+
+def load_params(path: Path, abstract: Any) -> Any:
+    """Reads ``params/`` onto the default device in the dtypes of ``abstract``."""
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            params = checkpointer.restore(path / "params", expected)
+            return checkpointer.restore(path / "params", expected)
         except Exception as error:  # Orbax and TensorStore raise many kinds for a file that is absent or cut short
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
                 f"{path / 'params'} cannot be read as the parameters that config.json describes ({reason}); "
                 "it is truncated or of another model, copy or convert it again"
             ) from error
-    return decoder_model(config, jax.tree.map(lambda x: x.astype(dtype), params))
+
+
+def read_params(params: Any, abstract: Any, on_read: Callable[[int], None] = lambda size: None) -> Any:
+    """Reads the ``Parameter`` of a tree one by one onto the default device, in the dtypes of ``abstract``.
+
+    ``on_read`` is told the bytes of each.
+    """
+
+    def read(parameter: Parameter, like: jax.ShapeDtypeStruct) -> jax.Array:
+        array = jax.block_until_ready(jax.device_put(parameter.read(like.dtype)))
+        on_read(array.nbytes)
+        return array
+
+    return jax.tree.map(read, params, abstract, is_leaf=lambda x: isinstance(x, Parameter))
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
@@ -95,19 +185,62 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         raise ValueError(f"{file} is not a tokenizer ({error}); copy it again") from None
 
 
-def load_drafter(
-    path: str | os.PathLike, target: LanguageModel, num_draft: int = 4, dtype: jnp.dtype | str | None = None
-) -> Drafter:
-    """Opens a checkpoint folder as a drafter for ``target``.
+def load_stop_tokens(path: str | os.PathLike) -> tuple[int, ...]:
+    """Returns the tokens that end a text: ``eos_token_id`` of ``generation_config.json``, else of ``config.json``.
 
     Raises:
-      ValueError: as for ``load``, or the two vocabularies differ in size, or ``num_draft`` is below 1.
+      ValueError: a file is damaged, or names something else than one token id or a list of them.
+    """
+    for name in ("generation_config.json", "config.json"):
+        file = Path(path) / name
+        if not file.is_file():
+            continue
+        tokens = read_json(file).get("eos_token_id")
+        if tokens is None:
+            continue
+        tokens = tokens if isinstance(tokens, list) else [tokens]
+        for token in tokens:
+            check_integer(f"{file}: eos_token_id", token, 0)
+        return tuple(tokens)
+    return ()
+
+
+def load_drafter(
+    path: str | os.PathLike,
+    target: LanguageModel,
+    num_draft: int = 4,
+    dtype: jnp.dtype | str | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Drafter:
+    """Opens a folder that ``load`` opens as a drafter for ``target``.
+
+    Args:
+      path: the folder.
+      target: the model to draft for.
+      num_draft: g, tokens proposed per round.
+      dtype: as for ``load``.
+      tokenizer: the target's. With it, a draft of another vocabulary is a ``SharedVocabularyDrafter``; without it,
+        the draft's tokenizer is taken to be the target's.
+
+    Raises:
+      ValueError: as for ``load``, or ``num_draft`` is below 1, or the two vocabularies have no token in common, or
+        differ in size while no tokenizer is given.
     """
     check_integer("num_draft", num_draft, 1)
     model = load(path, dtype)
-    if model.vocab_size != target.vocab_size:
+    alike = model.vocab_size == target.vocab_size
+    if tokenizer is None and not alike:
         raise ValueError(
-            f"{path} has a vocabulary of {model.vocab_size} tokens and the target one of {target.vocab_size}; "
-            "give a drafter that shares the target's tokenizer"
+            f"{path} has a vocabulary of {model.vocab_size} tokens and the target one of {target.vocab_size}; give the "
+            "target's tokenizer to draft the tokens that both have, or a drafter that shares it"
         )
-    return ModelDrafter(model, num_draft)
+    if tokenizer is None:
+        return ModelDrafter(model, num_draft)
+    own = load_tokenizer(path)
+    if alike and own.get_vocab() == tokenizer.get_vocab():
+        return ModelDrafter(model, num_draft)
+    try:
+        shared = match_vocabularies(tokenizer, own, target.vocab_size, model.vocab_size)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot draft for this target: {error}") from None
+    return shared_vocabulary_drafter(model, shared, num_draft)

@@ -131,15 +131,16 @@ def step(
     _check("the drafter's length_b", proposal.length_b, (rows,), jnp.int32)
     if proposal.probs_bgv is not None:
         _check("the drafter's probs_bgv", proposal.probs_bgv, (rows, g, target.vocab_size), jnp.float32)
+    cache = state.cache if proposal.cache is None else proposal.cache
     # A row with room for r more tokens can use r - 1 drafts; given no more, it ends at its limit exactly.
     room_b = jnp.where(state.done_b, 0, request.limit_b - state.length_b - 1)
-    proposal = dataclasses.replace(proposal, length_b=jnp.minimum(proposal.length_b, room_b))
+    proposal = dataclasses.replace(proposal, length_b=jnp.minimum(proposal.length_b, room_b), cache=None)
 
     start_b = state.length_b - 1
     fed_bt = jnp.concatenate(
         [jnp.take_along_axis(state.tokens_bs, start_b[:, None], axis=1), proposal.tokens_bg], axis=1
     )
-    output = target.forward(target.params, fed_bt, state.cache, start_b, drafter.capture)
+    output = target.forward(target.params, fed_bt, cache, start_b, drafter.capture)
     _check("the target's logits_btv", output.logits_btv, (rows, g + 1, target.vocab_size))
     verdict = verify(proposal, distributions(output.logits_btv, proposal.tokens_bg), draws)
 

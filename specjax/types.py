@@ -48,6 +48,12 @@ class CommitCache(Protocol):
     def __call__(self, cache: Cache, start_b: Array, kept_b: Array) -> Cache: ...
 
 
+class EarlyExit(Protocol):
+    """Feeds tokens through the first ``depth`` layers; see ``LanguageModel.early_exit``."""
+
+    def __call__(self, params: Any, tokens_bt: Array, cache: Cache, start_b: Array, depth: int) -> Output: ...
+
+
 def keep_cache(cache: Cache, start_b: Array, kept_b: Array) -> Cache:
     """The ``commit`` of attention caches: slots past a row's length are masked, so there is nothing to undo."""
     del start_b, kept_b
@@ -73,6 +79,12 @@ class LanguageModel:
       commit: ``commit(cache, start_b, kept_b) -> cache``, called after verification: of the tokens written at
         ``start_b``, the first ``kept_b[i]`` stay. Identity for attention caches.
       max_positions: the longest sequence the model can represent, or None.
+      embed: ``embed(params, tokens_bt) -> [b, t, d]``, the tokens' embeddings as the first layer gets them, for draft
+        heads that share them; None if the model does not say.
+      unembed: ``unembed(params, x_btd) -> logits_btv`` of states behind the final norm; None as for ``embed``.
+      early_exit: ``early_exit(params, tokens_bt, cache, start_b, depth) -> Output``, a forward pass that leaves out
+        the layers past the first ``depth`` and leaves their part of the cache as it is; None as for ``embed``.
+      num_layers: how many layers there are for ``capture`` and ``early_exit``; None as for ``embed``.
     """
 
     params: Any
@@ -81,6 +93,10 @@ class LanguageModel:
     vocab_size: int = struct.field(pytree_node=False)
     commit: CommitCache = struct.field(pytree_node=False, default=keep_cache)
     max_positions: int | None = struct.field(pytree_node=False, default=None)
+    embed: Callable[[Any, Array], Array] | None = struct.field(pytree_node=False, default=None)
+    unembed: Callable[[Any, Array], Array] | None = struct.field(pytree_node=False, default=None)
+    early_exit: EarlyExit | None = struct.field(pytree_node=False, default=None)
+    num_layers: int | None = struct.field(pytree_node=False, default=None)
 
 
 @struct.dataclass
@@ -110,11 +126,14 @@ class Proposal:
       probs_bgv: the distribution each token was really drawn from (as returned by ``draw``), or None when the
         tokens are a deterministic function of the context: then q is one-hot.
       length_b: int32, how many of the g tokens row i proposes; the rest are ignored.
+      cache: the target's cache, if the drafter wrote into it behind the rows' last tokens; the target's pass goes on
+        from it and overwrites that. None leaves it as it is.
     """
 
     tokens_bg: Array
     probs_bgv: Array | None
     length_b: Array
+    cache: Cache = None
 
 
 @struct.dataclass

@@ -63,19 +63,25 @@ def attention(config, layers, x):
     value = linear(layers["v_proj"], x).reshape(length, kv_heads, width)
     query = np.array([[rotated(query[t, n], t, theta) for t in range(length)] for n in range(heads)])
     key = np.array([[rotated(key[t, k], t, theta) for t in range(length)] for k in range(kv_heads)])
-    out = attend(query, key, value.transpose(1, 0, 2), np.arange(length))
+    out = attend(query, key, value.transpose(1, 0, 2), np.arange(length), width**-0.5)
     return linear(layers["o_proj"], out.transpose(1, 0, 2).reshape(length, heads * width))
 
 
-def attend(query_nth, keys_ksh, values_ksh, position_t):
-    """Attends from each query to the slots up to its position; returns ``[n, t, h]``."""
-    heads, length, width = query_nth.shape
+def attend(query_nth, keys_ksh, values_ksh, position_t, scale, window=None, cap=None):
+    """Attends from each query to the slots up to its position, or the last ``window`` of them; returns ``[n, t, h]``.
+
+    The products are scaled, then bent to ``cap * tanh(score / cap)`` where there is a cap.
+    """
+    heads, length, _ = query_nth.shape
     group = heads // len(keys_ksh)
-    out = np.zeros((heads, length, width))
+    out = np.zeros((heads, length, values_ksh.shape[-1]))
     for n in range(heads):
         for t in range(length):
-            seen = slice(0, position_t[t] + 1)
-            scores = keys_ksh[n // group, seen].astype(np.float64) @ query_nth[n, t].astype(np.float64) / np.sqrt(width)
+            end = position_t[t] + 1
+            seen = slice(0 if window is None else max(0, end - window), end)
+            scores = keys_ksh[n // group, seen].astype(np.float64) @ query_nth[n, t].astype(np.float64) * scale
+            if cap is not None:
+                scores = cap * np.tanh(scores / cap)
             weights = np.exp(scores - scores.max())
             out[n, t] = weights / weights.sum() @ values_ksh[n // group, seen].astype(np.float64)
     return out

@@ -31,20 +31,43 @@ def test_a_write_of_the_whole_row():
     np.testing.assert_array_equal(cache_lib.write(jnp.ones((2, 1, SLOTS, 4)), new, jnp.zeros(2, jnp.int32)), new)
 
 
+@pytest.mark.parametrize("widths", [(4, 4), (4, 6), (9,)], ids=["keys and values", "wider values", "latents"])
+def test_update_writes_each_array_of_a_layer(widths):
+    rng = np.random.default_rng(1)
+    stored, new = (
+        tuple(rng.normal(size=(3, 2, slots, width)).astype(np.float32) for width in widths) for slots in (SLOTS, 3)
+    )
+    start = jnp.asarray([0, 5, 9], jnp.int32)
+    updated = cache_lib.update(stored, new, start)
+    assert len(updated) == len(widths)
+    for after, before, block in zip(updated, stored, new, strict=True):
+        np.testing.assert_array_equal(after, reference_model.write(before, block, start))
+    assert cache_lib.update(None, new, start) is new, "a block without a cache is all there is"
+    with pytest.raises(ValueError, match="zip"):
+        cache_lib.update(stored, (*new, new[0]), start)
+
+
+def test_layers_of_latents_have_one_array():
+    cache = cache_lib.allocate(layers=2, rows=3, slots=SLOTS, kv_heads=1, widths=(9,), dtype=jnp.dtype("float32"))
+    assert [[x.shape for x in layer] for layer in cache.layers] == [[(3, 1, SLOTS, 9)]] * 2
+
+
 def test_allocate_gives_each_layer_empty_arrays():
-    cache = cache_lib.allocate(layers=3, rows=2, slots=SLOTS, kv_heads=5, head_dim=4, dtype=jnp.dtype("bfloat16"))
-    assert len(cache.keys) == len(cache.values) == 3
+    cache = cache_lib.allocate(layers=3, rows=2, slots=SLOTS, kv_heads=5, widths=(4, 4), dtype=jnp.dtype("bfloat16"))
+    assert [len(layer) for layer in cache.layers] == [2, 2, 2]
     for array in jax.tree.leaves(cache):
         assert (array.shape, array.dtype) == ((2, 5, SLOTS, 4), jnp.bfloat16)
         assert not np.any(array)
 
 
-def test_grow_keeps_what_is_there_and_adds_empty_slots():
-    cache = cache_lib.allocate(2, 3, SLOTS, 2, 4, jnp.dtype("float32"))
+@pytest.mark.parametrize("widths", [(4, 4), (4, 6), (9,)], ids=["keys and values", "wider values", "latents"])
+def test_grow_keeps_what_is_there_and_adds_empty_slots(widths):
+    cache = cache_lib.allocate(2, 3, SLOTS, 2, widths, jnp.dtype("float32"))
     cache = jax.tree.map(lambda x: jnp.asarray(np.random.default_rng(0).normal(size=x.shape), x.dtype), cache)
     grown = cache_lib.grow(cache, 20)
     for old, new in zip(jax.tree.leaves(cache), jax.tree.leaves(grown), strict=True):
-        assert new.shape == (3, 2, 20, 4)
+        assert (*new.shape[:3], new.dtype) == (3, 2, 20, old.dtype)
+        assert new.shape[3] == old.shape[3]
         np.testing.assert_array_equal(new[:, :, :SLOTS], old)
         assert not np.any(new[:, :, SLOTS:])
     same = cache_lib.grow(cache, SLOTS)
@@ -53,7 +76,7 @@ def test_grow_keeps_what_is_there_and_adds_empty_slots():
 
 @pytest.mark.parametrize("slots", [SLOTS - 1, 1, 0, -1])
 def test_a_cache_does_not_shrink(slots):
-    cache = cache_lib.allocate(1, 1, SLOTS, 1, 2, jnp.dtype("float32"))
+    cache = cache_lib.allocate(1, 1, SLOTS, 1, (2,), jnp.dtype("float32"))
     with pytest.raises(ValueError, match=rf"from {SLOTS} to {slots} slots.* at least {SLOTS}"):
         cache_lib.grow(cache, slots)
 

@@ -11,14 +11,25 @@ from tokenizers import Tokenizer
 
 import specjax
 from specjax import checkpoint
+from specjax.hf import decoder_config
 from specjax.training import data
-from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import decoder_model, init_params
 
 # A damaged folder leaves reads of its other arrays behind, whose exceptions Python reports when it collects them.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-CONFIG = DecoderConfig(300, 16, 24, 2, 4, 2, max_position_embeddings=64, attention_bias=True)
+RAW = {
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "attention_bias": True,
+}
+CONFIG = decoder_config(RAW)
 METRICS = {"seed": 0, "losses": [5.5, 4.25]}
 
 
@@ -42,7 +53,7 @@ def tokenizer():
 def folder(params, tokenizer, tmp_path_factory):
     """A whole checkpoint; tests copy it."""
     path = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    checkpoint.save(path, CONFIG, params, tokenizer, METRICS)
+    checkpoint.save(path, RAW, params, tokenizer, METRICS)
     return path
 
 
@@ -81,7 +92,7 @@ def test_the_model_that_comes_back_computes_the_same(folder, params):
 def test_parameters_are_rounded_to_the_dtype_asked_for(dtype, folder, params):
     model = specjax.load(folder, dtype)
     assert same_bits(model.params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
-    assert model.init_cache(1, 8).keys[0].dtype == jnp.bfloat16
+    assert {x.dtype for x in jax.tree.leaves(model.init_cache(1, 8))} == {jnp.dtype("bfloat16")}
 
 
 def test_the_default_dtype_follows_the_backend(folder):
@@ -92,12 +103,12 @@ def test_the_default_dtype_follows_the_backend(folder):
 
 def test_parameters_saved_in_bfloat16_come_back(params, tokenizer, tmp_path):
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    checkpoint.save(tmp_path / "x", CONFIG, rounded, tokenizer, METRICS)
+    checkpoint.save(tmp_path / "x", RAW, rounded, tokenizer, METRICS)
     assert same_bits(specjax.load(tmp_path / "x", "bfloat16").params, rounded)
 
 
 def test_the_folder_holds_config_metrics_and_tokenizer(folder, tokenizer):
-    assert json.loads((folder / "config.json").read_text()) == CONFIG.to_hf()
+    assert json.loads((folder / "config.json").read_text()) == RAW
     assert json.loads((folder / "metrics.json").read_text()) == METRICS
     text = "def g(y):\n    return y"
     again = specjax.load_tokenizer(folder)
@@ -116,10 +127,51 @@ def test_paths_may_be_text_and_relative(folder, monkeypatch):
 def test_a_save_replaces_what_was_there(copy, params, tokenizer):
     other = jax.tree.map(lambda x: x + 1, params)
     (copy / "stray.txt").write_text("of the old checkpoint")
-    checkpoint.save(copy, CONFIG, other, tokenizer, {"seed": 1})
+    checkpoint.save(copy, RAW, other, tokenizer, {"seed": 1})
     assert same_bits(specjax.load(copy, "float32").params, other)
     assert json.loads((copy / "metrics.json").read_text()) == {"seed": 1}
     assert not (copy / "stray.txt").exists()
+
+
+# Saves of what does not belong together.
+
+BAD_PARAMS = {
+    "a parameter missing": (lambda params: {k: v for k, v in params.items() if k != "norm"}, ["norm", "missing"]),
+    "a parameter too many": (lambda params: {**params, "extra": np.zeros(3)}, ["extra", "(3,)", "none"]),
+    "another shape": (lambda params: {**params, "norm": {"weight": np.ones(17)}}, ["norm", "(17,)", "(16,)"]),
+    "nothing": (lambda params: {}, ["missing"]),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), BAD_PARAMS.values(), ids=BAD_PARAMS)
+def test_parameters_that_are_not_those_of_the_config_are_not_saved(change, words, copy, params, tokenizer, tmp_path):
+    for path in (tmp_path / "new", copy):
+        bad = change(params)
+        assert_refused(lambda path=path, bad=bad: checkpoint.save(path, RAW, bad, tokenizer, {}), "config.json", *words)
+    assert sorted(x.name for x in tmp_path.iterdir()) == [copy.name], "something was left behind"
+    assert same_bits(specjax.load(copy, "float32").params, params)
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({**RAW, "model_type": "bert"}, ["model_type", "bert"]),
+        ({**RAW, "hidden_size": "16"}, ["hidden_size", "'16'"]),
+        ({**RAW, "hidden_size": 32}, ["(300, 16)", "(300, 32)"]),
+        ({**RAW, "tie_word_embeddings": True}, ["lm_head", "none"]),
+        ({}, ["lacks the key"]),
+    ],
+    ids=["another kind", "no size", "another width", "tied", "empty"],
+)
+def test_a_config_of_another_model_is_not_saved(raw, words, params, tokenizer, tmp_path):
+    assert_refused(lambda: checkpoint.save(tmp_path / "new", raw, params, tokenizer, {}), *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_parameters_may_have_dtypes_of_their_own(params, tokenizer, tmp_path):
+    mixed = {**params, "norm": jax.tree.map(lambda x: x.astype(jnp.bfloat16), params["norm"])}
+    checkpoint.save(tmp_path / "x", RAW, mixed, tokenizer, METRICS)
+    assert same_bits(specjax.load(tmp_path / "x", "float32").params, params), "norms are ones, in any dtype"
 
 
 # Saves that are interrupted.
@@ -133,24 +185,24 @@ class FailingTokenizer:
 def test_an_interrupted_save_leaves_the_old_checkpoint(copy, params, tokenizer):
     other = jax.tree.map(lambda x: x + 1, params)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(copy, CONFIG, other, FailingTokenizer(), {"seed": 1})
+        checkpoint.save(copy, RAW, other, FailingTokenizer(), {"seed": 1})
     assert same_bits(specjax.load(copy, "float32").params, params)
     assert json.loads((copy / "metrics.json").read_text()) == METRICS
-    checkpoint.save(copy, CONFIG, other, tokenizer, {"seed": 1})  # what the first left behind is not in the way
+    checkpoint.save(copy, RAW, other, tokenizer, {"seed": 1})  # what the first left behind is not in the way
     assert same_bits(specjax.load(copy, "float32").params, other)
     assert [x.name for x in copy.parent.iterdir()] == [copy.name]
 
 
 def test_an_interrupted_first_save_leaves_no_checkpoint(tmp_path, params):
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(tmp_path / "new", CONFIG, params, FailingTokenizer(), METRICS)
+        checkpoint.save(tmp_path / "new", RAW, params, FailingTokenizer(), METRICS)
     assert_refused(lambda: specjax.load(tmp_path / "new"), tmp_path / "new", "folder")
 
 
 @pytest.mark.parametrize("metrics", [{"loss": object()}, {("a", "b"): 1}], ids=["no JSON value", "no JSON key"])
 def test_metrics_that_are_not_json_leave_the_old_checkpoint(metrics, copy, params, tokenizer):
     with pytest.raises(TypeError):
-        checkpoint.save(copy, CONFIG, params, tokenizer, metrics)
+        checkpoint.save(copy, RAW, params, tokenizer, metrics)
     assert same_bits(specjax.load(copy, "float32").params, params)
 
 
@@ -165,6 +217,43 @@ def test_a_folder_that_is_not_there(tmp_path):
 
 def test_a_file_instead_of_a_folder(copy):
     assert_refused(lambda: specjax.load(copy / "config.json"), copy / "config.json", "not a folder", "give")
+
+
+NEITHER = {
+    "an empty folder": (lambda folder: None, "config.json", "does not exist"),
+    "a config alone": (lambda folder: (folder / "config.json").write_text(json.dumps(RAW)), "", "download it again"),
+    "a checkpoint without parameters": (
+        lambda folder: [(folder / name).write_text(json.dumps(RAW)) for name in ("config.json", "metrics.json")],
+        "params",
+        "incomplete",
+    ),
+    "parameters without a config": (lambda folder: (folder / "params").mkdir(), "config.json", "does not exist"),
+    "pickled weights": (
+        lambda folder: [
+            (folder / "config.json").write_text(json.dumps(RAW)),
+            (folder / "pytorch_model.bin").write_bytes(b"PK"),
+        ],
+        "",
+        "safetensors",
+    ),
+    "safetensors of no size": (
+        lambda folder: [
+            (folder / "config.json").write_text(json.dumps(RAW)),
+            (folder / "model.safetensors").write_bytes(b""),
+        ],
+        "model.safetensors",
+        "download it again",
+    ),
+}
+
+
+@pytest.mark.parametrize(("fill", "file", "reason"), NEITHER.values(), ids=NEITHER)
+def test_folders_that_are_neither_checkpoints_nor_of_hugging_face(fill, file, reason, tmp_path, params):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    fill(folder)
+    assert_refused(lambda: specjax.load(folder), folder / file, reason)
+    assert_refused(lambda: specjax.load_drafter(folder, decoder_model(CONFIG, params)), folder / file, reason)
 
 
 DAMAGE = {
@@ -250,16 +339,23 @@ OTHER_CONFIGS = {
 
 @pytest.mark.parametrize("changed", OTHER_CONFIGS.values(), ids=OTHER_CONFIGS.keys())
 def test_parameters_of_another_config(changed, copy):
-    (copy / "config.json").write_text(json.dumps({**CONFIG.to_hf(), **changed}))
+    (copy / "config.json").write_text(json.dumps({**RAW, **changed}))
     assert_refused(
         lambda: specjax.load(copy), copy / "params", "config.json", "another model", "copy or convert it again"
     )
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float999", 3, jnp.int32], ids=repr)
-def test_a_dtype_that_holds_no_parameters(dtype, folder):
-    with pytest.raises((ValueError, TypeError), match=r"dtype|data type"):
-        specjax.load(folder, dtype)
+@pytest.mark.parametrize("dtype", ["float16", "float32", jnp.float16, np.dtype("float32")], ids=repr)
+def test_the_dtypes_that_parameters_may_have(dtype, folder, params):
+    assert same_bits(specjax.load(folder, dtype).params, jax.tree.map(lambda x: x.astype(dtype), params))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float999", 3, jnp.int32, "complex64", "float8_e4m3fn", [], ""], ids=repr)
+def test_a_dtype_that_holds_no_parameters(dtype, folder, params):
+    target = decoder_model(CONFIG, params)
+    for load in (specjax.load, lambda *arguments, **named: specjax.load_drafter(arguments[0], target, **named)):
+        with pytest.raises(ValueError, match=r"dtype is .*; give float32, bfloat16 or float16"):
+            load(folder, dtype=dtype)
 
 
 # Drafters.

@@ -15,11 +15,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tokenizers import processors
 
 import specjax
 from specjax import checkpoint
+from specjax.hf.config import decoder_config
 from specjax.training.data import train_tokenizer
-from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import init_params
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -40,22 +41,28 @@ def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     for name, vocab_size in (("target", 262), ("other", 270)):
         tokenizer = train_tokenizer(["def f(x):\n    return x\n"] * 3, vocab_size)
-        config = DecoderConfig(
-            vocab_size=tokenizer.get_vocab_size(),
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-        )
-        params = init_params(config, jax.random.key(0))
+        config = {
+            "model_type": "llama",
+            "vocab_size": tokenizer.get_vocab_size(),
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": True,
+            "eos_token_id": tokenizer.token_to_id(STOP),
+        }
+        params = init_params(decoder_config(config), jax.random.key(0))
         params["embed_tokens"]["weight"] *= 10.0
         checkpoint.save(folder / name, config, params, tokenizer, {})
         if name == "target":
             noisy = jax.tree.map(lambda x: x * (1 + 0.5 * jax.random.normal(jax.random.key(1), x.shape)), params)
             checkpoint.save(folder / "draft", config, noisy, tokenizer, {})
     return folder
+
+
+def stop_at(folder, *tokens):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": tokens}))
 
 
 def run(script, *argv):
@@ -236,9 +243,9 @@ def generation(prompt, new, limit):
     return specjax.Generation(tokens, np.asarray([len(prompt) + len(new)]), np.asarray([len(prompt)]), stats)
 
 
-def streamed(script, tokenizer, prompt, new):
+def streamed(script, tokenizer, prompt, new, **how):
     """Returns what standard output gains with each of the tokens."""
-    transcript = script.Transcript(tokenizer, prompt, len(new))
+    transcript = script.Transcript(tokenizer, prompt, len(new), **how)
     out = io.StringIO()
     gains = []
     with contextlib.redirect_stdout(out):
@@ -273,9 +280,130 @@ def test_streaming_shows_broken_bytes_once_they_are_known_to_be_broken(script, p
 def test_broken_bytes_before_the_stop_token_are_part_of_the_text(script, pair):
     tokenizer = specjax.load_tokenizer(pair / "target")
     lead, stop = tokenizer.encode("日").ids[0], tokenizer.token_to_id(STOP)
-    out, gains = streamed(script, tokenizer, "# ", [lead, stop])
+    out, gains = streamed(script, tokenizer, "# ", [lead, stop], stop_tokens=(stop,))
     assert gains == ["", "\ufffd\n"]
     assert out == "# \ufffd\n"
+
+
+def test_text_that_may_become_a_stop_string_waits(script, pair):
+    tokenizer = specjax.load_tokenizer(pair / "target")
+    out, gains = streamed(script, tokenizer, "#", tokenizer.encode("é!?é!").ids, stop=("!!", "é!.", "?é!"))
+    assert gains == ["", "", "", "é!", "", "", "\n"] and out == "#é!\n"
+    out, gains = streamed(script, tokenizer, "#", tokenizer.encode("a!?").ids, stop=("!?.",))
+    assert gains == ["a", "", "!?\n"]
+
+
+@pytest.fixture(scope="module")
+def plain(script, pair, tmp_path_factory):
+    """Two prompts as one batch, without stop strings: the arguments, standard output, result."""
+    file = tmp_path_factory.mktemp("plain") / "out.json"
+    argv = ["--target", pair / "target", "--drafter", f"model:{pair / 'draft'}", "--temperature", 1, "--seed", 5]
+    argv += ["--max-new-tokens", 60, "--num-draft", 3, "--prompt", "def", "--prompt", "x ="]
+    out, _ = run(script, *argv, "--json", file)
+    return argv, out, json.loads(file.read_text(encoding="utf-8"))
+
+
+def test_stop_strings_end_rows_and_then_the_run(script, plain, tmp_path, monkeypatch):
+    argv, _, free = plain
+    texts = [prompt["text"] for prompt in free["prompts"]]
+    assert min(map(len, texts)) > 25
+    stop = [text[place : place + 4] for text, place in zip(texts, (6, 18), strict=True)]
+    rounds, stream = [], specjax.stream
+    monkeypatch.setattr(
+        specjax, "stream", lambda **request: (rounds.append(each) or each for each in stream(**request))
+    )
+    argv = [*argv, "--json", tmp_path / "out.json", "--trace", tmp_path / "out.html"]
+    out, err = run(script, *argv, "--stop", stop[0], "--stop", stop[1])
+    result = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    page = Page((tmp_path / "out.html").read_text(encoding="utf-8"))
+    wanted = ""
+    for row, (prompt, whole) in enumerate(zip(result["prompts"], free["prompts"], strict=True)):
+        place, met = min((whole["text"].find(each), each) for each in stop if each in whole["text"])
+        assert (prompt["text"], prompt["stopped"]) == (whole["text"][:place], met)
+        assert prompt["tokens"] == whole["tokens"][: len(prompt["tokens"])]
+        assert prompt["emitted"] == len(prompt["tokens"]) == prompt["rounds"] + prompt["accepted"] < whole["emitted"]
+        assert [sum(prompt["drafted_at"]), sum(prompt["accepted_at"])] == [prompt["drafted"], prompt["accepted"]]
+        assert [len(each) for _, each in page.rounds[row]] and len(page.rounds[row]) == prompt["rounds"]
+        assert page.texts[row] == pictures(prompt["prompt"] + prompt["text"])
+        wanted += f"--- prompt {row + 1} of 2 ---\n{prompt['prompt']}{prompt['text']}"
+        wanted += "" if wanted.endswith("\n") else "\n"
+    assert out == wanted
+    assert result["emitted"] == sum(prompt["emitted"] for prompt in result["prompts"])
+    assert result["drafted_at"] == [
+        sum(pair) for pair in zip(*(p["drafted_at"] for p in result["prompts"]), strict=True)
+    ]
+    assert len(rounds) == 1 + max(prompt["rounds"] for prompt in result["prompts"])  # the first compiles
+    assert f"tokens               {result['emitted']} in {result['rounds']} rounds" in err
+    assert result["settings"]["stop strings"] == f"{stop[0]!r}, {stop[1]!r}"
+
+
+def test_each_of_several_stop_tokens_ends_a_row_and_is_not_printed(script, pair, plain, tmp_path):
+    argv, _, free = plain
+    tokenizer = specjax.load_tokenizer(pair / "target")
+    ends = [prompt["tokens"][place] for prompt, place in zip(free["prompts"], (9, 14), strict=True)]
+    shutil.copytree(pair / "target", tmp_path / "target")
+    stop_at(tmp_path / "target", *ends)
+    argv = ["--target", tmp_path / "target", *argv[2:], "--json", tmp_path / "out.json"]
+    run(script, *argv, "--trace", tmp_path / "out.html")
+    result = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    page = Page((tmp_path / "out.html").read_text(encoding="utf-8"))
+    for row, (prompt, whole) in enumerate(zip(result["prompts"], free["prompts"], strict=True)):
+        place = next(place for place, token in enumerate(whole["tokens"]) if token in ends)
+        assert prompt["tokens"] == whole["tokens"][: place + 1]
+        assert prompt["text"] == tokenizer.decode(whole["tokens"][:place])
+        assert page.texts[row] == pictures(prompt["prompt"] + prompt["text"]) + tokenizer.id_to_token(
+            prompt["tokens"][-1]
+        )
+
+
+TEMPLATE = """{{ bos_token }}{% for m in messages %}({{ m.role }}) {{ m.content }}
+{% endfor %}{% if add_generation_prompt %}(me) {% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def chat(pair, tmp_path_factory):
+    """A target with a chat template, and a tokenizer that puts the stop token first where it is let."""
+    folder = tmp_path_factory.mktemp("chat") / "target"
+    shutil.copytree(pair / "target", folder)
+    tokenizer = specjax.load_tokenizer(folder)
+    special = [(STOP, tokenizer.token_to_id(STOP))]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{STOP} $A", special_tokens=special)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE, "bos_token": STOP}))
+    return folder
+
+
+@pytest.mark.parametrize("system", [None, "Brief\n"])
+def test_chat_answers_messages(script, chat, tmp_path, system):
+    argv = ["--target", chat, "--drafter", "none", "--temperature", 0, "--max-new-tokens", 20, "--chat"]
+    argv += ["--prompt", "Hi", "--json", tmp_path / "out.json", "--trace", tmp_path / "out.html"]
+    out, _ = run(script, *argv, *([] if system is None else ["--system", system]))
+    result = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["prompts"][0]
+    text = f"{STOP}(user) Hi\n(me) " if system is None else f"{STOP}(system) Brief\n\n(user) Hi\n(me) "
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": "Hi"}]
+    assert (result["prompt"], result["messages"]) == (text, messages[system is None :])
+    tokenizer = specjax.load_tokenizer(chat)
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    assert ids.count(tokenizer.token_to_id(STOP)) == 1 and len(tokenizer.encode(text).ids) == len(ids) + 1
+    expected = specjax.generate(
+        specjax.load(chat),
+        np.asarray([ids]),
+        sampling=specjax.Sampling(temperature=0.0),
+        max_new_tokens=20,
+        stop_tokens=specjax.load_stop_tokens(chat),
+    )
+    assert result["tokens"] == expected.tokens_bs[0, len(ids) : expected.length_b[0]].tolist()
+    answer = tokenizer.decode(result["tokens"])
+    assert out == f"Hi\n{answer}" + ("" if answer.endswith("\n") else "\n")
+    page = Page((tmp_path / "out.html").read_text(encoding="utf-8"))
+    assert page.prompts == [pictures(text)]
+
+
+def test_prompts_get_the_tokenizers_special_tokens_without_chat(script, chat):
+    tokenizer = specjax.load_tokenizer(chat)
+    transcript = script.Transcript(tokenizer, "Hi", 5)
+    assert transcript.prompt_ids == tokenizer.encode("Hi").ids
+    assert transcript.prompt_ids[0] == tokenizer.token_to_id(STOP) and transcript.messages is None
 
 
 @pytest.fixture
@@ -362,6 +490,12 @@ ERRORS = {
     "output folder is a file": (["--trace", "{pair}/binary/out.html"], "cannot be written to: Not a directory"),
     "output is a folder": (["--trace", "{pair}"], "is not a regular file"),
     "output is a device": (["--json", os.devnull], "is not a regular file"),
+    "empty stop string": (["--stop", "x", "--stop", ""], "give a sequence of strings, none of them empty"),
+    "stop string that is not text": (["--stop", "\udcff"], "not UTF-8"),
+    "system message without chat": (["--system", "Be brief."], "--system is given without --chat"),
+    "target without template": (["--chat"], "target has neither chat_template.jinja nor a chat_template in"),
+    "template that refuses": (["--chat", "--target", "{pair}/strict"], "refuses the messages: no"),
+    "stop tokens that are none": (["--target", "{pair}/endless"], "eos_token_id"),
     "unknown argument": (["--speed", "9"], "unrecognized arguments: --speed 9"),
 }
 
@@ -373,6 +507,10 @@ def damaged(pair):
     (pair / "mute" / "tokenizer.json").unlink()
     shutil.copytree(pair / "draft", pair / "foreign")
     train_tokenizer(["while true; do echo foreign; done\n"] * 3, 262).save(str(pair / "foreign" / "tokenizer.json"))
+    shutil.copytree(pair / "target", pair / "strict")
+    (pair / "strict" / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    shutil.copytree(pair / "target", pair / "endless")
+    stop_at(pair / "endless", STOP)
     shutil.copytree(pair / "target", pair / "truncated")
     for file in (pair / "truncated" / "params").rglob("*"):
         if file.is_file() and file.stat().st_size > 1000:

@@ -1,6 +1,7 @@
 """The rooms of the library import one way, scripts see public names only, and nothing runs at import."""
 
 import ast
+import gc
 import importlib
 import inspect
 import re
@@ -37,9 +38,18 @@ def room_of(file):
     return file.relative_to(LIBRARY).with_suffix("").parts[0]
 
 
+def parse(file):
+    """CPython before 3.11.9 raises SystemError if garbage is collected in the midst of it (gh-106905)."""
+    gc.disable()
+    try:
+        return ast.parse(file.read_text(encoding="utf-8"))
+    finally:
+        gc.enable()
+
+
 def imported(file):
     """Yields the full dotted name of every import of the package in a file, those inside functions included."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(parse(file)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -105,7 +115,7 @@ def test_scripts_use_public_names_only(file):
         assert len(parts) == 1 or parts[1] in public, f"{file} imports {name}"
         if len(parts) > 2:
             assert_public_member(file, parts[1], parts[2])
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(parse(file)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "specjax":
             assert node.attr in public, f"{file}:{node.lineno} uses specjax.{node.attr}"
 
@@ -165,7 +175,7 @@ def test_every_public_name_exists_once_and_in_order():
 
 def test_every_public_import_is_in_all():
     """``from x import y as y`` is how type checkers see a re-export; both lists name the same things."""
-    tree = ast.parse((LIBRARY / "__init__.py").read_text(encoding="utf-8"))
+    tree = parse(LIBRARY / "__init__.py")
     reexported = {
         alias.asname
         for node in ast.walk(tree)
@@ -181,14 +191,14 @@ def definitions():
     return {
         f"{name_of(file)}:{node.name}": node
         for file in FILES
-        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        for node in parse(file).body
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
     }
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_every_module_says_what_it_is(file):
-    assert ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+    assert ast.get_docstring(parse(file))
 
 
 @pytest.mark.parametrize("node", definitions().values(), ids=definitions().keys())

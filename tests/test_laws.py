@@ -19,7 +19,9 @@ from jax.scipy.special import gammaincc
 import specjax
 from specjax import ModelDrafter, NGramDrafter, Proposal, Sampling, Verdict, verify
 from specjax import sampling as sampling_lib
+from specjax.drafters.shared_vocabulary import shared_vocabulary_drafter
 from specjax.testing import table_logits, table_model
+from specjax.text.vocabulary import VocabularyMap
 from specjax.types import Output
 
 VOCAB, TOKENS, DRAFTS, SLOTS = 3, 5, 2, 16
@@ -67,11 +69,20 @@ class RaggedDrafter:
         return state
 
 
+def other_vocabulary():
+    """A drafter whose model has four tokens: the target's 0 and 2 are two of them, and 1 is spelled by two others."""
+    table = np.random.default_rng(2).normal(scale=1.5, size=(4,) * 3)
+    arrays = ([2, -1, 1], [[2, 0], [0, 3], [1, 0]], [1, 2, 1])
+    shared = VocabularyMap(*(np.asarray(array, np.int32) for array in arrays))
+    return shared_vocabulary_drafter(table_model(table), shared, DRAFTS)
+
+
 RULES = {"token": verify.token, "block": verify.block, "coupled": verify.coupled}
 DRAFTERS = {
     "another model": ModelDrafter(table_model(random_table(1)), DRAFTS),
     "the target itself": ModelDrafter(TARGET, DRAFTS),
     "a bad model": ModelDrafter(table_model(AGAINST), DRAFTS),
+    "another vocabulary": other_vocabulary(),
     "n-gram": NGramDrafter(DRAFTS, min_n=1, max_n=2),
     "ragged": RaggedDrafter(jnp.asarray([0.5, -0.5, 1.0])),
 }

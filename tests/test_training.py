@@ -387,6 +387,15 @@ def write(folder, text):
 def test_a_recipe_is_read(tmp_path):
     recipe = read_recipe(write(tmp_path / "small", RECIPE))
     assert (recipe.name, recipe.seed, recipe.drafts_for, recipe.sample_tokens) == ("small", 3, "big", 1000)
+    assert recipe.architecture == {
+        "model_type": "llama",
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 32,
+    }
     assert recipe.config == DecoderConfig(64, 16, 32, 2, 4, max_position_embeddings=32)
     assert recipe.stages == (
         Stage("next_token", 100, 4, 32, 2e-3),
@@ -414,7 +423,7 @@ BAD_RECIPES = {
     "an unknown key": ("seed = 3", "sead = 3", ["sead"]),
     "no architecture": ("[architecture]", "[other]", ["architecture", "missing"]),
     "an unknown size": ("intermediate_size = 32", "intermediate_size = 32\nqk_norm = true", ["qk_norm"]),
-    "a missing size": ("vocab_size = 64", "", ["vocab_size", "missing"]),
+    "a missing size": ("vocab_size = 64", "", ["lacks", "vocab_size"]),
     "a size of zero": ("num_hidden_layers = 2", "num_hidden_layers = 0", ["num_hidden_layers", "0"]),
     "an unknown stage key": ("rows = 4", "rows = 4\nbatch = 8", ["batch"]),
     "a missing stage key": ("rows = 4\nsequence = 32", "sequence = 32", ["rows", "missing"]),

@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from specjax.hf.config import decoder_config
 from specjax.transformer.config import DecoderConfig, check_integer
 
 LOSSES = ("next_token", "kl", "total_variation")
@@ -59,7 +60,8 @@ class Recipe:
     Attributes:
       name: of the folders ``models/NAME`` and ``checkpoints/NAME``.
       seed: of parameters, batches and samples.
-      config: the architecture.
+      architecture: what the model's ``config.json`` is to hold.
+      config: the same, read.
       stages: trained one after the other.
       drafts_for: the model that this one drafts for, or None. Its tokenizer is used.
       sample_tokens: tokens drawn from that model for stages on samples.
@@ -68,6 +70,7 @@ class Recipe:
 
     name: str
     seed: int
+    architecture: dict[str, Any]
     config: DecoderConfig
     stages: tuple[Stage, ...]
     drafts_for: str | None
@@ -98,11 +101,13 @@ def read_recipe(folder: Path) -> Recipe:
     for key, kind, example in (("architecture", dict, "[architecture]"), ("stages", list, "[[stages]]")):
         if not isinstance(raw.get(key), kind):
             raise ValueError(f"{file}: {key} is {'missing' if key not in raw else repr(raw[key])}; give {example}")
+    architecture = {"model_type": "llama", **raw.pop("architecture")}
     try:
         recipe = Recipe(
             name=folder.resolve().name,
             seed=raw.pop("seed", 0),
-            config=DecoderConfig.from_hf(raw.pop("architecture")),
+            architecture=architecture,
+            config=decoder_config(architecture),
             stages=tuple(Stage(**stage) for stage in raw.pop("stages")),
             drafts_for=raw.pop("drafts_for", None),
             sample_tokens=raw.pop("sample_tokens", 0),

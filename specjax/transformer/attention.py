@@ -1,49 +1,76 @@
-"""Grouped-query attention over a cache whose allocated length is not what it costs."""
+"""Attention over a cache whose allocated length is not what it costs."""
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from specjax.cache import write
-from specjax.transformer.config import DecoderConfig
-from specjax.transformer.layers import Linear, rotate
+from specjax.cache import LayerCache, update
+from specjax.transformer.config import DecoderConfig, LayerConfig
+from specjax.transformer.layers import Linear, RMSNorm, make_norm, normal, rotate, softcap
 
 SMALLEST_WINDOW = 256
+LATENT_EPS = 1e-6  # of the norms of latents, whatever the config says of the others
 
 
-def attend(query_bnth: Array, keys_bksh: Array, values_bksh: Array, position_bt: Array) -> Array:
+def attend(
+    query_bnth: Array,
+    keys_bksh: Array,
+    values_bksh: Array | None,
+    position_bt: Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    cap: float | None = None,
+    value_width: int | None = None,
+) -> Array:
     """Attends from each query to the slots up to its position.
 
     The n / k query heads that share a key head are folded into the query axis, so that each key and value is read
     once and the product is one matrix product per row and key head.
 
+    Args:
+      query_bnth: queries.
+      keys_bksh: keys.
+      values_bksh: values; None means the first ``value_width`` entries of the keys.
+      position_bt: int32, the position of each query.
+      scale: multiplies the products.
+      window: how many slots a query sees, its own included; None for all.
+      cap: soft cap of the scaled products, or None.
+      value_width: see ``values_bksh``.
+
     Returns:
-      ``[b, n, t, h]``. Equal to attention over all s slots; computed over the smallest window of slots that holds
-      every position, so the cost follows the longest row in use.
+      ``[b, n, t, values' h]``. Equal to attention over all s slots; computed over the smallest window of slots that
+      holds every position, so the cost follows the longest row in use.
     """
     b, n, t, h = query_bnth.shape
     k, slots = keys_bksh.shape[1:3]
-    query = query_bnth.reshape(b, k, n // k * t, h) * jnp.asarray(1 / math.sqrt(h), query_bnth.dtype)
+    query = query_bnth.reshape(b, k, n // k * t, h) * jnp.asarray(scale, query_bnth.dtype)
+    stored = (keys_bksh,) if values_bksh is None else (keys_bksh, values_bksh)
 
-    def over(window: int, query: Array, keys_bksh: Array, values_bksh: Array, position_bt: Array) -> Array:
-        keys, values = keys_bksh[:, :, :window], values_bksh[:, :, :window]
+    def over(used: int, query: Array, stored: tuple[Array, ...], position_bt: Array) -> Array:
+        keys, values = stored[0][:, :, :used], stored[-1][:, :, :used, :value_width]
         scores = jnp.einsum("bkqh,bksh->bkqs", query, keys, preferred_element_type=jnp.float32)
-        seen_bts = jnp.arange(window, dtype=position_bt.dtype)[None, None] <= position_bt[:, :, None]
-        scores = scores.reshape(b, n, t, window)
+        scores = softcap(scores, cap)
+        slot_11s = jnp.arange(used, dtype=position_bt.dtype)[None, None]
+        seen_bts = slot_11s <= position_bt[:, :, None]
+        if window is not None:
+            seen_bts &= slot_11s > position_bt[:, :, None] - window
+        scores = scores.reshape(b, n, t, used)
         scores = jnp.where(seen_bts[:, None], scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-        return jnp.einsum("bkqs,bksh->bkqh", weights.reshape(b, k, n // k * t, window), values)
+        return jnp.einsum("bkqs,bksh->bkqh", weights.reshape(b, k, n // k * t, used), values)
 
     windows = attention_windows(slots)
     needed = jnp.max(position_bt) + 1
     index = jnp.sum(needed > jnp.asarray(windows[:-1], needed.dtype))
-    branches = [functools.partial(over, window) for window in windows]
-    out = lax.switch(index, branches, query, keys_bksh, values_bksh, position_bt)
-    return out.reshape(b, n, t, h)
+    branches = [functools.partial(over, used) for used in windows]
+    out = lax.switch(index, branches, query, stored, position_bt)
+    return out.reshape(b, n, t, out.shape[-1])
 
 
 def attention_windows(slots: int) -> tuple[int, ...]:
@@ -61,34 +88,84 @@ def attention_windows(slots: int) -> tuple[int, ...]:
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention (Ainslie et al. 2023) with rotary positions."""
+    """Grouped-query self-attention (Ainslie et al. 2023)."""
 
-    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, layer: LayerConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         width, bias = config.hidden_size, config.attention_bias
         self.n, self.k, self.h = config.num_attention_heads, config.kv_heads, config.head_width
+        self.scale = config.attention_scale or 1 / math.sqrt(self.h)
+        self.layer, self.cap = layer, config.attention_softcap
         self.q_proj = Linear(width, self.n * self.h, bias, dtype, rngs)
         self.k_proj = Linear(width, self.k * self.h, bias, dtype, rngs)
         self.v_proj = Linear(width, self.k * self.h, bias, dtype, rngs)
-        self.o_proj = Linear(self.n * self.h, width, bias, dtype, rngs)
+        self.o_proj = Linear(self.n * self.h, width, config.output_bias, dtype, rngs)
+        self.q_norm = make_norm(config, self.h, dtype) if config.query_key_norm else None
+        self.k_norm = make_norm(config, self.h, dtype) if config.query_key_norm else None
 
     def __call__(
-        self,
-        x_btd: Array,
-        position_bt: Array,
-        tables: tuple[Array, Array],
-        stored: tuple[Array, Array] | None,
-    ) -> tuple[Array, tuple[Array, Array]]:
+        self, x_btd: Array, position_bt: Array, tables: tuple[Array, Array] | None, stored: LayerCache | None
+    ) -> tuple[Array, LayerCache]:
         """Returns the output and this layer's keys and values; without ``stored`` the block attends to itself."""
         b, t, _ = x_btd.shape
 
-        def heads(x: Array, count: int) -> Array:
-            return x.reshape(b, t, count, self.h).transpose(0, 2, 1, 3)
+        def heads(x: Array, count: int, norm: Any = None) -> Array:
+            x = x.reshape(b, t, count, self.h)
+            return (x if norm is None else norm(x)).transpose(0, 2, 1, 3)
 
-        query = rotate(heads(self.q_proj(x_btd), self.n), tables)
-        keys = rotate(heads(self.k_proj(x_btd), self.k), tables)
-        values = heads(self.v_proj(x_btd), self.k)
-        if stored is not None:
-            start_b = position_bt[:, 0]
-            keys, values = write(stored[0], keys, start_b), write(stored[1], values, start_b)
-        out = attend(query, keys, values, position_bt)
-        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(b, t, self.n * self.h)), (keys, values)
+        interleaved = self.layer.rope is not None and self.layer.rope.interleaved
+        query = rotate(heads(self.q_proj(x_btd), self.n, self.q_norm), tables, interleaved)
+        keys = rotate(heads(self.k_proj(x_btd), self.k, self.k_norm), tables, interleaved)
+        keys, values = stored = update(stored, (keys, heads(self.v_proj(x_btd), self.k)), position_bt[:, 0])
+        out = attend(query, keys, values, position_bt, scale=self.scale, window=self.layer.window, cap=self.cap)
+        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(b, t, self.n * self.h)), stored
+
+
+class LatentAttention(nnx.Module):
+    """Multi-head latent attention (DeepSeek-AI 2024, DeepSeek-V2, section 2.1).
+
+    The cache holds one latent and one rotary key per token, ``[b, 1, s, r + rotary]``. Keys and values are never
+    made: their projections from the latent are absorbed into the query and the output (section 2.1.2), which makes
+    attention that of n query heads on one key head.
+    """
+
+    def __init__(self, config: DecoderConfig, layer: LayerConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        latent = config.latent
+        assert latent is not None
+        width, self.n, self.latent, self.layer = config.hidden_size, config.num_attention_heads, latent, layer
+        head = latent.plain_width + latent.rotary_width
+        self.scale = config.attention_scale or 1 / math.sqrt(head)
+        rank = latent.query_rank
+        if rank is None:
+            self.q_proj = Linear(width, self.n * head, False, dtype, rngs)
+        else:
+            self.q_a_proj = Linear(width, rank, config.attention_bias, dtype, rngs)
+            self.q_a_layernorm = RMSNorm(rank, LATENT_EPS, dtype)
+            self.q_b_proj = Linear(rank, self.n * head, False, dtype, rngs)
+        r = latent.key_value_rank
+        self.kv_a_proj = Linear(width, r + latent.rotary_width, config.attention_bias, dtype, rngs)
+        self.kv_a_layernorm = RMSNorm(r, LATENT_EPS, dtype)
+        self.k_up = nnx.Param(normal(rngs, (self.n, latent.plain_width, r), dtype))
+        self.v_up = nnx.Param(normal(rngs, (self.n, latent.value_width, r), dtype))
+        self.o_proj = Linear(self.n * latent.value_width, width, config.output_bias, dtype, rngs)
+
+    def __call__(
+        self, x_btd: Array, position_bt: Array, tables: tuple[Array, Array] | None, stored: LayerCache | None
+    ) -> tuple[Array, LayerCache]:
+        """Returns the output and this layer's latents; without ``stored`` the block attends to itself."""
+        b, t, _ = x_btd.shape
+        latent, r = self.latent, self.latent.key_value_rank
+        interleaved = self.layer.rope is not None and self.layer.rope.interleaved
+        query = (
+            self.q_proj(x_btd) if latent.query_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_btd)))
+        )
+        query = query.reshape(b, t, self.n, latent.plain_width + latent.rotary_width).transpose(0, 2, 1, 3)
+        plain, rotary = query[..., : latent.plain_width], query[..., latent.plain_width :]
+        absorbed = jnp.einsum("bnth,nhr->bntr", plain, self.k_up[...])
+        query = jnp.concatenate([absorbed, rotate(rotary, tables, interleaved)], axis=-1)
+        compressed = self.kv_a_proj(x_btd)[:, None]
+        shared = rotate(compressed[..., r:], tables, interleaved)
+        keys = jnp.concatenate([self.kv_a_layernorm(compressed[..., :r]), shared], axis=-1)
+        stored = update(stored, (keys,), position_bt[:, 0])
+        out = attend(query, stored[0], None, position_bt, scale=self.scale, window=self.layer.window, value_width=r)
+        out = jnp.einsum("bntr,nhr->btnh", out, self.v_up[...])
+        return self.o_proj(out.reshape(b, t, self.n * latent.value_width)), stored

@@ -1,44 +1,105 @@
-"""The sizes of a decoder, read from and written to Hugging Face ``config.json`` keys."""
+"""What fixes a decoder's shapes and computation, whatever family it comes from."""
 
 import dataclasses
-import json
-import math
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-# Keys of a config.json that say nothing about the forward pass.
-_IGNORED = frozenset(
-    {
-        "_name_or_path",
-        "bos_token_id",
-        "dtype",
-        "eos_token_id",
-        "initializer_range",
-        "model_type",
-        "pad_token_id",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-    }
-)
+Norm = Literal["rms", "rms_one_plus", "layer"]
+Activation = Literal["silu", "gelu", "gelu_tanh"]
 
-# Keys that change the forward pass, with the only value this decoder computes.
-_ONLY = {
-    "architectures": ["LlamaForCausalLM"],
-    "attention_dropout": 0.0,
-    "auto_map": {},
-    "hidden_act": "silu",
-    "pretraining_tp": 1,
-    "rope_scaling": None,
-    "sliding_window": None,
-    "use_sliding_window": False,
-}
+MAX_SIZE = 2**31 - 1  # tokens and positions are int32
+MAX_LAYERS = 10_000  # layers are unrolled
+MAX_HEAD = 2**16
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary positions (Su et al. 2021), after whatever scaling the family applies to them.
+
+    Attributes:
+      frequencies: radians per position of each rotated pair; a head's entries past twice their number stay as they are.
+      scale: multiplies cosines and sines (YaRN's attention factor; Peng et al. 2023, section 3.4).
+      interleaved: the pairs are neighbours (2j, 2j + 1), not halves (j, j + r).
+      dynamic: (base, factor, original length) of dynamic NTK scaling, in which a position p past the original length
+        is rotated with the frequencies of a text that ends there. None: frequencies do not depend on the position.
+    """
+
+    frequencies: tuple[float, ...]
+    scale: float = 1.0
+    interleaved: bool = False
+    dynamic: tuple[float, float, int] | None = None
+
+
+def plain_rope(width: int, theta: float = 10000.0) -> Rope:
+    """Returns the unscaled rotary positions of ``width`` entries with base ``theta``."""
+    return Rope(tuple(theta ** (-j / width) for j in range(0, width, 2)))
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerConfig:
+    """What may differ from layer to layer.
+
+    Attributes:
+      rope: rotary positions, or None for a layer without.
+      window: tokens that a query sees, itself included (sliding-window attention), or None for all.
+      experts: the layer's MLP is the mixture of ``DecoderConfig.experts``.
+    """
+
+    rope: Rope | None
+    window: int | None = None
+    experts: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek-AI 2024, DeepSeek-V2, section 2.1); the cache holds latents.
+
+    Attributes:
+      query_rank: width of the queries' latent, or None for queries straight from the hidden state.
+      key_value_rank: r, width of the latent that keys and values are made of.
+      plain_width: entries of a query or key head without rotary positions.
+      rotary_width: entries with them; the key's are shared by all heads.
+      value_width: entries of a value head.
+    """
+
+    query_rank: int | None
+    key_value_rank: int
+    plain_width: int
+    rotary_width: int
+    value_width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+    """A mixture of experts (Shazeer et al. 2017).
+
+    Attributes:
+      num_experts: e.
+      per_token: experts that each token goes to.
+      intermediate_size: width of one expert.
+      score: how router logits become scores, "softmax" or "sigmoid".
+      renormalize: the chosen experts' scores are divided by their sum.
+      scale: multiplies the chosen experts' weights.
+      groups: experts are chosen within the best groups only (DeepSeek-V3, section 2.1.2); 1 for no groups.
+      best_groups: groups that are chosen from.
+      corrected: a bias for each expert is added to the scores for the choice alone.
+      shared_size: width of the MLP that every token goes through beside the experts, 0 for none.
+    """
+
+    num_experts: int
+    per_token: int
+    intermediate_size: int
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    renormalize: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    best_groups: int = 1
+    corrected: bool = False
+    shared_size: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """The sizes of a Llama-family decoder, under the names of Hugging Face's ``config.json``.
+    """A decoder: one description for all families, read from a ``config.json`` by ``specjax.hf``.
 
     Hashable, so that it can be a static argument of ``jit``.
 
@@ -51,11 +112,24 @@ class DecoderConfig:
       num_key_value_heads: k, key and value heads; divides n. None means n.
       head_dim: h. None means ``hidden_size // num_attention_heads``.
       max_position_embeddings: longest sequence.
-      rms_norm_eps: added to the mean square.
-      rope_theta: base of the rotary frequencies.
-      attention_bias: biases on the query, key, value and output projections.
+      layers: one entry per layer. None means full attention with plain rotary positions.
+      learned_positions: a table of ``max_position_embeddings`` vectors is added to the embeddings.
+      norm: "rms"; "rms_one_plus", which multiplies by 1 + weight; or "layer", LayerNorm with biases.
+      norm_eps: added to the variance or mean square.
+      sandwich_norms: norms behind attention and MLP as well as before them.
+      query_key_norm: RMS norms over each query and key head.
+      activation: of the MLP; "gelu_tanh" is the tanh approximation.
+      gated_mlp: ``down(act(gate(x)) * up(x))``; otherwise ``down(act(up(x)))``.
+      attention_bias: biases on the query, key and value projections (on latents: on those from the hidden state).
+      output_bias: bias on the attention's output projection.
       mlp_bias: biases on the MLP's projections.
       tie_word_embeddings: the head is the embedding.
+      embedding_scale: multiplies the embeddings, rounded to their dtype.
+      attention_scale: multiplies query-key products; None means ``head_dim ** -0.5``.
+      attention_softcap: c in ``c * tanh(scores / c)`` (Gemma 2), or None.
+      logit_softcap: the same for the logits.
+      latent: multi-head latent attention in place of grouped-query attention.
+      experts: the mixture of the layers that have one.
     """
 
     vocab_size: int
@@ -66,40 +140,88 @@ class DecoderConfig:
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    layers: tuple[LayerConfig, ...] | None = None
+    learned_positions: bool = False
+    norm: Norm = "rms"
+    norm_eps: float = 1e-6
+    sandwich_norms: bool = False
+    query_key_norm: bool = False
+    activation: Activation = "silu"
+    gated_mlp: bool = True
     attention_bias: bool = False
+    output_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    latent: LatentConfig | None = None
+    experts: ExpertsConfig | None = None
 
     def __post_init__(self):
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None:
             for name in ("hidden_size", "num_attention_heads"):
-                check_integer(name, getattr(self, name), _LEAST[name])
+                check_integer(name, getattr(self, name), 1, MAX_SIZE)
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
                     f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
                     f"{self.num_attention_heads}; give head_dim"
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        for name, least in _LEAST.items():
-            check_integer(name, getattr(self, name), least)
-        for name in ("rms_norm_eps", "rope_theta"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a number above 0, got {value!r}")
-        for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        for name, most in _MOST.items():
+            check_integer(name, getattr(self, name), 1, most)
+        for name in ("norm_eps", "embedding_scale", "attention_scale", "attention_softcap", "logit_softcap"):
+            check_positive(name, getattr(self, name), optional=name not in ("norm_eps", "embedding_scale"))
+        for field in dataclasses.fields(self):
+            if field.type is bool and not isinstance(getattr(self, field.name), bool):
+                raise ValueError(f"{field.name} must be true or false, got {getattr(self, field.name)!r}")
+        for name, choices in (("norm", get_args(Norm)), ("activation", get_args(Activation))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose from {choices}")
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
                 f"{self.kv_heads}"
             )
-        if self.head_width % 2:
-            raise ValueError(f"head_dim {self.head_width} is odd; rotary embeddings need an even one")
+        if self.layers is None:
+            if self.head_width % 2:
+                raise ValueError(f"head_dim {self.head_width} is odd; rotary positions need an even one")
+            layer = LayerConfig(rope=plain_rope(self.head_width))
+            object.__setattr__(self, "layers", (layer,) * self.num_hidden_layers)
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        if len(self.each_layer) != self.num_hidden_layers:
+            raise ValueError(
+                f"layers has {len(self.each_layer)} entries for num_hidden_layers {self.num_hidden_layers}"
+            )
+        rotary = self.latent.rotary_width if self.latent else self.head_width
+        for layer in self.each_layer:
+            if layer.window is not None:
+                check_integer("sliding window", layer.window, 1, MAX_SIZE)
+            if layer.experts and self.experts is None:
+                raise ValueError("a layer is a mixture of experts, but experts is None; describe them")
+            if layer.rope and 2 * len(layer.rope.frequencies) > rotary:
+                pairs = len(layer.rope.frequencies)
+                raise ValueError(f"rotary positions turn {pairs} pairs of entries, but a head has {rotary} entries")
+        if self.experts:
+            experts = self.experts
+            for name in ("num_experts", "per_token", "intermediate_size", "groups", "best_groups"):
+                check_integer(f"experts' {name}", getattr(experts, name), 1, MAX_SIZE)
+            check_positive("experts' scale", experts.scale)
+            if experts.num_experts % experts.groups or experts.best_groups > experts.groups:
+                raise ValueError(
+                    f"{experts.num_experts} experts in {experts.groups} groups (n_group), {experts.best_groups} of "
+                    "them chosen (topk_group): the groups must be of one size, and no more chosen than there are"
+                )
+            choosable = experts.num_experts // experts.groups * experts.best_groups
+            if experts.per_token > choosable:
+                raise ValueError(
+                    f"{experts.per_token} experts per token (num_experts_per_tok), but only {choosable} to choose from"
+                )
 
     @property
     def kv_heads(self) -> int:
@@ -111,82 +233,35 @@ class DecoderConfig:
         assert self.head_dim is not None
         return self.head_dim
 
-    @classmethod
-    def from_hf(cls, raw: Mapping[str, Any]) -> "DecoderConfig":
-        """Reads the keys of a Hugging Face ``config.json``.
-
-        Raises:
-          ValueError: a key is missing, or one that changes the forward pass is unknown or has a value that this
-            decoder does not compute.
-        """
-        raw = dict(raw)
-        model_type = raw.get("model_type", "llama")
-        if model_type != "llama":
-            raise ValueError(f"model_type {model_type!r} is not supported; supported: 'llama'")
-        rope = raw.pop("rope_parameters", None)  # the spelling of transformers 5
-        if rope is not None:
-            if not isinstance(rope, Mapping) or rope.get("rope_type", "default") != "default":
-                raise ValueError(f"rope_parameters {rope!r} is not supported; supported: rope_type 'default'")
-            raw |= {key: value for key, value in rope.items() if key != "rope_type"}
-        for key, value in _ONLY.items():
-            given = raw.pop(key, value)
-            if given != value:
-                raise ValueError(f"config key {key!r} is {given!r}; this decoder computes only {value!r}")
-        names = {field.name for field in dataclasses.fields(cls)}
-        unknown = {key: raw[key] for key in sorted(raw.keys() - names - _IGNORED)}
-        if unknown:
-            raise ValueError(
-                f"config keys {unknown} are unknown and might change the model; remove them if they do not"
-            )
-        required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
-        missing = sorted(required - raw.keys())
-        if missing:
-            raise ValueError(f"config keys {missing} are missing")
-        return cls(**{name: raw[name] for name in names & raw.keys()})
-
-    def to_hf(self) -> dict[str, Any]:
-        """Returns the config under Hugging Face's keys, loadable as ``LlamaConfig``."""
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_act": "silu",
-            **dataclasses.asdict(self),
-        }
+    @property
+    def each_layer(self) -> tuple[LayerConfig, ...]:
+        assert self.layers is not None
+        return self.layers
 
 
-def check_integer(name: str, value: Any, least: int) -> None:
-    """Raises ValueError unless the value is an integer of at least ``least``."""
+def check_integer(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Raises ValueError unless the value is an integer of at least ``least`` (and at most ``most``)."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be an integer of at most {most}, got {value!r}")
 
 
-_LEAST = {
-    "vocab_size": 1,
-    "hidden_size": 1,
-    "intermediate_size": 1,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "head_dim": 2,
-    "max_position_embeddings": 1,
+def check_positive(name: str, value: Any, optional: bool = False) -> None:
+    """Raises ValueError unless the value is a float32 number above 0 (or None, where that is allowed)."""
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 2.0**128:
+        raise ValueError(f"{name} must be a number above 0 that float32 holds, got {value!r}")
+
+
+_MOST = {
+    "vocab_size": MAX_SIZE,
+    "hidden_size": MAX_SIZE,
+    "intermediate_size": MAX_SIZE,
+    "num_hidden_layers": MAX_LAYERS,
+    "num_attention_heads": MAX_SIZE,
+    "num_key_value_heads": MAX_SIZE,
+    "head_dim": MAX_HEAD,
+    "max_position_embeddings": MAX_SIZE,
 }
-
-
-def read_config(path: Path) -> DecoderConfig:
-    """Reads a ``config.json``.
-
-    Raises:
-      ValueError: the file is absent, is not a JSON object, or describes another kind of model.
-    """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; a checkpoint folder must hold one") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); write it again") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds a {type(raw).__name__}; it must hold a JSON object")
-    try:
-        return DecoderConfig.from_hf(raw)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None

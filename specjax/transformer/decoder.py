@@ -1,34 +1,43 @@
-"""A Llama-family decoder, as a flax module and as the pure functions that the engine takes."""
+"""A decoder, as a flax module and as the pure functions that the engine takes."""
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from specjax.cache import KVCache, allocate
-from specjax.transformer.attention import Attention
-from specjax.transformer.config import DecoderConfig
-from specjax.transformer.layers import Embedding, GatedMLP, Linear, RMSNorm, rotary_tables
-from specjax.types import Forward, InitCache, LanguageModel, Output
+from specjax.cache import KVCache, LayerCache, allocate
+from specjax.transformer.attention import Attention, LatentAttention
+from specjax.transformer.config import DecoderConfig, LayerConfig
+from specjax.transformer.layers import MLP, Embedding, Linear, make_norm, rotary_tables, softcap
+from specjax.transformer.moe import MoE
+from specjax.types import EarlyExit, Forward, InitCache, LanguageModel, Output
 
 
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
-        width, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = RMSNorm(width, eps, dtype)
-        self.self_attn = Attention(config, dtype, rngs)
-        self.post_attention_layernorm = RMSNorm(width, eps, dtype)
-        self.mlp = GatedMLP(width, config.intermediate_size, config.mlp_bias, dtype, rngs)
+    def __init__(self, config: DecoderConfig, layer: LayerConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        width, sandwich = config.hidden_size, config.sandwich_norms
+        attention = Attention if config.latent is None else LatentAttention
+        self.input_layernorm = make_norm(config, width, dtype)
+        self.self_attn = attention(config, layer, dtype, rngs)
+        self.attention_post_norm = make_norm(config, width, dtype) if sandwich else None
+        self.post_attention_layernorm = make_norm(config, width, dtype)
+        self.mlp = MoE(config, dtype, rngs) if layer.experts else MLP(config, config.intermediate_size, dtype, rngs)
+        self.mlp_post_norm = make_norm(config, width, dtype) if sandwich else None
 
-    def __call__(self, x_btd, position_bt, tables, stored):
-        attended, stored = self.self_attn(self.input_layernorm(x_btd), position_bt, tables, stored)
-        x_btd = x_btd + attended
-        return x_btd + self.mlp(self.post_attention_layernorm(x_btd)), stored
+    def __call__(
+        self, x_btd: Array, position_bt: Array, tables: tuple[Array, Array] | None, stored: LayerCache | None
+    ) -> tuple[Array, LayerCache]:
+        """Returns the residual stream behind the layer, and what the layer keeps of its tokens."""
+        y_btd, stored = self.self_attn(self.input_layernorm(x_btd), position_bt, tables, stored)
+        x_btd = x_btd + (y_btd if self.attention_post_norm is None else self.attention_post_norm(y_btd))
+        y_btd = self.mlp(self.post_attention_layernorm(x_btd))
+        return x_btd + (y_btd if self.mlp_post_norm is None else self.mlp_post_norm(y_btd)), stored
 
 
 class Decoder(nnx.Module):
@@ -37,31 +46,55 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, rngs)
-        self.layers = nnx.List([DecoderLayer(config, dtype, rngs) for _ in range(config.num_hidden_layers)])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        if config.learned_positions:
+            self.embed_positions = Embedding(config.max_position_embeddings, config.hidden_size, dtype, rngs)
+        self.layers = nnx.List([DecoderLayer(config, layer, dtype, rngs) for layer in config.each_layer])
+        self.norm = make_norm(config, config.hidden_size, dtype)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, False, dtype, rngs)
 
     def __call__(
-        self, tokens_bt: Array, start_b: Array, cache: KVCache | None, capture: tuple[int, ...] = ()
+        self,
+        tokens_bt: Array,
+        start_b: Array,
+        cache: KVCache | None,
+        capture: tuple[int, ...] = (),
+        depth: int | None = None,
     ) -> tuple[Array, tuple[Array, ...], KVCache]:
-        """Returns float32 logits, the captured states and the cache; without a cache the block stands alone."""
+        """Returns float32 logits, the captured states and the cache; without a cache the block stands alone.
+
+        ``depth`` leaves out the layers past the first so many.
+        """
         config = self.config
         position_bt = start_b[:, None] + jnp.arange(tokens_bt.shape[1], dtype=start_b.dtype)[None]
-        tables = rotary_tables(position_bt, config.head_width, config.rope_theta)
-        x_btd = self.embed_tokens(tokens_bt)
-        states, keys, values = [x_btd], [], []
-        for i, layer in enumerate(self.layers):
-            stored = None if cache is None else (cache.keys[i], cache.values[i])
-            x_btd, (layer_keys, layer_values) = layer(x_btd, position_bt, tables, stored)
+        x_btd = self.embed(tokens_bt)
+        if config.learned_positions:
+            last = config.max_position_embeddings - 1  # slots of padding may lie behind it
+            x_btd = x_btd + self.embed_positions(jnp.minimum(position_bt, last))
+        ropes = dict.fromkeys(layer.rope for layer in config.each_layer)
+        tables = {rope: None if rope is None else rotary_tables(position_bt, rope) for rope in ropes}
+        states, kept = [x_btd], []
+        for i, layer in enumerate(self.layers[:depth]):
+            stored = None if cache is None else cache.layers[i]
+            x_btd, stored = layer(x_btd, position_bt, tables[config.each_layer[i].rope], stored)
             states.append(x_btd)
-            keys.append(layer_keys)
-            values.append(layer_values)
+            kept.append(stored)
+        if cache is not None:
+            kept.extend(cache.layers[len(kept) :])
         normed_btd = self.norm(x_btd)
         states.append(normed_btd)  # index -1
-        head = self.embed_tokens.logits if config.tie_word_embeddings else self.lm_head
-        logits_btv = head(normed_btd).astype(jnp.float32)
-        return logits_btv, tuple(states[i] for i in capture), KVCache(tuple(keys), tuple(values))
+        return self.unembed(normed_btd), tuple(states[i] for i in capture), KVCache(tuple(kept))
+
+    def embed(self, tokens_bt: Array) -> Array:
+        """Returns the tokens' embeddings, scaled if the family does so."""
+        x_btd = self.embed_tokens(tokens_bt)
+        scale = self.config.embedding_scale
+        return x_btd if scale == 1 else x_btd * jnp.asarray(scale, x_btd.dtype)
+
+    def unembed(self, normed_btd: Array) -> Array:
+        """Returns float32 logits of states behind the final norm."""
+        head = self.embed_tokens.logits if self.config.tie_word_embeddings else self.lm_head
+        return softcap(head(normed_btd).astype(jnp.float32), self.config.logit_softcap)
 
 
 def init_params(config: DecoderConfig, key: Array, dtype: jnp.dtype = jnp.dtype("float32")) -> Any:
@@ -75,6 +108,11 @@ def abstract_params(config: DecoderConfig, dtype: jnp.dtype = jnp.dtype("float32
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))
 
 
+def dtype_of(params: Any) -> jnp.dtype:
+    """Returns the dtype that a decoder with these parameters computes in."""
+    return params["embed_tokens"]["weight"].dtype
+
+
 @functools.cache
 def _graph(config: DecoderConfig, dtype: jnp.dtype):
     return nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype, nnx.Rngs(0))))
@@ -82,32 +120,51 @@ def _graph(config: DecoderConfig, dtype: jnp.dtype):
 
 def bind(config: DecoderConfig, params: Any) -> Decoder:
     """Returns the module over ``params``, for calls inside a traced function."""
-    dtype = jax.tree.leaves(params)[0].dtype
-    graph, state = _graph(config, dtype)
+    graph, state = _graph(config, dtype_of(params))
     state = jax.tree.map(lambda x: x, state)
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graph, state)
 
 
+class _Functions(NamedTuple):
+    forward: Forward
+    init_cache: InitCache
+    embed: Callable[[Any, Array], Array]
+    unembed: Callable[[Any, Array], Array]
+    early_exit: EarlyExit
+
+
 @functools.cache
-def _functions(config: DecoderConfig, dtype: jnp.dtype) -> tuple[Forward, InitCache]:
+def _functions(config: DecoderConfig, dtype: jnp.dtype) -> _Functions:
     # Cached, so that two models of one architecture share their static functions and hence their compilations.
     def forward(params, tokens_bt, cache, start_b, capture=()):
         return Output(*bind(config, params)(tokens_bt, start_b, cache, capture))
 
     def init_cache(rows, slots):
-        return allocate(config.num_hidden_layers, rows, slots, config.kv_heads, config.head_width, dtype)
+        if config.latent is None:
+            heads, widths = config.kv_heads, (config.head_width, config.head_width)
+        else:
+            heads, widths = 1, (config.latent.key_value_rank + config.latent.rotary_width,)
+        return allocate(config.num_hidden_layers, rows, slots, heads, widths, dtype)
 
-    return forward, init_cache
+    def embed(params, tokens_bt):
+        return bind(config, params).embed(tokens_bt)
+
+    def unembed(params, normed_btd):
+        return bind(config, params).unembed(normed_btd)
+
+    def early_exit(params, tokens_bt, cache, start_b, depth):
+        return Output(*bind(config, params)(tokens_bt, start_b, cache, depth=depth))
+
+    return _Functions(forward, init_cache, embed, unembed, early_exit)
 
 
 def decoder_model(config: DecoderConfig, params: Any) -> LanguageModel:
     """Returns the decoder as a ``LanguageModel``; it computes in the dtype of ``params``."""
-    forward, init_cache = _functions(config, jax.tree.leaves(params)[0].dtype)
     return LanguageModel(
         params=params,
-        forward=forward,
-        init_cache=init_cache,
         vocab_size=config.vocab_size,
         max_positions=config.max_position_embeddings,
+        num_layers=config.num_hidden_layers,
+        **_functions(config, dtype_of(params))._asdict(),
     )

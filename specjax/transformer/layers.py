@@ -1,12 +1,23 @@
 """The small parts of a decoder."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
+from specjax.transformer.config import Activation, DecoderConfig, Rope
 
-def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype, std: float = 0.02) -> Array:
+ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype, std: float = 0.02) -> Array:
+    """Returns the initial values of a weight."""
     return std * jax.random.normal(rngs.params(), shape, dtype)
 
 
@@ -18,7 +29,7 @@ class Linear(nnx.Module):
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(_normal(rngs, (inputs, outputs), dtype))
+        self.kernel = nnx.Param(normal(rngs, (inputs, outputs), dtype))
         self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None
 
     def __call__(self, x: Array) -> Array:
@@ -30,7 +41,7 @@ class Embedding(nnx.Module):
     """A table of ``[v, d]``, also the head of models that tie the two."""
 
     def __init__(self, vocab: int, width: int, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.weight = nnx.Param(_normal(rngs, (vocab, width), dtype))
+        self.weight = nnx.Param(normal(rngs, (vocab, width), dtype))
 
     def __call__(self, tokens_bt: Array) -> Array:
         return jnp.take(self.weight[...], tokens_bt, axis=0)
@@ -47,35 +58,101 @@ class RMSNorm(nnx.Module):
         self.weight = nnx.Param(jnp.ones((width,), dtype))
         self.eps = eps
 
-    def __call__(self, x_btd: Array) -> Array:
-        x = x_btd.astype(jnp.float32)
-        x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return x.astype(x_btd.dtype) * jnp.broadcast_to(self.weight[...], x.shape)
+    def __call__(self, x: Array) -> Array:
+        return _rms(x, self.eps).astype(x.dtype) * jnp.broadcast_to(self.weight[...], x.shape)
 
 
-class GatedMLP(nnx.Module):
-    """``down(silu(gate(x)) * up(x))`` (Shazeer 2020)."""
+class RMSNormOnePlus(nnx.Module):
+    """Root-mean-square norm that multiplies by 1 + weight, in float32 throughout (Gemma)."""
 
-    def __init__(self, width: int, inner: int, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.gate_proj = Linear(width, inner, bias, dtype, rngs)
+    def __init__(self, width: int, eps: float, dtype: jnp.dtype):
+        self.weight = nnx.Param(jnp.zeros((width,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        scale = 1.0 + self.weight[...].astype(jnp.float32)
+        return (_rms(x, self.eps) * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)
+
+
+def _rms(x: Array, eps: float) -> Array:
+    x = x.astype(jnp.float32)
+    return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm (Ba et al. 2016), computed in float32."""
+
+    def __init__(self, width: int, eps: float, dtype: jnp.dtype):
+        self.weight = nnx.Param(jnp.ones((width,), dtype))
+        self.bias = nnx.Param(jnp.zeros((width,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        weight, bias = (jnp.broadcast_to(p[...].astype(jnp.float32), y.shape) for p in (self.weight, self.bias))
+        return (y * weight + bias).astype(x.dtype)
+
+
+NORMS = {"rms": RMSNorm, "rms_one_plus": RMSNormOnePlus, "layer": LayerNorm}
+
+
+def make_norm(config: DecoderConfig, width: int, dtype: jnp.dtype) -> RMSNorm | RMSNormOnePlus | LayerNorm:
+    """Returns the family's kind of norm."""
+    return NORMS[config.norm](width, config.norm_eps, dtype)
+
+
+class MLP(nnx.Module):
+    """``down(act(gate(x)) * up(x))`` (Shazeer 2020), or ``down(act(up(x)))`` without the gate."""
+
+    def __init__(self, config: DecoderConfig, inner: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        width, bias = config.hidden_size, config.mlp_bias
+        self.activation: Activation = config.activation
+        self.gate_proj = Linear(width, inner, bias, dtype, rngs) if config.gated_mlp else None
         self.up_proj = Linear(width, inner, bias, dtype, rngs)
         self.down_proj = Linear(inner, width, bias, dtype, rngs)
 
     def __call__(self, x_btd: Array) -> Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x_btd)) * self.up_proj(x_btd))
+        activate, up = ACTIVATIONS[self.activation], self.up_proj(x_btd)
+        return self.down_proj(activate(up) if self.gate_proj is None else activate(self.gate_proj(x_btd)) * up)
 
 
-def rotary_tables(position_bt: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """Returns cosines and sines ``[b, 1, t, h]`` in float32 for the rotate-half layout (Su et al. 2021)."""
-    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = position_bt[:, None, :, None].astype(jnp.float32) * frequency[None, None, None, :]
-    angle = jnp.concatenate([angle, angle], axis=-1)
-    return jnp.cos(angle), jnp.sin(angle)
+def softcap(x: Array, cap: float | None) -> Array:
+    """Returns ``cap * tanh(x / cap)``, or x where there is no cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
-    """Rotates queries or keys ``[b, heads, t, h]`` by their positions."""
+def rotary_tables(position_bt: Array, rope: Rope) -> tuple[Array, Array]:
+    """Returns cosines and sines of each pair's angle, ``[b, 1, t, pairs]`` in float32."""
+    position = position_bt[:, None, :, None].astype(jnp.float32)
+    frequency = jnp.asarray(rope.frequencies, jnp.float32)[None, None, None, :]
+    if rope.dynamic is not None:
+        theta, factor, original = rope.dynamic
+        width = 2 * len(rope.frequencies)
+        # The base of a text of p + 1 tokens: each position takes that of the text that ends with it, so that a key
+        # does not depend on what was fed together with it.
+        length = jnp.maximum(position + 1, float(original))
+        base = theta * (factor * length / original - (factor - 1)) ** (width / (width - 2))
+        frequency = base ** (-jnp.arange(0, width, 2, dtype=jnp.float32)[None, None, None, :] / width)
+    angle = position * frequency
+    return jnp.cos(angle) * rope.scale, jnp.sin(angle) * rope.scale
+
+
+def rotate(x: Array, tables: tuple[Array, Array] | None, interleaved: bool = False) -> Array:
+    """Rotates queries or keys ``[b, heads, t, h]`` by their positions.
+
+    Entries behind the rotated pairs pass as they are. Interleaved pairs come out as halves: queries and keys are
+    permuted alike, which no product between them sees.
+    """
+    if tables is None:
+        return x
     cos, sin = tables
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    return (jnp.concatenate([first, second], axis=-1) * cos + turned * sin).astype(x.dtype)
+    pairs = cos.shape[-1]
+    turned, rest = x[..., : 2 * pairs].astype(jnp.float32), x[..., 2 * pairs :]
+    if interleaved:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+    else:
+        first, second = turned[..., :pairs], turned[..., pairs:]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1) if rest.shape[-1] else turned.astype(x.dtype)

@@ -1,0 +1,72 @@
+"""Converts a Hugging Face folder to a checkpoint folder: ``python scripts/convert_hf.py SRC DST``.
+
+SRC holds config.json, safetensors and a tokenizer. DST appears once it is whole. (``specjax.load`` opens SRC as well.)
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import specjax
+
+VERIFIED_TOKENS = 48
+TOLERANCE = 1e-3
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, metavar="SRC", help="Hugging Face folder")
+    parser.add_argument("destination", type=Path, metavar="DST", help="folder to make")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored; float8 becomes bfloat16)")
+    parser.add_argument("--verify", action="store_true", help="compare logits with transformers, on this machine's CPU")
+    args = parser.parse_args(argv)
+    if args.verify and not all(map(importlib.util.find_spec, ("torch", "transformers"))):
+        parser.error("--verify needs torch and transformers; pip install 'specjax[parity]'")
+    try:
+        with tqdm(unit="B", unit_scale=True, desc="reading", disable=None) as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            report = specjax.convert_hf(args.source, args.destination, args.dtype, progress)
+        print(*report, sep="\n")
+        print(f"wrote {args.destination}")
+        return verify(args.source, args.destination) if args.verify else 0
+    except (ValueError, OSError) as error:
+        print(f"convert_hf.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
+
+
+def verify(source: Path, destination: Path) -> int:
+    """Compares both models' float32 logits over random tokens; returns an exit status."""
+    import torch
+    import transformers
+
+    stored = json.loads((destination / "config.json").read_text(encoding="utf-8"))["torch_dtype"]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, stored)).float().eval()
+    ours = specjax.load(destination, "float32")
+    tokens_bt = np.random.default_rng(0).integers(0, ours.vocab_size, (1, VERIFIED_TOKENS)).astype(np.int32)
+    with torch.no_grad():
+        expected_btv = theirs(torch.tensor(tokens_bt, dtype=torch.long)).logits.numpy()
+    cache = ours.init_cache(1, VERIFIED_TOKENS)
+    logits_btv = np.asarray(ours.forward(ours.params, tokens_bt, cache, np.zeros(1, np.int32)).logits_btv)
+    difference = float(np.abs(logits_btv - expected_btv).max())
+    alike = float((logits_btv.argmax(-1) == expected_btv.argmax(-1)).mean())
+    print(
+        f"verified over {VERIFIED_TOKENS} random tokens: largest logit difference {difference:.1e} "
+        f"(limit {TOLERANCE:.0e}; the logits deviate by {expected_btv.std():.2f}), likeliest token equal in {alike:.0%}"
+    )
+    return 0 if difference <= TOLERANCE else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""From Hugging Face folders to checkpoint folders, and back."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from specjax.checkpoint import check_dtype, check_params, load_params, new_folder, read_params, save_params, write_json
+from specjax.hf.config import ARCHITECTURES, read_config
+from specjax.hf.keys import read_json
+from specjax.hf.names import nested, parameters
+from specjax.hf.safetensors import TensorSpec, write_tensors
+from specjax.hf.weights import Parameter, open_weights, tensors_of
+from specjax.transformer.config import DecoderConfig
+from specjax.transformer.decoder import abstract_params
+
+# What goes along unchanged, where it is there.
+_COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+
+Progress = Callable[[int, int], None]
+"""``progress(done, total)``, in bytes."""
+
+
+def convert_hf(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    dtype: jnp.dtype | str | None = None,
+    progress: Progress = lambda done, total: None,
+) -> tuple[str, ...]:
+    """Writes a checkpoint folder from a Hugging Face folder.
+
+    Tensors are read one by one; the memory taken is one copy of the parameters and, for a moment, one tensor.
+
+    Args:
+      source: a folder with ``config.json`` and safetensors.
+      destination: the folder to make.
+      dtype: of the parameters; None keeps what each tensor has, and makes bfloat16 of float8.
+      progress: called as parameters are read.
+
+    Returns:
+      Lines that say which tensors made which parameters, and what was left out.
+
+    Raises:
+      ValueError: the source is no folder of a supported model or is damaged, or the destination exists.
+      OSError: the destination cannot be written. Nothing is left of it.
+    """
+    source, destination = Path(source).absolute(), Path(destination).absolute()
+    _check_new(destination)
+    wanted = None if dtype is None else check_dtype(dtype)
+    weights = open_weights(source)
+
+    def abstract(parameter: Parameter) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(parameter.shape, parameter.dtype if wanted is None else wanted)
+
+    expected = jax.tree.map(abstract, weights.params, is_leaf=lambda x: isinstance(x, Parameter))
+    check_params(expected, weights.config)
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(expected)]
+    done = 0
+
+    def on_read(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(done, sum(sizes))
+
+    with new_folder(destination) as folder, jax.default_device(jax.local_devices(backend="cpu")[0]):
+        companions = _copy_companions(source, folder)
+        write_json(folder / "config.json", _config(weights.raw, jax.tree.leaves(expected)))
+        save_params(folder, read_params(weights.params, expected, on_read))
+    lines = [*weights.report, f"copied: {', '.join(companions) or 'nothing'}"]
+    if "tokenizer.json" not in companions:
+        lines.append("there is no tokenizer.json: load the tokenizer with transformers and save it beside the params")
+    return tuple(lines)
+
+
+def export_hf(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    dtype: jnp.dtype | str | None = None,
+    shard_bytes: int = 5 * 10**9,
+) -> tuple[Path, ...]:
+    """Writes a Hugging Face folder, as ``transformers`` loads it, from a checkpoint folder.
+
+    Args:
+      source: a checkpoint folder.
+      destination: the folder to make.
+      dtype: of the tensors; None keeps what is stored.
+      shard_bytes: the most bytes of tensors in one file.
+
+    Returns:
+      The files with weights.
+
+    Raises:
+      ValueError: the source is no checkpoint folder or is damaged, or the destination exists.
+      OSError: the destination cannot be written. Nothing is left of it.
+    """
+    source, destination = Path(source).absolute(), Path(destination).absolute()
+    _check_new(destination)
+    if not (source / "params").is_dir():
+        raise ValueError(f"{source} has no params/; give a checkpoint folder, such as convert_hf and save write")
+    raw, config = read_json(source / "config.json"), read_config(source / "config.json")
+    stored = _stored(source, config)
+    check_params(stored, config)
+    if dtype is not None:
+        wanted = check_dtype(dtype)
+        stored = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, wanted), stored)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        params = load_params(source, stored)
+        tensors: list[TensorSpec] = tensors_of(raw.get("model_type", "llama"), config, params)
+        with new_folder(destination) as folder:
+            companions = _copy_companions(source, folder)
+            write_json(folder / "config.json", _config(raw, jax.tree.leaves(stored)))
+            if "tokenizer_config.json" not in companions and "tokenizer.json" in companions:
+                write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+            files = write_tensors(folder, tensors, shard_bytes)
+    return tuple(destination / file.name for file in files)
+
+
+def _check_new(destination: Path) -> None:
+    if destination.exists():
+        raise ValueError(f"{destination} exists; remove it or give another name")
+
+
+def _copy_companions(source: Path, folder: Path) -> list[str]:
+    there = [name for name in _COMPANIONS if (source / name).is_file()]
+    for name in there:
+        shutil.copyfile(source / name, folder / name)
+    return there
+
+
+def _config(raw: dict[str, Any], leaves: list[Any]) -> dict[str, Any]:
+    """Returns a ``config.json`` for parameters that are not quantised, with the dtype that most of them have."""
+    left = {key: value for key, value in raw.items() if key not in ("dtype", "torch_dtype", "quantization_config")}
+    largest = max(leaves, key=lambda leaf: leaf.size)
+    usual = {"architectures": [ARCHITECTURES[raw.get("model_type", "llama")]]}
+    return usual | left | {"torch_dtype": str(largest.dtype)}
+
+
+def _stored(source: Path, config: DecoderConfig) -> Any:
+    """Returns shapes and dtypes of the parameters in a checkpoint folder."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            tree = checkpointer.metadata(source / "params").item_metadata.tree
+            # Orbax makes strings of the layers' numbers.
+            found = {tuple(map(str, path)): (leaf.shape, leaf.dtype) for path, leaf in parameters(dict(tree))}
+            paths = dict(parameters(abstract_params(config)))
+            return nested({path: jax.ShapeDtypeStruct(*found[tuple(map(str, path))]) for path in paths})
+        except Exception as error:  # as in checkpoint.load_params
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"{source / 'params'} cannot be read as the parameters that config.json describes ({reason}); "
+                "it is damaged or of another model, copy or convert it again"
+            ) from error

@@ -1,0 +1,553 @@
+"""``config.json`` of each family -> ``DecoderConfig``. Defaults are those of transformers' config classes."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from specjax.hf.keys import Keys, read_json
+from specjax.hf.rope import attention_scale, read_rope, take_rope
+from specjax.transformer.config import (
+    MAX_HEAD,
+    MAX_LAYERS,
+    Activation,
+    DecoderConfig,
+    ExpertsConfig,
+    LatentConfig,
+    LayerConfig,
+    check_integer,
+)
+
+# Keys that say nothing about the forward pass: names, training, and how Hugging Face's own code runs the model.
+_IGNORED = (
+    *("_name_or_path", "architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "unk_token_id"),
+    *(
+        "initializer_range",
+        "initializer_factor",
+        "use_cache",
+        "return_dict",
+        "output_hidden_states",
+        "output_attentions",
+    ),
+    *(
+        "torchscript",
+        "use_bfloat16",
+        "tf_legacy_loss",
+        "tie_encoder_decoder",
+        "chunk_size_feed_forward",
+        "task_specific_params",
+    ),
+    *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "tokenizer_class", "prefix"),
+    *("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout", "classifier_dropout"),
+    *("summary_activation", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
+    *("output_router_logits", "router_aux_loss_coef", "aux_loss_alpha", "seq_aux", "router_jitter_noise"),
+    *("_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "cache_implementation", "ep_size"),
+    *("num_mtp_layers", "num_nextn_predict_layers", "pretraining_tp", "transformers.js_config", "unsloth_fixed"),
+    *("max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams"),
+)
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
+    """Reads the keys of a Hugging Face ``config.json``.
+
+    Raises:
+      ValueError: the ``model_type`` is not supported; a key is missing, or one that might change the forward pass is
+        unknown or has a value that the decoder does not compute.
+    """
+    kind = raw.get("model_type", "llama")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ValueError(f"model_type {kind!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+    architectures = raw.get("architectures")
+    if architectures not in (None, [], [ARCHITECTURES[kind]]):
+        raise ValueError(f"architectures is {architectures!r}; supported for {kind!r}: [{ARCHITECTURES[kind]!r}]")
+    keys = Keys(raw, "config.json")
+    keys.only("is_encoder_decoder", False)
+    keys.only("add_cross_attention", False)
+    keys.only("cross_attention_hidden_size", None)
+    keys.only("pruned_heads", {}, None)
+    keys.only("is_decoder", False, True)
+    quantization_block(raw)
+    keys.ignore("quantization_config", *_IGNORED)
+    config = FAMILIES[kind](keys)
+    keys.finish()
+    return config
+
+
+def read_config(path: Path) -> DecoderConfig:
+    """Reads a ``config.json``.
+
+    Raises:
+      ValueError: the file is absent, is not a JSON object, or describes a model that ``decoder_config`` refuses.
+    """
+    raw = read_json(path)
+    try:
+        return decoder_config(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except RecursionError:  # in the repr of a value for a message
+        raise ValueError(f"{path}: a value is nested too deeply to be a model's; write the file again") from None
+
+
+def quantization_block(raw: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Returns the rows and columns that share a scale in block-scaled FP8 weights, or None for plain weights.
+
+    Raises:
+      ValueError: the weights are quantised in another way.
+    """
+    quantization = raw.get("quantization_config")
+    if quantization is None:
+        return None
+    keys = Keys(quantization if isinstance(quantization, Mapping) else {}, "quantization_config")
+    method = keys.take("quant_method", quantization)
+    block = keys.take("weight_block_size", None)
+    if method != "fp8" or not isinstance(block, list) or len(block) != 2:
+        raise ValueError(
+            f"quantization_config has quant_method {method!r} and weight_block_size {block!r}; supported: 'fp8' with "
+            "two block sizes. Load the model with transformers, dequantise it and save it again"
+        )
+    for size in block:
+        check_integer("weight_block_size", size, 1)
+    keys.only("fmt", "e4m3")
+    keys.ignore("activation_scheme", "scale_fmt", "modules_to_not_convert", "dequantize")
+    keys.finish()
+    return block[0], block[1]
+
+
+def _sizes(keys: Keys, **defaults: Any) -> dict[str, Any]:
+    """Takes what nearly all families share, as arguments of DecoderConfig; ``defaults`` are the family's own."""
+    defaults = {"max_position_embeddings": 2048, "num_key_value_heads": None, "rms_norm_eps": 1e-6, **defaults}
+
+    def default(key: str) -> tuple[Any, ...]:
+        return (defaults[key],) if key in defaults else ()
+
+    sizes = {key: keys.integer(key, *default(key)) for key in _SIZES}
+    return sizes | {
+        "num_hidden_layers": keys.integer("num_hidden_layers", *default("num_hidden_layers"), most=MAX_LAYERS),
+        "num_key_value_heads": keys.integer("num_key_value_heads", *default("num_key_value_heads"), optional=True),
+        "norm_eps": keys.number("rms_norm_eps", *default("rms_norm_eps")),
+        "tie_word_embeddings": keys.flag("tie_word_embeddings", defaults.get("tie_word_embeddings", False)),
+    }
+
+
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings")
+
+
+def _activation(keys: Keys, key: str, default: str) -> Activation:
+    name = keys.take(key, default)
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
+        raise ValueError(f"{key} is {name!r}; supported: {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def _head_width(keys: Keys, sizes: dict[str, Any]) -> int:
+    head_dim = keys.integer("head_dim", None, most=MAX_HEAD, optional=True)
+    if head_dim is not None:
+        return head_dim
+    width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    if width % heads or width // heads > MAX_HEAD:
+        raise ValueError(
+            f"hidden_size {width} and num_attention_heads {heads} give no head_dim of at most {MAX_HEAD}; give head_dim"
+        )
+    return width // heads
+
+
+def _layers(
+    sizes: dict[str, Any],
+    head_dim: int,
+    ropes: dict[str, dict[str, Any]],
+    kinds: Any,
+    window: int | None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Returns the layers, and the longest text that all of them serve, as arguments of DecoderConfig.
+
+    Args:
+      sizes: of ``_sizes``.
+      head_dim: entries of a head that may be rotated.
+      ropes: of ``take_rope``.
+      kinds: the type of each layer.
+      window: tokens that a layer of sliding attention sees.
+      **options: of ``read_rope``.
+    """
+    if not isinstance(kinds, list) or len(kinds) != sizes["num_hidden_layers"]:
+        raise ValueError(f"layer_types is {kinds!r}; it must name each of the {sizes['num_hidden_layers']} layers")
+    longest = sizes["max_position_embeddings"]
+    read = {kind: read_rope(ropes[kind], head_dim, longest, **options) for kind in ropes}
+    layers = []
+    for kind in kinds:
+        if kind not in (_FULL, _SLIDING):
+            raise ValueError(f"layer_types has {kind!r}; supported: {_FULL!r}, {_SLIDING!r}")
+        if kind == _SLIDING and window is None:
+            raise ValueError(f"layer_types has {kind!r}, but sliding_window is null or switched off; give one")
+        key = kind if kind in read else ""
+        if key not in read:
+            raise ValueError(f"rope_parameters lacks {kind!r}, which layer_types names")
+        layers.append(LayerConfig(rope=read[key][0], window=window if kind == _SLIDING else None))
+    return {"layers": tuple(layers), "max_position_embeddings": min(longest for _, longest in read.values())}
+
+
+def _alike(
+    keys: Keys, sizes: dict[str, Any], head_dim: int, window: int | None = None, theta: float = 10000.0
+) -> dict[str, Any]:
+    """Takes the keys of layers that are all of one kind, as arguments of DecoderConfig."""
+    kinds = [_FULL if window is None else _SLIDING] * sizes["num_hidden_layers"]
+    return sizes | {"head_dim": head_dim} | _layers(sizes, head_dim, take_rope(keys, theta), kinds, window)
+
+
+def _llama(keys: Keys) -> DecoderConfig:
+    sizes = _sizes(keys)
+    head_dim = _head_width(keys, sizes)
+    keys.only("sliding_window", None)
+    keys.only("use_sliding_window", False)
+    keys.only("rope_interleaved", False)  # SmolLM
+    keys.ignore("is_llama_config")
+    bias = keys.flag("attention_bias", False)
+    return DecoderConfig(
+        **_alike(keys, sizes, head_dim),
+        activation=_activation(keys, "hidden_act", "silu"),
+        attention_bias=bias,
+        output_bias=bias,
+        mlp_bias=keys.flag("mlp_bias", False),
+    )
+
+
+def _mistral(keys: Keys) -> DecoderConfig:
+    sizes = _sizes(keys, num_key_value_heads=8, max_position_embeddings=4096 * 32)
+    head_dim = _head_width(keys, sizes)
+    window = keys.integer("sliding_window", 4096, optional=True)
+    return DecoderConfig(**_alike(keys, sizes, head_dim, window), activation=_activation(keys, "hidden_act", "silu"))
+
+
+def _qwen_window(keys: Keys) -> int | None:
+    window = keys.integer("sliding_window", 4096, optional=True)
+    return window if keys.flag("use_sliding_window", False) else None
+
+
+def _qwen(keys: Keys, sizes: dict[str, Any], head_dim: int, bias: bool, **features: Any) -> DecoderConfig:
+    """Qwen2 and Qwen3: sliding attention from layer ``max_window_layers`` on, where it is switched on."""
+    window, windows_from = _qwen_window(keys), keys.integer("max_window_layers", 28, least=0)
+    kinds = keys.take("layer_types", None)
+    if kinds is None:
+        first = sizes["num_hidden_layers"] if window is None else windows_from
+        kinds = [_SLIDING if i >= first else _FULL for i in range(sizes["num_hidden_layers"])]
+    return DecoderConfig(
+        **sizes | _layers(sizes, head_dim, take_rope(keys), kinds, window),
+        head_dim=head_dim,
+        activation=_activation(keys, "hidden_act", "silu"),
+        attention_bias=bias,
+        **features,
+    )
+
+
+def _qwen2(keys: Keys) -> DecoderConfig:
+    keys.only("use_mrope", False)
+    sizes = _sizes(keys, max_position_embeddings=32768, num_key_value_heads=32)
+    return _qwen(keys, sizes, _head_width(keys, sizes), True)
+
+
+def _qwen3(keys: Keys) -> DecoderConfig:
+    sizes = _sizes(keys, max_position_embeddings=32768, num_key_value_heads=32)
+    bias = keys.flag("attention_bias", False)
+    head_dim = keys.integer("head_dim", 128, most=MAX_HEAD)
+    return _qwen(keys, sizes, head_dim, bias, output_bias=bias, query_key_norm=True)
+
+
+def _qwen3_moe(keys: Keys) -> DecoderConfig:
+    sizes = _sizes(keys, max_position_embeddings=32768, num_key_value_heads=4)
+    head_dim = _head_width(keys, sizes)
+    window = _qwen_window(keys)
+    keys.ignore("max_window_layers")  # transformers gives all layers a window, or none
+    bias = keys.flag("attention_bias", False)
+    step, dense = keys.integer("decoder_sparse_step", 1), keys.take("mlp_only_layers", None)
+    dense = [] if dense is None else dense
+    if not isinstance(dense, list):
+        raise ValueError(f"mlp_only_layers is {dense!r}; it must be a list of layers' numbers")
+    for layer in dense:
+        check_integer("mlp_only_layers", layer, 0, sizes["num_hidden_layers"] - 1)
+    experts = ExpertsConfig(
+        num_experts=_num_experts(keys, "num_experts", 128),
+        per_token=keys.integer("num_experts_per_tok", 8),
+        intermediate_size=keys.integer("moe_intermediate_size", 768),
+        renormalize=keys.flag("norm_topk_prob", False),
+    )
+    alike = _alike(keys, sizes, head_dim, window)
+    sparse = [i not in dense and (i + 1) % step == 0 for i in range(sizes["num_hidden_layers"])]
+    return DecoderConfig(
+        **_with_experts(alike, sparse),
+        activation=_activation(keys, "hidden_act", "silu"),
+        attention_bias=bias,
+        output_bias=bias,
+        query_key_norm=True,
+        experts=experts,
+    )
+
+
+def _num_experts(keys: Keys, key: str, default: int) -> int:
+    """Takes the number of experts, by the family's own name or by the one that transformers 5 writes."""
+    number = keys.integer(key, None, optional=True)
+    other = keys.integer("num_local_experts", None, optional=True)
+    if None not in (number, other) and number != other:
+        raise ValueError(f"{key} is {number}, but num_local_experts {other}; give one of them")
+    return number or other or default
+
+
+def _with_experts(described: dict[str, Any], sparse: list[bool]) -> dict[str, Any]:
+    """Returns what ``_layers`` returned, with experts in some layers."""
+    pairs = zip(described["layers"], sparse, strict=True)
+    return described | {"layers": tuple(dataclasses.replace(layer, experts=mixed) for layer, mixed in pairs)}
+
+
+def _mixtral(keys: Keys) -> DecoderConfig:
+    sizes = _sizes(keys, num_key_value_heads=8, max_position_embeddings=4096 * 32, rms_norm_eps=1e-5)
+    head_dim = _head_width(keys, sizes)
+    alike = _alike(keys, sizes, head_dim, keys.integer("sliding_window", None, optional=True), theta=1e6)
+    experts = ExpertsConfig(
+        num_experts=keys.integer("num_local_experts", 8),
+        per_token=keys.integer("num_experts_per_tok", 2),
+        intermediate_size=sizes["intermediate_size"],
+    )
+    return DecoderConfig(
+        **_with_experts(alike, [True] * sizes["num_hidden_layers"]),
+        activation=_activation(keys, "hidden_act", "silu"),
+        experts=experts,
+    )
+
+
+def _gemma(keys: Keys, sizes: dict[str, Any], layers: dict[str, Any], head_dim: int, **features: Any) -> DecoderConfig:
+    """What Gemma 2 and 3 share."""
+    keys.ignore("hidden_act")  # transformers goes by hidden_activation
+    keys.only("use_bidirectional_attention", False, None)
+    scalar = keys.number("query_pre_attn_scalar", 256)
+    bias = keys.flag("attention_bias", False)
+    return DecoderConfig(
+        **sizes | layers,
+        head_dim=head_dim,
+        norm="rms_one_plus",
+        sandwich_norms=True,
+        activation=_activation(keys, "hidden_activation", "gelu_pytorch_tanh"),
+        attention_bias=bias,
+        output_bias=bias,
+        embedding_scale=math.sqrt(sizes["hidden_size"]),
+        attention_scale=float(scalar) ** -0.5,
+        **features,
+    )
+
+
+def _gemma2(keys: Keys) -> DecoderConfig:
+    sizes = _sizes(keys, num_key_value_heads=4, max_position_embeddings=8192, tie_word_embeddings=True)
+    head_dim = keys.integer("head_dim", 256, most=MAX_HEAD)
+    kinds = keys.take("layer_types", None)
+    if kinds is None:
+        kinds = [_FULL if i % 2 else _SLIDING for i in range(sizes["num_hidden_layers"])]
+    window = keys.integer("sliding_window", 4096, optional=True)
+    if window is not None:
+        keys.only("sliding_window_size", window)  # the same again, in the 9B and 27B models
+    layers = _layers(sizes, head_dim, take_rope(keys), kinds, window)
+    return _gemma(
+        keys,
+        sizes,
+        layers,
+        head_dim,
+        attention_softcap=keys.number("attn_logit_softcapping", 50.0, optional=True),
+        logit_softcap=keys.number("final_logit_softcapping", 30.0, optional=True),
+    )
+
+
+def _gemma3_text(keys: Keys) -> DecoderConfig:
+    sizes = _sizes(keys, **_GEMMA3_SIZES, tie_word_embeddings=True)
+    head_dim = keys.integer("head_dim", 256, most=MAX_HEAD)
+    kinds, pattern = keys.take("layer_types", None), keys.integer("sliding_window_pattern", 6)
+    keys.ignore("_sliding_window_pattern")  # what transformers made layer_types of
+    if kinds is None:
+        kinds = [_SLIDING if (i + 1) % pattern else _FULL for i in range(sizes["num_hidden_layers"])]
+    local_theta = keys.number("rope_local_base_freq", 10000.0)
+    ropes = take_rope(keys, 1e6, {_FULL: None, _SLIDING: local_theta})
+    if "" in ropes:  # the spelling of transformers 4: scaling is that of full attention, sliding attention has none
+        ropes = {_FULL: ropes[""], _SLIDING: {"rope_theta": local_theta}}
+    layers = _layers(sizes, head_dim, ropes, kinds, keys.integer("sliding_window", 4096, optional=True))
+    return _gemma(
+        keys,
+        sizes,
+        layers,
+        head_dim,
+        query_key_norm=True,
+        attention_softcap=keys.number("attn_logit_softcapping", None, optional=True),
+        logit_softcap=keys.number("final_logit_softcapping", None, optional=True),
+    )
+
+
+# Published configs of the multimodal models leave out what equals these.
+_GEMMA3_SIZES = {
+    "vocab_size": 262_208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 131_072,
+}
+
+
+def _gemma3(keys: Keys) -> DecoderConfig:
+    """The text part of the multimodal model."""
+    text = keys.take("text_config")
+    keys.ignore(*("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index"))
+    if not isinstance(text, Mapping) or text.get("model_type", "gemma3_text") != "gemma3_text":
+        raise ValueError(f"text_config is {text!r}; it must be the config of a 'gemma3_text' model")
+    tied = keys.flag("tie_word_embeddings", True)
+    if text.get("tie_word_embeddings", tied) != tied:
+        raise ValueError(
+            f"tie_word_embeddings is {tied}, but {text['tie_word_embeddings']!r} in text_config; give one of them"
+        )
+    text = {**text, "tie_word_embeddings": tied, "model_type": "gemma3_text"}
+    try:
+        return decoder_config({key: value for key, value in text.items() if key != "architectures"})
+    except ValueError as error:
+        raise ValueError(f"text_config: {error}") from None
+
+
+def _phi3(keys: Keys) -> DecoderConfig:
+    sizes = _sizes(keys, max_position_embeddings=4096, rms_norm_eps=1e-5)
+    head_dim = _head_width(keys, sizes)
+    for bias in ("attention_bias", "mlp_bias", "lm_head_bias"):
+        keys.only(bias, False)
+    keys.only("full_attn_mod", 1)
+    keys.only("interpolate_factor", 1)
+    original = keys.integer("original_max_position_embeddings", 4096)
+    window = keys.integer("sliding_window", None, optional=True)
+    ropes = take_rope(keys, partial=True)
+    kind = next((ropes[""][key] for key in ("rope_type", "type") if ropes[""].get(key) is not None), "default")
+    inner = ropes[""].get("original_max_position_embeddings", original)
+    if inner != original:
+        raise ValueError(f"original_max_position_embeddings is {original}, but {inner!r} in the rope; give one of them")
+    if kind in ("su", "yarn", "longrope"):  # Phi-3 called LongRoPE by other names at first
+        ropes[""] |= {"rope_type": "longrope", "original_max_position_embeddings": original}
+    elif kind != "default":
+        raise ValueError(f"rope_type {kind!r} is not one of Phi-3's; supported: 'default', 'longrope'")
+    kinds = [_FULL if window is None else _SLIDING] * sizes["num_hidden_layers"]
+    return DecoderConfig(
+        **sizes | _layers(sizes, head_dim, ropes, kinds, window),
+        head_dim=head_dim,
+        activation=_activation(keys, "hidden_act", "silu"),
+    )
+
+
+def _gpt2(keys: Keys) -> DecoderConfig:
+    width, heads, layers = keys.integer("n_embd"), keys.integer("n_head"), keys.integer("n_layer", most=MAX_LAYERS)
+    if width % heads or width // heads > MAX_HEAD:
+        raise ValueError(f"n_embd {width} and n_head {heads} give no width of a head of at most {MAX_HEAD}")
+    inner = keys.integer("n_inner", None, optional=True)
+    keys.only("scale_attn_weights", True)
+    keys.only("scale_attn_by_inverse_layer_idx", False)
+    keys.ignore("reorder_and_upcast_attn", "n_ctx")  # the one orders the same sums otherwise, the other is unused
+    return DecoderConfig(
+        vocab_size=keys.integer("vocab_size"),
+        hidden_size=width,
+        intermediate_size=4 * width if inner is None else inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=keys.integer("n_positions", 1024),
+        layers=(LayerConfig(rope=None),) * layers,
+        learned_positions=True,
+        norm="layer",
+        norm_eps=keys.number("layer_norm_epsilon", 1e-5),
+        activation=_activation(keys, "activation_function", "gelu_new"),
+        gated_mlp=False,
+        attention_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=keys.flag("tie_word_embeddings", True),
+    )
+
+
+def _deepseek_v3(keys: Keys) -> DecoderConfig:
+    sizes = _sizes(keys, max_position_embeddings=4096, num_key_value_heads=128)
+    keys.only("scoring_func", "sigmoid")
+    keys.only("topk_method", "noaux_tc")
+    keys.only("moe_layer_freq", 1)
+    if sizes["num_key_value_heads"] not in (None, sizes["num_attention_heads"]):
+        raise ValueError(
+            f"num_key_value_heads is {sizes['num_key_value_heads']}, but num_attention_heads "
+            f"{sizes['num_attention_heads']}; with latent attention they are equal"
+        )
+    keys.ignore("head_dim", "qk_head_dim")  # follow from the others
+    latent = LatentConfig(
+        query_rank=keys.integer("q_lora_rank", 1536, optional=True),
+        key_value_rank=keys.integer("kv_lora_rank", 512),
+        plain_width=keys.integer("qk_nope_head_dim", 128, most=MAX_HEAD // 2),
+        rotary_width=keys.integer("qk_rope_head_dim", 64, most=MAX_HEAD // 2),
+        value_width=keys.integer("v_head_dim", 128),
+    )
+    expert_size, shared = keys.integer("moe_intermediate_size", 2048), keys.integer("n_shared_experts", 1, least=0)
+    dense = keys.integer("first_k_dense_replace", 3, least=0)
+    experts = ExpertsConfig(
+        num_experts=_num_experts(keys, "n_routed_experts", 256),
+        per_token=keys.integer("num_experts_per_tok", 8),
+        intermediate_size=expert_size,
+        score="sigmoid",
+        renormalize=keys.flag("norm_topk_prob", True),
+        scale=keys.number("routed_scaling_factor", 2.5),
+        groups=keys.integer("n_group", 8),
+        best_groups=keys.integer("topk_group", 4),
+        corrected=True,
+        shared_size=expert_size * shared,
+    )
+    bias = keys.flag("attention_bias", False)
+    ropes = take_rope(keys)
+    interleaved = keys.flag("rope_interleave", True)
+    head = latent.plain_width + latent.rotary_width
+    kinds = [_FULL] * sizes["num_hidden_layers"]
+    layers = _layers(sizes, latent.rotary_width, ropes, kinds, None, interleaved=interleaved)
+    sparse = [i >= dense for i in range(sizes["num_hidden_layers"])]
+    return DecoderConfig(
+        **sizes | _with_experts(layers, sparse),
+        head_dim=head,
+        activation=_activation(keys, "hidden_act", "silu"),
+        attention_bias=bias,
+        output_bias=bias,
+        attention_scale=head**-0.5 * attention_scale(ropes[""]),
+        latent=latent,
+        experts=experts,
+    )
+
+
+FAMILIES: dict[str, Callable[[Keys], DecoderConfig]] = {
+    "deepseek_v3": _deepseek_v3,
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
+    "gemma3_text": _gemma3_text,
+    "gpt2": _gpt2,
+    "llama": _llama,
+    "mistral": _mistral,
+    "mixtral": _mixtral,
+    "phi3": _phi3,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "qwen3_moe": _qwen3_moe,
+}
+ARCHITECTURES = {
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}

@@ -1,0 +1,304 @@
+"""Which tensors of a Hugging Face folder make which parameters: one table per family.
+
+A row says ``parameter: tensor, layout``. ``{i}`` stands for a layer, ``{e}`` for an expert: a parameter whose tensor
+has ``{e}`` is the stack of all of them. Parameters whose tensors have one name are its parts, in the table's order.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from specjax.transformer.config import DecoderConfig
+from specjax.transformer.decoder import abstract_params
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a tensor's array becomes a parameter's: split, then transposed.
+
+    Attributes:
+      axis: the axis along which a tensor holds the parts of several parameters.
+      transpose: the last two axes change places.
+      by_head: the first axis holds the parts of each head in turn, and the parameter has an axis for the head.
+    """
+
+    axis: int = 0
+    transpose: bool = False
+    by_head: bool = False
+
+
+SAME = Layout()
+LINEAR = Layout(transpose=True)  # [out, in] -> [in, out]
+CONV1D = Layout(axis=1)  # [in, out] as it is, GPT-2's way
+HEADS = Layout(axis=1, by_head=True)  # [heads * width, in] -> [heads, part of width, in]
+
+Table = Mapping[str, tuple[str, Layout]]
+
+_ENDS: Table = {
+    "embed_tokens.weight": ("model.embed_tokens.weight", SAME),
+    "norm.weight": ("model.norm.weight", SAME),
+    "lm_head.kernel": ("lm_head.weight", LINEAR),
+}
+
+
+def _linear(ours: str, theirs: str) -> Table:
+    return {f"{ours}.kernel": (f"{theirs}.weight", LINEAR), f"{ours}.bias": (f"{theirs}.bias", SAME)}
+
+
+def _layer(name: str) -> str:
+    return f"layers.{{i}}.{name}"
+
+
+def _theirs(name: str) -> str:
+    return f"model.layers.{{i}}.{name}"
+
+
+def _linears(*names: str) -> Table:
+    """Projections that have one name here and there."""
+    rows: dict[str, tuple[str, Layout]] = {}
+    for name in names:
+        rows |= _linear(_layer(name), _theirs(name))
+    return rows
+
+
+def _norms(**names: str) -> Table:
+    """Norms of a layer: ours=theirs."""
+    return {_layer(f"{ours}.weight"): (_theirs(f"{theirs}.weight"), SAME) for ours, theirs in names.items()}
+
+
+def _experts(block: str, gate: str, up: str, down: str) -> Table:
+    experts = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+    return {_layer("mlp.gate.kernel"): (_theirs(f"{block}.gate.weight"), LINEAR)} | {
+        _layer(f"mlp.experts.{ours}"): (_theirs(f"{block}.experts.{{e}}.{theirs}.weight"), LINEAR)
+        for ours, theirs in experts.items()
+    }
+
+
+_LAYER_NORMS = _norms(input_layernorm="input_layernorm", post_attention_layernorm="post_attention_layernorm")
+_QUERY_KEY_NORMS = {
+    _layer(f"self_attn.{name}.weight"): (_theirs(f"self_attn.{name}.weight"), SAME) for name in ("q_norm", "k_norm")
+}
+_ATTENTION = _linears("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_MLP = _linears("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+LLAMA: Table = {**_ENDS, **_LAYER_NORMS, **_ATTENTION, **_MLP}
+QWEN3: Table = {**LLAMA, **_QUERY_KEY_NORMS}
+GEMMA: Table = {
+    **_ENDS,
+    **_norms(
+        input_layernorm="input_layernorm",
+        attention_post_norm="post_attention_layernorm",
+        post_attention_layernorm="pre_feedforward_layernorm",
+        mlp_post_norm="post_feedforward_layernorm",
+    ),
+    **_ATTENTION,
+    **_QUERY_KEY_NORMS,
+    **_MLP,
+}
+PHI3: Table = {
+    **_ENDS,
+    **_LAYER_NORMS,
+    **_linear(_layer("self_attn.q_proj"), _theirs("self_attn.qkv_proj")),
+    **_linear(_layer("self_attn.k_proj"), _theirs("self_attn.qkv_proj")),
+    **_linear(_layer("self_attn.v_proj"), _theirs("self_attn.qkv_proj")),
+    **_linears("self_attn.o_proj", "mlp.down_proj"),
+    **_linear(_layer("mlp.gate_proj"), _theirs("mlp.gate_up_proj")),
+    **_linear(_layer("mlp.up_proj"), _theirs("mlp.gate_up_proj")),
+}
+MIXTRAL: Table = {**_ENDS, **_LAYER_NORMS, **_ATTENTION, **_experts("block_sparse_moe", "w1", "w3", "w2")}
+QWEN3_MOE: Table = {**QWEN3, **_experts("mlp", "gate_proj", "up_proj", "down_proj")}
+DEEPSEEK_V3: Table = {
+    **_ENDS,
+    **_LAYER_NORMS,
+    **_linears("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.q_b_proj", "self_attn.o_proj"),
+    **_linear(_layer("self_attn.kv_a_proj"), _theirs("self_attn.kv_a_proj_with_mqa")),
+    _layer("self_attn.q_a_layernorm.weight"): (_theirs("self_attn.q_a_layernorm.weight"), SAME),
+    _layer("self_attn.kv_a_layernorm.weight"): (_theirs("self_attn.kv_a_layernorm.weight"), SAME),
+    _layer("self_attn.k_up"): (_theirs("self_attn.kv_b_proj.weight"), HEADS),
+    _layer("self_attn.v_up"): (_theirs("self_attn.kv_b_proj.weight"), HEADS),
+    **_MLP,
+    **_experts("mlp", "gate_proj", "up_proj", "down_proj"),
+    _layer("mlp.gate.e_score_correction_bias"): (_theirs("mlp.gate.e_score_correction_bias"), SAME),
+    **_linears("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj", "mlp.shared_experts.down_proj"),
+}
+
+
+def _conv1d(ours: str, theirs: str) -> Table:
+    kernel, bias = f"transformer.h.{{i}}.{theirs}.weight", f"transformer.h.{{i}}.{theirs}.bias"
+    return {_layer(f"{ours}.kernel"): (kernel, CONV1D), _layer(f"{ours}.bias"): (bias, SAME)}
+
+
+def _layer_norm(ours: str, theirs: str) -> Table:
+    return {f"{ours}.{part}": (f"transformer.{theirs}.{part}", SAME) for part in ("weight", "bias")}
+
+
+GPT2: Table = {
+    "embed_tokens.weight": ("transformer.wte.weight", SAME),
+    "embed_positions.weight": ("transformer.wpe.weight", SAME),
+    "lm_head.kernel": ("lm_head.weight", LINEAR),
+    **_layer_norm("norm", "ln_f"),
+    **_layer_norm("layers.{i}.input_layernorm", "h.{i}.ln_1"),
+    **_layer_norm("layers.{i}.post_attention_layernorm", "h.{i}.ln_2"),
+    **_conv1d("self_attn.q_proj", "attn.c_attn"),
+    **_conv1d("self_attn.k_proj", "attn.c_attn"),
+    **_conv1d("self_attn.v_proj", "attn.c_attn"),
+    **_conv1d("self_attn.o_proj", "attn.c_proj"),
+    **_conv1d("mlp.up_proj", "mlp.c_fc"),
+    **_conv1d("mlp.down_proj", "mlp.c_proj"),
+}
+
+TABLES: Mapping[str, Table] = {
+    "deepseek_v3": DEEPSEEK_V3,
+    "gemma2": GEMMA,
+    "gemma3": GEMMA,
+    "gemma3_text": GEMMA,
+    "gpt2": GPT2,
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "mixtral": MIXTRAL,
+    "phi3": PHI3,
+    "qwen2": LLAMA,
+    "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
+}
+
+# Wrappers of other model classes around the names of the tables.
+_WRAPPERS = {
+    "model.language_model.": "model.",
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+}
+
+
+def table_names(model_type: str, names: Iterable[str]) -> dict[str, str]:
+    """Returns the name in the family's table of each tensor, whatever model class it was saved from."""
+    found = {}
+    for name in names:
+        wrapper = next((wrapper for wrapper in _WRAPPERS if name.startswith(wrapper)), "")
+        found[name] = _WRAPPERS.get(wrapper, "") + name.removeprefix(wrapper)
+    prefix = TABLES[model_type]["embed_tokens.weight"][0].split(".")[0] + "."
+    if not any(name.startswith(prefix) for name in found.values()):  # saved without the head's class around it
+        found = {name: known if known.startswith("lm_head.") else prefix + known for name, known in found.items()}
+    return found
+
+
+def why_left_out(name: str, config: DecoderConfig, next_tokens: bool) -> str | None:
+    """Returns why a tensor that the decoder does not use may lie in the folder, or None if it may not."""
+    if name == "lm_head.weight" and config.tie_word_embeddings:
+        return "the head is the embedding"
+    if name.endswith((".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")):
+        return "a buffer, computed anew"
+    if name.startswith(
+        ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+    ):
+        return "the vision part, of which text needs nothing"
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    if next_tokens and layer and int(layer[1]) >= config.num_hidden_layers:
+        return "a multi-token prediction layer, no part of the decoder"
+    return None
+
+
+Path = tuple[str | int, ...]
+"""Where a parameter lies in nested dicts, such as ("layers", 0, "mlp", "up_proj", "kernel")."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Where a parameter, or one expert of it, lies in a tensor.
+
+    Attributes:
+      parameter: its path.
+      expert: index on the parameter's first axis, or None for the whole parameter.
+      shape: of the parameter, or of one expert.
+      layout: how the tensor's array becomes the parameter's.
+      start: first entry on the tensor's split axis.
+    """
+
+    parameter: Path
+    expert: int | None
+    shape: tuple[int, ...]
+    layout: Layout
+    start: int
+
+    @property
+    def view_shape(self) -> tuple[int, ...]:
+        """The shape before it is transposed."""
+        return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.layout.transpose else self.shape
+
+    @property
+    def end(self) -> int:
+        """The entry behind the last on the tensor's split axis."""
+        return self.start + self.view_shape[self.layout.axis]
+
+    def of(self, tensor: np.ndarray) -> np.ndarray:
+        """Returns the view of a tensor's array that is this piece."""
+        if self.layout.by_head:
+            tensor = tensor.reshape(self.shape[0], -1, tensor.shape[-1])
+        part = tensor[(slice(None),) * self.layout.axis + (slice(self.start, self.end),)]
+        return part.swapaxes(-1, -2) if self.layout.transpose else part
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A tensor that the model is made of.
+
+    Attributes:
+      row: its name in the table, with ``{i}`` and ``{e}``.
+      pieces: what it holds, in order.
+    """
+
+    row: str
+    pieces: tuple[Piece, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape."""
+        layout, view, end = self.pieces[0].layout, self.pieces[0].view_shape, self.pieces[-1].end
+        if layout.by_head:
+            return view[0] * end, view[2]
+        return (*view[: layout.axis], end, *view[layout.axis + 1 :])
+
+
+def sources(model_type: str, config: DecoderConfig) -> dict[str, Source]:
+    """Returns the tensors that a model of a family is made of, by their names in the family's table."""
+    table = TABLES[model_type]
+    order = {row: place for place, row in enumerate(table)}
+    found: dict[str, Source] = {}
+    params = dict(parameters(abstract_params(config)))
+    for path in sorted(params, key=lambda path: order[_row(path)]):
+        row, layout = table[_row(path)]
+        shape = tuple(params[path].shape)
+        stacked = "{e}" in row
+        for expert in range(shape[0]) if stacked else (None,):
+            name = row.format(i=path[1] if path[0] == "layers" else None, e=expert)
+            before = found[name].pieces if name in found else ()
+            piece = Piece(path, expert, shape[1:] if stacked else shape, layout, before[-1].end if before else 0)
+            found[name] = Source(row, (*before, piece))
+    return found
+
+
+def parameters(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Yields path and value of each leaf of nested dicts."""
+    if not isinstance(tree, Mapping):
+        yield path, tree
+        return
+    for key, value in tree.items():
+        yield from parameters(value, (*path, key))
+
+
+def nested(leaves: Mapping[Path, Any]) -> dict[Any, Any]:
+    """Returns nested dicts of leaves that are given by their paths."""
+    tree: dict[Any, Any] = {}
+    for path, value in leaves.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = value
+    return tree
+
+
+def _row(path: Path) -> str:
+    return ".".join("{i}" if isinstance(part, int) else part for part in path)

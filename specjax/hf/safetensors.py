@@ -1,0 +1,428 @@
+"""The tensors of a Hugging Face model folder, read lazily and written one at a time.
+
+A safetensors file is the length of its header in eight little-endian bytes, the header, a JSON object
+``{name: {dtype, shape, data_offsets}}`` with an optional ``__metadata__``, and the data without holes
+(https://github.com/huggingface/safetensors#format). A folder holds ``model.safetensors``, or several such files and
+``model.safetensors.index.json``, whose ``weight_map`` says which file holds which tensor.
+
+Headers are checked here rather than by the ``safetensors`` library, which takes the last of two entries of one name
+and does not say which tensor has an unknown dtype; its NumPy side reads neither bfloat16 nor float8.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import reprlib
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from io import BufferedWriter
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, BinaryIO, TypeGuard
+
+import ml_dtypes
+import numpy as np
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5", ".gguf")
+_POINTER = b"version https://git-lfs"
+_ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
+
+# Python's objects take up to 24 times the bytes of the JSON they come from, so a hostile header must not be long.
+# 32 MiB name a quarter of a million tensors.
+_MOST_JSON = 2**25
+
+# In the order of the reference writer, by which wide types come first in a file and every tensor is aligned.
+_DTYPES = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "I16": np.dtype(np.int16),
+    "U16": np.dtype(np.uint16),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I32": np.dtype(np.int32),
+    "U32": np.dtype(np.uint32),
+    "F32": np.dtype(np.float32),
+    "C64": np.dtype(np.complex64),
+    "F64": np.dtype(np.float64),
+    "I64": np.dtype(np.int64),
+    "U64": np.dtype(np.uint64),
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_RANKS = {dtype: rank for rank, dtype in enumerate(_CODES)}
+
+_shortened = reprlib.Repr()  # what a file holds may be of any length and depth
+_shortened.maxstring = _shortened.maxother = 200
+_show = _shortened.repr
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor in a file, not read yet.
+
+    Attributes:
+      file: the file.
+      name: the tensor's name.
+      dtype: its NumPy dtype; bfloat16 and float8 are those of ``ml_dtypes``.
+      shape: its shape.
+      offset: the byte of the file at which its data begin.
+    """
+
+    file: Path
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self) -> np.ndarray:
+        """Returns a read-only array ``shape`` of ``dtype``, mapped from the file and possibly unaligned.
+
+        Each call makes a map of its own. Only the pages that are looked at are loaded, and they leave memory with the
+        array and its views. The file must not be shortened while these live.
+
+        Raises:
+          ValueError: the file has gone, or was shortened since it was opened.
+        """
+        if 0 in self.shape:  # NumPy before 2.2 cannot map nothing at the end of a page
+            empty = np.empty(self.shape, self.dtype)
+            empty.flags.writeable = False
+            return empty
+        try:
+            return np.asarray(np.memmap(self.file, self.dtype, "r", self.offset, self.shape))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{self.file}: tensor {_show(self.name)} cannot be read ({error}); the file has changed, open it again"
+            ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to write, made when its turn comes.
+
+    Attributes:
+      name: the tensor's name.
+      dtype: the NumPy dtype of what ``read`` returns.
+      shape: its shape.
+      read: makes the array.
+    """
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+def open_tensors(folder: str | os.PathLike) -> dict[str, Tensor]:
+    """Opens the tensors of a Hugging Face model folder; of the files, only the headers are read.
+
+    Where there are both ``model.safetensors`` and an index, the single file is taken, as transformers does. Of
+    shards, all tensors are returned, also those that the index does not name.
+
+    Raises:
+      ValueError: the folder, its index or a file of it is missing, cannot be read, or is damaged; a file lies
+        outside the folder; a tensor lies in two files, in another file than the index says, or in none; a dtype has
+        no NumPy counterpart; or the weights are of another format, which is never opened.
+    """
+    folder = Path(folder)
+    present = _list_folder(folder)
+    if _SINGLE in present:
+        return {tensor.name: tensor for tensor in _open_file(folder / _SINGLE)}
+    if _INDEX not in present:
+        raise ValueError(_what_else(folder, present))
+    index = folder / _INDEX
+    weight_map = _read_weight_map(index)
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        if shard not in present:  # nor is any name with a separator or of a parent folder
+            raise ValueError(
+                f"{index}: weight_map names the file {_show(shard)}, which is not in that folder; "
+                "download it again, all files beside the index"
+            )
+        for tensor in _open_file(folder / shard):
+            if tensor.name in tensors:
+                other = tensors[tensor.name].file.name
+                raise _damaged(tensor.file, f"tensor {_show(tensor.name)} is in {other} as well")
+            tensors[tensor.name] = tensor
+    for name, shard in weight_map.items():
+        if name not in tensors or tensors[name].file.name != shard:
+            raise _damaged(index, f"weight_map says that {_show(shard)} holds tensor {_show(name)}, which it does not")
+    return tensors
+
+
+def write_tensors(
+    folder: str | os.PathLike,
+    tensors: Iterable[Tensor | TensorSpec],
+    shard_bytes: int = 5 * 10**9,
+    metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
+) -> list[Path]:
+    """Writes tensors as transformers' ``save_pretrained`` does, holding one at a time in memory.
+
+    Files appear under their names once all are whole, the index last; when anything fails, none is left.
+
+    Args:
+      folder: a folder that is there and holds no safetensors files.
+      tensors: what to write; they are split over files in this order.
+      shard_bytes: the most bytes of tensors in one file; a larger tensor has a file of its own.
+      metadata: what ``__metadata__`` of each file says. transformers insists on a ``format``.
+
+    Returns:
+      the files: ``model.safetensors``; or ``model-00001-of-00003.safetensors`` and so on, and the index behind them.
+
+    Raises:
+      ValueError: the folder is missing or holds safetensors files; there are no tensors, two of one name, one whose
+        dtype has no counterpart in the format, or one that is not read as announced; or another argument is wrong.
+      OSError: a file cannot be written, such as for want of space.
+    """
+    folder, tensors = Path(folder), list(tensors)
+    held = [name for name in _list_folder(folder) if ".safetensors" in name]
+    if held:
+        raise ValueError(f"{folder} already holds {_show(held)}; give an empty folder")
+    if isinstance(shard_bytes, bool) or not isinstance(shard_bytes, int) or shard_bytes < 1:
+        raise ValueError(f"shard_bytes must be an integer of at least 1, got {shard_bytes!r}")
+    if not _maps_to_strings(metadata := dict(metadata)):
+        raise ValueError(f"metadata must map strings to strings, got {metadata!r}")
+    _check_tensors(tensors)
+
+    shards = _split(tensors, shard_bytes)
+    last = len(shards)
+    names = [f"model-{i:05d}-of-{last:05d}.safetensors" for i in range(1, last + 1)] if last > 1 else [_SINGLE]
+    writers: dict[Path, Callable[[BufferedWriter], object]] = {
+        folder / name: functools.partial(_write_file, shard, _header(shard, metadata))
+        for name, shard in zip(names, shards, strict=True)
+    }
+    if last > 1:
+        index = {
+            "metadata": {"total_size": sum(_num_bytes(tensor) for tensor in tensors)},
+            "weight_map": {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard},
+        }
+        text = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+        writers[folder / _INDEX] = lambda stream: stream.write(text)
+    _write_all(writers)
+    return list(writers)
+
+
+# Reading.
+
+
+def _list_folder(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{str(folder)!r} cannot be read as a folder ({reason}); give one that can") from None
+
+
+def _what_else(folder: Path, present: list[str]) -> str:
+    text = f"{folder} holds neither {_SINGLE} nor {_INDEX}"
+    others = [name for name in present if name.endswith(_OTHER_WEIGHTS)]
+    if others:
+        return (
+            f"{text}, but {_show(others)}; pickled and other weights are never opened: in a sandbox, load them with "
+            "transformers and write them with save_pretrained(folder, safe_serialization=True)"
+        )
+    return f"{text}, only {_show(present)}; give the folder of a model, or download it again"
+
+
+def _damaged(file: Path, what: str) -> ValueError:
+    return ValueError(f"{file}: {what}; the file is damaged, cut short or of another kind, download it again")
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """Yields the file and its size in bytes."""
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):  # opening a pipe would wait for its writer
+            raise ValueError(f"{file} is not a regular file; download it again")
+        with file.open("rb") as stream:
+            if stream.read(len(_POINTER)) == _POINTER:
+                raise ValueError(f"{file} is a Git LFS pointer in place of the data; run `git lfs pull` in its folder")
+            stream.seek(0)
+            yield stream, os.fstat(stream.fileno()).st_size
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror}); download it again, or allow reading it") from None
+
+
+def _read_json(file: Path, stream: BinaryIO, length: int) -> dict[str, Any]:
+    if length > _MOST_JSON:
+        raise _damaged(file, f"its JSON is {length} bytes long and may be {_MOST_JSON}")
+    try:
+        value = json.loads(stream.read(length).decode(), object_pairs_hook=_unique)
+    except RecursionError:
+        raise _damaged(file, "its JSON is nested too deep") from None
+    except ValueError as error:
+        raise _damaged(file, f"it is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise _damaged(file, f"its JSON is a {type(value).__name__} and must be an object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for key, item in pairs:
+        if key in value:
+            raise ValueError(f"the key {_show(key)} occurs twice")
+        for text in (key, item):
+            if isinstance(text, str):
+                text.encode()  # half of a surrogate pair, which json.loads lets pass, raises UnicodeEncodeError
+        value[key] = item
+    return value
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    with _opened(index) as (stream, size):
+        weight_map = _read_json(index, stream, size).get("weight_map")
+    if not _maps_to_strings(weight_map):
+        raise _damaged(index, f"weight_map is {_show(weight_map)} and must map names of tensors to names of files")
+    return weight_map
+
+
+def _open_file(file: Path) -> list[Tensor]:
+    with _opened(file) as (stream, size):
+        length = int.from_bytes(stream.read(8), "little")
+        start = 8 + length
+        if start > size:
+            raise _damaged(file, f"it is {size} bytes long, of which its header would take {start}")
+        header = _read_json(file, stream, length)
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not _maps_to_strings(metadata):
+        raise _damaged(file, f"__metadata__ is {_show(metadata)} and must map strings to strings")
+    tensors = [_check_entry(file, start, name, entry) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.offset, _num_bytes(tensor)))
+    end = start
+    for tensor in tensors:
+        if tensor.offset != end:
+            raise _damaged(file, f"tensor {_show(tensor.name)} begins at byte {tensor.offset}, and should at {end}")
+        end += _num_bytes(tensor)
+    if end != size:
+        raise _damaged(file, f"its tensors end at byte {end} and the file at byte {size}")
+    return tensors
+
+
+def _check_entry(file: Path, start: int, name: str, entry: Any) -> Tensor:
+    what = f"tensor {_show(name)}"
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
+        raise _damaged(file, f"{what} is {_show(entry)} and must have just the keys {sorted(_ENTRY_KEYS)}")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in _DTYPES:
+        raise ValueError(f"{file}: {what} has dtype {_show(code)}; convert it to one of {', '.join(_DTYPES)}")
+    dtype = _DTYPES[code]
+    # NumPy's own bounds, which a tensor without elements could pass unnoticed.
+    if not _are_sizes(shape) or len(shape) > 64 or math.prod(n or 1 for n in shape) * dtype.itemsize >= 2**63:
+        raise _damaged(file, f"{what} has shape {_show(shape)}, which no array can have")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise _damaged(file, f"{what} has data_offsets {_show(offsets)}, which must be two positions in the file")
+    tensor = Tensor(file, name, dtype, tuple(shape), start + offsets[0])
+    size = _num_bytes(tensor)
+    if offsets[1] - offsets[0] != size:
+        raise _damaged(file, f"{what}, {code} {shape}, takes {size} bytes, and its data_offsets are {offsets}")
+    return tensor
+
+
+def _maps_to_strings(value: Any) -> TypeGuard[dict[str, str]]:
+    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
+def _num_bytes(tensor: Tensor | TensorSpec) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+# Writing.
+
+
+def _check_tensors(tensors: list[Tensor | TensorSpec]) -> None:
+    if not tensors:
+        raise ValueError("there are no tensors to write; give at least one")
+    seen = {"__metadata__"}
+    for tensor in tensors:
+        if tensor.name in seen:
+            raise ValueError(f"the name {tensor.name!r} is taken, by another tensor or by the format; give another")
+        seen.add(tensor.name)
+        if tensor.dtype not in _CODES:
+            supported = ", ".join(str(dtype) for dtype in _CODES)
+            raise ValueError(f"tensor {tensor.name!r} has dtype {tensor.dtype}; convert it to one of {supported}")
+
+
+def _split(tensors: list[Tensor | TensorSpec], shard_bytes: int) -> list[list[Tensor | TensorSpec]]:
+    """Fills files in order, as ``huggingface_hub.split_torch_state_dict_into_shards`` does."""
+    shards, current, filled = [], [], 0
+    for tensor in tensors:
+        size = _num_bytes(tensor)
+        if size > shard_bytes:
+            shards.append([tensor])
+            continue
+        if filled + size > shard_bytes:
+            shards.append(current)
+            current, filled = [], 0
+        current.append(tensor)
+        filled += size
+    if current:
+        shards.append(current)
+    for shard in shards:
+        shard.sort(key=lambda tensor: (-_RANKS[tensor.dtype], tensor.name))
+    return shards
+
+
+def _header(tensors: list[Tensor | TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + _num_bytes(tensor)
+        header[tensor.name] = {"dtype": _CODES[tensor.dtype], "shape": tensor.shape, "data_offsets": (begin, end)}
+    try:
+        raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a tensor's name or the metadata is not valid Unicode ({error}); change it") from None
+    raw += b" " * (-len(raw) % 8)  # so that the data are aligned
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def _write_file(tensors: list[Tensor | TensorSpec], header: bytes, stream: BufferedWriter) -> None:
+    stream.write(header)
+    for tensor in tensors:
+        stream.write(_bytes_of(tensor))  # no name for the array, which would keep it while the next is made
+
+
+def _bytes_of(tensor: Tensor | TensorSpec) -> memoryview:
+    array = np.asarray(tensor.read())
+    if array.shape != tuple(tensor.shape) or array.dtype != tensor.dtype:
+        raise ValueError(
+            f"tensor {tensor.name!r} was announced as {tensor.dtype} {tuple(tensor.shape)} and read as {array.dtype} "
+            f"{array.shape}; make the two agree"
+        )
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _write_all(writers: Mapping[Path, Callable[[BufferedWriter], object]]) -> None:
+    """Writes all files or none: each under another name first, then renamed in order."""
+    partial = {file: file.with_name(file.name + ".partial") for file in writers}
+    try:
+        for file, write in writers.items():
+            try:
+                with partial[file].open("xb") as stream:
+                    write(stream)
+                    stream.flush()
+                    os.fsync(stream.fileno())  # or a crash behind the renaming could leave an empty file
+            except OSError as error:
+                reason = f"{file} could not be written ({error.strerror or error}); nothing of it is kept"
+                raise OSError(error.errno, reason) from error
+        for file in writers:
+            partial[file].rename(file)
+    except BaseException:
+        for file in writers:
+            file.unlink(missing_ok=True)
+            partial[file].unlink(missing_ok=True)
+        raise

@@ -1,0 +1,210 @@
+"""Parameters from the tensors of a Hugging Face folder, one at a time, and tensors from parameters."""
+
+import dataclasses
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from specjax.hf.config import quantization_block, read_config
+from specjax.hf.keys import read_json
+from specjax.hf.names import Path as ParameterPath
+from specjax.hf.names import Piece, Source, nested, parameters, sources, table_names, why_left_out
+from specjax.hf.safetensors import Tensor, TensorSpec, open_tensors
+from specjax.transformer.config import DecoderConfig
+
+_FLOATS = frozenset(map(jnp.dtype, ("float64", "float32", "float16", "bfloat16")))
+_FLOAT8 = jnp.dtype("float8_e4m3fn")
+_SCALE = "_scale_inv"  # the end of the name of a float8 tensor's scales
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A parameter that is not read yet.
+
+    Attributes:
+      shape: its shape.
+      dtype: the dtype of the tensors it is made of; bfloat16 for block-scaled float8.
+      read: ``read(dtype) -> array``, which makes it, holding no more than it and one tensor.
+    """
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    read: Callable[[Any], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What a Hugging Face folder holds.
+
+    Attributes:
+      config: of the decoder.
+      raw: the ``config.json``.
+      params: nested dict of ``Parameter``.
+      report: lines that say which tensors make which parameters, and which are left out and why.
+    """
+
+    config: DecoderConfig
+    raw: dict[str, Any]
+    params: Any
+    report: tuple[str, ...]
+
+
+def open_weights(folder: Path) -> Weights:
+    """Opens a folder with ``config.json`` and safetensors; the data are read when a parameter is.
+
+    Raises:
+      ValueError: a file is missing or damaged, the model is of another kind than supported, or a tensor is missing,
+        of another shape or dtype than the config says, or unknown.
+    """
+    config, raw = read_config(folder / "config.json"), read_json(folder / "config.json")
+    block = quantization_block(raw)
+    model_type = raw.get("model_type", "llama")
+    wanted = sources(model_type, config)
+    found = open_tensors(folder)
+    tensors = {known: found[name] for name, known in table_names(model_type, found).items()}
+    try:
+        if len(tensors) < len(found):
+            raise ValueError("two tensors have one name but for a wrapper's prefix; save the model again")
+        left_out = _check(tensors, wanted, block, functools.partial(_why, config, raw))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    places: dict[ParameterPath, list[tuple[_Stored, Piece]]] = {}
+    for name, source in wanted.items():
+        stored = _Stored(tensors[name], tensors.get(name + _SCALE), block)
+        for piece in source.pieces:
+            places.setdefault(piece.parameter, []).append((stored, piece))
+    params: Any = nested({path: _parameter(parts) for path, parts in places.items()})
+    return Weights(config, raw, params, tuple(_report(wanted, left_out)))
+
+
+def _why(config: DecoderConfig, raw: Mapping[str, Any], name: str) -> str | None:
+    next_tokens = bool(raw.get("num_nextn_predict_layers", raw.get("num_mtp_layers", 0)))
+    return why_left_out(name, config, next_tokens)
+
+
+def _check(
+    tensors: Mapping[str, Tensor],
+    wanted: Mapping[str, Source],
+    block: tuple[int, int] | None,
+    why: Callable[[str], str | None],
+) -> dict[str, str]:
+    """Returns why tensors are left out, by name; raises ValueError unless all others are as they must be."""
+    missing = sorted(wanted.keys() - tensors.keys())
+    if missing:
+        raise ValueError(f"{len(missing)} tensors are missing, such as {missing[0]!r}; {_CURE}")
+    for name, source in wanted.items():
+        tensor = tensors[name]
+        if tensor.shape != source.shape:
+            raise ValueError(f"tensor {name!r} is {tensor.shape}; config.json asks for {source.shape}; {_CURE}")
+        scales = tensors.get(name + _SCALE)
+        if tensor.dtype == _FLOAT8 and block is not None and scales is not None:
+            expected = tuple(-(-size // of) for size, of in zip(tensor.shape, block, strict=True))
+            if scales.shape != expected or scales.dtype not in _FLOATS:
+                given = f"{scales.dtype} {scales.shape}"
+                raise ValueError(f"tensor {name + _SCALE!r} is {given}; blocks of {block} need floats {expected}")
+        elif tensor.dtype not in _FLOATS or scales is not None:
+            scaled = "with" if scales is not None else "without"
+            floats = ", ".join(sorted(map(str, _FLOATS)))
+            raise ValueError(
+                f"tensor {name!r} has dtype {tensor.dtype} {scaled} scales; supported: {floats}, and {_FLOAT8} with "
+                "scales where config.json has a quantization_config"
+            )
+    used = wanted.keys() | {name + _SCALE for name in wanted}
+    left_out = {name: why(name) for name in sorted(tensors.keys() - used)}
+    extra = [name for name, reason in left_out.items() if reason is None]
+    if extra:
+        raise ValueError(f"{len(extra)} tensors are unknown, such as {extra[0]!r}; {_CURE}")
+    return {name: reason for name, reason in left_out.items() if reason is not None}
+
+
+_CURE = "the weights are of another model than config.json, or of one that specjax does not know; download both again"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """A tensor as it lies in the folder, with the scales of its blocks if it is float8."""
+
+    tensor: Tensor
+    scales: Tensor | None
+    block: tuple[int, int] | None
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype("bfloat16") if self.scales else self.tensor.dtype
+
+    def read(self) -> np.ndarray:
+        if self.scales is None or self.block is None:
+            return self.tensor.read()
+        weight = self.tensor.read().astype(np.float32)
+        scale = self.scales.read().astype(np.float32)
+        rows, columns = self.block
+        for i in range(scale.shape[0]):  # a row of blocks at a time: all scales spread out would be a second copy
+            spread = np.repeat(scale[i], columns)[: weight.shape[1]]
+            weight[i * rows : (i + 1) * rows] *= spread
+        return weight
+
+
+def _parameter(parts: list[tuple[_Stored, Piece]]) -> Parameter:
+    dtype = functools.reduce(jnp.promote_types, (stored.dtype for stored, _ in parts))
+    stacked = parts[0][1].expert is not None
+    shape = (len(parts),) * stacked + parts[0][1].shape
+
+    def read(dtype: Any) -> np.ndarray:
+        out = _aligned(shape, jnp.dtype(dtype))
+        for stored, piece in parts:
+            np.copyto(out[piece.expert] if stacked else out, piece.of(stored.read()), casting="same_kind")
+        return out
+
+    return Parameter(shape, dtype, read)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns an empty array at a multiple of 64 bytes, which JAX takes over on a CPU without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def _report(wanted: Mapping[str, Source], left_out: Mapping[str, str]) -> Iterator[str]:
+    rows = Counter(source.row for source in wanted.values())
+    ours: dict[str, dict[str, None]] = {}
+    for source in wanted.values():
+        for piece in source.pieces:
+            path = ".".join("{i}" if isinstance(key, int) else key for key in piece.parameter)
+            ours.setdefault(source.row, {})[path] = None
+    for row, count in rows.items():
+        yield f"{count:>6} x {row} -> {', '.join(ours[row])}"
+    for reason, count in Counter(left_out.values()).items():
+        example = next(name for name, why in left_out.items() if why == reason)
+        yield f"{count:>6} left out: {reason} ({example})"
+
+
+def tensors_of(model_type: str, config: DecoderConfig, params: Any) -> list[TensorSpec]:
+    """Returns the tensors that a Hugging Face folder holds of these parameters, each made when it is read.
+
+    Args:
+      model_type: the family.
+      config: of the decoder.
+      params: nested dict of arrays.
+    """
+    arrays = dict(parameters(params))
+    specs = []
+    for name, source in sources(model_type, config).items():
+        held = [arrays[piece.parameter] for piece in source.pieces]
+        dtype = jnp.dtype(functools.reduce(jnp.promote_types, (array.dtype for array in held)))
+        specs.append(TensorSpec(name, dtype, source.shape, functools.partial(_tensor, source, held, dtype)))
+    return specs
+
+
+def _tensor(source: Source, held: list[Any], dtype: jnp.dtype) -> np.ndarray:
+    out = np.empty(source.shape, dtype)
+    for array, piece in zip(held, source.pieces, strict=True):
+        piece.of(out)[...] = np.asarray(array if piece.expert is None else array[piece.expert])
+    return out

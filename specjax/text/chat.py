@@ -1,0 +1,210 @@
+"""Chat templates: a conversation as the text that a model was trained to continue."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def load_chat_template(path: str | os.PathLike) -> "ChatTemplate":
+    """Opens the chat template of a checkpoint folder or a Hugging Face folder.
+
+    It is ``chat_template.jinja``, else ``chat_template`` of ``tokenizer_config.json``: a string, or a list of named
+    templates with one called "default". Special tokens come from ``tokenizer_config.json``, and for folders without
+    ``added_tokens_decoder`` there, from ``special_tokens_map.json``, which then goes first.
+
+    Raises:
+      ValueError: the folder has no chat template, or a file of it is damaged, or the template does not compile.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; give one with chat_template.jinja or tokenizer_config.json")
+    config_file, file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    config = _read_json(config_file)
+    if "added_tokens_decoder" not in config:
+        config |= _read_json(folder / "special_tokens_map.json")
+    tokens = {name: _content(config.get(name)) for name in SPECIAL_TOKENS}
+    tokens = {name: token for name, token in tokens.items() if token is not None}
+    if file.is_file():
+        return ChatTemplate(_read(file), tokens, str(file))
+    source, name = config.get("chat_template"), f"{config_file}: chat_template"
+    if source is None:
+        raise ValueError(f"{folder} has neither {file.name} nor a chat_template in {config_file.name}; add the model's")
+    if isinstance(source, list):
+        source = next((each.get("template") for each in source if _content(each, "name") == "default"), None)
+    if not isinstance(source, str):
+        raise ValueError(f'{name} is neither a text nor a list with a template named "default"; give one of the two')
+    return ChatTemplate(source, tokens, name)
+
+
+class ChatTemplate:
+    """A Jinja template that lays out a conversation, as ``apply_chat_template`` of ``transformers`` renders it.
+
+    Templates come with a model, so they run in Jinja's sandbox: they read their variables, and change nothing.
+    The text already holds special tokens, the first one included: encode it with ``add_special_tokens=False``.
+
+    Reference: https://huggingface.co/docs/transformers/chat_templating_writing
+    """
+
+    def __init__(self, source: str, tokens: Mapping[str, str] | None = None, name: str = "the chat template"):
+        """Compiles a template.
+
+        Args:
+          source: the template's text.
+          tokens: special tokens by the names that templates use, such as ``bos_token``.
+          name: what errors call the template.
+
+        Raises:
+          ValueError: the template does not compile.
+        """
+        self._tokens, self._name = dict(tokens or {}), name
+        try:
+            self._template = _environment().from_string(source)
+        except Exception as error:  # Jinja hands on what Python's own compiler makes of a strange template
+            place = f" at line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+            raise ValueError(f"{name} does not compile{place} ({_reason(error)}); copy it again or repair it") from None
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """Returns a conversation as text.
+
+        Args:
+          messages: the conversation, in order; a message is ``{"role": ..., "content": ...}``.
+          add_generation_prompt: end with what opens an answer of the model.
+          **variables: what else the template reads, such as ``tools`` or ``enable_thinking``; they go before
+            special tokens of the same name.
+
+        Raises:
+          ValueError: the messages or variables are not plain JSON values, or the template refuses them, fails on
+            them, or tries what the sandbox forbids.
+        """
+        listed = isinstance(messages, Sequence) and not isinstance(messages, str)
+        if not listed or not all(isinstance(message, Mapping) for message in messages):
+            raise ValueError(f'messages is {messages!r}; give a list such as [{{"role": "user", "content": "Hello"}}]')
+        values = {"tools": None, "documents": None, **self._tokens, **variables}
+        values |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        try:
+            values = json.loads(json.dumps(values))  # methods of richer objects would be beyond the sandbox's watch
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"messages and variables must be plain JSON values ({error}); convert them") from None
+        try:
+            return self._template.render(values)
+        except _RefusalError as error:
+            raise ValueError(f"{self._name} refuses the messages: {_reason(error)}; change them to suit it") from None
+        except SecurityError as error:
+            raise ValueError(
+                f"{self._name} tries what a template may not ({_reason(error)}); take one from a trusted source"
+            ) from None
+        except Exception as error:  # a template is a program, and can fail in any way
+            raise ValueError(
+                f"{self._name} fails on the messages ({type(error).__name__}: {_reason(error)}); "
+                "give messages that it supports, or repair it"
+            ) from None
+
+
+class _RefusalError(jinja2.TemplateError):
+    """A template called ``raise_exception``."""
+
+
+class _Generation(Extension):
+    """The tag ``{% generation %}``, by which training finds the model's own words; here it is only a scope."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+
+class _PublicNamespace(Namespace):
+    """Refuses names such as ``__call__``, by which calls would get around the sandbox."""
+
+    def __init__(*args: Any, **kwargs: Any):  # `self` is a name that templates may use
+        attributes = dict(*args[1:], **kwargs)
+        for name in attributes:
+            _check_public(name)
+        Namespace.__init__(args[0], attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_public(name)
+        Namespace.__setitem__(self, name, value)
+
+
+def _check_public(name: str) -> None:
+    if str(name).startswith("_"):
+        raise SecurityError(f"a namespace holds no name that begins with an underscore, like {name!r}")
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {
+        "namespace": _PublicNamespace,
+        "raise_exception": _raise_exception,
+        "strftime_now": _strftime_now,
+    }
+    return environment
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Like Jinja's, but without escapes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise _RefusalError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _content(token: Any, key: str = "content") -> str | None:
+    """Returns a text that stands for itself or under a key of an object."""
+    token = token.get(key) if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read as UTF-8 text ({error}); copy it again") from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """Returns the object that a JSON file holds; an empty one if there is no file."""
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(_read(file))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON ({error}); copy it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds a {type(value).__name__}; it must hold one JSON object")
+    return value

@@ -1,0 +1,120 @@
+"""Mixtures of experts that drop no token: a full expert would couple the rows of a batch."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from specjax.transformer.config import Activation, DecoderConfig, ExpertsConfig
+from specjax.transformer.layers import ACTIVATIONS, MLP, normal
+
+
+class Router(nnx.Module):
+    """Chooses the experts of each token, in float32."""
+
+    def __init__(self, config: DecoderConfig, experts: ExpertsConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.experts = experts
+        self.kernel = nnx.Param(normal(rngs, (config.hidden_size, experts.num_experts), dtype))
+        # Differences between scores decide; bfloat16 would round them away.
+        bias = jnp.zeros((experts.num_experts,), jnp.float32)
+        self.e_score_correction_bias = nnx.Param(bias) if experts.corrected else None
+
+    def __call__(self, x_md: Array) -> tuple[Array, Array]:
+        """Returns the chosen experts of m tokens, int32 ``[m, c]``, and their weights, float32 ``[m, c]``."""
+        experts = self.experts
+        logits_me = x_md.astype(jnp.float32) @ self.kernel[...].astype(jnp.float32)
+        scores_me = jax.nn.softmax(logits_me) if experts.score == "softmax" else jax.nn.sigmoid(logits_me)
+        choice_me = scores_me
+        if self.e_score_correction_bias is not None:
+            choice_me = scores_me + self.e_score_correction_bias[...][None]
+        if experts.groups > 1:
+            # A group is as good as its two best experts (DeepSeek-V3, section 2.1.2).
+            grouped_mgx = choice_me.reshape(-1, experts.groups, experts.num_experts // experts.groups)
+            best_mg = jnp.sum(lax.top_k(grouped_mgx, min(2, grouped_mgx.shape[-1]))[0], axis=-1)
+            chosen_mc = lax.top_k(best_mg, experts.best_groups)[1]
+            allowed_mg = jnp.any(jax.nn.one_hot(chosen_mc, experts.groups, dtype=bool), axis=1)
+            choice_me = jnp.where(allowed_mg[:, :, None], grouped_mgx, -jnp.inf).reshape(choice_me.shape)
+        chosen_mc = lax.top_k(choice_me, experts.per_token)[1]
+        weights_mc = jnp.take_along_axis(scores_me, chosen_mc, axis=1)
+        if experts.renormalize:
+            weights_mc = weights_mc / (jnp.sum(weights_mc, axis=1, keepdims=True) + 1e-20)
+        return chosen_mc, weights_mc * experts.scale
+
+
+class Experts(nnx.Module):
+    """The experts' gated MLPs, stacked: ``[e, in, out]``."""
+
+    def __init__(self, config: DecoderConfig, experts: ExpertsConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        e, d, f = experts.num_experts, config.hidden_size, experts.intermediate_size
+        self.activation: Activation = config.activation
+        self.gate_proj = nnx.Param(normal(rngs, (e, d, f), dtype))
+        self.up_proj = nnx.Param(normal(rngs, (e, d, f), dtype))
+        self.down_proj = nnx.Param(normal(rngs, (e, f, d), dtype))
+
+    def __call__(self, x_md: Array, chosen_mc: Array, weights_mc: Array) -> Array:
+        """Returns the weighted sum of each token's experts, ``[m, d]``."""
+        # XLA's CPU ragged products read every expert: 20 times slower for one token (docs/performance.md). A GPU would
+        # wait for the host at every branch of the loop.
+        stacks = (self.gate_proj[...], self.up_proj[...], self.down_proj[...])
+        return lax.platform_dependent(
+            x_md,
+            chosen_mc,
+            weights_mc.astype(x_md.dtype),
+            stacks,
+            cpu=functools.partial(expert_by_expert, self.activation),
+            default=functools.partial(sorted_by_expert, self.activation),
+        )
+
+
+Stacks = tuple[Array, Array, Array]
+"""Gate and up kernels ``[e, d, f]`` and down kernels ``[e, f, d]``."""
+
+
+def expert_by_expert(activation: Activation, x_md: Array, chosen_mc: Array, weights_mc: Array, stacks: Stacks) -> Array:
+    """Sends all tokens through each expert that any of them chose, and keeps what was chosen."""
+    gates, ups, downs = stacks
+    activate = ACTIVATIONS[activation]
+
+    def visit(e: Array, y_md: Array) -> Array:
+        chose_mc = chosen_mc == e
+
+        def run(y_md: Array) -> Array:
+            gate, up, down = (lax.dynamic_index_in_dim(stack, e, keepdims=False) for stack in (gates, ups, downs))
+            out_md = (activate(x_md @ gate) * (x_md @ up)) @ down
+            weight_m1 = jnp.sum(jnp.where(chose_mc, weights_mc, 0), axis=1, keepdims=True)
+            chose_m1 = jnp.any(chose_mc, axis=1, keepdims=True)
+            return y_md + jnp.where(chose_m1, out_md * weight_m1, 0)
+
+        return lax.cond(jnp.any(chose_mc), run, lambda y_md: y_md, y_md)
+
+    return lax.fori_loop(jnp.int32(0), jnp.int32(gates.shape[0]), visit, jnp.zeros_like(x_md))
+
+
+def sorted_by_expert(activation: Activation, x_md: Array, chosen_mc: Array, weights_mc: Array, stacks: Stacks) -> Array:
+    """Sorts tokens by expert and sends them through ``ragged_dot``, whose groups may have any size."""
+    gates, ups, downs = stacks
+    expert_n = chosen_mc.reshape(-1)
+    order_n = jnp.argsort(expert_n)
+    sizes_e = jnp.sum(jax.nn.one_hot(expert_n, gates.shape[0], dtype=jnp.int32), axis=0)
+    x_nd = x_md[order_n // chosen_mc.shape[1]]
+    hidden_nf = ACTIVATIONS[activation](lax.ragged_dot(x_nd, gates, sizes_e)) * lax.ragged_dot(x_nd, ups, sizes_e)
+    y_nd = lax.ragged_dot(hidden_nf, downs, sizes_e) * weights_mc.reshape(-1)[order_n][:, None]
+    return jnp.sum(y_nd[jnp.argsort(order_n)].reshape(*chosen_mc.shape, -1), axis=1)
+
+
+class MoE(nnx.Module):
+    """Each token's sum over its experts, and over the shared one that all tokens visit, where there is one."""
+
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        experts = config.experts
+        assert experts is not None
+        self.gate = Router(config, experts, dtype, rngs)
+        self.experts = Experts(config, experts, dtype, rngs)
+        self.shared_experts = MLP(config, experts.shared_size, dtype, rngs) if experts.shared_size else None
+
+    def __call__(self, x_btd: Array) -> Array:
+        x_md = x_btd.reshape(-1, x_btd.shape[-1])
+        y_btd = self.experts(x_md, *self.gate(x_md)).reshape(x_btd.shape)
+        return y_btd if self.shared_experts is None else y_btd + self.shared_experts(x_btd)

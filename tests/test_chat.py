@@ -1,0 +1,307 @@
+"""Chat templates: rendered as transformers renders them, safe to run, and found in all the places where they live."""
+
+import datetime
+import json
+
+import pytest
+from tokenizers import Tokenizer, models
+
+from specjax.text.chat import ChatTemplate, load_chat_template
+
+# In the manner of well-known families; each uses some part of the language that the others do not.
+TEMPLATES = {
+    "llama 3": """{{- bos_token }}
+{%- if not date_string is defined %}{% set date_string = strftime_now("%Y") %}{% endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\nToday: " + date_string + "\\n" + system_message + "<|eot_id|>" }}
+{%- if tools is not none %}
+    {%- for t in tools %}{{- t | tojson(indent=4) }}{{- "\\n\\n" }}{% endfor %}
+{%- endif %}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+""",
+    "chatml": """{% for message in messages %}
+    {% if message.role == "assistant" %}
+<|im_start|>assistant
+{% generation %}{% set said = message.content %}{{ said }}<|im_end|>{% endgeneration %}
+
+    {% else %}
+<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+    {% endif %}
+{% endfor %}
+{{ said }}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and enable_thinking is false %}<think>
+
+</think>
+
+{% endif %}{% endif %}
+""",
+    "gemma": """{{ bos_token }}{%- if messages[0]['role'] == 'system' -%}
+    {%- set first_user_prefix = messages[0]['content'] + '\\n\\n' -%}{%- set loop_messages = messages[1:] -%}
+{%- else -%}
+    {%- set first_user_prefix = "" -%}{%- set loop_messages = messages -%}
+{%- endif -%}
+{%- for message in loop_messages -%}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+        {{ raise_exception("Conversation roles must alternate user/assistant/user/assistant/...") }}
+    {%- endif -%}
+    {%- set role = "model" if message['role'] == 'assistant' else message['role'] -%}
+    {{ '<start_of_turn>' + role + '\\n' + (first_user_prefix if loop.first else "") }}
+    {%- if message['content'] is string -%}
+        {{ message['content'] | trim }}
+    {%- elif message['content'] is iterable -%}
+        {%- for item in message['content'] -%}{{ item['text'] | trim }}{%- endfor -%}
+    {%- endif -%}
+    {{ '<end_of_turn>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{'<start_of_turn>model\\n'}}{%- endif -%}
+""",
+    "mistral": """{%- set ns = namespace(index=0, system=none) %}
+{%- for message in messages %}
+    {%- if message["role"] == "system" %}{%- set ns.system = message["content"] %}{%- continue %}{%- endif %}
+    {%- set ns.index = ns.index + 1 %}
+{%- endfor %}
+{{- bos_token }}
+{%- for message in messages if message["role"] != "system" %}
+    {%- if message["role"] == "user" %}
+        {%- if loop.last and ns.system is not none %}
+            {{- "[INST]" + ns.system + "\\n\\n" + message["content"] + "[/INST]" }}
+        {%- else %}{{- "[INST]" + message["content"] + "[/INST]" }}{%- endif %}
+    {%- elif message["role"] == "assistant" %}
+        {{- " " + message["content"]|trim + eos_token}}
+    {%- else %}
+        {{- raise_exception("Only user and assistant roles are supported, with the exception of " + message["role"]) }}
+    {%- endif %}
+{%- endfor %}
+{%- for n in range(100) %}{% if n == ns.index %}{{- "#" ~ n }}{% break %}{% endif %}{%- endfor %}
+""",
+    "deepseek": """{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}\
+{% set ns = namespace(is_first=false, system_prompt='') %}{%- for message in messages %}\
+{%- if message['role'] == 'system' %}{% set ns.system_prompt = message['content'] %}{%- endif %}{%- endfor %}\
+{{ bos_token }}{{ ns.system_prompt }}{%- for message in messages %}\
+{%- if message['role'] == 'user' %}{{'<\uff5cUser\uff5c>' + message['content']}}{%- endif %}\
+{%- if message['role'] == 'assistant' and message['content'] is not none %}{% set content = message['content'] %}\
+{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}\
+{{'<\uff5cAssistant\uff5c>' + content + '<\uff5cend▁of▁sentence\uff5c>'}}{%- endif %}{%- endfor -%}\
+{% if add_generation_prompt %}{{'<\uff5cAssistant\uff5c><think>\\n'}}{% endif %}""",
+    "plain": "{{ messages | tojson }}{{ {'b': '<é>', 'a': [1, none]} | tojson(sort_keys=True) }}{{ unk_token }}"
+    "{{ pad_token }}{{ [] | tojson(separators=(',', ':'), ensure_ascii=true) }}",
+}
+CHATS = {
+    "question": [{"role": "user", "content": "  Hi <b>'日本'</b> & \"you\"\n"}],
+    "system": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}],
+    "turns": [
+        {"role": "system", "content": "Sei höflich.\n"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "<think>hm</think> b "},
+        {"role": "user", "content": "{{ bos_token }} {% if %}"},
+    ],
+}
+TOOL = {"type": "function", "function": {"name": "<f>", "parameters": {"type": "object", "properties": {"é": {}}}}}
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Returns a function that makes transformers' tokenizer with a template."""
+    transformers = pytest.importorskip("transformers")
+    inner = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
+    return lambda source: transformers.PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=source, **TOKENS)
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize(
+    "variables", [{}, {"tools": [TOOL]}, {"enable_thinking": False, "date_string": "May", "bos_token": ""}]
+)
+def test_renders_as_transformers_does(reference, name, chat, variables):
+    template = ChatTemplate(TEMPLATES[name], TOKENS)
+    for prompt in (True, False):
+        wanted = reference(TEMPLATES[name]).apply_chat_template(
+            CHATS[chat], tokenize=False, add_generation_prompt=prompt, **variables
+        )
+        assert template.render(CHATS[chat], add_generation_prompt=prompt, **variables) == wanted
+
+
+def test_a_question_ends_with_the_opening_of_the_answer():
+    text = ChatTemplate(TEMPLATES["chatml"]).render(HELLO)
+    assert text == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    assert ChatTemplate(TEMPLATES["gemma"], {"bos_token": "<bos>"}).render(HELLO, add_generation_prompt=False) == (
+        "<bos><start_of_turn>user\nHello<end_of_turn>\n"
+    )
+    year = datetime.datetime.now().strftime("%Y")
+    assert ChatTemplate("{{ strftime_now('%Y') }}").render([]) == year
+
+
+def test_content_in_parts_and_data_that_is_not_touched():
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]}]
+    assert "user\nab<end" in ChatTemplate(TEMPLATES["gemma"]).render(parts)
+    with pytest.raises(ValueError, match="tries what a template may not"):
+        ChatTemplate("{{ messages.append(1) }}").render(parts)
+    ChatTemplate("{% for m in messages %}{{ dict.update(m, {'role': 'x'}) }}{% endfor %}").render(parts)
+    assert parts == [{"role": "user", "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]}]
+
+
+UNSAFE = {
+    "classes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "globals of a function": "{{ raise_exception.__globals__['json'] }}",
+    "globals of a macro": "{% macro m() %}{% endmacro %}{{ m.__init__.__globals__.x }}",
+    "by a filter": "{{ (''|attr('__class__')).__mro__ }}",
+    "by a format": "{{ '{0.__class__.__mro__}'.format('') }}",
+    "a namespace that calls": "{{ namespace(__call__=range) }}",
+    "a namespace that is made to call": "{% set ns = namespace() %}{% set ns.__call__ = range %}",
+    "a range without end": "{% for i in range(10**9) %}{{ i }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("case", UNSAFE)
+def test_templates_cannot_leave_the_sandbox(case):
+    with pytest.raises(ValueError, match=r"^TEMPLATE (tries what|fails on)"):
+        ChatTemplate(UNSAFE[case], name="TEMPLATE").render(HELLO)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ raise_exception('roles must\n alternate') }}", "TEMPLATE refuses the messages: roles must alternate;"),
+        ("{{ ''.__class__.__mro__ }}", "TEMPLATE tries what a template may not .*__class__.*trusted source"),
+        (
+            "{% for i in range(100001) %}{% endfor %}",
+            "TEMPLATE fails on the messages .*OverflowError.*MAX_RANGE",
+        ),
+        ("{{ messages[0].name.first }}", "TEMPLATE fails on the messages .*UndefinedError.*'name'"),
+        ("{{ messages[0].content + 1 }}", "TEMPLATE fails on the messages .TypeError"),
+        ("{{ messages[0].role / 0 }}", "give messages that it supports, or repair it"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "TEMPLATE fails on the messages .RecursionError"),
+        ("{{ 'a' * (messages|length * 10**18) }}", "TEMPLATE fails on the messages .*Error"),
+        ("{% include '/etc/hostname' %}", "TEMPLATE fails on the messages .*no loader"),
+    ],
+)
+def test_templates_that_fail(source, message):
+    with pytest.raises(ValueError, match=message):
+        ChatTemplate(source, name="TEMPLATE").render(HELLO)
+
+
+@pytest.mark.parametrize(
+    "source", ["a\n{% if %}", "a\n{% endfor %}", "\n{{ 'a' | no_such_filter }}", "\n{% generation %}x"]
+)
+def test_templates_that_do_not_compile(source):
+    with pytest.raises(ValueError, match=r"^TEMPLATE does not compile at line 2 \(.+\); copy it again or repair it$"):
+        ChatTemplate(source, name="TEMPLATE")
+
+
+@pytest.mark.parametrize("messages", ["Hello", HELLO[0], ["Hello"], None, 3, (message for message in HELLO)])
+def test_messages_that_are_none(messages):
+    with pytest.raises(ValueError, match=r"messages is .*; give a list such as"):
+        ChatTemplate("{{ messages }}").render(messages)
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}, print, b"bytes"])
+def test_values_beyond_json_stay_out_of_the_template(value):
+    with pytest.raises(ValueError, match="must be plain JSON values"):
+        ChatTemplate("").render([{"role": "user", "content": value}])
+    with pytest.raises(ValueError, match="must be plain JSON values"):
+        ChatTemplate("").render(HELLO, extra=value)
+
+
+def write(folder, **files):
+    for name, value in files.items():
+        name = {"jinja": "chat_template.jinja"}.get(name, f"{name}.json")
+        (folder / name).write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+    return folder
+
+
+SHOW = "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ add_bos_token }}"
+NAMED = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": SHOW}]
+
+
+@pytest.mark.parametrize(
+    ("files", "text"),
+    [
+        ({"jinja": SHOW, "tokenizer_config": {"chat_template": "old", "bos_token": "B"}}, "B"),
+        ({"jinja": SHOW}, ""),
+        (
+            {"tokenizer_config": {"chat_template": SHOW, "bos_token": "B", "eos_token": None, "add_bos_token": True}},
+            "B",
+        ),
+        ({"tokenizer_config": {"chat_template": NAMED, "eos_token": {"content": "E", "lstrip": False}}}, "E"),
+        ({"tokenizer_config": {"chat_template": SHOW}, "special_tokens_map": {"bos_token": {"content": "b"}}}, "b"),
+        (
+            {
+                "tokenizer_config": {"chat_template": SHOW, "bos_token": "B", "eos_token": "E"},
+                "special_tokens_map": {"bos_token": "b", "additional_special_tokens": ["x"]},
+            },
+            "bE",
+        ),
+        (
+            {
+                "tokenizer_config": {"chat_template": SHOW, "bos_token": "B", "added_tokens_decoder": {}},
+                "special_tokens_map": {"bos_token": "b", "eos_token": "e"},
+            },
+            "B",
+        ),
+    ],
+)
+def test_where_templates_and_tokens_are_found(tmp_path, files, text):
+    assert load_chat_template(write(tmp_path, **files)).render([]) == text
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_folders_that_transformers_writes_and_reads(reference, tmp_path, name):
+    import transformers
+
+    tokenizer = reference(TEMPLATES[name])
+    wanted = tokenizer.apply_chat_template(CHATS["system"], tokenize=False, add_generation_prompt=True)
+    tokenizer.save_pretrained(tmp_path)
+    assert load_chat_template(tmp_path).render(CHATS["system"]) == wanted
+    # The older form: all in tokenizer_config.json, and tokens in their own file.
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    write(tmp_path, tokenizer_config={"chat_template": TEMPLATES[name]}, special_tokens_map=TOKENS)
+    read = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert read.apply_chat_template(CHATS["system"], tokenize=False, add_generation_prompt=True) == wanted
+    assert load_chat_template(str(tmp_path)).render(CHATS["system"]) == wanted
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "has neither chat_template.jinja nor a chat_template in tokenizer_config.json"),
+        ({"tokenizer_config": {"chat_template": None}}, "has neither chat_template.jinja nor"),
+        (
+            {"tokenizer_config": {"chat_template": 3}},
+            "tokenizer_config.json: chat_template is neither a text nor a list",
+        ),
+        ({"tokenizer_config": {"chat_template": NAMED[:1]}}, 'nor a list with a template named "default"'),
+        ({"tokenizer_config": {"chat_template": ["x", None]}}, 'nor a list with a template named "default"'),
+        (
+            {"tokenizer_config": {"chat_template": "{% if"}},
+            "tokenizer_config.json: chat_template does not compile at line 1",
+        ),
+        ({"jinja": "{{ raise_exception('no') }}"}, "chat_template.jinja refuses the messages: no"),
+        ({"tokenizer_config": "{"}, "tokenizer_config.json is not JSON"),
+        ({"tokenizer_config": []}, "tokenizer_config.json holds a list"),
+        ({"jinja": "", "special_tokens_map": "[" * 100000}, "special_tokens_map.json is not JSON"),
+    ],
+)
+def test_folders_without_a_usable_template(tmp_path, files, message):
+    with pytest.raises(ValueError, match=message):
+        load_chat_template(write(tmp_path, **files)).render(HELLO)
+
+
+def test_folders_that_are_none_and_files_that_are_not_text(tmp_path):
+    with pytest.raises(ValueError, match="absent is not a folder"):
+        load_chat_template(tmp_path / "absent")
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"chat_template.jinja cannot be read as UTF-8 text .*; copy it again"):
+        load_chat_template(tmp_path)
