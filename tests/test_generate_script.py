@@ -15,7 +15,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tokenizers import processors
+from tokenizers import Tokenizer, processors
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Metaspace
 
 import specjax
 from specjax import checkpoint
@@ -426,6 +428,21 @@ def test_coupled_gives_one_text_with_any_drafter(script, pair, tmp_path, no_stdi
     assert texts[0] == texts[1] == texts[2]
 
 
+def test_a_draft_of_another_tokenizer_drafts_what_both_have(script, pair, tmp_path, no_stdin):
+    """Byte-level vocabularies of 262 and 270 tokens; greedy text is that of plain decoding."""
+    texts = []
+    for drafter in (f"model:{pair / 'other'}", "none"):
+        argv = ["--target", pair / "target", "--drafter", drafter, "--temperature", 0, "--prompt", "def f(x):"]
+        out, err = run(script, *argv, "--max-new-tokens", 30, "--json", tmp_path / "out.json")
+        texts.append(out)
+        if drafter != "none":
+            assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["drafted"] > 0
+            shared = int(err.split("it drafts the ")[1].split(" of 262 tokens that both have")[0])
+            vocabularies = [specjax.load_tokenizer(pair / name).get_vocab().keys() for name in ("target", "other")]
+            assert shared == len(vocabularies[0] & vocabularies[1])
+    assert texts[0] == texts[1]
+
+
 def test_no_arguments_continue_the_built_in_prompt_with_the_shipped_pair(script, pair, tmp_path, monkeypatch, no_stdin):
     compile(script.PROMPT + " pass", "the built-in prompt", "exec")  # the opening of something that is Python
     monkeypatch.setattr(script, "SHIPPED", pair / "target")
@@ -466,8 +483,8 @@ ERRORS = {
     "missing target": (["--target", "{pair}/absent"], "absent is not a folder"),
     "truncated target": (["--target", "{pair}/truncated"], "truncated"),
     "target without tokenizer": (["--target", "{pair}/mute"], "tokenizer.json does not exist"),
-    "draft of another vocabulary": (["--drafter", "model:{pair}/other"], "vocabulary of 270 tokens"),
-    "draft of another tokenizer": (["--drafter", "model:{pair}/foreign"], "other tokenizers"),
+    "draft of an unknown kind of tokenizer": (["--drafter", "model:{pair}/words"], "of an unknown kind"),
+    "draft without a token in common": (["--drafter", "model:{pair}/foreign"], "no token of the target's vocabulary"),
     "missing draft": (["--drafter", "model:{pair}/absent"], "absent is not a folder"),
     "unknown drafter": (["--drafter", "eagle"], "'eagle'; give model:DIR, ngram or none"),
     "drafter without folder": (["--drafter", "model:"], "'model:'; give model:DIR, ngram or none"),
@@ -505,8 +522,12 @@ def damaged(pair):
     (pair / "binary").write_bytes(b"\xff\xfe\x00")
     shutil.copytree(pair / "target", pair / "mute")
     (pair / "mute" / "tokenizer.json").unlink()
-    shutil.copytree(pair / "draft", pair / "foreign")
-    train_tokenizer(["while true; do echo foreign; done\n"] * 3, 262).save(str(pair / "foreign" / "tokenizer.json"))
+    for name, words, pre_tokenizer in (("words", {"a": 0}, None), ("foreign", {"\u4e16": 0}, Metaspace())):
+        shutil.copytree(pair / "draft", pair / name)
+        strange = Tokenizer(WordLevel(words, unk_token=next(iter(words))))
+        if pre_tokenizer is not None:
+            strange.pre_tokenizer = pre_tokenizer
+        strange.save(str(pair / name / "tokenizer.json"))
     shutil.copytree(pair / "target", pair / "strict")
     (pair / "strict" / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
     shutil.copytree(pair / "target", pair / "endless")
