@@ -6,8 +6,12 @@ SRC holds config.json, safetensors and a tokenizer. DST appears once it is whole
 import argparse
 import importlib.util
 import json
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C ends it quietly while modules load
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 from tqdm import tqdm
@@ -25,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored; float8 becomes bfloat16)")
     parser.add_argument("--verify", action="store_true", help="compare logits with transformers, on this machine's CPU")
     args = parser.parse_args(argv)
+    if args.verify and is_quantized(args.source):
+        parser.error("--verify compares with transformers on a CPU, which cannot run float8 weights; leave it out")
     if args.verify and not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         parser.error("--verify needs torch and transformers; pip install 'specjax[parity]'")
     try:
@@ -35,15 +41,28 @@ def main(argv: list[str] | None = None) -> int:
                 bar.update(done - bar.n)
 
             report = specjax.convert_hf(args.source, args.destination, args.dtype, progress)
-        print(*report, sep="\n")
-        print(f"wrote {args.destination}")
-        return verify(args.source, args.destination) if args.verify else 0
     except (ValueError, OSError) as error:
         print(f"convert_hf.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         return 130
+    print(*report, sep="\n")
+    print(f"wrote {args.destination}")
+    if not args.verify:
+        return 0
+    try:
+        return verify(args.source, args.destination)
+    except Exception as error:  # whatever transformers meets in the source
+        print(f"convert_hf.py: it is written, but not verified: {error}", file=sys.stderr)
+        return 1
+
+
+def is_quantized(source: Path) -> bool:
+    try:
+        return "quantization_config" in json.loads((source / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # what is wrong with it, the conversion says
+        return False
 
 
 def verify(source: Path, destination: Path) -> int:
@@ -52,21 +71,26 @@ def verify(source: Path, destination: Path) -> int:
     import transformers
 
     stored = json.loads((destination / "config.json").read_text(encoding="utf-8"))["torch_dtype"]
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, stored)).float().eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    for parameter in theirs.parameters():  # not the buffers, which are computed
+        parameter.data = parameter.data.to(getattr(torch, stored)).float()
     ours = specjax.load(destination, "float32")
-    tokens_bt = np.random.default_rng(0).integers(0, ours.vocab_size, (1, VERIFIED_TOKENS)).astype(np.int32)
+    length = min(VERIFIED_TOKENS, ours.max_positions or VERIFIED_TOKENS)
+    tokens_bt = np.random.default_rng(0).integers(0, ours.vocab_size, (1, length)).astype(np.int32)
     with torch.no_grad():
         expected_btv = theirs(torch.tensor(tokens_bt, dtype=torch.long)).logits.numpy()
-    cache = ours.init_cache(1, VERIFIED_TOKENS)
+    cache = ours.init_cache(1, length)
     logits_btv = np.asarray(ours.forward(ours.params, tokens_bt, cache, np.zeros(1, np.int32)).logits_btv)
     difference = float(np.abs(logits_btv - expected_btv).max())
     alike = float((logits_btv.argmax(-1) == expected_btv.argmax(-1)).mean())
     print(
-        f"verified over {VERIFIED_TOKENS} random tokens: largest logit difference {difference:.1e} "
+        f"verified over {length} random tokens: largest logit difference {difference:.1e} "
         f"(limit {TOLERANCE:.0e}; the logits deviate by {expected_btv.std():.2f}), likeliest token equal in {alike:.0%}"
     )
     return 0 if difference <= TOLERANCE else 1
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half made is removed
     sys.exit(main())

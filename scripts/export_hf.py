@@ -4,8 +4,12 @@
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C ends it quietly while modules load
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import specjax
 
@@ -27,9 +31,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         return 130
-    print(f"wrote {args.destination}: config, tokenizer and {', '.join(file.name for file in files)}")
+    print(f"wrote {args.destination}: config.json, {', '.join(file.name for file in files)}")
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half made is removed
     sys.exit(main())

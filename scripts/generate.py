@@ -7,6 +7,7 @@ python scripts/generate.py --target DIR --chat --prompt 'Why is the sky blue?'  
 """
 
 import argparse
+import functools
 import json
 import os
 import select
@@ -36,6 +37,7 @@ PROMPT = '''class Stack:
     """A last-in, first-out collection of items."""
 
     def __init__(self, items=()):'''
+HEADS = {"mtp": specjax.open_mtp, "eagle": specjax.open_eagle, "medusa": specjax.open_medusa}
 VERIFY = {"token": specjax.verify.token, "block": specjax.verify.block, "coupled": specjax.verify.coupled}
 COMPARED_RUNS = 5
 COUNTS = ("rounds", "drafted", "accepted", "emitted")
@@ -113,7 +115,10 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     models = parser.add_argument_group("models")
     models.add_argument("--target", type=Path, default=SHIPPED, metavar="DIR", help="checkpoint (default: py-14m)")
     models.add_argument(
-        "--drafter", metavar="SPEC", help="model:DIR, ngram or none (default: the shipped draft, or ngram)"
+        "--drafter",
+        metavar="SPEC",
+        help="model:DIR, mtp:DIR, eagle:DIR, medusa:DIR, early-exit:LAYERS, ngram, none, or cascade:A,B, B where A has "
+        "nothing (default: the shipped draft, or ngram)",
     )
     models.add_argument("--num-draft", type=int, default=4, metavar="N", help="tokens drafted per round (default: 4)")
     models.add_argument("--verify", choices=VERIFY, default="block", help="how drafts are verified (default: block)")
@@ -157,18 +162,42 @@ def open_drafter(spec: str | None, target: specjax.LanguageModel, tokenizer: Any
     """Returns the drafter that a ``--drafter`` value names, and the value."""
     if spec is None:
         spec = f"model:{SHIPPED_DRAFT}" if target_dir.resolve() == SHIPPED else "ngram"
-    if spec == "none":
-        return None, spec
+    return None if spec == "none" else named_drafter(spec, target, tokenizer, num_draft), spec
+
+
+def named_drafter(spec: str, target: specjax.LanguageModel, tokenizer: Any, num_draft: int) -> Any:
+    """Returns the drafter of a value other than none."""
+    kind, _, value = spec.partition(":")
     if spec == "ngram":
-        return specjax.NGramDrafter(num_draft=num_draft), spec
-    kind, _, folder = spec.partition(":")
-    if kind != "model" or not folder:
-        raise ValueError(f"--drafter is {spec!r}; give model:DIR, ngram or none")
-    drafter = specjax.load_drafter(folder, target, num_draft, tokenizer=tokenizer)
+        return specjax.NGramDrafter(num_draft=num_draft)
+    if kind == "early-exit" and value.isascii() and value.isdecimal():
+        return specjax.EarlyExitDrafter(int(value), num_draft)
+    parts = value.split(",")
+    if kind == "cascade" and len(parts) > 1 and "none" not in parts:
+        return functools.reduce(specjax.Cascade, (named_drafter(part, target, tokenizer, num_draft) for part in parts))
+    if kind not in ("model", *HEADS) or not value:
+        raise ValueError(
+            f"--drafter is {spec!r}; give model:DIR, ngram or none, a head as mtp:DIR, eagle:DIR or medusa:DIR, "
+            "early-exit:LAYERS, or cascade:A,B, of which B drafts where A has nothing"
+        )
+    if kind in HEADS:
+        drafter = HEADS[kind](value, target, num_draft)
+        if kind == "eagle":
+            note(f"{value}: {drafter.head.describe()}\n")
+        return drafter
+    drafter = specjax.load_drafter(value, target, num_draft, tokenizer=tokenizer)
     if isinstance(drafter, specjax.SharedVocabularyDrafter):
         shared = int((drafter.draft_of_v >= 0).sum())
-        note(f"{folder} has another tokenizer: it drafts the {shared} of {target.vocab_size} tokens that both have\n")
-    return drafter, spec
+        note(f"{value} has another tokenizer: it drafts the {shared} of {target.vocab_size} tokens that both have\n")
+    return drafter
+
+
+def short_name(spec: str) -> str:
+    """Returns what figures call a drafter."""
+    kind, _, value = spec.partition(":")
+    if kind == "cascade":
+        return ", else ".join(map(short_name, value.split(",")))
+    return f"first {value} layers" if kind == "early-exit" else Path(value).name or kind
 
 
 class Transcript:
@@ -335,8 +364,7 @@ def table(result: dict[str, Any]) -> str:
 
 def settings(args: argparse.Namespace, spec: str) -> dict[str, str]:
     """Returns how the text was made, by name, leaving out sampling parameters that do nothing."""
-    kind, _, folder = spec.partition(":")
-    chosen = {"target": args.target.resolve().name, "drafter": Path(folder).name or kind}
+    chosen = {"target": args.target.resolve().name, "drafter": short_name(spec)}
     if spec != "none":
         chosen |= {"drafts per round": str(args.num_draft), "verify": args.verify}
     chosen["temperature"] = f"{args.temperature:g}" if args.temperature else "0 (greedy)"

@@ -1,6 +1,6 @@
-"""Trains the model of a recipe: ``python scripts/train.py models/NAME`` writes ``checkpoints/NAME``.
+"""Trains the model or draft head of a recipe: ``python scripts/train.py models/NAME`` writes ``checkpoints/NAME``.
 
-A draft (a recipe with ``drafts_for``) needs its target in ``checkpoints/`` first. Stopped at any time, the same
+A draft or head (a recipe with ``drafts_for``) needs its target in ``checkpoints/`` first. Stopped at any time, the same
 command goes on from the last checkpoint in ``runs/NAME`` and ends with the same bits.
 """
 
@@ -12,6 +12,7 @@ import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,10 @@ import numpy as np
 from tqdm import tqdm
 
 import specjax
-from specjax import training, transformer
+from specjax import training
 
 HELD_OUT_PROMPTS = 20
-PROMPT_TOKENS, NEW_TOKENS = 64, 192
+PROMPT_TOKENS, NEW_TOKENS, NUM_DRAFT = 64, 192, 5
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,7 +54,7 @@ def train(folder: Path, checkpoints: Path, runs: Path, save_every: int) -> None:
     kept = [text for name, text in modules.items() if not training.is_held_out(name)]
     held = [text for name, text in modules.items() if training.is_held_out(name)]
     if recipe.drafts_for is None:
-        teacher, tokenizer = None, training.train_tokenizer(kept, recipe.config.vocab_size)
+        teacher, tokenizer = None, training.train_tokenizer(kept, recipe.architecture["vocab_size"])
     else:
         teacher = specjax.load(checkpoints / recipe.drafts_for)
         tokenizer = specjax.load_tokenizer(checkpoints / recipe.drafts_for)
@@ -65,7 +66,8 @@ def train(folder: Path, checkpoints: Path, runs: Path, save_every: int) -> None:
     if teacher is not None and any(stage.text != "corpus" for stage in recipe.stages):
         texts["samples"] = draw_samples(teacher, corpus, recipe, run / "samples.npy")
 
-    params = transformer.init_params(recipe.config, jax.random.key(recipe.seed))
+    trainee = training.make_trainee(recipe, teacher)
+    params = trainee.init(jax.random.key(recipe.seed))
     history = []
     for number, stage in enumerate(recipe.stages):
         with tqdm(total=stage.steps, desc=f"stage {number}: {stage.loss} on {stage.text}", unit="step") as bar:
@@ -75,7 +77,7 @@ def train(folder: Path, checkpoints: Path, runs: Path, save_every: int) -> None:
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
             params, losses = training.fit(
-                training.make_objective(stage.loss, recipe.config),
+                trainee.objective(stage.loss),
                 params,
                 stage,
                 batches(stage, texts, recipe.seed + number),
@@ -88,7 +90,7 @@ def train(folder: Path, checkpoints: Path, runs: Path, save_every: int) -> None:
 
     # Stored in bfloat16, half the size; what is measured is what is stored.
     stored = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    model = transformer.decoder_model(recipe.config, jax.tree.map(lambda x: x.astype(jnp.float32), stored))
+    measured = jax.tree.map(lambda x: x.astype(jnp.float32), stored)
     metrics = {
         "recipe": recipe.digest,
         "seed": recipe.seed,
@@ -96,15 +98,14 @@ def train(folder: Path, checkpoints: Path, runs: Path, save_every: int) -> None:
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "train_tokens": len(corpus),
         "held_out_tokens": len(held_out),
-        "held_out_loss": held_out_loss(model, recipe, held_out),
+        "held_out_loss": held_out_loss(trainee, measured, teacher, recipe, held_out),
     }
     if teacher is not None:
-        metrics["held_out_acceptance"] = held_out_acceptance(teacher, model, held_out)
+        drafter = trainee.drafter(measured, min(NUM_DRAFT, trainee.max_draft or NUM_DRAFT))
+        metrics["held_out_acceptance"] = held_out_acceptance(teacher, drafter, held_out)
     for name, value in metrics.items():
         print(f"{name}: {value}")
-    stop = tokenizer.token_to_id(training.END_OF_TEXT)
-    config = recipe.architecture | {"eos_token_id": stop, "torch_dtype": "bfloat16"}
-    specjax.save(checkpoints / recipe.name, config, stored, tokenizer, {**metrics, "stages": history})
+    trainee.write(checkpoints / recipe.name, stored, tokenizer, {**metrics, "stages": history})
     plot(history, checkpoints / recipe.name / "loss.png")
 
 
@@ -143,7 +144,7 @@ def draw_samples(
     greedily, since the draft will serve both. Drawn once, then read from ``file``."""
     if file.is_file():
         return np.load(file)
-    limit = min(recipe.config.max_position_embeddings, teacher.max_positions or sys.maxsize)
+    limit = min(recipe.architecture.get("max_position_embeddings", 2048), teacher.max_positions or sys.maxsize)
     openings = training.Windows(corpus, PROMPT_TOKENS, rows, recipe.seed)
     temperature = np.where(np.arange(rows) % 2, 0.0, 1.0).astype(np.float32)
     pieces: list[np.ndarray] = []
@@ -165,21 +166,25 @@ def draw_samples(
     return samples
 
 
-def held_out_loss(model: specjax.LanguageModel, recipe: training.Recipe, tokens: np.ndarray) -> float:
-    """Returns the mean next-token loss in nats over the held-out modules."""
+def held_out_loss(
+    trainee: training.Trainee,
+    params: Any,
+    teacher: specjax.LanguageModel | None,
+    recipe: training.Recipe,
+    tokens: np.ndarray,
+) -> float:
+    """Returns the mean next-token loss in nats over the held-out modules; of a head, that of its chains."""
     sequence = max(stage.sequence for stage in recipe.stages)
     windows = training.Windows(tokens, sequence, 4, seed=0)
-    loss = jax.jit(training.make_objective("next_token", recipe.config), static_argnames="teacher")
-    values = [float(loss(model.params, windows.batch(i), teacher=None)) for i in range(windows.batches_per_epoch)]
+    teacher = None if recipe.head is None else teacher
+    loss = jax.jit(trainee.objective("next_token"))
+    values = [float(loss(params, windows.batch(i), teacher)) for i in range(windows.batches_per_epoch)]
     return float(np.mean(values))
 
 
-def held_out_acceptance(
-    target: specjax.LanguageModel, model: specjax.LanguageModel, tokens: np.ndarray, num_draft: int = 5
-) -> dict[str, dict]:
+def held_out_acceptance(target: specjax.LanguageModel, drafter: specjax.Drafter, tokens: np.ndarray) -> dict[str, dict]:
     """Returns acceptance by position and tokens per round behind held-out excerpts, greedy and at temperature 1."""
     prompts = training.Windows(tokens, PROMPT_TOKENS, HELD_OUT_PROMPTS, seed=0).batch(0)
-    drafter = specjax.ModelDrafter(model, num_draft)
     figures = {}
     for temperature in (0.0, 1.0):
         sampling = specjax.Sampling(temperature=temperature)
@@ -187,7 +192,7 @@ def held_out_acceptance(
         stats = jax.device_get(generation.stats)
         by_position = stats.accepted_at_bg.sum(0) / stats.drafted_at_bg.sum(0)
         figures[f"temperature {temperature:g}"] = {
-            "num_draft": num_draft,
+            "num_draft": drafter.num_draft,
             "by_position": [round(float(x), 4) for x in by_position],
             "emitted_per_round": round(float(stats.emitted_b.sum() / stats.rounds_b.sum()), 4),
         }

@@ -18,7 +18,12 @@ from specjax.checkpoint import load_tokenizer as load_tokenizer
 from specjax.checkpoint import save as save
 from specjax.conversion import convert_hf as convert_hf
 from specjax.conversion import export_hf as export_hf
+from specjax.drafters.cascade import Cascade as Cascade
+from specjax.drafters.early_exit import EarlyExitDrafter as EarlyExitDrafter
+from specjax.drafters.feature import FeatureDrafter as FeatureDrafter
+from specjax.drafters.medusa import MedusaDrafter as MedusaDrafter
 from specjax.drafters.model import ModelDrafter as ModelDrafter
+from specjax.drafters.mtp import MTPDrafter as MTPDrafter
 from specjax.drafters.ngram import NGramDrafter as NGramDrafter
 from specjax.drafters.shared_vocabulary import SharedVocabularyDrafter as SharedVocabularyDrafter
 from specjax.drafters.shared_vocabulary import shared_vocabulary_drafter as shared_vocabulary_drafter
@@ -27,6 +32,12 @@ from specjax.engine import generate as generate
 from specjax.engine import prefill as prefill
 from specjax.engine import step as step
 from specjax.engine import stream as stream
+from specjax.heads.eagle import open_eagle as open_eagle
+from specjax.heads.eagle import write_eagle as write_eagle
+from specjax.heads.medusa import open_medusa as open_medusa
+from specjax.heads.medusa import write_medusa as write_medusa
+from specjax.heads.mtp import open_mtp as open_mtp
+from specjax.heads.mtp import write_mtp as write_mtp
 from specjax.requests import pad_prompts as pad_prompts
 from specjax.sampling import Sampling as Sampling
 from specjax.types import Context as Context
@@ -39,10 +50,15 @@ from specjax.types import Stats as Stats
 from specjax.types import Verdict as Verdict
 
 __all__ = [
+    "Cascade",
     "Context",
     "Drafter",
+    "EarlyExitDrafter",
+    "FeatureDrafter",
     "Generation",
     "LanguageModel",
+    "MTPDrafter",
+    "MedusaDrafter",
     "ModelDrafter",
     "NGramDrafter",
     "Output",
@@ -62,6 +78,9 @@ __all__ = [
     "load_drafter",
     "load_stop_tokens",
     "load_tokenizer",
+    "open_eagle",
+    "open_medusa",
+    "open_mtp",
     "pad_prompts",
     "prefill",
     "save",
@@ -72,5 +91,8 @@ __all__ = [
     "text",
     "transformer",
     "verify",
+    "write_eagle",
+    "write_medusa",
+    "write_mtp",
 ]
 __version__ = "0.1.0"

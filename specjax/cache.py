@@ -10,6 +10,22 @@ LayerCache = tuple[Array, ...]
 
 
 @struct.dataclass
+class ChainCache:
+    """What one layer of a draft head keeps of chains that start at every slot at once, for training it as it drafts.
+
+    The chain that starts at slot s has one entry of each step behind it: that of step j at slot s + j.
+
+    Attributes:
+      steps: per step, arrays ``[b, k, t, h]``.
+    """
+
+    steps: tuple[LayerCache, ...] = ()
+
+
+Stored = LayerCache | ChainCache
+
+
+@struct.dataclass
 class KVCache:
     """What all layers keep; slot equals position.
 
@@ -20,7 +36,7 @@ class KVCache:
       layers: per layer, arrays ``[b, k, s, h]``.
     """
 
-    layers: tuple[LayerCache, ...]
+    layers: tuple[Stored, ...]
 
 
 def allocate(layers: int, rows: int, slots: int, kv_heads: int, widths: tuple[int, ...], dtype: jnp.dtype) -> KVCache:
@@ -56,7 +72,7 @@ def write(cache_bksh: Array, new_bkth: Array, start_b: Array) -> Array:
 
 def grow(cache: KVCache, slots: int) -> KVCache:
     """Returns the cache with ``slots`` slots, the new ones empty; ``slots`` must not be less than it has."""
-    have = cache.layers[0][0].shape[2]
+    have = jax.tree.leaves(cache)[0].shape[2]
     if slots < have:
         raise ValueError(f"cannot shrink a cache from {have} to {slots} slots; ask for at least {have}")
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots - have), (0, 0))), cache)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,25 +56,39 @@ def save(
 
 
 @contextlib.contextmanager
-def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+def new_folder(path: str | os.PathLike, replace: bool = True) -> Iterator[Path]:
     """Yields a folder to fill, which takes the place of ``path`` once it is whole.
 
-    When anything fails it is removed. A run that is killed leaves ``path`` as it was, beside a folder with the ending
-    ``.partial``, which the next run removes.
+    When anything fails it is removed, and ``path`` stays as it was. A run that is killed leaves beside it a hidden
+    folder that ends in ``.partial``.
+
+    Raises:
+      ValueError: ``path`` exists in the end, and is not to be replaced.
     """
     path = Path(path).absolute()
-    partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
     try:
         partial.mkdir(parents=True)
         yield partial
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
+        if not os.path.lexists(path):
+            partial.rename(path)
+        elif not replace:
+            raise ValueError(f"{path} has come to exist meanwhile; remove it or give another name")
+        else:
             path.rename(old)
-        partial.rename(path)
+            partial.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+        _remove(partial)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder into which threads of a save that failed may still be writing."""
+    for _ in range(50):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -122,7 +137,7 @@ def check_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
         known = jnp.dtype(dtype)
     except TypeError:
         raise ValueError(f"dtype is {dtype!r}; give float32, bfloat16 or float16") from None
-    if known not in map(jnp.dtype, ("float32", "bfloat16", "float16", "float64")):
+    if known not in map(jnp.dtype, ("float32", "bfloat16", "float16")):
         raise ValueError(f"dtype is {known}; give float32, bfloat16 or float16")
     return known
 

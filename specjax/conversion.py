@@ -10,8 +10,18 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from specjax.checkpoint import check_dtype, check_params, load_params, new_folder, read_params, save_params, write_json
-from specjax.hf.config import ARCHITECTURES, read_config
+from specjax.checkpoint import (
+    check_dtype,
+    check_params,
+    load_params,
+    load_stop_tokens,
+    load_tokenizer,
+    new_folder,
+    read_params,
+    save_params,
+    write_json,
+)
+from specjax.hf.config import ARCHITECTURES, read_config, text_config
 from specjax.hf.keys import read_json
 from specjax.hf.names import nested, parameters
 from specjax.hf.safetensors import TensorSpec, write_tensors
@@ -57,7 +67,7 @@ def convert_hf(
       OSError: the destination cannot be written. Nothing is left of it.
     """
     source, destination = Path(source).absolute(), Path(destination).absolute()
-    _check_new(destination)
+    _check_ends(source, destination)
     wanted = None if dtype is None else check_dtype(dtype)
     weights = open_weights(source)
 
@@ -74,7 +84,7 @@ def convert_hf(
         done += size
         progress(done, sum(sizes))
 
-    with new_folder(destination) as folder, jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with new_folder(destination, replace=False) as folder, jax.default_device(jax.local_devices(backend="cpu")[0]):
         companions = _copy_companions(source, folder)
         write_json(folder / "config.json", _config(weights.raw, jax.tree.leaves(expected)))
         save_params(folder, read_params(weights.params, expected, on_read))
@@ -99,17 +109,17 @@ def export_hf(
       shard_bytes: the most bytes of tensors in one file.
 
     Returns:
-      The files with weights.
+      The files beside ``config.json``.
 
     Raises:
       ValueError: the source is no checkpoint folder or is damaged, or the destination exists.
       OSError: the destination cannot be written. Nothing is left of it.
     """
     source, destination = Path(source).absolute(), Path(destination).absolute()
-    _check_new(destination)
+    _check_ends(source, destination)
     if not (source / "params").is_dir():
         raise ValueError(f"{source} has no params/; give a checkpoint folder, such as convert_hf and save write")
-    raw, config = read_json(source / "config.json"), read_config(source / "config.json")
+    config, raw = read_config(source / "config.json"), text_config(read_json(source / "config.json"))
     stored = _stored(source, config)
     check_params(stored, config)
     if dtype is not None:
@@ -117,19 +127,25 @@ def export_hf(
         stored = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, wanted), stored)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         params = load_params(source, stored)
-        tensors: list[TensorSpec] = tensors_of(raw.get("model_type", "llama"), config, params)
-        with new_folder(destination) as folder:
+        tensors: list[TensorSpec] = tensors_of(raw["model_type"], config, params)
+        with new_folder(destination, replace=False) as folder:
             companions = _copy_companions(source, folder)
             write_json(folder / "config.json", _config(raw, jax.tree.leaves(stored)))
             if "tokenizer_config.json" not in companions and "tokenizer.json" in companions:
                 write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
             files = write_tensors(folder, tensors, shard_bytes)
-    return tuple(destination / file.name for file in files)
+    return tuple(destination / name for name in [*companions, *(file.name for file in files)])
 
 
-def _check_new(destination: Path) -> None:
-    if destination.exists():
+def _check_ends(source: Path, destination: Path) -> None:
+    """Checks where to read and write, and the small files that go along, before the work begins."""
+    if not source.is_dir():
+        raise ValueError(f"{source} is not a folder; give that of a model")
+    if os.path.lexists(destination):
         raise ValueError(f"{destination} exists; remove it or give another name")
+    if os.path.lexists(source / "tokenizer.json"):
+        load_tokenizer(source)
+    load_stop_tokens(source)
 
 
 def _copy_companions(source: Path, folder: Path) -> list[str]:
@@ -143,7 +159,7 @@ def _config(raw: dict[str, Any], leaves: list[Any]) -> dict[str, Any]:
     """Returns a ``config.json`` for parameters that are not quantised, with the dtype that most of them have."""
     left = {key: value for key, value in raw.items() if key not in ("dtype", "torch_dtype", "quantization_config")}
     largest = max(leaves, key=lambda leaf: leaf.size)
-    usual = {"architectures": [ARCHITECTURES[raw.get("model_type", "llama")]]}
+    usual = {"architectures": [ARCHITECTURES[raw["model_type"]]]}
     return usual | left | {"torch_dtype": str(largest.dtype)}
 
 
@@ -151,7 +167,10 @@ def _stored(source: Path, config: DecoderConfig) -> Any:
     """Returns shapes and dtypes of the parameters in a checkpoint folder."""
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            tree = checkpointer.metadata(source / "params").item_metadata.tree
+            metadata = checkpointer.metadata(source / "params").item_metadata
+            if metadata is None:
+                raise ValueError("there is no _METADATA")
+            tree = metadata.tree
             # Orbax makes strings of the layers' numbers.
             found = {tuple(map(str, path)): (leaf.shape, leaf.dtype) for path, leaf in parameters(dict(tree))}
             paths = dict(parameters(abstract_params(config)))

@@ -222,6 +222,12 @@ def _check_drafter(target: LanguageModel, drafter: Drafter | None) -> int:
             f"the drafter's vocabulary has {drafter.vocab_size} tokens and the target's {target.vocab_size}; "
             "use a drafter that shares the target's tokenizer"
         )
+    layers = target.num_layers
+    if layers is not None and any(not -1 <= index <= layers for index in drafter.capture):
+        raise ValueError(
+            f"the drafter reads the target's hidden states {drafter.capture} and the target has {layers} layers: 0 is "
+            f"the embedding, {layers} the last layer's output, -1 that of the final norm; use a drafter made for it"
+        )
     return g
 
 

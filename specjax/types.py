@@ -186,6 +186,11 @@ position and penalties follow. ``probs_bv`` is the very distribution that was sa
 class Drafter(Protocol):
     """A source of draft tokens: a registered pytree with these static fields and pure methods.
 
+    A drafter with a cache of its own writes behind the rows' ends the tokens that ``draw`` returned, whatever they
+    are: in a cascade they may be another drafter's. It may also have ``follow(state, context, tokens_bg) -> state``,
+    which is called in place of ``propose`` in a round for which another drafted ``tokens_bg`` in all rows, and leaves
+    what ``propose`` would have left if its draws had been these; ``commit`` comes as always.
+
     Attributes:
       num_draft: g, the tokens proposed per round.
       capture: hidden-state indices of the target that ``start`` and ``commit`` receive as ``features``.

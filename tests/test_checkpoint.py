@@ -220,7 +220,7 @@ def test_a_file_instead_of_a_folder(copy):
 
 
 NEITHER = {
-    "an empty folder": (lambda folder: None, "config.json", "does not exist"),
+    "an empty folder": (lambda folder: None, "", "holds neither model.safetensors nor"),
     "a config alone": (lambda folder: (folder / "config.json").write_text(json.dumps(RAW)), "", "download it again"),
     "a checkpoint without parameters": (
         lambda folder: [(folder / name).write_text(json.dumps(RAW)) for name in ("config.json", "metrics.json")],

@@ -11,6 +11,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 import specjax
 from specjax import conversion
@@ -285,14 +287,60 @@ def test_a_destination_that_exists_is_kept(llama, tmp_path):
     assert (tmp_path / "ours" / "mine").read_text() == "kept"
 
 
+def test_neighbours_of_the_destination_stay(llama, tmp_path):
+    """Backups under the names that the work might use, and a destination that someone else made meanwhile."""
+    for name in ("ours.old", "ours.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("kept")
+    specjax.convert_hf(llama, tmp_path / "ours")
+    specjax.save(
+        tmp_path / "ours", LLAMA, specjax.load(llama).params, Tokenizer(WordLevel({"a": 0}, unk_token="a")), {}
+    )
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["hf", "ours", "ours.old", "ours.partial"]
+
+    def intrude(done, total):
+        (tmp_path / "new").mkdir(exist_ok=True)
+        (tmp_path / "new" / "mine").write_text("kept")
+
+    with pytest.raises(ValueError, match="has come to exist meanwhile"):
+        specjax.convert_hf(llama, tmp_path / "new", progress=intrude)
+    assert [x.name for x in (tmp_path / "new").iterdir()] == ["mine"]
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["hf", "new", "ours", "ours.old", "ours.partial"]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
+def test_damaged_companions_are_found_before_the_work(name, llama, tmp_path):
+    (llama / name).write_text("{")
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        specjax.convert_hf(llama, tmp_path / "ours")
+    (llama / name).unlink()
+    (llama / "tokenizer.json").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"tokenizer\.json does not exist"):
+        specjax.convert_hf(llama, tmp_path / "ours")
+    assert [x.name for x in tmp_path.iterdir()] == ["hf"]
+
+
+def test_float64_becomes_float32(tmp_path):
+    source = write(tmp_path / "hf", LLAMA, tensors_for(LLAMA, np.float64))
+    specjax.convert_hf(source, tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["torch_dtype"] == "float32"
+    assert same(specjax.load(tmp_path / "ours").params, specjax.load(source).params)
+
+
+def test_an_adapter_is_no_model(llama):
+    (llama / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="merge it into its base model"):
+        specjax.load(llama)
+
+
 def test_only_checkpoint_folders_are_exported(llama, tmp_path):
     with pytest.raises(ValueError, match="has no params/"):
         specjax.export_hf(llama, tmp_path / "out")
-    with pytest.raises(ValueError, match="has no params"):
+    with pytest.raises(ValueError, match="is not a folder"):
         specjax.export_hf(tmp_path / "nowhere", tmp_path / "out")
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "nonsense", "f32"])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float64", "nonsense", "f32"])
 def test_dtypes_that_are_none(dtype, llama, tmp_path):
     for call in (
         lambda: specjax.load(llama, dtype),
@@ -313,7 +361,6 @@ def test_a_full_disk_leaves_nothing(what, llama, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise full
 
-    (llama / "tokenizer.json").write_text("{}")
     name = {"params": "save_params", "companions": "_copy_companions"}[what]
     with monkeypatch.context() as patched:
         patched.setattr(conversion, name, fail)
@@ -328,7 +375,7 @@ def test_a_full_disk_leaves_nothing(what, llama, tmp_path, monkeypatch):
 
 
 def test_a_killed_conversion_leaves_nothing_that_looks_complete(llama, tmp_path):
-    """Killed while it writes; the same command then succeeds and removes what was left."""
+    """Killed while it writes; the same command then succeeds."""
     code = (
         "import sys, time, specjax\n"
         "from specjax import conversion\n"
@@ -344,10 +391,10 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete(llama, tmp_path)
     assert process.stdout.readline() == b"writing\n"
     process.kill()
     process.wait()
-    left = sorted(x.name for x in tmp_path.iterdir())
-    assert left == ["hf", "ours.partial"]
+    partial, source = sorted(x.name for x in tmp_path.iterdir())
+    assert partial == f".ours.{process.pid}.partial" and source == "hf"
     with pytest.raises(ValueError):
-        specjax.load(tmp_path / "ours.partial")
+        specjax.load(tmp_path / partial)
     specjax.convert_hf(llama, tmp_path / "ours")
-    assert sorted(x.name for x in tmp_path.iterdir()) == ["hf", "ours"]
+    assert sorted(x.name for x in tmp_path.iterdir()) == [partial, "hf", "ours"]
     assert same(specjax.load(tmp_path / "ours").params, specjax.load(llama).params)

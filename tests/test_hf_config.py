@@ -1513,7 +1513,7 @@ def check_sane(config):
         assert config.experts.per_token <= config.experts.num_experts and 0 < config.experts.scale < math.inf
         assert type(config.experts.renormalize) is bool and type(config.experts.shared_size) is int
     assert all(type(size) is int and 0 < size < LIMIT for size in sizes)
-    assert len(config.each_layer) == config.num_hidden_layers <= 10_000
+    assert len(config.each_layer) == config.num_hidden_layers <= 1000
     assert config.num_attention_heads % config.kv_heads == 0
     for number in (config.norm_eps, config.embedding_scale, config.attention_scale, config.attention_softcap):
         assert number is None or (number > 0 and np.isfinite(np.float32(number)))

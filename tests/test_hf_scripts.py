@@ -91,7 +91,7 @@ def test_verify_fails_where_the_models_differ(exported, scripts, tmp_path, capsy
 
 BAD_CALLS = {
     "no source": (["nowhere", "out"], "nowhere"),
-    "a source without weights": (["empty", "out"], "config.json does not exist"),
+    "a source without weights": (["empty", "out"], "holds neither model.safetensors"),
     "a dtype that is none": (["empty", "out", "--dtype", "int4"], "int4"),
     "a destination that exists": (["empty", "empty"], "exists; remove it"),
 }

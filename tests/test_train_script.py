@@ -42,6 +42,30 @@ DRAFT = (
 )
 
 
+LAYER = """
+vocab_size = 270
+hidden_size = 16
+intermediate_size = 16
+num_hidden_layers = 1
+num_attention_heads = 1
+max_position_embeddings = 272
+"""
+HEADS = {
+    "mtp": "chain_steps = 2\n[architecture]" + LAYER,
+    "eagle": """chain_steps = 3
+[architecture]
+speculators_model_type = "eagle3"
+draft_vocab_size = 270
+norm_before_residual = false
+eagle_aux_hidden_state_layer_ids = [0, 1, 2]
+[architecture.transformer_layer_config]
+model_type = "llama"
+"""
+    + LAYER,
+    "medusa": "[architecture]\nmedusa_num_heads = 3\n",
+}
+
+
 @pytest.fixture(scope="module")
 def script():
     sys.path.insert(0, str(ROOT / "scripts"))
@@ -104,6 +128,49 @@ def test_a_pair_is_trained_resumed_and_guarded(script, tmp_path, monkeypatch, ca
     capsys.readouterr()
     assert run(script, tmp_path, "draft") == 2
     assert "another recipe; remove it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_is_trained_resumed_and_drafts(kind, script, tmp_path, monkeypatch):
+    """A target of two layers; the folder that is written opens as the drafter that was measured."""
+    recipes(tmp_path)
+    target = tmp_path / "models" / "target" / "recipe.toml"
+    target.write_text(target.read_text().replace("num_hidden_layers = 1", "num_hidden_layers = 2"))
+    assert run(script, tmp_path, "target") == 0
+    (tmp_path / "models" / "head").mkdir()
+    stages = STAGE.format(loss="next_token", text="corpus", steps=4) + STAGE.format(loss="kl", text="both", steps=4)
+    opening = f'head = "{kind}"\ndrafts_for = "target"\nsample_tokens = 500\n'
+    (tmp_path / "models" / "head" / "recipe.toml").write_text(opening + HEADS[kind] + stages)
+    assert run(script, tmp_path, "head") == 0
+    folder = tmp_path / "checkpoints" / "head"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert [len(stage["losses"]) for stage in metrics["stages"]] == [4, 4] and np.isfinite(metrics["held_out_loss"])
+    model = specjax.load(tmp_path / "checkpoints" / "target")
+    opened = getattr(specjax, f"open_{kind}")(folder, model, 3)
+    prompts = np.random.default_rng(0).integers(0, 270, (2, 9)).astype(np.int32)
+    greedy = {"sampling": specjax.Sampling(temperature=0), "max_new_tokens": 12}
+    drafted = specjax.generate(model, prompts, drafter=opened, **greedy)
+    np.testing.assert_array_equal(drafted.tokens_bs, specjax.generate(model, prompts, **greedy).tokens_bs)
+    assert int(drafted.stats.drafted_b.sum()) > 0
+
+    fit, calls = training.fit, []
+
+    def stopped(*args, on_step, **kwargs):
+        def step(done, loss):
+            on_step(done, loss)
+            calls.append(done)
+            if len(calls) == 7:
+                raise KeyboardInterrupt
+
+        return fit(*args, on_step=step, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "fit", stopped)
+        assert run(script, tmp_path, "head", "others") == 130
+    assert run(script, tmp_path, "head", "others") == 0
+    again = json.loads((folder / "metrics.json").read_text())
+    assert [stage["losses"] for stage in again["stages"]] == [stage["losses"] for stage in metrics["stages"]]
+    chex.assert_trees_all_equal(getattr(specjax, f"open_{kind}")(folder, model, 3).params, opened.params)
 
 
 def test_errors_are_one_line(script, tmp_path, capsys):

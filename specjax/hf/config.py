@@ -45,7 +45,15 @@ _IGNORED = (
     *("output_router_logits", "router_aux_loss_coef", "aux_loss_alpha", "seq_aux", "router_jitter_noise"),
     *("_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "cache_implementation", "ep_size"),
     *("num_mtp_layers", "num_nextn_predict_layers", "pretraining_tp", "transformers.js_config", "unsloth_fixed"),
+    # Defaults of generation, which transformers 4 kept here.
     *("max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams"),
+    *("num_beam_groups", "diversity_penalty", "typical_p", "length_penalty", "no_repeat_ngram_size", "early_stopping"),
+    *("encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores", "suppress_tokens"),
+    *("return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values"),
+    *("exponential_decay_length_penalty", "begin_suppress_tokens"),
+    # What published checkpoints carry along.
+    *("n_special", "predict_special_tokens", "_num_labels", "gradient_checkpointing", "unsloth_version"),
+    *("max_sequence_length", "output_past"),
 )
 
 _ACTIVATIONS: dict[str, Activation] = {
@@ -66,23 +74,67 @@ def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
       ValueError: the ``model_type`` is not supported; a key is missing, or one that might change the forward pass is
         unknown or has a value that the decoder does not compute.
     """
+    if raw.get("model_type") == "gemma3":
+        text = text_config(raw)
+        try:
+            return decoder_config(text)
+        except ValueError as error:
+            raise ValueError(f"text_config: {error}") from None
     kind = raw.get("model_type", "llama")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ValueError(f"model_type {kind!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
-    architectures = raw.get("architectures")
-    if architectures not in (None, [], [ARCHITECTURES[kind]]):
-        raise ValueError(f"architectures is {architectures!r}; supported for {kind!r}: [{ARCHITECTURES[kind]!r}]")
+        supported = ", ".join(sorted([*FAMILIES, "gemma3"]))
+        raise ValueError(f"model_type {kind!r} is not supported; supported: {supported}")
+    keys = _all_keys(raw, ARCHITECTURES[kind])
+    quantization_block(raw)
+    config = FAMILIES[kind](keys)
+    keys.finish()
+    return config
+
+
+def _all_keys(raw: Mapping[str, Any], architecture: str) -> Keys:
+    """Returns the keys of a config without those that do not matter."""
+    if raw.get("architectures") not in (None, [], [architecture]):
+        raise ValueError(
+            f"architectures is {raw['architectures']!r}; supported for model_type {raw.get('model_type')!r}: "
+            f"[{architecture!r}]"
+        )
     keys = Keys(raw, "config.json")
     keys.only("is_encoder_decoder", False)
     keys.only("add_cross_attention", False)
     keys.only("cross_attention_hidden_size", None)
     keys.only("pruned_heads", {}, None)
     keys.only("is_decoder", False, True)
-    quantization_block(raw)
     keys.ignore("quantization_config", *_IGNORED)
-    config = FAMILIES[kind](keys)
+    return keys
+
+
+def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the config of the text part of multimodal Gemma 3, as a model of its own; other configs as they are.
+
+    Raises:
+      ValueError: the wrapper has no text part, or one that it would compute otherwise.
+    """
+    if raw.get("model_type") != "gemma3":
+        return dict(raw)
+    keys = _all_keys(raw, "Gemma3ForConditionalGeneration")
+    text = keys.take("text_config")
+    keys.ignore(*("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index"))
+    tied = keys.flag("tie_word_embeddings", True)
     keys.finish()
-    return config
+    if not isinstance(text, Mapping) or text.get("model_type", "gemma3_text") != "gemma3_text":
+        raise ValueError(f"text_config is {text!r}; it must be the config of a 'gemma3_text' model")
+    if text.get("tie_word_embeddings", tied) != tied:
+        raise ValueError(
+            f"tie_word_embeddings is {tied}, but {text['tie_word_embeddings']!r} in text_config; give one of them"
+        )
+    if text.get("final_logit_softcapping") is not None:
+        raise ValueError(
+            f"final_logit_softcapping is {text['final_logit_softcapping']!r} in text_config, where transformers does "
+            "not apply it; remove it"
+        )
+    kept = {key: raw[key] for key in ("eos_token_id", "quantization_config") if raw.get(key) is not None}
+    own = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "tie_word_embeddings": tied}
+    return {**text, **kept, **own}
 
 
 def read_config(path: Path) -> DecoderConfig:
@@ -92,6 +144,8 @@ def read_config(path: Path) -> DecoderConfig:
       ValueError: the file is absent, is not a JSON object, or describes a model that ``decoder_config`` refuses.
     """
     raw = read_json(path)
+    if "model_type" not in raw:
+        raise ValueError(f'{path} has no model_type; add that of the model, such as "llama"')
     try:
         return decoder_config(raw)
     except ValueError as error:
@@ -372,7 +426,11 @@ def _gemma3_text(keys: Keys) -> DecoderConfig:
     keys.ignore("_sliding_window_pattern")  # what transformers made layer_types of
     if kinds is None:
         kinds = [_SLIDING if (i + 1) % pattern else _FULL for i in range(sizes["num_hidden_layers"])]
+    keys.only("attn_logit_softcapping", None)  # transformers reads it and does not apply it
     local_theta = keys.number("rope_local_base_freq", 10000.0)
+    flat = keys.peek("rope_parameters")
+    if isinstance(flat, Mapping) and flat.keys().isdisjoint((_FULL, _SLIDING)) and flat:
+        raise ValueError(f"rope_parameters is {flat!r}; for Gemma 3 it must name layer types: {_FULL!r}, {_SLIDING!r}")
     ropes = take_rope(keys, 1e6, {_FULL: None, _SLIDING: local_theta})
     if "" in ropes:  # the spelling of transformers 4: scaling is that of full attention, sliding attention has none
         ropes = {_FULL: ropes[""], _SLIDING: {"rope_theta": local_theta}}
@@ -383,7 +441,6 @@ def _gemma3_text(keys: Keys) -> DecoderConfig:
         layers,
         head_dim,
         query_key_norm=True,
-        attention_softcap=keys.number("attn_logit_softcapping", None, optional=True),
         logit_softcap=keys.number("final_logit_softcapping", None, optional=True),
     )
 
@@ -398,24 +455,6 @@ _GEMMA3_SIZES = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 131_072,
 }
-
-
-def _gemma3(keys: Keys) -> DecoderConfig:
-    """The text part of the multimodal model."""
-    text = keys.take("text_config")
-    keys.ignore(*("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index"))
-    if not isinstance(text, Mapping) or text.get("model_type", "gemma3_text") != "gemma3_text":
-        raise ValueError(f"text_config is {text!r}; it must be the config of a 'gemma3_text' model")
-    tied = keys.flag("tie_word_embeddings", True)
-    if text.get("tie_word_embeddings", tied) != tied:
-        raise ValueError(
-            f"tie_word_embeddings is {tied}, but {text['tie_word_embeddings']!r} in text_config; give one of them"
-        )
-    text = {**text, "tie_word_embeddings": tied, "model_type": "gemma3_text"}
-    try:
-        return decoder_config({key: value for key, value in text.items() if key != "architectures"})
-    except ValueError as error:
-        raise ValueError(f"text_config: {error}") from None
 
 
 def _phi3(keys: Keys) -> DecoderConfig:
@@ -526,7 +565,6 @@ def _deepseek_v3(keys: Keys) -> DecoderConfig:
 FAMILIES: dict[str, Callable[[Keys], DecoderConfig]] = {
     "deepseek_v3": _deepseek_v3,
     "gemma2": _gemma2,
-    "gemma3": _gemma3,
     "gemma3_text": _gemma3_text,
     "gpt2": _gpt2,
     "llama": _llama,
@@ -540,7 +578,6 @@ FAMILIES: dict[str, Callable[[Keys], DecoderConfig]] = {
 ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
-    "gemma3": "Gemma3ForConditionalGeneration",
     "gemma3_text": "Gemma3ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",

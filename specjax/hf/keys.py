@@ -19,6 +19,10 @@ class Keys:
     def __contains__(self, key: str) -> bool:
         return key in self._left
 
+    def peek(self, key: str) -> Any:
+        """Returns the value of a key that is still to be taken, or None."""
+        return self._left.get(key)
+
     def take(self, key: str, default: Any = _REQUIRED) -> Any:
         """Returns the value of a key, which counts as understood.
 

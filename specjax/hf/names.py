@@ -153,7 +153,6 @@ GPT2: Table = {
 TABLES: Mapping[str, Table] = {
     "deepseek_v3": DEEPSEEK_V3,
     "gemma2": GEMMA,
-    "gemma3": GEMMA,
     "gemma3_text": GEMMA,
     "gpt2": GPT2,
     "llama": LLAMA,

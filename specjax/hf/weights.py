@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from specjax.hf.config import quantization_block, read_config
+from specjax.hf.config import quantization_block, read_config, text_config
 from specjax.hf.keys import read_json
 from specjax.hf.names import Path as ParameterPath
 from specjax.hf.names import Piece, Source, nested, parameters, sources, table_names, why_left_out
@@ -29,7 +29,7 @@ class Parameter:
 
     Attributes:
       shape: its shape.
-      dtype: the dtype of the tensors it is made of; bfloat16 for block-scaled float8.
+      dtype: the dtype of the tensors it is made of; bfloat16 for block-scaled float8, float32 for float64.
       read: ``read(dtype) -> array``, which makes it, holding no more than it and one tensor.
     """
 
@@ -44,7 +44,7 @@ class Weights:
 
     Attributes:
       config: of the decoder.
-      raw: the ``config.json``.
+      raw: the ``config.json``; of a multimodal model that of its text part.
       params: nested dict of ``Parameter``.
       report: lines that say which tensors make which parameters, and which are left out and why.
     """
@@ -62,11 +62,12 @@ def open_weights(folder: Path) -> Weights:
       ValueError: a file is missing or damaged, the model is of another kind than supported, or a tensor is missing,
         of another shape or dtype than the config says, or unknown.
     """
-    config, raw = read_config(folder / "config.json"), read_json(folder / "config.json")
-    block = quantization_block(raw)
-    model_type = raw.get("model_type", "llama")
-    wanted = sources(model_type, config)
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} holds an adapter, no model; merge it into its base model with peft, and save that")
     found = open_tensors(folder)
+    config, raw = read_config(folder / "config.json"), text_config(read_json(folder / "config.json"))
+    block, model_type = quantization_block(raw), raw["model_type"]
+    wanted = sources(model_type, config)
     tensors = {known: found[name] for name, known in table_names(model_type, found).items()}
     try:
         if len(tensors) < len(found):
@@ -152,6 +153,7 @@ class _Stored:
 
 def _parameter(parts: list[tuple[_Stored, Piece]]) -> Parameter:
     dtype = functools.reduce(jnp.promote_types, (stored.dtype for stored, _ in parts))
+    dtype = jnp.dtype("float32") if dtype == jnp.float64 else dtype
     stacked = parts[0][1].expert is not None
     shape = (len(parts),) * stacked + parts[0][1].shape
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from specjax.hf.config import decoder_config
-from specjax.transformer.config import DecoderConfig, check_integer
+from specjax.transformer.config import check_integer
 
 LOSSES = ("next_token", "kl", "total_variation")
 TEXTS = ("corpus", "samples", "both")
+HEADS = ("mtp", "eagle", "medusa")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,25 +61,39 @@ class Recipe:
     Attributes:
       name: of the folders ``models/NAME`` and ``checkpoints/NAME``.
       seed: of parameters, batches and samples.
-      architecture: what the model's ``config.json`` is to hold.
-      config: the same, read.
+      architecture: what the ``config.json`` is to hold: Hugging Face's keys of a model, or of a head.
       stages: trained one after the other.
       drafts_for: the model that this one drafts for, or None. Its tokenizer is used.
       sample_tokens: tokens drawn from that model for stages on samples.
       digest: hash of the recipe file.
+      head: the kind of draft head that is trained, of ``HEADS``; None for a model.
+      chain_steps: drafts of a chain that a head is trained for.
     """
 
     name: str
     seed: int
     architecture: dict[str, Any]
-    config: DecoderConfig
     stages: tuple[Stage, ...]
     drafts_for: str | None
     sample_tokens: int
     digest: str
+    head: str | None = None
+    chain_steps: int = 1
 
     def __post_init__(self):
         check_integer("seed", self.seed, 0)
+        check_integer("chain_steps", self.chain_steps, 1)
+        if self.head is not None and self.head not in HEADS:
+            raise ValueError(f"head {self.head!r} is unknown; choose from {HEADS}")
+        if self.head is not None and self.drafts_for is None:
+            raise ValueError(f"a head of kind {self.head!r} needs drafts_for")
+        if self.head is None:
+            longest = decoder_config(self.architecture).max_position_embeddings
+            for stage in self.stages:
+                if stage.sequence > longest:
+                    raise ValueError(f"stage sequence {stage.sequence} exceeds max_position_embeddings {longest}")
+        if self.head is None and self.chain_steps != 1:
+            raise ValueError(f"chain_steps is {self.chain_steps}, but only heads are trained in chains")
         check_integer("sample_tokens", self.sample_tokens, 0)
         if not self.stages:
             raise ValueError("stages is empty; give at least one [[stages]]")
@@ -101,17 +116,20 @@ def read_recipe(folder: Path) -> Recipe:
     for key, kind, example in (("architecture", dict, "[architecture]"), ("stages", list, "[[stages]]")):
         if not isinstance(raw.get(key), kind):
             raise ValueError(f"{file}: {key} is {'missing' if key not in raw else repr(raw[key])}; give {example}")
-    architecture = {"model_type": "llama", **raw.pop("architecture")}
+    architecture = raw.pop("architecture")
+    if "head" not in raw or raw["head"] == "mtp":
+        architecture = {"model_type": "llama", **architecture}
     try:
         recipe = Recipe(
             name=folder.resolve().name,
             seed=raw.pop("seed", 0),
             architecture=architecture,
-            config=decoder_config(architecture),
             stages=tuple(Stage(**stage) for stage in raw.pop("stages")),
             drafts_for=raw.pop("drafts_for", None),
             sample_tokens=raw.pop("sample_tokens", 0),
             digest=hashlib.sha256(text.encode()).hexdigest()[:16],
+            head=raw.pop("head", None),
+            chain_steps=raw.pop("chain_steps", 1),
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from None
@@ -122,9 +140,4 @@ def read_recipe(folder: Path) -> Recipe:
             raise ValueError(f"{file}: a stage with loss {stage.loss!r} on {stage.text!r} needs drafts_for")
         if stage.text != "corpus" and recipe.sample_tokens < 1:
             raise ValueError(f"{file}: a stage on {stage.text!r} needs sample_tokens")
-        if stage.sequence > recipe.config.max_position_embeddings:
-            raise ValueError(
-                f"{file}: stage sequence {stage.sequence} exceeds max_position_embeddings "
-                f"{recipe.config.max_position_embeddings}"
-            )
     return recipe

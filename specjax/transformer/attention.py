@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from specjax.cache import LayerCache, update
+from specjax.cache import ChainCache, Stored, update
 from specjax.transformer.config import DecoderConfig, LayerConfig
 from specjax.transformer.layers import Linear, RMSNorm, make_norm, normal, rotate, softcap
 
@@ -73,6 +73,55 @@ def attend(
     return out.reshape(b, n, t, out.shape[-1])
 
 
+def attend_along_chains(
+    query_bnth: Array,
+    cache: ChainCache,
+    *,
+    scale: float,
+    window: int | None = None,
+    cap: float | None = None,
+    value_width: int | None = None,
+) -> Array:
+    """Attends from the last step of the chains that started at each slot (EAGLE-3's training-time test).
+
+    The query at slot i is step j of the chain that started at slot i - j: it sees the true slots up to i - j, and of
+    each later step of its chain the one slot that is its own. Slots below j start no chain; what is returned for them
+    means nothing.
+
+    Args:
+      query_bnth: queries of the last step, one for each slot.
+      cache: of all steps, the last one included.
+      scale: as for ``attend``, and so the rest; a step without values has them in its keys.
+
+    Returns:
+      ``[b, n, t, values' h]``.
+    """
+    b, n, t, h = query_bnth.shape
+    (true_keys, true_values), *chain = ((step[0], step[-1][..., :value_width]) for step in cache.steps)
+    k, j = true_keys.shape[1], len(chain)
+    query = query_bnth.reshape(b, k, n // k, t, h) * jnp.asarray(scale, query_bnth.dtype)
+    slot_t = jnp.arange(t, dtype=jnp.int32)
+    seen_ts = slot_t[None, :] <= slot_t[:, None] - j
+    if window is not None:
+        seen_ts &= slot_t[None, :] > slot_t[:, None] - window
+    scores = softcap(jnp.einsum("bkqth,bksh->bkqts", query, true_keys, preferred_element_type=jnp.float32), cap)
+    scores = [jnp.where(seen_ts[None, None, None], scores, -jnp.inf)]
+    own = [(_shifted(keys, j - m), _shifted(values, j - m)) for m, (keys, values) in enumerate(chain, 1)]
+    for keys, _ in own:
+        score = jnp.einsum("bkqth,bkth->bkqt", query, keys, preferred_element_type=jnp.float32)
+        scores.append(softcap(score, cap)[..., None])
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(true_values.dtype)
+    out = jnp.einsum("bkqts,bksh->bkqth", weights[..., :t], true_values)
+    for m, (_, values) in enumerate(own):
+        out = out + weights[..., t + m, None] * values[:, :, None]
+    return out.reshape(b, n, t, out.shape[-1])
+
+
+def _shifted(x_bkth: Array, slots: int) -> Array:
+    """Returns the entries of earlier slots, ``slots`` before each; zeros where there is none."""
+    return jnp.pad(x_bkth, ((0, 0), (0, 0), (slots, 0), (0, 0)))[:, :, : x_bkth.shape[2]]
+
+
 def attention_windows(slots: int) -> tuple[int, ...]:
     """Returns the compiled windows: doubling from 256, the last one ``slots``.
 
@@ -88,23 +137,26 @@ def attention_windows(slots: int) -> tuple[int, ...]:
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention (Ainslie et al. 2023)."""
+    """Grouped-query self-attention (Ainslie et al. 2023) of states that are ``inputs`` wide; None: as the model."""
 
-    def __init__(self, config: DecoderConfig, layer: LayerConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, config: DecoderConfig, layer: LayerConfig, dtype: jnp.dtype, rngs: nnx.Rngs, inputs: int | None = None
+    ):
         width, bias = config.hidden_size, config.attention_bias
+        inputs = width if inputs is None else inputs
         self.n, self.k, self.h = config.num_attention_heads, config.kv_heads, config.head_width
         self.scale = config.attention_scale or 1 / math.sqrt(self.h)
-        self.layer, self.cap = layer, config.attention_softcap
-        self.q_proj = Linear(width, self.n * self.h, bias, dtype, rngs)
-        self.k_proj = Linear(width, self.k * self.h, bias, dtype, rngs)
-        self.v_proj = Linear(width, self.k * self.h, bias, dtype, rngs)
+        self.layer, self.cap, self.gated = layer, config.attention_softcap, config.output_gate
+        self.q_proj = Linear(inputs, self.n * self.h * (1 + self.gated), bias, dtype, rngs)
+        self.k_proj = Linear(inputs, self.k * self.h, bias, dtype, rngs)
+        self.v_proj = Linear(inputs, self.k * self.h, bias, dtype, rngs)
         self.o_proj = Linear(self.n * self.h, width, config.output_bias, dtype, rngs)
         self.q_norm = make_norm(config, self.h, dtype) if config.query_key_norm else None
         self.k_norm = make_norm(config, self.h, dtype) if config.query_key_norm else None
 
     def __call__(
-        self, x_btd: Array, position_bt: Array, tables: tuple[Array, Array] | None, stored: LayerCache | None
-    ) -> tuple[Array, LayerCache]:
+        self, x_btd: Array, position_bt: Array, tables: tuple[Array, Array] | None, stored: Stored | None
+    ) -> tuple[Array, Stored]:
         """Returns the output and this layer's keys and values; without ``stored`` the block attends to itself."""
         b, t, _ = x_btd.shape
 
@@ -113,11 +165,21 @@ class Attention(nnx.Module):
             return (x if norm is None else norm(x)).transpose(0, 2, 1, 3)
 
         interleaved = self.layer.rope is not None and self.layer.rope.interleaved
-        query = rotate(heads(self.q_proj(x_btd), self.n, self.q_norm), tables, interleaved)
+        query, gate = self.q_proj(x_btd), None
+        if self.gated:
+            query, gate = jnp.split(query.reshape(b, t, self.n, 2 * self.h), 2, axis=-1)
+        query = rotate(heads(query, self.n, self.q_norm), tables, interleaved)
         keys = rotate(heads(self.k_proj(x_btd), self.k, self.k_norm), tables, interleaved)
-        keys, values = stored = update(stored, (keys, heads(self.v_proj(x_btd), self.k)), position_bt[:, 0])
-        out = attend(query, keys, values, position_bt, scale=self.scale, window=self.layer.window, cap=self.cap)
-        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(b, t, self.n * self.h)), stored
+        values, options = heads(self.v_proj(x_btd), self.k), {"scale": self.scale, "window": self.layer.window}
+        if isinstance(stored, ChainCache):
+            stored = ChainCache((*stored.steps, (keys, values)))
+            out = attend_along_chains(query, stored, cap=self.cap, **options)
+        else:
+            keys, values = stored = update(stored, (keys, values), position_bt[:, 0])
+            out = attend(query, keys, values, position_bt, cap=self.cap, **options)
+        out = out.transpose(0, 2, 1, 3)
+        out = out if gate is None else out * jax.nn.sigmoid(gate)
+        return self.o_proj(out.reshape(b, t, self.n * self.h)), stored
 
 
 class LatentAttention(nnx.Module):
@@ -149,8 +211,8 @@ class LatentAttention(nnx.Module):
         self.o_proj = Linear(self.n * latent.value_width, width, config.output_bias, dtype, rngs)
 
     def __call__(
-        self, x_btd: Array, position_bt: Array, tables: tuple[Array, Array] | None, stored: LayerCache | None
-    ) -> tuple[Array, LayerCache]:
+        self, x_btd: Array, position_bt: Array, tables: tuple[Array, Array] | None, stored: Stored | None
+    ) -> tuple[Array, Stored]:
         """Returns the output and this layer's latents; without ``stored`` the block attends to itself."""
         b, t, _ = x_btd.shape
         latent, r = self.latent, self.latent.key_value_rank
@@ -165,7 +227,12 @@ class LatentAttention(nnx.Module):
         compressed = self.kv_a_proj(x_btd)[:, None]
         shared = rotate(compressed[..., r:], tables, interleaved)
         keys = jnp.concatenate([self.kv_a_layernorm(compressed[..., :r]), shared], axis=-1)
-        stored = update(stored, (keys,), position_bt[:, 0])
-        out = attend(query, stored[0], None, position_bt, scale=self.scale, window=self.layer.window, value_width=r)
+        options = {"scale": self.scale, "window": self.layer.window, "value_width": r}
+        if isinstance(stored, ChainCache):
+            stored = ChainCache((*stored.steps, (keys,)))
+            out = attend_along_chains(query, stored, **options)
+        else:
+            stored = update(stored, (keys,), position_bt[:, 0])
+            out = attend(query, stored[0], None, position_bt, **options)
         out = jnp.einsum("bntr,nhr->btnh", out, self.v_up[...])
         return self.o_proj(out.reshape(b, t, self.n * latent.value_width)), stored

@@ -7,7 +7,7 @@ Norm = Literal["rms", "rms_one_plus", "layer"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 MAX_SIZE = 2**31 - 1  # tokens and positions are int32
-MAX_LAYERS = 10_000  # layers are unrolled
+MAX_LAYERS = 1000  # layers are unrolled
 MAX_HEAD = 2**16
 
 
@@ -83,6 +83,7 @@ class ExpertsConfig:
       best_groups: groups that are chosen from.
       corrected: a bias for each expert is added to the scores for the choice alone.
       shared_size: width of the MLP that every token goes through beside the experts, 0 for none.
+      shared_gate: the sigmoid of one more projection of the token weighs that MLP's output (Qwen3-Next).
     """
 
     num_experts: int
@@ -95,6 +96,7 @@ class ExpertsConfig:
     best_groups: int = 1
     corrected: bool = False
     shared_size: int = 0
+    shared_gate: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +124,8 @@ class DecoderConfig:
       gated_mlp: ``down(act(gate(x)) * up(x))``; otherwise ``down(act(up(x)))``.
       attention_bias: biases on the query, key and value projections (on latents: on those from the hidden state).
       output_bias: bias on the attention's output projection.
+      output_gate: what the heads return is multiplied by the sigmoid of one more projection, held in the second half of
+        each head's part of the query projection (Qwen3-Next). Not with latent attention.
       mlp_bias: biases on the MLP's projections.
       tie_word_embeddings: the head is the embedding.
       embedding_scale: multiplies the embeddings, rounded to their dtype.
@@ -150,6 +154,7 @@ class DecoderConfig:
     gated_mlp: bool = True
     attention_bias: bool = False
     output_bias: bool = False
+    output_gate: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
     embedding_scale: float = 1.0
@@ -186,6 +191,8 @@ class DecoderConfig:
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
                 f"{self.kv_heads}"
             )
+        if self.latent and self.output_gate:
+            raise ValueError("output_gate is true beside latent attention, which has no gate; give one of them")
         if self.layers is None:
             if self.head_width % 2:
                 raise ValueError(f"head_dim {self.head_width} is odd; rotary positions need an even one")

@@ -1,5 +1,6 @@
 """A decoder, as a flax module and as the pure functions that the engine takes."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from specjax.cache import KVCache, LayerCache, allocate
+from specjax.cache import KVCache, Stored, allocate
 from specjax.transformer.attention import Attention, LatentAttention
 from specjax.transformer.config import DecoderConfig, LayerConfig
 from specjax.transformer.layers import MLP, Embedding, Linear, make_norm, rotary_tables, softcap
@@ -31,8 +32,8 @@ class DecoderLayer(nnx.Module):
         self.mlp_post_norm = make_norm(config, width, dtype) if sandwich else None
 
     def __call__(
-        self, x_btd: Array, position_bt: Array, tables: tuple[Array, Array] | None, stored: LayerCache | None
-    ) -> tuple[Array, LayerCache]:
+        self, x_btd: Array, position_bt: Array, tables: tuple[Array, Array] | None, stored: Stored | None
+    ) -> tuple[Array, Stored]:
         """Returns the residual stream behind the layer, and what the layer keeps of its tokens."""
         y_btd, stored = self.self_attn(self.input_layernorm(x_btd), position_bt, tables, stored)
         x_btd = x_btd + (y_btd if self.attention_post_norm is None else self.attention_post_norm(y_btd))
@@ -103,14 +104,28 @@ def init_params(config: DecoderConfig, key: Array, dtype: jnp.dtype = jnp.dtype(
     return nnx.to_pure_dict(state)
 
 
+@functools.cache
 def abstract_params(config: DecoderConfig, dtype: jnp.dtype = jnp.dtype("float32")) -> Any:
     """Returns the parameters' shapes and dtypes without computing them."""
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))
+    kinds = tuple(dict.fromkeys(config.each_layer))  # one layer of each: flax takes its time over a hundred
+    small = dataclasses.replace(config, num_hidden_layers=len(kinds), layers=kinds)
+    tree = jax.eval_shape(lambda: init_params(small, jax.random.key(0), dtype))
+    layers = {i: tree["layers"][kinds.index(layer)] for i, layer in enumerate(config.each_layer)}
+    return tree | {"layers": layers}
 
 
 def dtype_of(params: Any) -> jnp.dtype:
     """Returns the dtype that a decoder with these parameters computes in."""
     return params["embed_tokens"]["weight"].dtype
+
+
+def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtype) -> KVCache:
+    """Returns an empty cache of the decoder's layers, of keys and values or of latents."""
+    if config.latent is None:
+        heads, widths = config.kv_heads, (config.head_width, config.head_width)
+    else:
+        heads, widths = 1, (config.latent.key_value_rank + config.latent.rotary_width,)
+    return allocate(config.num_hidden_layers, rows, slots, heads, widths, dtype)
 
 
 @functools.cache
@@ -141,11 +156,7 @@ def _functions(config: DecoderConfig, dtype: jnp.dtype) -> _Functions:
         return Output(*bind(config, params)(tokens_bt, start_b, cache, capture))
 
     def init_cache(rows, slots):
-        if config.latent is None:
-            heads, widths = config.kv_heads, (config.head_width, config.head_width)
-        else:
-            heads, widths = 1, (config.latent.key_value_rank + config.latent.rotary_width,)
-        return allocate(config.num_hidden_layers, rows, slots, heads, widths, dtype)
+        return empty_cache(config, rows, slots, dtype)
 
     def embed(params, tokens_bt):
         return bind(config, params).embed(tokens_bt)

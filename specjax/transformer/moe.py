@@ -8,7 +8,7 @@ from flax import nnx
 from jax import Array, lax
 
 from specjax.transformer.config import Activation, DecoderConfig, ExpertsConfig
-from specjax.transformer.layers import ACTIVATIONS, MLP, normal
+from specjax.transformer.layers import ACTIVATIONS, MLP, Linear, normal
 
 
 class Router(nnx.Module):
@@ -113,8 +113,15 @@ class MoE(nnx.Module):
         self.gate = Router(config, experts, dtype, rngs)
         self.experts = Experts(config, experts, dtype, rngs)
         self.shared_experts = MLP(config, experts.shared_size, dtype, rngs) if experts.shared_size else None
+        self.shared_expert_gate = Linear(config.hidden_size, 1, False, dtype, rngs) if experts.shared_gate else None
 
     def __call__(self, x_btd: Array) -> Array:
         x_md = x_btd.reshape(-1, x_btd.shape[-1])
         y_btd = self.experts(x_md, *self.gate(x_md)).reshape(x_btd.shape)
-        return y_btd if self.shared_experts is None else y_btd + self.shared_experts(x_btd)
+        if self.shared_experts is None:
+            return y_btd
+        shared_btd = self.shared_experts(x_btd)
+        if self.shared_expert_gate is not None:
+            weight_bt1 = jax.nn.sigmoid(self.shared_expert_gate(x_btd))
+            shared_btd = shared_btd * jnp.broadcast_to(weight_bt1, shared_btd.shape)
+        return y_btd + shared_btd

@@ -1,0 +1,303 @@
+"""EAGLE heads: a decoder layer, or a few, that draft from the target's own hidden states."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from specjax.cache import KVCache, Stored
+from specjax.transformer.attention import Attention
+from specjax.transformer.config import DecoderConfig, LayerConfig, check_integer
+from specjax.transformer.decoder import DecoderLayer, empty_cache
+from specjax.transformer.layers import MLP, Embedding, Linear, make_norm, rotary_tables
+from specjax.types import LanguageModel
+
+Layer = Callable[[Array, Array, tuple[Array, Array] | None, Stored | None], tuple[Array, Stored]]
+
+
+@dataclasses.dataclass(frozen=True)
+class EagleHead:
+    """What fixes an EAGLE head's shapes and computation; a ``Head`` of ``specjax.drafters.feature``.
+
+    EAGLE-1 (Li et al. 2024, arXiv 2401.15077, section 4.1; the head of EAGLE-2 is the same) predicts the target's last
+    state from ``fc([embedding ; state])``, and the target's head reads it. EAGLE-3 (Li et al. 2025, arXiv 2503.01840,
+    section 3.1) fuses several states of the target into one by ``fc``, goes on from its own, and has a head of its own,
+    often over a part of the vocabulary.
+
+    Attributes:
+      decoder: the layers; its ``vocab_size`` is the target's, its ``max_position_embeddings`` means nothing.
+      capture: hidden-state indices of the target: 0 the embedding output, i the output of layer i. EAGLE-1: ``(-1,)``,
+        the state after the final norm.
+      version: 1 or 3.
+      target_hidden_size: width of the target's states, None for ``decoder.hidden_size``.
+      draft_vocab_size: u, how many of the target's tokens can be drafted; None for all. EAGLE-1: None.
+      own_embedding: the head embeds tokens itself, otherwise the target does.
+      fc_bias: ``fc`` has a bias. EAGLE-1 only, as the following are of EAGLE-3.
+      norm_before_residual: the first layer's residual is the normed state, not the state.
+      norm_before_fc: the fused states are normed together before ``fc``.
+      fc_norm: they are normed one by one; not both.
+      norm_output: the head goes on from its normed states (EAGLE-3.1).
+    """
+
+    decoder: DecoderConfig
+    capture: tuple[int, ...]
+    version: Literal[1, 3] = 3
+    target_hidden_size: int | None = None
+    draft_vocab_size: int | None = None
+    own_embedding: bool = False
+    fc_bias: bool = False
+    norm_before_residual: bool = False
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
+
+    def __post_init__(self):
+        if self.target_hidden_size is None:
+            object.__setattr__(self, "target_hidden_size", self.decoder.hidden_size)
+        check_integer("target_hidden_size", self.target_hidden_size, 1)
+        if self.draft_vocab_size is not None:
+            check_integer("draft_vocab_size", self.draft_vocab_size, 1, self.vocab_size)
+        if self.version not in (1, 3):
+            raise ValueError(f"version is {self.version!r}; give 1 (also for EAGLE-2) or 3")
+        features = [name for name in _OF_EAGLE_3 if getattr(self, name)]
+        if self.version == 1 and (features or self.draft_vocab_size or self.capture != (-1,)):
+            raise ValueError(
+                f"an EAGLE-1 head has capture {self.capture}, draft_vocab_size {self.draft_vocab_size} and {features}; "
+                "it has none of these, and reads the state after the final norm, (-1,)"
+            )
+        if self.version == 3 and self.fc_bias:
+            raise ValueError("fc_bias is true; the fc of an EAGLE-3 head has no bias")
+        if self.version == 3 and (not self.capture or min(self.capture) < 0 or len(set(self.capture)) < self.states):
+            raise ValueError(
+                f"the hidden-state indices are {self.capture}; give different ones, 0 for the embedding output and i "
+                "for the output of layer i"
+            )
+        if self.norm_before_fc and self.fc_norm:
+            raise ValueError("norm_before_fc and fc_norm are both true; the states are normed together or one by one")
+        width, other = self.decoder.hidden_size, self.target_hidden_size
+        if width != other and (self.version == 1 or not self.own_embedding):
+            raise ValueError(
+                f"the head is {width} wide and the target's states {other}: only an EAGLE-3 head with an embedding of "
+                "its own can differ from the target in width"
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.decoder.vocab_size
+
+    @property
+    def states(self) -> int:
+        """How many of the target's states are fused."""
+        return len(self.capture)
+
+    def describe(self) -> str:
+        """Returns a line for people: which of the target's states are read, above all."""
+        layers, width = self.decoder.num_hidden_layers, self.decoder.hidden_size
+        size = f"EAGLE-{self.version} head, {layers} layer{'s' * (layers > 1)} of width {width}"
+        if self.version == 1:
+            return f"{size}: reads the target's state after the final norm"
+        states = ", ".join(map(str, self.capture))
+        return (
+            f"{size}: reads the target's hidden states {states} (0 the embedding output, i the output of layer i), "
+            f"drafts {self.draft_vocab_size or self.vocab_size} of {self.vocab_size} tokens"
+        )
+
+    def init_params(self, key: Array, dtype: jnp.dtype = jnp.dtype("float32")) -> Any:
+        """Returns freshly drawn parameters as a nested dict of arrays; ``key`` is consumed.
+
+        A reduced draft vocabulary, ``draft_of_v`` int32 ``[v]``, holds the draft's id of each of the target's tokens,
+        and -1 for those that are never drafted; here it is the target's first ``draft_vocab_size`` tokens.
+        """
+        return nnx.to_pure_dict(nnx.split(_module(self, dtype, nnx.Rngs(params=key)))[1])
+
+    def abstract_params(self, dtype: jnp.dtype = jnp.dtype("float32")) -> Any:
+        """Returns the parameters' shapes and dtypes without computing them."""
+        return jax.eval_shape(lambda: self.init_params(jax.random.key(0), dtype))
+
+    def init_cache(self, params: Any, rows: int, slots: int) -> KVCache:
+        """Makes an empty cache."""
+        return empty_cache(self.decoder, rows, slots, _dtype_of(params))
+
+    def fuse(self, params: Any, features: tuple[Array, ...]) -> Array:
+        """Returns ``[b, t, d]`` from one ``[b, t, target's d]`` for each index of ``capture``."""
+        return self._bind(params).fuse([x.astype(_dtype_of(params)) for x in features])
+
+    def run(
+        self, params: Any, target: LanguageModel, tokens_bt: Array, states_btd: Array, cache: KVCache, start_b: Array
+    ) -> tuple[Array, KVCache]:
+        """Feeds slots from ``start_b`` on; returns the head's states ``[b, t, d]``, fit to be fed, and the cache."""
+        module = self._bind(params)
+        if self.own_embedding:
+            embedded_btd = module.embed_tokens(tokens_bt)
+        else:
+            assert target.embed is not None
+            embedded_btd = target.embed(target.params, tokens_bt)
+        return module(embedded_btd.astype(states_btd.dtype), states_btd, cache, start_b)
+
+    def logits(self, params: Any, target: LanguageModel, states_bd: Array) -> Array:
+        """Returns float32 ``[b, v]`` logits, -inf for tokens that are never drafted."""
+        module = self._bind(params)
+        if isinstance(module, _Eagle3):
+            return module.logits(states_bd)
+        assert target.embed is not None and target.unembed is not None
+        token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        dtype = jax.eval_shape(target.embed, target.params, token).dtype
+        return target.unembed(target.params, states_bd[:, None].astype(dtype))[:, 0].astype(jnp.float32)
+
+    def _bind(self, params: Any) -> "_Eagle1 | _Eagle3":
+        graph, state = _graph(self, _dtype_of(params))
+        state = jax.tree.map(lambda x: x, state)
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graph, state)
+
+
+_OF_EAGLE_3 = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+
+
+def check_fit(head: EagleHead, target: LanguageModel) -> None:
+    """Raises ValueError unless the head is made for a target of this width, vocabulary and number of layers."""
+    if target.embed is None or target.unembed is None or target.num_layers is None:
+        raise ValueError("the target has no embed, unembed or num_layers, which an EAGLE head needs; set them")
+    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    width = jax.eval_shape(target.embed, target.params, token).shape[-1]
+    cure = "give the head's own target, or a head made for this one"
+    if head.target_hidden_size != width:
+        raise ValueError(f"the head reads states {head.target_hidden_size} wide and the target's are {width}; {cure}")
+    if head.vocab_size != target.vocab_size:
+        raise ValueError(f"the head is for {head.vocab_size} tokens and the target has {target.vocab_size}; {cure}")
+    if max(head.capture) > target.num_layers:
+        raise ValueError(
+            f"the head reads the target's hidden states {head.capture} and the target has {target.num_layers} layers; "
+            f"{cure}"
+        )
+
+
+class _BareLayer(DecoderLayer):
+    """EAGLE-1's first layer: nothing is normed ahead of its attention."""
+
+    def __init__(self, config: DecoderConfig, layer: LayerConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        super().__init__(config, layer, dtype, rngs)
+        del self.input_layernorm
+
+    def __call__(
+        self, x_btd: Array, position_bt: Array, tables: tuple[Array, Array] | None, stored: Stored | None
+    ) -> tuple[Array, Stored]:
+        y_btd, stored = self.self_attn(x_btd, position_bt, tables, stored)
+        x_btd = x_btd + y_btd
+        return x_btd + self.mlp(self.post_attention_layernorm(x_btd)), stored
+
+
+class _FusingLayer(nnx.Module):
+    """EAGLE-3's first layer: attention over embedding and state side by side."""
+
+    def __init__(self, head: EagleHead, dtype: jnp.dtype, rngs: nnx.Rngs):
+        config, width = head.decoder, head.decoder.hidden_size
+        self.norm_before_residual = head.norm_before_residual
+        self.input_layernorm = make_norm(config, width, dtype)
+        self.hidden_norm = make_norm(config, width, dtype)
+        self.self_attn = Attention(config, config.each_layer[0], dtype, rngs, inputs=2 * width)
+        self.post_attention_layernorm = make_norm(config, width, dtype)
+        self.mlp = MLP(config, config.intermediate_size, dtype, rngs)
+
+    def __call__(
+        self,
+        embedded_btd: Array,
+        x_btd: Array,
+        position_bt: Array,
+        tables: tuple[Array, Array] | None,
+        stored: Stored | None,
+    ) -> tuple[Array, Stored]:
+        normed_btd = self.hidden_norm(x_btd)
+        both = jnp.concatenate([self.input_layernorm(embedded_btd), normed_btd], axis=-1)
+        y_btd, stored = self.self_attn(both, position_bt, tables, stored)
+        x_btd = y_btd + (normed_btd if self.norm_before_residual else x_btd)
+        return x_btd + self.mlp(self.post_attention_layernorm(x_btd)), stored
+
+
+class _Eagle1(nnx.Module):
+    def __init__(self, head: EagleHead, dtype: jnp.dtype, rngs: nnx.Rngs):
+        config, width = head.decoder, head.decoder.hidden_size
+        self.head = head
+        if head.own_embedding:
+            self.embed_tokens = Embedding(head.vocab_size, width, dtype, rngs)
+        self.fc = Linear(2 * width, width, head.fc_bias, dtype, rngs)
+        first, *others = config.each_layer
+        layers = [DecoderLayer(config, layer, dtype, rngs) for layer in others]
+        self.layers = nnx.List([_BareLayer(config, first, dtype, rngs), *layers])
+
+    def fuse(self, features: Sequence[Array]) -> Array:
+        return features[0]
+
+    def __call__(self, embedded_btd: Array, x_btd: Array, cache: KVCache, start_b: Array) -> tuple[Array, KVCache]:
+        x_btd = self.fc(jnp.concatenate([embedded_btd, x_btd], axis=-1))
+        return _through(self.layers, self.head.decoder, x_btd, cache, start_b)
+
+
+class _Eagle3(nnx.Module):
+    def __init__(self, head: EagleHead, dtype: jnp.dtype, rngs: nnx.Rngs):
+        config, width, target_width = head.decoder, head.decoder.hidden_size, head.target_hidden_size
+        assert target_width is not None
+        self.head = head
+        if head.own_embedding:
+            self.embed_tokens = Embedding(head.vocab_size, width, dtype, rngs)
+        self.input_norm = make_norm(config, head.states * target_width, dtype) if head.norm_before_fc else None
+        norms = [make_norm(config, target_width, dtype) for _ in head.capture]
+        self.fc_norm = nnx.List(norms) if head.fc_norm else None
+        self.fc = Linear(head.states * target_width, width, False, dtype, rngs)
+        layers = [DecoderLayer(config, layer, dtype, rngs) for layer in config.each_layer[1:]]
+        self.layers = nnx.List([_FusingLayer(head, dtype, rngs), *layers])
+        self.norm = make_norm(config, width, dtype)
+        self.lm_head = Linear(width, head.draft_vocab_size or head.vocab_size, False, dtype, rngs)
+        if head.draft_vocab_size is not None:
+            token_v = jnp.arange(head.vocab_size, dtype=jnp.int32)
+            self.draft_of_v = nnx.Param(jnp.where(token_v < head.draft_vocab_size, token_v, -1))
+
+    def fuse(self, features: Sequence[Array]) -> Array:
+        if self.fc_norm is not None:
+            features = [norm(x) for norm, x in zip(self.fc_norm, features, strict=True)]
+        fused = jnp.concatenate(features, axis=-1)
+        return self.fc(fused if self.input_norm is None else self.input_norm(fused))
+
+    def __call__(self, embedded_btd: Array, x_btd: Array, cache: KVCache, start_b: Array) -> tuple[Array, KVCache]:
+        first, *others = self.layers
+        layers = [functools.partial(first, embedded_btd), *others]
+        x_btd, cache = _through(layers, self.head.decoder, x_btd, cache, start_b)
+        return (self.norm(x_btd) if self.head.norm_output else x_btd), cache
+
+    def logits(self, x_bd: Array) -> Array:
+        logits_bu = self.lm_head(x_bd if self.head.norm_output else self.norm(x_bd)).astype(jnp.float32)
+        if self.head.draft_vocab_size is None:
+            return logits_bu
+        draft_of_v = self.draft_of_v[...]
+        return jnp.where((draft_of_v >= 0)[None], logits_bu[:, jnp.maximum(draft_of_v, 0)], -jnp.inf)
+
+
+def _through(
+    layers: Sequence[Layer], config: DecoderConfig, x_btd: Array, cache: KVCache, start_b: Array
+) -> tuple[Array, KVCache]:
+    position_bt = start_b[:, None] + jnp.arange(x_btd.shape[1], dtype=start_b.dtype)[None]
+    ropes = dict.fromkeys(layer.rope for layer in config.each_layer)
+    tables = {rope: None if rope is None else rotary_tables(position_bt, rope) for rope in ropes}
+    kept = []
+    for layer, like, stored in zip(layers, config.each_layer, cache.layers, strict=True):
+        x_btd, stored = layer(x_btd, position_bt, tables[like.rope], stored)
+        kept.append(stored)
+    return x_btd, KVCache(tuple(kept))
+
+
+def _module(head: EagleHead, dtype: jnp.dtype, rngs: nnx.Rngs) -> _Eagle1 | _Eagle3:
+    return (_Eagle1 if head.version == 1 else _Eagle3)(head, dtype, rngs)
+
+
+@functools.cache
+def _graph(head: EagleHead, dtype: jnp.dtype):
+    return nnx.split(nnx.eval_shape(lambda: _module(head, dtype, nnx.Rngs(0))))
+
+
+def _dtype_of(params: Any) -> jnp.dtype:
+    return params["fc"]["kernel"].dtype

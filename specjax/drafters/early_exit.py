@@ -1,0 +1,66 @@
+"""Drafting with the target's own first layers."""
+
+import jax.numpy as jnp
+from flax import struct
+
+from specjax.transformer.config import check_integer
+from specjax.types import Context, Draw, Proposal, Verdict
+
+
+@struct.dataclass
+class EarlyExitDrafter:
+    """Drafts with the target's first layers, its final norm and its head (Zhang et al. 2024, arXiv 2309.08168, which
+    picks the layers to leave out; Elhoushi et al. 2024, arXiv 2404.16710, which trains targets for it).
+
+    The first layers' part of the target's cache serves both: it holds the row, and what drafting writes behind it the
+    target's pass overwrites. So there is no state, and nothing to fill at the start.
+
+    Attributes:
+      depth: layers to draft with, from 1 to the target's number.
+      num_draft: g, tokens proposed per round.
+    """
+
+    depth: int = struct.field(pytree_node=False)
+    num_draft: int = struct.field(pytree_node=False, default=4)
+
+    capture = ()
+    vocab_size = None
+    max_positions = None
+
+    def __post_init__(self):
+        check_integer("depth", self.depth, 1)
+
+    def start(self, context: Context, features: tuple, slots: int) -> None:
+        """Checks that the target has so many layers to leave early.
+
+        Raises:
+          ValueError: it has fewer, or no ``early_exit``.
+        """
+        del features, slots
+        target = context.target
+        if target.early_exit is None:
+            raise ValueError("the target has no early_exit; give a LanguageModel that has one, or another drafter")
+        if target.num_layers is not None and self.depth > target.num_layers:
+            raise ValueError(
+                f"depth is {self.depth} and the target has {target.num_layers} layers; give 1 to {target.num_layers}"
+            )
+
+    def propose(self, state: None, context: Context, draw: Draw) -> tuple[Proposal, None]:
+        """Samples a chain of ``num_draft`` tokens; the first pass feeds the row's last token."""
+        target, length_b = context.target, context.length_b
+        assert target.early_exit is not None
+        token_b = jnp.take_along_axis(context.tokens_bs, length_b[:, None] - 1, axis=1)[:, 0]
+        cache, tokens, probs = context.cache, [], []
+        for i in range(self.num_draft):
+            output = target.early_exit(target.params, token_b[:, None], cache, length_b + (i - 1), self.depth)
+            prefix_bi = jnp.stack(tokens, axis=1) if tokens else jnp.zeros((length_b.shape[0], 0), jnp.int32)
+            token_b, probs_bv = draw(output.logits_btv[:, 0], prefix_bi)
+            cache = output.cache
+            tokens.append(token_b)
+            probs.append(probs_bv)
+        length = jnp.full_like(length_b, self.num_draft)
+        return Proposal(jnp.stack(tokens, axis=1), jnp.stack(probs, axis=1), length, cache), state
+
+    def commit(self, state: None, context: Context, verdict: Verdict, features: tuple) -> None:
+        """Nothing to note."""
+        del state, context, verdict, features

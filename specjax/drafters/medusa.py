@@ -1,0 +1,118 @@
+"""Medusa: heads that each predict one of the next tokens from the target's last state (Cai et al. 2024)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from specjax.types import Context, Draw, Proposal, Verdict
+
+
+def head_logits(params: Any, states: Array) -> Array:
+    """Returns the logits of one head: residual blocks, then a linear layer (Cai et al. 2024, section 2.1.1).
+
+    Args:
+      params: ``{"blocks": {k: {"kernel": [d, d], "bias": [d]}}, "lm_head": {"kernel": [d, v]}}``.
+      states: ``[.., d]``, the target's behind its final norm.
+
+    Returns:
+      ``[.., v]`` in the dtype of ``params``.
+    """
+    kernel_dv = params["lm_head"]["kernel"]
+    x = states.astype(kernel_dv.dtype)
+    for k in range(len(params["blocks"])):
+        y = x @ params["blocks"][k]["kernel"]
+        x = x + jax.nn.silu(y + jnp.broadcast_to(params["blocks"][k]["bias"], y.shape))
+    return x @ kernel_dv
+
+
+def init_medusa_params(kernel_dv: Array, num_heads: int, num_blocks: int = 1) -> Any:
+    """Returns heads to train: at first each is the target's own, its blocks being zero (section 2.1.1).
+
+    Args:
+      kernel_dv: the kernel of the target's head.
+      num_heads: heads, the most drafts.
+      num_blocks: residual blocks of each.
+
+    Returns:
+      ``{i: params}``, each as ``head_logits`` takes them.
+    """
+    width, dtype = kernel_dv.shape[0], kernel_dv.dtype
+
+    def block() -> Any:
+        return {"kernel": jnp.zeros((width, width), dtype), "bias": jnp.zeros((width,), dtype)}
+
+    return {
+        i: {"blocks": {k: block() for k in range(num_blocks)}, "lm_head": {"kernel": kernel_dv}}
+        for i in range(num_heads)
+    }
+
+
+@struct.dataclass
+class MedusaDrafter:
+    """Drafts a chain with Medusa heads (Cai et al. 2024, arXiv 2401.10774), each token drawn from its head's law.
+
+    The last state that is known of a row of n tokens is that at position n - 2. The target's own head gave token
+    n - 1 from it, and head i gives token n + i. No head sees the drafts before its own, so nothing is fed and there is
+    no cache. A row of one token drafts nothing: no state of the target is known yet.
+
+    Attributes:
+      params: ``{i: params}`` of at least ``num_draft`` heads, each as ``head_logits`` takes them.
+      num_draft: g, tokens proposed per round.
+    """
+
+    params: Any
+    num_draft: int = struct.field(pytree_node=False, default=4)
+
+    capture = (-1,)
+    max_positions = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.params[0]["lm_head"]["kernel"].shape[1]
+
+    def start(self, context: Context, features: tuple[Array, ...], slots: int) -> Array:
+        """Returns the last state known of each row, ``[b, d]``.
+
+        Raises:
+          ValueError: there are fewer heads than drafts, or they are of another width than the target.
+        """
+        del slots
+        check_medusa_fit(self.params, self.num_draft, features[0].shape[-1])
+        return _at(features[0], jnp.maximum(context.length_b - 2, 0))
+
+    def propose(self, state: Array, context: Context, draw: Draw) -> tuple[Proposal, Array]:
+        """Samples one token from each of the first ``num_draft`` heads."""
+        tokens, probs = [], []
+        for i in range(self.num_draft):
+            prefix_bi = jnp.stack(tokens, axis=1) if tokens else jnp.zeros((state.shape[0], 0), jnp.int32)
+            token_b, probs_bv = draw(head_logits(self.params[i], state), prefix_bi)
+            tokens.append(token_b)
+            probs.append(probs_bv)
+        length_b = jnp.where(context.length_b >= 2, self.num_draft, 0).astype(jnp.int32)
+        return Proposal(jnp.stack(tokens, axis=1), jnp.stack(probs, axis=1), length_b), state
+
+    def follow(self, state: Array, context: Context, tokens_bg: Array) -> Array:
+        """Nothing to do: the next state comes from the target, whoever drafted."""
+        del context, tokens_bg
+        return state
+
+    def commit(self, state: Array, context: Context, verdict: Verdict, features: tuple[Array, ...]) -> Array:
+        """Returns the state at the last accepted draft, or at the row's last token where none was accepted."""
+        del state, context
+        return _at(features[0], verdict.num_accepted_b)
+
+
+def check_medusa_fit(params: Any, num_draft: int, width: int) -> None:
+    """Raises ValueError unless there is a head for each draft, for states of that width; the leaves have shapes."""
+    if num_draft > len(params):
+        raise ValueError(f"num_draft is {num_draft} and there are {len(params)} Medusa heads; draft at most that many")
+    own = params[0]["lm_head"]["kernel"].shape[0]
+    if own != width:
+        raise ValueError(f"the Medusa heads read states of width {own} and the target's are {width} wide; give its own")
+
+
+def _at(states_btd: Array, place_b: Array) -> Array:
+    return jnp.take_along_axis(states_btd, place_b[:, None, None], axis=1)[:, 0]

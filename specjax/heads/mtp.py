@@ -1,0 +1,186 @@
+"""Folders of multi-token prediction modules, in the published layouts."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specjax.checkpoint import check_dtype, default_dtype, new_folder, read_params, write_json
+from specjax.drafters.feature import FeatureDrafter
+from specjax.drafters.mtp import MTPConfig, MTPDrafter, MTPHead, abstract_mtp_params
+from specjax.hf.keys import read_json
+from specjax.hf.mtp import MTPLayout, mtp_layout, mtp_parameters, mtp_tensors
+from specjax.hf.safetensors import open_tensors, write_tensors
+from specjax.hf.weights import Parameter
+from specjax.transformer.config import check_integer
+from specjax.types import LanguageModel
+
+_COMPARED = 1024  # rows at a time
+
+
+def open_mtp(
+    path: str | os.PathLike,
+    target: LanguageModel,
+    num_draft: int = 4,
+    dtype: jnp.dtype | str | None = None,
+    *,
+    chained: bool = False,
+    zero_first: bool = False,
+) -> FeatureDrafter | MTPDrafter:
+    """Opens MTP modules as a drafter: of DeepSeek-V3's layout in any family, of GLM-4.5, Qwen3-Next or MiMo.
+
+    Of a whole model's folder, only the modules' tensors are read. Embeddings and heads that lie beside them are
+    compared with the target's, and kept only if they differ.
+
+    Args:
+      path: a Hugging Face folder: a model's with its modules, or one that ``write_mtp`` wrote.
+      target: the model to draft for.
+      num_draft: g, tokens proposed per round: any number where one module is chained, else at most one per module.
+      dtype: of parameters and computation; None means ``specjax.default_dtype()``.
+      chained: feed the first of several modules its own states, instead of one module per token. A single module is
+        always chained.
+      zero_first: take the embedding at position 0 for zero, as vLLM does and others do not.
+
+    Raises:
+      ValueError: a file is missing or damaged; the config is of no layout that is known, or has no modules; a tensor
+        is missing, of another shape, or unknown; the modules do not fit the target in width, vocabulary or number of
+        layers; or ``num_draft`` is too high.
+    """
+    check_integer("num_draft", num_draft, 1)
+    dtype = check_dtype(default_dtype() if dtype is None else dtype)
+    path = Path(path).absolute()
+    raw = read_json(path / "config.json")
+    try:
+        layout = mtp_layout(raw)
+    except ValueError as error:
+        raise ValueError(f"{path / 'config.json'}: {error}") from None
+    modules = layout.decoder.num_hidden_layers
+    chained = chained or modules == 1
+    if not chained and num_draft > modules:
+        raise ValueError(
+            f"num_draft is {num_draft}, but {path} has {modules} MTP modules of one draft each; give at most that, or "
+            "chained=True to draft all with the first"
+        )
+    try:
+        _check_fits(layout, target)
+        tensors = layout.select(open_tensors(path))
+        config = MTPConfig(
+            layout.decoder,
+            hidden_first=layout.hidden_first,
+            zero_first=zero_first,
+            own_embedding=layout.held("embed_tokens.weight", tensors),
+            own_head=layout.held("lm_head.kernel", tensors),
+        )
+        params = mtp_parameters(layout, tensors, abstract_mtp_params(config))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    used = 1 if chained else num_draft
+    config, params = _without_the_targets(config, {k: params[k] for k in range(used)}, target)
+    params = read_params(params, abstract_mtp_params(config, dtype))
+    if chained:
+        return FeatureDrafter(params, MTPHead(config), num_draft)
+    return MTPDrafter(params, config, num_draft)
+
+
+def write_mtp(path: str | os.PathLike, config: Mapping[str, Any], params: Any) -> None:
+    """Writes MTP modules in the layout of a family, DeepSeek-V3's unless it has its own, for ``open_mtp`` and others.
+
+    Args:
+      path: the folder to make, or to replace.
+      config: a Hugging Face config: the target's, or one of modules with layers of other sizes. The number of modules
+        is added to it.
+      params: of the modules, as ``specjax.drafters.mtp.init_mtp_params`` returns.
+
+    Raises:
+      ValueError: the config is of a family without a layout, or the parameters are not those it describes.
+      OSError: the folder cannot be written; what was there stays.
+    """
+    config = {key: value for key, value in config.items() if key != "num_mtp_layers"}
+    config["num_nextn_predict_layers"] = len(params)
+    layout = mtp_layout(config)
+    described = MTPConfig(
+        layout.decoder, layout.hidden_first, own_embedding="embed_tokens" in params[0], own_head="lm_head" in params[0]
+    )
+    _check_params(params, abstract_mtp_params(described))
+    with new_folder(path) as folder:
+        write_json(folder / "config.json", config)
+        write_tensors(folder, mtp_tensors(layout, params))
+
+
+def _check_params(params: Any, wanted: Any) -> None:
+    given, wanted = (
+        {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (params, wanted)
+    )
+    for name in sorted(given.keys() | wanted.keys()):
+        if given.get(name) != wanted.get(name):
+            raise ValueError(
+                f"parameter {name} is {given.get(name, 'missing')}, and the config asks for "
+                f"{wanted.get(name, 'none')}; give the parameters of that config"
+            )
+
+
+def _check_fits(layout: MTPLayout, target: LanguageModel) -> None:
+    """Raises ValueError unless the modules have the target's sizes and the target lends what they share."""
+    for name in ("embed", "unembed"):
+        if getattr(target, name) is None:
+            raise ValueError(
+                f"MTP modules share the target's {name}, which it does not have; give it LanguageModel.{name}"
+            )
+    assert target.embed is not None
+    token_11 = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    sizes = {
+        "hidden_size": (layout.decoder.hidden_size, jax.eval_shape(target.embed, target.params, token_11).shape[-1]),
+        "vocab_size": (layout.decoder.vocab_size, target.vocab_size),
+        "num_hidden_layers": (layout.num_hidden_layers, target.num_layers),
+    }
+    for name, (given, wanted) in sizes.items():
+        if wanted is not None and given != wanted:
+            raise ValueError(
+                f"the modules were made for a target of {name} {given}, and this one has {wanted}; give them theirs"
+            )
+
+
+def _without_the_targets(config: MTPConfig, params: Any, target: LanguageModel) -> tuple[MTPConfig, Any]:
+    """Returns config and parameters of as many modules, without embeddings and heads that equal the target's."""
+    count = len(params)
+    decoder = dataclasses.replace(config.decoder, num_hidden_layers=count, layers=config.decoder.each_layer[:count])
+    config = dataclasses.replace(config, decoder=decoder)
+    if config.own_embedding and all(_equal(params[k]["embed_tokens"]["weight"], _embeddings(target)) for k in params):
+        config = dataclasses.replace(config, own_embedding=False)
+        params = {k: {name: part for name, part in params[k].items() if name != "embed_tokens"} for k in params}
+    if config.own_head and all(_equal(params[k]["lm_head"]["kernel"], _head_rows(target)) for k in params):
+        config = dataclasses.replace(config, own_head=False)
+        params = {k: {name: part for name, part in params[k].items() if name != "lm_head"} for k in params}
+    return config, params
+
+
+def _equal(parameter: Parameter, rows: Callable[[int, int], jax.Array]) -> bool:
+    """Returns whether a table equals the target's bit for bit, in the target's dtype."""
+    table = parameter.read(rows(0, 1).dtype)
+    starts = range(0, len(table), _COMPARED)
+    return all(np.array_equal(table[i : i + _COMPARED], rows(i, min(i + _COMPARED, len(table)))) for i in starts)
+
+
+def _embeddings(target: LanguageModel) -> Callable[[int, int], jax.Array]:
+    assert target.embed is not None
+    embed = target.embed
+    return lambda start, end: embed(target.params, jnp.arange(start, end, dtype=jnp.int32)[None])[0]
+
+
+def _head_rows(target: LanguageModel) -> Callable[[int, int], jax.Array]:
+    """Rows of the head's kernel ``[d, v]`` are the logits of unit vectors."""
+    assert target.embed is not None and target.unembed is not None
+    unembed, like = target.unembed, target.embed(target.params, jnp.zeros((1, 1), jnp.int32))
+
+    def rows(start: int, end: int) -> jax.Array:
+        unit_bd = jax.nn.one_hot(jnp.arange(start, end), like.shape[-1], dtype=like.dtype)
+        with jax.default_matmul_precision("highest"):
+            return unembed(target.params, unit_bd[None])[0].astype(like.dtype)
+
+    return rows

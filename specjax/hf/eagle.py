@@ -1,0 +1,335 @@
+"""EAGLE heads as they are published: folders of SafeAILab's EAGLE, of SpecForge and of speculators.
+
+What is read is speculators' layout; the others are brought to it first. Tensors have the parameters' names, but for
+the draft vocabulary: ``d2t`` holds the *offset* from a draft id to the target's, ``t2d`` marks those of the target's
+tokens that can be drafted.
+"""
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from specjax.hf.config import decoder_config
+from specjax.hf.keys import Keys
+from specjax.hf.names import LINEAR, SAME, Path, Piece, Source, nested, parameters
+from specjax.hf.safetensors import Tensor, TensorSpec
+from specjax.hf.weights import Parameter, _check, _parameter, _Stored, _tensor
+from specjax.transformer.config import DecoderConfig, check_integer
+
+VERSIONS = {"eagle": 1, "eagle3": 3}
+"""``speculators_model_type`` and the EAGLE it names."""
+
+# Model classes of the original layouts. The first two stand for either version, and for every ordinary model too.
+_ARCHITECTURES = {
+    "LlamaForCausalLM": None,
+    "Qwen3ForCausalLM": None,
+    "EagleLlamaForCausalLM": 1,
+    "LlamaForCausalLMEagle": 1,
+    "Eagle3LlamaForCausalLM": 3,
+    "LlamaForCausalLMEagle3": 3,
+}
+_LAYERS = ("llama", "qwen3")
+_FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+_SIZES = ("draft_vocab_size", "target_hidden_size", "num_aux_hidden_states")
+_LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+# What speculators' configs say beside the head: names, training, and how its own engine is to run.
+_IGNORED = (
+    *("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "has_no_defaults_at_init"),
+    *("speculators_version", "speculators_config", "embed_requires_grad", "enable_sp_ulysses"),
+    "tie_word_embeddings",  # EAGLE-1 has the target's head, EAGLE-3 one of its own
+)
+
+
+# Configs.
+
+
+def speculators_config(raw: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """Returns the ``config.json`` of a head, in any layout, in that of speculators and with explicit indices of states.
+
+    Two conventions number the states that EAGLE-3 reads. A number at the top level says of which layer, from 0 on, a
+    state is the *input* (vLLM, speculators), which is its hidden-state index; one in ``eagle_config`` of which it is
+    the *output* (SpecForge, SGLang, ModelOpt). Without either they are the inputs of layers 2, n // 2 and n - 3. They
+    are fused in the order of the layers, however they are listed.
+
+    Args:
+      raw: the keys of the file.
+      num_layers: n, the target's layers.
+
+    Raises:
+      ValueError: the head is of no known kind, or says something twice and differently.
+    """
+    config = dict(raw) if "speculators_model_type" in raw else _from_original(raw)
+    if config["speculators_model_type"] != "eagle3":
+        return config
+    indices = config.get(_LAYER_IDS)
+    if indices is None:
+        indices = [2, num_layers // 2, num_layers - 3]
+        if not indices[0] < indices[1] < indices[2]:
+            raise ValueError(
+                f"{_LAYER_IDS} is missing, and what it stands for with {num_layers} layers, {indices}, is not three "
+                "states; give it"
+            )
+    return config | {_LAYER_IDS: sorted(_indices(indices))}
+
+
+def eagle_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads what ``speculators_config`` returned, as arguments of ``specjax.drafters.eagle.EagleHead``.
+
+    A missing ``rope_theta`` means 10000, whatever the target's.
+
+    Raises:
+      ValueError: a key is missing, unknown while it might change the head, or out of range.
+    """
+    keys = Keys(config, "config.json")
+    kind = keys.take("speculators_model_type")
+    if not isinstance(kind, str) or kind not in VERSIONS:
+        raise ValueError(f"speculators_model_type is {kind!r}, no EAGLE head; supported: {', '.join(VERSIONS)}")
+    keys.ignore(*_IGNORED)
+    fields: dict[str, Any] = {"version": VERSIONS[kind], "decoder": _decoder(keys.take("transformer_layer_config"))}
+    if kind == "eagle":
+        keys.only("transformer_layer_architecture", "LlamaDecoderLayer")
+        keys.only("layernorms", False)
+        fields |= {"capture": (-1,), "fc_bias": keys.flag("fusion_bias", False)}
+    else:
+        indices = keys.take(_LAYER_IDS)
+        fields |= {
+            "capture": tuple(indices),
+            "target_hidden_size": keys.integer("target_hidden_size", None, optional=True),
+            "draft_vocab_size": keys.integer("draft_vocab_size"),
+        }
+        if "norm_before_residual" not in keys:
+            raise ValueError(
+                "norm_before_residual is missing; speculators takes it for false then, vLLM for true: give it"
+            )
+        fields |= {flag: keys.flag(flag, False) for flag in _FLAGS}
+    keys.finish()
+    return fields
+
+
+def _indices(value: Any) -> list[int]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{_LAYER_IDS} is {value!r}; it must be a list of layers' numbers")
+    for index in value:
+        check_integer(_LAYER_IDS, index, 0)
+    return list(value)
+
+
+def _decoder(raw: Any) -> DecoderConfig:
+    kind = raw.get("model_type", "llama") if isinstance(raw, Mapping) else None
+    if not isinstance(kind, str) or kind not in _LAYERS:
+        raise ValueError(f"the layers are of model_type {kind!r}; supported: {', '.join(_LAYERS)}")
+    layer = {key: value for key, value in raw.items() if key not in ("architectures", "tie_word_embeddings")}
+    # SpecForge's layers have no window, and its configs still have those of the target.
+    layer.pop("max_window_layers", None)
+    if layer.get("use_sliding_window") is False:
+        layer.pop("sliding_window", None)
+    return decoder_config(layer)
+
+
+def _from_original(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Brings SafeAILab's and SpecForge's keys, those of the layer and of the head side by side, to speculators'."""
+    layer = {"model_type": "llama", **raw}
+    architectures = layer.pop("architectures", None) or ["LlamaForCausalLM"]
+    if not isinstance(architectures, list) or architectures[0] not in _ARCHITECTURES:
+        raise ValueError(f"architectures is {architectures!r}, no EAGLE head; supported: {', '.join(_ARCHITECTURES)}")
+    version = _ARCHITECTURES[architectures[0]]
+    inner = layer.pop("eagle_config", None)
+    if version is None:
+        version = 1 if inner is None and "draft_vocab_size" not in layer else 3
+    if version == 1:
+        bias = layer.pop("bias", True)  # SafeAILab's reader takes it for true where the config is silent
+        head = {"speculators_model_type": "eagle", "fusion_bias": bias}
+        return head | {"transformer_layer_config": layer}
+    if architectures[0] == "LlamaForCausalLMEagle3":  # SpecForge's class, whatever model it is for
+        layer["model_type"] = "llama"
+    head = {"speculators_model_type": "eagle3", **_flat_options(layer, inner)}
+    return head | {"transformer_layer_config": layer}
+
+
+def _flat_options(layer: dict[str, Any], inner: Any) -> dict[str, Any]:
+    """Takes EAGLE-3's options from the keys of its layer, and from ``eagle_config`` among them."""
+    if not isinstance(inner, Mapping | None):
+        raise ValueError(f"eagle_config is {inner!r}; it must be an object")
+    outer, inner = Keys(layer, "config.json"), Keys(inner or {}, "eagle_config")
+    found: dict[str, Any] = {}
+    for key in (*_FLAGS, *_SIZES):
+        values = [value for keys in (outer, inner) if (value := keys.take(key, None)) is not None]
+        if values and values[0] != values[-1]:
+            raise ValueError(f"{key} is {values[0]!r}, but {values[1]!r} in eagle_config; give one of them")
+        found[key] = values[0] if values else None
+    for flag in _FLAGS:
+        found[flag] = False if found[flag] is None else found[flag]
+    indices, outputs = outer.take(_LAYER_IDS, None), inner.take(_LAYER_IDS, None)
+    if outputs is not None:
+        outputs = [index + 1 for index in _indices(outputs)]
+        if indices is not None and indices != outputs:
+            raise ValueError(
+                f"{_LAYER_IDS} {indices!r} are inputs of layers, and those in eagle_config, outputs, the inputs of "
+                f"layers {outputs}; give one of them"
+            )
+    found[_LAYER_IDS] = indices = outputs if indices is None else indices
+    number = found.pop("num_aux_hidden_states")
+    if number is not None and number != (3 if indices is None else len(_indices(indices))):
+        raise ValueError(f"num_aux_hidden_states is {number!r}, but {_LAYER_IDS} {indices}; give one of them")
+    inner.only("use_aux_hidden_state", True)
+    inner.only("use_input_layernorm_in_first_layer", True)
+    inner.only("use_last_layernorm", True)
+    inner.only("use_mtp_layernorm", False)
+    inner.only("next_layer_regular", True)
+    inner.finish()
+    outer.only("bias", False)  # engines differ in what has it
+    for key in (*_FLAGS, *_SIZES, _LAYER_IDS, "bias", "target_model_type"):
+        layer.pop(key, None)
+    if found["draft_vocab_size"] is None:
+        found["draft_vocab_size"] = layer.get("vocab_size")
+    return found
+
+
+# Tensors.
+
+
+def eagle_tensors(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a folder's tensors by the names of speculators' EAGLE-3, whatever layout they are in.
+
+    Raises:
+      ValueError: two tensors come to have one name.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name in found:
+        known = re.sub(r"^(midlayer|transformer)\.", "layers.0.", name.removeprefix("model."))
+        known = re.sub(r"^fusion_fc\.", "fc.", known)
+        if known in tensors:
+            raise ValueError(f"tensors {tensors[known].name!r} and {name!r} are both {known!r}; remove one of them")
+        tensors[known] = found[name]
+    return tensors
+
+
+def eagle_parameters(tensors: Mapping[str, Tensor], draft_of_v: np.ndarray | None, abstract: Any) -> Any:
+    """Returns a head's parameters, read when they are used.
+
+    Args:
+      tensors: what ``eagle_tensors`` returned.
+      draft_of_v: what ``draft_vocabulary`` returned.
+      abstract: nested dicts of the parameters' shapes.
+
+    Returns:
+      The same nested dicts of ``Parameter``.
+
+    Raises:
+      ValueError: a tensor is missing, of another shape than ``abstract`` or no float, or unknown.
+    """
+    wanted = _sources(abstract)
+    floats = {name: tensor for name, tensor in tensors.items() if name not in ("d2t", "t2d")}
+    _check(floats, wanted, None, _why_left_out)
+    opened = {
+        source.pieces[0].parameter: _parameter([(_Stored(floats[name], None, None), source.pieces[0])])
+        for name, source in wanted.items()
+    }
+    if draft_of_v is not None:
+        dtype = jnp.dtype("int32")
+        opened[("draft_of_v",)] = Parameter(draft_of_v.shape, dtype, lambda dtype: draft_of_v.astype(dtype))
+    return nested(opened)
+
+
+def _why_left_out(name: str) -> str | None:
+    if name.endswith(".rotary_emb.inv_freq"):
+        return "a buffer, computed anew"
+    return "the target's, for training" if name in ("verifier_norm.weight", "verifier_lm_head.weight") else None
+
+
+def draft_vocabulary(tensors: Mapping[str, Tensor], draft_vocab_size: int, vocab_size: int) -> np.ndarray | None:
+    """Returns int32 ``[v]``, the draft's id of each of the target's tokens, -1 for none; None where ids are the same.
+
+    Args:
+      tensors: what ``eagle_tensors`` returned.
+      draft_vocab_size: u, tokens that can be drafted.
+      vocab_size: v, tokens of the target.
+
+    Raises:
+      ValueError: ``d2t`` is missing, or is no set of offsets into the target's vocabulary, or ``t2d`` marks others.
+    """
+    alike = draft_vocab_size == vocab_size
+    if "d2t" not in tensors and not alike:
+        raise ValueError(
+            f"tensor 'd2t' is missing, which says what {draft_vocab_size} of the {vocab_size} tokens can be drafted; "
+            "download the head again"
+        )
+    target_of_u = np.arange(draft_vocab_size)
+    if "d2t" in tensors:
+        target_of_u += _buffer(tensors["d2t"], (draft_vocab_size,), "iu").astype(np.int64)
+    inside = (target_of_u >= 0) & (target_of_u < vocab_size)
+    if not inside.all() or len(np.unique(target_of_u)) < draft_vocab_size:
+        token = int(np.argmin(inside)) if not inside.all() else None
+        what = "two draft ids to one token" if token is None else f"draft id {token} to token {target_of_u[token]}"
+        raise ValueError(
+            f"tensor 'd2t' leads {what} of the target's {vocab_size}; it must hold offsets, the target's id less the "
+            "draft's"
+        )
+    draft_of_v = np.full((vocab_size,), -1, np.int32)
+    draft_of_v[target_of_u] = np.arange(draft_vocab_size)
+    if "t2d" in tensors:
+        drafted_v = _buffer(tensors["t2d"], (vocab_size,), "biu").astype(bool)
+        if (other := np.flatnonzero(drafted_v != (draft_of_v >= 0))).size:
+            raise ValueError(
+                f"tensors 'd2t' and 't2d' differ on {other.size} tokens, such as {other[0]}; 'd2t' must hold offsets, "
+                "the target's id less the draft's, and 't2d' mark the same tokens"
+            )
+    return None if alike and (target_of_u == np.arange(vocab_size)).all() else draft_of_v
+
+
+def _buffer(tensor: Tensor, shape: tuple[int, ...], kinds: str) -> np.ndarray:
+    if tensor.shape != shape or tensor.dtype.kind not in kinds:
+        wanted = "integers" if kinds == "iu" else "booleans"
+        raise ValueError(f"tensor {tensor.name!r} is {tensor.dtype} {tensor.shape}; it must be {wanted} {shape}")
+    return tensor.read()
+
+
+def tensors_of_eagle(kind: str, params: Any) -> list[TensorSpec]:
+    """Returns the tensors of a head in speculators' layout, each made when it is read.
+
+    Args:
+      kind: ``speculators_model_type``.
+      params: nested dict of arrays.
+
+    Raises:
+      ValueError: the layout has no name for one of them.
+    """
+    arrays, specs = dict(parameters(params)), []
+    for name, source in _sources(params).items():
+        array = arrays[source.pieces[0].parameter]
+        dtype = jnp.dtype(array.dtype)
+        if kind == "eagle":
+            name = name.replace("fc.", "fusion_fc.").replace("layers.0.", "transformer.")
+            if name.startswith("layers."):
+                raise ValueError(f"speculators' layout has no name for {name!r}: its EAGLE-1 heads have one layer")
+        specs.append(TensorSpec(name, dtype, source.shape, functools.partial(_tensor, source, [array], dtype)))
+    if "draft_of_v" in params:
+        draft_of_v = np.asarray(params["draft_of_v"])
+        target_of_u = np.argsort(draft_of_v, kind="stable")[np.sum(draft_of_v < 0) :]
+        specs.append(_spec("d2t", target_of_u - np.arange(len(target_of_u))))
+        specs.append(_spec("t2d", draft_of_v >= 0))
+    return specs
+
+
+def _spec(name: str, array: np.ndarray) -> TensorSpec:
+    return TensorSpec(name, array.dtype, array.shape, lambda: array)
+
+
+def _sources(params: Any) -> dict[str, Source]:
+    """Returns the tensors of a head's weights by their names, which are the parameters' own."""
+    found = {}
+    for path, leaf in parameters(params):
+        if path != ("draft_of_v",):
+            name = _name(path)
+            layout = LINEAR if path[-1] == "kernel" else SAME
+            found[name] = Source(name, (Piece(path, None, tuple(leaf.shape), layout, 0),))
+    return found
+
+
+def _name(path: Path) -> str:
+    *module, last = map(str, path)
+    return ".".join((*module, "weight" if last == "kernel" else last))

@@ -1,0 +1,117 @@
+"""Medusa heads in Hugging Face folders: ``config.json`` and ``medusa_lm_head.safetensors``.
+
+Head i is a torch ``Sequential`` of its blocks and its last layer: ``{i}.{k}.linear.weight``, ``{i}.{k}.linear.bias``
+and ``{i}.{blocks}.weight`` (https://github.com/FasterDecoding/Medusa).
+"""
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from specjax.hf.keys import Keys
+from specjax.hf.names import LINEAR, SAME, Piece, Source, nested, parameters
+from specjax.hf.safetensors import Tensor, TensorSpec, _open_file, open_tensors
+from specjax.hf.weights import _check, _parameter, _Stored, _tensor
+
+MEDUSA_FILE = "medusa_lm_head.safetensors"
+
+_PICKLE = "medusa_lm_head.pt"
+_PREFIX = "medusa_head."  # of heads that were saved as a part of their target
+_MOST = 100  # heads, and blocks of each: names of tensors are made for all
+
+
+def medusa_config(raw: Mapping[str, Any]) -> tuple[int, int, int | None, int | None]:
+    """Returns the numbers of heads and of blocks, the width and the vocabulary, None where the config is silent.
+
+    Raises:
+      ValueError: a key is missing, unknown, or has a value that is not understood.
+    """
+    keys = Keys(raw, "config.json")
+    if "medusa_num_heads" not in keys:
+        raise ValueError(
+            "config.json lacks the key 'medusa_num_heads'; give a folder in the layout of FasterDecoding/Medusa"
+        )
+    keys.only("model_type", "medusa", "")
+    heads, blocks = keys.integer("medusa_num_heads", most=_MOST), keys.integer("medusa_num_layers", 1, most=_MOST)
+    sizes = [keys.integer(name, None, optional=True) for name in ("hidden_size", "vocab_size")]
+    keys.ignore("architectures", "base_model_name_or_path", "dtype", "torch_dtype", "transformers_version", "version")
+    keys.finish()
+    return heads, blocks, sizes[0], sizes[1]
+
+
+def open_medusa_tensors(folder: Path) -> dict[str, Tensor]:
+    """Opens the tensors of a folder of heads, by their names without the prefix of a whole model.
+
+    Raises:
+      ValueError: as for ``open_tensors``; or there is only a pickle, or two tensors come to have one name.
+    """
+    if (folder / MEDUSA_FILE).is_file():
+        found = {tensor.name: tensor for tensor in _open_file(folder / MEDUSA_FILE)}
+    elif (folder / _PICKLE).is_file() and not list(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{folder} holds the pickle {_PICKLE}, which is never opened; convert it there: python -c 'import torch, "
+            f'safetensors.torch as s; s.save_file(torch.load("{_PICKLE}", map_location="cpu", weights_only=True), '
+            f'"{MEDUSA_FILE}")\''
+        )
+    else:
+        found = open_tensors(folder)
+    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in found.items()}
+    if len(tensors) < len(found):
+        raise ValueError(f"two tensors of {folder} have one name but for {_PREFIX!r}; save the heads again")
+    return tensors
+
+
+def medusa_parameters(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    """Returns the heads' parameters, each a ``Parameter`` that is read when it is used.
+
+    Args:
+      raw: the ``config.json``.
+      tensors: what ``open_medusa_tensors`` returned.
+
+    Raises:
+      ValueError: as for ``medusa_config``; or a tensor is missing, unknown, of another shape, or no float.
+    """
+    heads, blocks, width, vocab = medusa_config(raw)
+    # Published configs may count fewer heads than there are: FasterDecoding's of Vicuna say 2 for 5.
+    heads = max(heads, sum(bool(re.fullmatch(rf"\d+\.{blocks}\.weight", name)) for name in tensors))
+    last = tensors.get(f"0.{blocks}.weight")
+    if last is not None and len(last.shape) == 2:
+        vocab, width = vocab or last.shape[0], width or last.shape[1]
+    sources = _sources(heads, blocks, width or 1, vocab or 1)
+    _check(tensors, sources, None, lambda name: None)
+    return nested(
+        {
+            source.pieces[0].parameter: _parameter([(_Stored(tensors[name], None, None), source.pieces[0])])
+            for name, source in sources.items()
+        }
+    )
+
+
+def medusa_tensors(params: Any) -> list[TensorSpec]:
+    """Returns the heads' tensors, each made when it is read; ``params`` are ``MedusaDrafter``'s."""
+    arrays = dict(parameters(params))
+    width, vocab = params[0]["lm_head"]["kernel"].shape
+    specs = []
+    for name, source in _sources(len(params), len(params[0]["blocks"]), width, vocab).items():
+        array = arrays[source.pieces[0].parameter]
+        dtype = jnp.dtype(array.dtype)
+        specs.append(TensorSpec(name, dtype, source.shape, partial(_tensor, source, [array], dtype)))
+    return specs
+
+
+def _sources(heads: int, blocks: int, width: int, vocab: int) -> dict[str, Source]:
+    found = {}
+    for i in range(heads):
+        for k in range(blocks):
+            block = (i, "blocks", k)
+            kernel = Piece((*block, "kernel"), None, (width, width), LINEAR, 0)
+            found[f"{i}.{k}.linear.weight"] = Source("{i}.{k}.linear.weight", (kernel,))
+            bias = Piece((*block, "bias"), None, (width,), SAME, 0)
+            found[f"{i}.{k}.linear.bias"] = Source("{i}.{k}.linear.bias", (bias,))
+        last = Piece((i, "lm_head", "kernel"), None, (width, vocab), LINEAR, 0)
+        found[f"{i}.{blocks}.weight"] = Source("{i}.{blocks}.weight", (last,))
+    return found

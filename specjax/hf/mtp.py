@@ -1,0 +1,346 @@
+"""Multi-token prediction in Hugging Face folders: which tensors are whose, and what their layers compute.
+
+DeepSeek-V3 numbers the modules as layers behind the target's, ``model.layers.{num_hidden_layers + k}``, and most
+families follow it; MiMo and Qwen3-Next have names of their own.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+
+from specjax.hf.config import (
+    _FULL,
+    _IGNORED,
+    _activation,
+    _layers,
+    _num_experts,
+    _sizes,
+    _with_experts,
+    decoder_config,
+    quantization_block,
+)
+from specjax.hf.keys import Keys
+from specjax.hf.names import (
+    DEEPSEEK_V3,
+    LINEAR,
+    QWEN3_MOE,
+    SAME,
+    TABLES,
+    Path,
+    Piece,
+    Source,
+    Table,
+    nested,
+    parameters,
+)
+from specjax.hf.rope import take_rope
+from specjax.hf.safetensors import Tensor, TensorSpec
+from specjax.hf.weights import _SCALE, Parameter, _check, _parameter, _Stored, _tensor
+from specjax.transformer.config import MAX_HEAD, MAX_LAYERS, DecoderConfig, ExpertsConfig, check_integer
+
+_LAYER = "model.layers.{i}."  # of a decoder's layer in the families' tables
+
+# Layers of families that are no targets here.
+_GLM4_MOE: Table = {
+    **QWEN3_MOE,
+    **{row: DEEPSEEK_V3[row] for row in DEEPSEEK_V3 if "shared_experts" in row or "e_score_correction_bias" in row},
+}
+_QWEN3_NEXT: Table = {
+    **QWEN3_MOE,
+    **{
+        f"layers.{{i}}.mlp.shared_experts.{name}_proj.kernel": (f"{_LAYER}mlp.shared_expert.{name}_proj.weight", LINEAR)
+        for name in ("gate", "up", "down")
+    },
+    "layers.{i}.mlp.shared_expert_gate.kernel": (f"{_LAYER}mlp.shared_expert_gate.weight", LINEAR),
+}
+_OTHER_TABLES: Mapping[str, Table] = {"glm4_moe": _GLM4_MOE, "mimo": TABLES["qwen2"], "qwen3_next": _QWEN3_NEXT}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Naming:
+    """How a family names a module's parts.
+
+    Attributes:
+      layer: before the names of the decoder layer's tensors; ``{i}`` is the module's number.
+      parts: before those of the others.
+      norms, projection, last_norm: of embedding and state; of both; and behind the layer.
+      behind: modules are numbered from the target's number of layers on.
+      hidden_first: the projection takes the state before the embedding.
+      most: modules at most, or None.
+    """
+
+    layer: str
+    parts: str
+    norms: tuple[str, str]
+    projection: str
+    last_norm: str
+    behind: bool = False
+    hidden_first: bool = False
+    most: int | None = None
+
+    def table(self, layers: Table) -> dict[str, tuple[str, Any]]:
+        """Returns a table as in ``specjax.hf.names``, of paths that begin with the module's number."""
+        parts = {
+            "enorm.weight": (self.norms[0], SAME),
+            "hnorm.weight": (self.norms[1], SAME),
+            "eh_proj.kernel": (self.projection, LINEAR),
+            "norm.weight": (self.last_norm, SAME),
+            "embed_tokens.weight": ("embed_tokens", SAME),
+            "lm_head.kernel": ("shared_head.head", LINEAR),
+        }
+        rows = {f"{{i}}.{ours}": (f"{self.parts}{name}.weight", layout) for ours, (name, layout) in parts.items()}
+        for ours, (theirs, layout) in layers.items():
+            if ours.startswith("layers.{i}."):
+                name = theirs.removeprefix(_LAYER)
+                rows["{i}.layer." + ours.removeprefix("layers.{i}.")] = (self.layer + name, layout)
+        return rows
+
+
+_DEEPSEEK = _Naming(_LAYER, _LAYER, ("enorm", "hnorm"), "eh_proj", "shared_head.norm", behind=True)
+_NAMINGS = {
+    "mimo": _Naming(
+        layer="model.mtp_layers.{i}.",
+        parts="model.mtp_layers.{i}.",
+        norms=("token_layernorm", "hidden_layernorm"),
+        projection="input_proj",
+        last_norm="final_layernorm",
+        hidden_first=True,
+    ),
+    "qwen3_next": _Naming(
+        layer="mtp.layers.{i}.",
+        parts="mtp.",
+        norms=("pre_fc_norm_embedding", "pre_fc_norm_hidden"),
+        projection="fc",
+        last_norm="norm",
+        most=1,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MTPLayout:
+    """The modules that a ``config.json`` speaks of.
+
+    Attributes:
+      decoder: their layers, one entry for each module.
+      num_hidden_layers: the target's layers.
+      hidden_first: their projections take the state before the embedding.
+      first: number of the first module in the names.
+      table: which tensor makes which parameter.
+      block: rows and columns that share a scale in FP8 weights, or None.
+      ours: matches the names of the modules' tensors, with a number in group 1 where they have one.
+    """
+
+    decoder: DecoderConfig
+    num_hidden_layers: int
+    hidden_first: bool
+    first: int
+    table: Table
+    block: tuple[int, int] | None
+    ours: re.Pattern
+
+    def select(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the modules' tensors of a folder, which may hold the target's as well."""
+        matches = {name: self.ours.match(name) for name in tensors}
+        return {
+            name: tensors[name]
+            for name, match in matches.items()
+            if match and (not match.groups() or int(match[1]) >= self.first)
+        }
+
+    def held(self, part: str, tensors: Mapping[str, Tensor]) -> bool:
+        """Returns whether a module has a part that may be the target's, "embed_tokens.weight" or "lm_head.kernel"."""
+        name = self.table["{i}." + part][0]
+        return any(name.format(i=self.first + k) in tensors for k in range(self.decoder.num_hidden_layers))
+
+
+def mtp_layout(raw: Mapping[str, Any]) -> MTPLayout:
+    """Reads the keys of a ``config.json``, of a target with MTP modules or of modules alone.
+
+    The modules' layers are what the target's last one is, with experts wherever the target has any.
+
+    Raises:
+      ValueError: there are no modules, or more than the family's layout has names for; the family has no layout; or a
+        key is missing, unknown, or has a value that the decoder does not compute.
+    """
+    kind = raw.get("model_type", "llama")
+    naming = _NAMINGS.get(kind, _DEEPSEEK) if isinstance(kind, str) else _DEEPSEEK
+    config = _read_config(kind, raw)
+    layers = _OTHER_TABLES.get(kind) or TABLES[kind]
+    if not any(theirs.startswith(_LAYER) for theirs, _ in layers.values()):
+        raise ValueError(f"model_type {kind!r} has no MTP layout; its layers are not named {_LAYER}*")
+    count = _num_modules(raw, 1 if kind == "qwen3_next" else 0)
+    if naming.most is not None and count > naming.most:
+        raise ValueError(f"there are {count} MTP modules; with model_type {kind!r} at most {naming.most} can be read")
+    last = dataclasses.replace(config.each_layer[-1], experts=config.experts is not None)
+    prefix = re.escape(naming.parts).replace(re.escape("{i}"), r"(\d+)")
+    return MTPLayout(
+        decoder=dataclasses.replace(config, num_hidden_layers=count, layers=(last,) * count),
+        num_hidden_layers=config.num_hidden_layers,
+        hidden_first=naming.hidden_first,
+        first=config.num_hidden_layers if naming.behind else 0,
+        table=naming.table(layers),
+        block=quantization_block(raw),
+        ours=re.compile(prefix),
+    )
+
+
+def _num_modules(raw: Mapping[str, Any], default: int) -> int:
+    given = {key: raw[key] for key in ("num_nextn_predict_layers", "num_mtp_layers") if raw.get(key) is not None}
+    if len(set(map(repr, given.values()))) > 1:
+        raise ValueError(f"config.json has {given}; give one of them")
+    for key, value in given.items():
+        check_integer(key, value, 0, MAX_LAYERS)
+    count = next(iter(given.values()), default)
+    if count < 1:
+        raise ValueError("the model has no MTP modules: num_nextn_predict_layers is 0 or missing in config.json")
+    return count
+
+
+def mtp_parameters(layout: MTPLayout, tensors: Mapping[str, Tensor], abstract: Any) -> Any:
+    """Returns the modules' parameters, read when they are used.
+
+    Args:
+      layout: of the folder's config.
+      tensors: what ``layout.select`` returned.
+      abstract: nested dicts of what has a shape: the parameters that the modules have.
+
+    Returns:
+      The same nested dicts of ``Parameter``.
+
+    Raises:
+      ValueError: a tensor is missing, of another shape or dtype than the config says, or unknown.
+    """
+    wanted = _sources(layout, abstract)
+    _check(tensors, wanted, layout.block, _why_left_out)
+    places: dict[Path, list[tuple[_Stored, Piece]]] = {}
+    for name, source in wanted.items():
+        stored = _Stored(tensors[name], tensors.get(name + _SCALE), layout.block)
+        for piece in source.pieces:
+            places.setdefault(piece.parameter, []).append((stored, piece))
+    opened: dict[Path, Parameter] = {path: _parameter(parts) for path, parts in places.items()}
+    return nested(opened)
+
+
+def _why_left_out(name: str) -> str | None:
+    return "a buffer, computed anew" if name.endswith(".rotary_emb.inv_freq") else None
+
+
+def mtp_tensors(layout: MTPLayout, params: Any) -> list[TensorSpec]:
+    """Returns the tensors of the modules' parameters, nested dicts of arrays, each made when it is read."""
+    arrays = dict(parameters(params))
+    specs = []
+    for name, source in _sources(layout, params).items():
+        held = [arrays[piece.parameter] for piece in source.pieces]
+        dtype = jnp.dtype(jnp.result_type(*(array.dtype for array in held)))
+        specs.append(TensorSpec(name, dtype, source.shape, partial(_tensor, source, held, dtype)))
+    return specs
+
+
+def _sources(layout: MTPLayout, params: Any) -> dict[str, Source]:
+    order = {row: place for place, row in enumerate(layout.table)}
+    leaves = {path: tuple(leaf.shape) for path, leaf in parameters(params)}
+    found: dict[str, Source] = {}
+    for path in sorted(leaves, key=lambda path: (path[0], order[_row(path)])):
+        row, place = layout.table[_row(path)]
+        shape, stacked = leaves[path], "{e}" in row
+        for expert in range(shape[0]) if stacked else (None,):
+            name = row.format(i=layout.first + int(path[0]), e=expert)
+            before = found[name].pieces if name in found else ()
+            piece = Piece(path, expert, shape[1:] if stacked else shape, place, before[-1].end if before else 0)
+            found[name] = Source(row, (*before, piece))
+    return found
+
+
+def _row(path: Path) -> str:
+    return ".".join(("{i}", *map(str, path[1:])))
+
+
+# Configs of families that are no targets here.
+
+
+def _read_config(kind: Any, raw: Mapping[str, Any]) -> DecoderConfig:
+    if kind == "mimo":  # Qwen2 in all but the name
+        if raw.get("attention_bias", True) is not True:
+            raise ValueError(f"attention_bias is {raw['attention_bias']!r}; MiMo's layers have biases")
+        own = ("architectures", "attention_bias")
+        return decoder_config({key: raw[key] for key in raw if key not in own} | {"model_type": "qwen2"})
+    if kind not in _READERS:
+        return decoder_config(raw)
+    keys = Keys(raw, "config.json")
+    keys.ignore("quantization_config", *_IGNORED)
+    config = _READERS[kind](keys)
+    keys.finish()
+    return config
+
+
+def _partly_rotary(keys: Keys, sizes: dict[str, Any], head_dim: int, part: float) -> dict[str, Any]:
+    """Takes the rotary positions of full attention that turn a part of each head; ``part`` where nothing is said."""
+    ropes = take_rope(keys, partial=True)
+    ropes[""].setdefault("partial_rotary_factor", part)
+    return sizes | {"head_dim": head_dim} | _layers(sizes, head_dim, ropes, [_FULL] * sizes["num_hidden_layers"], None)
+
+
+def _glm4_moe(keys: Keys) -> DecoderConfig:
+    sizes = _sizes(keys, max_position_embeddings=131072, num_key_value_heads=8, rms_norm_eps=1e-5)
+    head_dim = keys.integer("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"], most=MAX_HEAD)
+    dense, size = keys.integer("first_k_dense_replace", 1, least=0), keys.integer("moe_intermediate_size", 1408)
+    keys.only("scoring_func", "sigmoid")
+    keys.only("topk_method", "noaux_tc")
+    experts = ExpertsConfig(
+        num_experts=_num_experts(keys, "n_routed_experts", 128),
+        per_token=keys.integer("num_experts_per_tok", 8),
+        intermediate_size=size,
+        score="sigmoid",
+        renormalize=keys.flag("norm_topk_prob", True),
+        scale=keys.number("routed_scaling_factor", 1.0),
+        groups=keys.integer("n_group", 1),
+        best_groups=keys.integer("topk_group", 1),
+        corrected=True,
+        shared_size=size * keys.integer("n_shared_experts", 1, least=0),
+    )
+    alike = _partly_rotary(keys, sizes, head_dim, 0.5)
+    return DecoderConfig(
+        **_with_experts(alike, [i >= dense for i in range(sizes["num_hidden_layers"])]),
+        activation=_activation(keys, "hidden_act", "silu"),
+        attention_bias=keys.flag("attention_bias", False),
+        query_key_norm=keys.flag("use_qk_norm", False),
+        experts=experts,
+    )
+
+
+def _qwen3_next(keys: Keys) -> DecoderConfig:
+    """A layer of full attention: the others, of linear attention, are no part of the modules."""
+    sizes = _sizes(keys, max_position_embeddings=32768, num_key_value_heads=2)
+    head_dim = keys.integer("head_dim", 256, most=MAX_HEAD)
+    keys.only("decoder_sparse_step", 1)
+    keys.only("mlp_only_layers", [], None)
+    keys.ignore("layer_types", "full_attention_interval", "linear_conv_kernel_dim", "mtp_layer_types")
+    keys.ignore(*(f"linear_{what}" for what in ("key_head_dim", "value_head_dim", "num_key_heads", "num_value_heads")))
+    experts = ExpertsConfig(
+        num_experts=_num_experts(keys, "num_experts", 512),
+        per_token=keys.integer("num_experts_per_tok", 10),
+        intermediate_size=keys.integer("moe_intermediate_size", 512),
+        renormalize=keys.flag("norm_topk_prob", True),
+        shared_size=keys.integer("shared_expert_intermediate_size", 512),
+        shared_gate=True,
+    )
+    bias = keys.flag("attention_bias", False)
+    alike = _partly_rotary(keys, sizes, head_dim, 0.25)
+    return DecoderConfig(
+        **_with_experts(alike, [True] * sizes["num_hidden_layers"]),
+        norm="rms_one_plus",
+        activation=_activation(keys, "hidden_act", "silu"),
+        attention_bias=bias,
+        output_bias=bias,
+        output_gate=True,
+        query_key_norm=True,
+        experts=experts,
+    )
+
+
+_READERS: dict[str, Callable[[Keys], DecoderConfig]] = {"glm4_moe": _glm4_moe, "qwen3_next": _qwen3_next}

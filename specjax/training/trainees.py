@@ -1,0 +1,154 @@
+"""What a recipe trains: a model, or a draft head of the model whose states it reads."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from tokenizers import Tokenizer
+
+from specjax.checkpoint import save, write_json
+from specjax.drafters.feature import FeatureDrafter, Head
+from specjax.drafters.medusa import MedusaDrafter, init_medusa_params
+from specjax.drafters.model import ModelDrafter
+from specjax.drafters.mtp import MTPConfig, MTPHead, init_mtp_params
+from specjax.heads.eagle import eagle_head, write_eagle
+from specjax.heads.medusa import write_medusa
+from specjax.heads.mtp import write_mtp
+from specjax.hf.config import decoder_config
+from specjax.hf.keys import Keys
+from specjax.training.data import END_OF_TEXT
+from specjax.training.heads import head_objective, medusa_objective
+from specjax.training.objectives import Objective, make_objective
+from specjax.training.recipe import Recipe
+from specjax.transformer.decoder import decoder_model, init_params
+from specjax.types import Drafter, LanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainee:
+    """How to train, measure and write what a recipe describes.
+
+    Attributes:
+      init: ``init(key)`` returns fresh float32 parameters; the key is consumed.
+      objective: ``objective(loss)`` returns what to minimise.
+      drafter: ``drafter(params, num_draft)`` returns the drafter that the parameters make.
+      max_draft: the most tokens that it drafts, or None for any number.
+      write: ``write(folder, params, tokenizer, metrics)`` writes the checkpoint.
+    """
+
+    init: Callable[[Array], Any]
+    objective: Callable[[str], Objective]
+    drafter: Callable[[Any, int], Drafter]
+    max_draft: int | None
+    write: Callable[[Path, Any, Tokenizer, dict[str, Any]], None]
+
+
+def make_trainee(recipe: Recipe, teacher: LanguageModel | None) -> Trainee:
+    """Returns what the recipe trains; heads need the ``teacher`` that they draft for.
+
+    Raises:
+      ValueError: the architecture is described wrongly, or a head does not fit the teacher.
+    """
+    if recipe.head is None:
+        return _model(recipe)
+    assert teacher is not None, "a recipe of a head names its target"
+    return {"mtp": _mtp, "eagle": _eagle, "medusa": _medusa}[recipe.head](recipe, teacher)
+
+
+def _model(recipe: Recipe) -> Trainee:
+    config = decoder_config(recipe.architecture)
+
+    def write(folder: Path, params: Any, tokenizer: Tokenizer, metrics: dict[str, Any]) -> None:
+        stop = tokenizer.token_to_id(END_OF_TEXT)
+        dtype = str(jax.tree.leaves(params)[0].dtype)
+        save(folder, recipe.architecture | {"eos_token_id": stop, "torch_dtype": dtype}, params, tokenizer, metrics)
+
+    return Trainee(
+        init=lambda key: init_params(config, key),
+        objective=lambda loss: make_objective(loss, config),
+        drafter=lambda params, num_draft: ModelDrafter(decoder_model(config, params), num_draft),
+        max_draft=None,
+        write=write,
+    )
+
+
+def _chained(recipe: Recipe, head: Head, init: Callable[[Array], Any], write: Callable[[Path, Any], None]) -> Trainee:
+    return Trainee(
+        init=init,
+        objective=lambda loss: head_objective(loss, head, recipe.chain_steps),
+        drafter=lambda params, num_draft: FeatureDrafter(params, head, num_draft),
+        max_draft=None,
+        write=_with_metrics(write),
+    )
+
+
+def _with_metrics(write: Callable[[Path, Any], None]) -> Callable[[Path, Any, Tokenizer, dict[str, Any]], None]:
+    def write_all(folder: Path, params: Any, tokenizer: Tokenizer, metrics: dict[str, Any]) -> None:
+        del tokenizer  # the target's
+        write(folder, params)
+        write_json(folder / "metrics.json", metrics)
+
+    return write_all
+
+
+def _mtp(recipe: Recipe, teacher: LanguageModel) -> Trainee:
+    """``[architecture]`` holds the Hugging Face keys of the target, with the module's layer in place of its own."""
+    decoder = decoder_config(recipe.architecture | {"num_hidden_layers": 1})
+    head = MTPHead(MTPConfig(decoder))
+    _check_width(recipe, teacher, decoder.hidden_size, decoder.vocab_size)
+    config = recipe.architecture | {"num_hidden_layers": teacher.num_layers}
+    return _chained(
+        recipe,
+        head,
+        lambda key: init_mtp_params(head.config, key),
+        lambda folder, params: write_mtp(folder, config, params),
+    )
+
+
+def _eagle(recipe: Recipe, teacher: LanguageModel) -> Trainee:
+    """``[architecture]`` holds the keys of a published EAGLE config, of any layout."""
+    head = eagle_head(recipe.architecture, teacher)
+    if head.draft_vocab_size is not None:
+        raise ValueError(f"draft_vocab_size is {head.draft_vocab_size}; training is over all {head.vocab_size} tokens")
+
+    def write(folder: Path, params: Any) -> None:
+        write_eagle(folder, recipe.architecture, params, teacher, verifier=recipe.drafts_for)
+
+    return _chained(recipe, head, head.init_params, write)
+
+
+def _medusa(recipe: Recipe, teacher: LanguageModel) -> Trainee:
+    """``[architecture]`` holds ``medusa_num_heads`` and ``medusa_num_layers``; heads begin as the target's own."""
+    keys = Keys(recipe.architecture, "[architecture]")
+    count, blocks = keys.integer("medusa_num_heads"), keys.integer("medusa_num_layers", 1)
+    keys.finish()
+
+    def init(key: Array) -> Any:
+        del key  # nothing is drawn
+        assert teacher.embed is not None and teacher.unembed is not None
+        width = jax.eval_shape(teacher.embed, teacher.params, jax.ShapeDtypeStruct((1, 1), jnp.int32)).shape[-1]
+        kernel_dv = teacher.unembed(teacher.params, jnp.eye(width, dtype=jnp.float32)[None])[0]
+        return init_medusa_params(kernel_dv, count, blocks)
+
+    return Trainee(
+        init=init,
+        objective=lambda loss: medusa_objective(loss, count),
+        drafter=lambda params, num_draft: MedusaDrafter(params, num_draft),
+        max_draft=count,
+        write=_with_metrics(lambda folder, params: write_medusa(folder, params, recipe.drafts_for or "")),
+    )
+
+
+def _check_width(recipe: Recipe, teacher: LanguageModel, width: int, vocab: int) -> None:
+    if teacher.embed is None or teacher.num_layers is None:
+        raise ValueError(f"{recipe.drafts_for} does not say how it embeds tokens, or how many layers it has")
+    own = jax.eval_shape(teacher.embed, teacher.params, jax.ShapeDtypeStruct((1, 1), jnp.int32)).shape[-1]
+    if (width, vocab) != (own, teacher.vocab_size):
+        raise ValueError(
+            f"hidden_size {width} and vocab_size {vocab} are not those of {recipe.drafts_for}, {own} and "
+            f"{teacher.vocab_size}; give the target's"
+        )

@@ -1,0 +1,182 @@
+"""Training of draft heads: chains trained all at once are the chains that are drafted, and losses fall."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from specjax.drafters.mtp import MTPConfig, MTPHead, init_mtp_params
+from specjax.hf.config import decoder_config
+from specjax.training import losses
+from specjax.training.heads import chain_logits, head_objective
+from specjax.transformer.decoder import decoder_model, init_params
+
+VOCAB, LENGTH, STEPS = 23, 11, 4
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+LATENT = {
+    **SIZES,
+    "model_type": "deepseek_v3",
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 9,
+    "kv_lora_rank": 10,
+    "q_lora_rank": 9,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 5,
+    "moe_intermediate_size": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+}
+TARGET = decoder_config(SIZES)
+HEADS = {
+    "grouped queries": decoder_config({**SIZES, "num_hidden_layers": 1}),
+    "soft caps and a window": decoder_config(
+        {
+            **SIZES,
+            "model_type": "gemma2",
+            "num_hidden_layers": 1,
+            "head_dim": 4,
+            "sliding_window": 6,
+            "attn_logit_softcapping": 2.0,
+        }
+    ),
+    "latents": decoder_config({**LATENT, "num_hidden_layers": 1}),
+}
+
+
+def lively(params, seed):
+    """Parameters under which every part matters."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) / max(1, x.shape[0]) ** 0.5, x.dtype), params)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return decoder_model(TARGET, lively(init_params(TARGET, jax.random.key(0)), 0))
+
+
+@pytest.fixture(scope="module", params=HEADS)
+def head(request):
+    config = MTPConfig(HEADS[request.param])
+    return MTPHead(config), lively(init_mtp_params(config, jax.random.key(1)), 1)
+
+
+def text(rows=2, seed=2):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, VOCAB, (rows, LENGTH)), jnp.int32)
+
+
+def features_of(teacher, tokens, capture):
+    rows, length = tokens.shape
+    cache = teacher.init_cache(rows, length)
+    return teacher.forward(teacher.params, tokens, cache, jnp.zeros((rows,), jnp.int32), capture)
+
+
+def test_every_chain_is_the_one_that_would_be_drafted(teacher, head):
+    """Each start by itself: the true slots in a cache, then the head's own states one at a time."""
+    head, params = head
+    tokens = text()
+    taught = features_of(teacher, tokens, head.capture)
+    at_once = chain_logits(head, params, teacher, tokens, taught.features, STEPS)
+    run = jax.jit(lambda tokens, states, cache, start: head.run(params, teacher, tokens, states, cache, start))
+    compared = 0
+    for start in range(LENGTH - STEPS):
+        cache, begin = head.init_cache(params, 2, LENGTH), jnp.zeros(2, jnp.int32)
+        states, cache = run(tokens[:, 1 : start + 2], taught.features[0][:, : start + 1], cache, begin)
+        state = states[:, -1:]
+        for j in range(STEPS):
+            if j:
+                state, cache = run(tokens[:, start + j + 1 : start + j + 2], state, cache, begin + (start + j))
+            wanted = head.logits(params, teacher, state[:, 0])
+            np.testing.assert_allclose(at_once[j][:, start + j], wanted, atol=2e-5, rtol=0)
+            compared += 1
+    assert compared == STEPS * (LENGTH - STEPS)
+    assert np.std(at_once[2][:, 2:]) > 0.1
+
+
+@pytest.mark.parametrize("loss", ["next_token", "kl", "total_variation"])
+def test_the_objective_is_the_weighted_mean_of_its_steps(loss, teacher, head):
+    """Position by position in NumPy: slot i stands for token i + 2, and for the teacher's law behind token i + 1."""
+    head, params = head
+    tokens = text()
+    taught = features_of(teacher, tokens, head.capture)
+    steps = chain_logits(head, params, teacher, tokens, taught.features, 3)
+    target, values = np.asarray(taught.logits_btv, np.float64), []
+    for j, logits in enumerate(np.asarray(step, np.float64) for step in steps):
+        terms = []
+        for row in range(2):
+            for i in range(j, LENGTH - 2):
+                q = np.exp(logits[row, i] - logits[row, i].max())
+                q /= q.sum()
+                p = np.exp(target[row, i + 1] - target[row, i + 1].max())
+                p /= p.sum()
+                terms.append(
+                    {
+                        "next_token": -np.log(q[tokens[row, i + 2]]),
+                        "kl": np.sum(p * np.log(p / q)),
+                        "total_variation": 0.5 * np.abs(p - q).sum(),
+                    }[loss]
+                )
+        values.append(np.mean(terms))
+    expected = (values[0] + 0.8 * values[1] + 0.64 * values[2]) / 2.44
+    got = jax.jit(head_objective(loss, head, 3))(params, tokens, teacher)
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+
+
+def test_a_head_learns_what_it_is_trained_on(teacher):
+    head = MTPHead(MTPConfig(HEADS["grouped queries"]))
+    params = init_mtp_params(head.config, jax.random.key(3))
+    objective, optimizer = head_objective("kl", head, 2), optax.adam(1e-2)
+    tokens = text(4)
+
+    @jax.jit
+    def step(params, state):
+        loss, grads = jax.value_and_grad(objective)(params, tokens, teacher)
+        updates, state = optimizer.update(grads, state)
+        return optax.apply_updates(params, updates), state, loss
+
+    with jax.numpy_dtype_promotion("standard"):
+        state, values = optimizer.init(params), []
+        for _ in range(60):
+            params, state, loss = step(params, state)
+            values.append(float(loss))
+    assert np.isfinite(values).all()
+    assert values[-1] < 0.5 * values[0]
+
+
+# Losses over a part of the vocabulary.
+
+
+@pytest.mark.parametrize("loss", ["next_token", "kl", "total_variation"])
+def test_tokens_that_cannot_be_drafted_count_for_nothing(loss):
+    """As if the vocabulary were the part, over the positions whose token lies in it; gradients stay finite."""
+    rng = np.random.default_rng(0)
+    draft, target = (rng.normal(size=(2, 6, VOCAB)).astype(np.float32) for _ in range(2))
+    tokens = rng.integers(0, VOCAB, (2, 6)).astype(np.int32)
+    part = np.arange(0, VOCAB, 2)
+    limited = np.full_like(draft, -np.inf)
+    limited[..., part] = draft[..., part]
+    wanted = tokens if loss == "next_token" else target.argmax(-1)
+    kept = wanted % 2 == 0
+    assert 0 < kept.sum() < kept.size
+    small_draft, small_target, small_tokens = draft[kept][:, part][None], target[kept][:, part][None], tokens[kept] // 2
+    expected = losses.draft(loss, *map(jnp.asarray, (small_draft, small_target, small_tokens[None])))
+    value, gradient = jax.value_and_grad(lambda x: losses.draft(loss, x, jnp.asarray(target), jnp.asarray(tokens)))(
+        jnp.asarray(limited)
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert np.isfinite(gradient).all()
+    assert not np.any(np.asarray(gradient)[..., 1::2])
+
+
+def test_nothing_to_draft_is_no_loss():
+    nothing = jnp.full((1, 2, VOCAB), -jnp.inf).at[..., 0].set(0.0)
+    target = jnp.zeros((1, 2, VOCAB)).at[..., 3].set(5.0)
+    assert float(losses.draft("kl", nothing, target, jnp.ones((1, 2), jnp.int32))) == 0

@@ -1,0 +1,338 @@
+"""Medusa: folders against a NumPy twin, heads that must be accepted in full, the loop around them, and bad input."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference_medusa
+from safetensors.numpy import load_file, save_file
+from test_compiled import compilations
+
+import specjax
+from specjax.drafters.medusa import MedusaDrafter, head_logits, init_medusa_params
+from specjax.heads.medusa import open_medusa, write_medusa
+from specjax.transformer.config import DecoderConfig
+from specjax.transformer.decoder import decoder_model, init_params
+
+VOCAB, WIDTH, HEADS = 19, 16, 3
+FILE = "medusa_lm_head.safetensors"
+PROMPTS = [[3], [1, 5], [2, 4, 1, 0, 5, 3, 2]]
+
+
+@pytest.fixture(scope="module")
+def target():
+    config = DecoderConfig(VOCAB, WIDTH, 24, 2, 4, 2, max_position_embeddings=128)
+    params = init_params(config, jax.random.key(0))
+    return decoder_model(config, jax.tree.map(lambda x: x * 8 if x.ndim == 2 else x, params))
+
+
+def published(blocks, heads=HEADS, prefix="", seed=0):
+    """Returns random tensors by the published names."""
+    random = np.random.default_rng(seed)
+    tensors = {}
+    for i in range(heads):
+        for k in range(blocks):
+            tensors[f"{prefix}{i}.{k}.linear.weight"] = random.normal(scale=0.3, size=(WIDTH, WIDTH))
+            tensors[f"{prefix}{i}.{k}.linear.bias"] = random.normal(size=(WIDTH,))
+        tensors[f"{prefix}{i}.{blocks}.weight"] = random.normal(size=(VOCAB, WIDTH))
+    return {name: array.astype(np.float32) for name, array in tensors.items()}
+
+
+def write(folder, tensors, blocks=1, name=FILE, **config):
+    folder.mkdir(exist_ok=True)
+    wanted = {"medusa_num_heads": HEADS, "medusa_num_layers": blocks, "base_model_name_or_path": "some/target"}
+    (folder / "config.json").write_text(json.dumps(wanted | config))
+    save_file(tensors, folder / name)
+    return folder
+
+
+# Against the twin.
+
+
+@pytest.mark.parametrize(
+    ("blocks", "prefix", "name"),
+    [(1, "", FILE), (2, "", FILE), (1, "medusa_head.", "model.safetensors")],
+    ids=["one block", "two blocks", "prefixed, in model.safetensors"],
+)
+def test_heads_equal_the_twin(target, tmp_path, blocks, prefix, name):
+    """Each head, at every position of a text, on the states of a real pass."""
+    folder = write(tmp_path / "heads", published(blocks, prefix=prefix), blocks, name)
+    drafter = open_medusa(folder, target, HEADS)
+    tokens = jnp.asarray([[4, 1, 18, 7, 2, 9]], jnp.int32)
+    start = jnp.zeros((1,), jnp.int32)
+    (states,) = target.forward(target.params, tokens, target.init_cache(1, 6), start, (-1,)).features
+    tensors = published(blocks)
+    for i in range(HEADS):
+        wanted = [reference_medusa.logits(tensors, i, state) for state in np.asarray(states[0])]
+        np.testing.assert_allclose(head_logits(drafter.params[i], states)[0], wanted, atol=1e-4)
+
+
+def test_a_round_reads_the_state_before_the_last_token(target, tmp_path):
+    """What ``draw`` is given is head i on the state at position n - 2, in rows of all lengths."""
+    drafter = open_medusa(write(tmp_path / "heads", published(1)), target, HEADS)
+    prompt, length = specjax.pad_prompts(PROMPTS)
+    state = specjax.prefill(target, prompt, length, drafter=drafter, max_new_tokens=8)
+    given = []
+
+    def draw(logits_bv, prefix_bi):
+        given.append(logits_bv)
+        return jnp.full((3,), len(given), jnp.int32), jax.nn.softmax(logits_bv)
+
+    context = specjax.Context(target, state.cache, state.tokens_bs, state.length_b)
+    proposal, _ = drafter.propose(state.draft, context, draw)
+    assert proposal.length_b.tolist() == [0, HEADS, HEADS]
+    assert proposal.tokens_bg.tolist() == [[1, 2, 3]] * 3
+    for row in (1, 2):
+        tokens = jnp.asarray([PROMPTS[row]], jnp.int32)
+        cache = target.init_cache(1, tokens.shape[1])
+        (states,) = target.forward(target.params, tokens, cache, jnp.zeros((1,), jnp.int32), (-1,)).features
+        for i in range(HEADS):
+            wanted = reference_medusa.logits(published(1), i, np.asarray(states[0, -2]))
+            np.testing.assert_allclose(given[i][row], wanted, atol=1e-4)
+
+
+def test_written_heads_are_read_back_and_have_the_published_names(target, tmp_path):
+    drafter = open_medusa(write(tmp_path / "heads", published(2), 2), target, HEADS)
+    write_medusa(tmp_path / "copy", drafter.params, "some/target")
+    tensors = published(2)
+    copied = load_file(tmp_path / "copy" / FILE)
+    assert copied.keys() == tensors.keys()
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(copied[name], array)
+    config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    assert (config["medusa_num_heads"], config["medusa_num_layers"]) == (HEADS, 2)
+    again = open_medusa(tmp_path / "copy", target, HEADS)
+    jax.tree.map(np.testing.assert_array_equal, again.params, drafter.params)
+
+
+def test_only_the_heads_that_draft_are_kept_in_the_dtype_asked_for(target, tmp_path):
+    folder = write(tmp_path / "heads", published(1))
+    drafter = open_medusa(folder, target, 2, "bfloat16")
+    assert set(drafter.params) == {0, 1}
+    assert {leaf.dtype for leaf in jax.tree.leaves(drafter.params)} == {jnp.dtype("bfloat16")}
+    out = generate(target, drafter, PROMPTS, 20)
+    assert out.tokens_bs.tolist() == generate(target, None, PROMPTS, 20).tokens_bs.tolist()
+
+
+def test_a_config_may_count_fewer_heads_than_there_are(target, tmp_path):
+    """As published for Vicuna."""
+    folder = write(tmp_path / "heads", published(1, heads=5), medusa_num_heads=2)
+    assert len(open_medusa(folder, target, 5).params) == 5
+
+
+def test_new_heads_are_the_targets_own(target):
+    params = init_medusa_params(target.params["lm_head"]["kernel"], 2, 3)
+    states = jax.random.normal(jax.random.key(1), (2, 4, WIDTH))
+    wanted = target.unembed(target.params, states)
+    for i in range(2):
+        np.testing.assert_allclose(head_logits(params[i], states), wanted, atol=1e-5)
+
+
+# Heads that must agree.
+
+
+@functools.cache
+def affine(multiplier=3, offset=5, size=VOCAB):
+    """A target whose state is its last token, one-hot, and whose next token is an affine function of that."""
+    following = (multiplier * np.arange(size) + offset) % size
+
+    def init_cache(rows, slots):
+        return jnp.zeros((rows, slots), jnp.int32)
+
+    def forward(params, tokens_bt, cache, start_b, capture=()):
+        states = jax.nn.one_hot(tokens_bt, size)
+        return specjax.Output(states @ params, (states,) * len(capture), cache)
+
+    model = specjax.LanguageModel(30 * np.eye(size, dtype=np.float32)[following], forward, init_cache, size)
+    return model, following
+
+
+def perfect(following, heads):
+    """Heads with random blocks, whose last layer undoes them: head i gives the token i + 2 steps on."""
+    random = np.random.default_rng(0)
+    size, params, ahead = len(following), {}, following
+    for i in range(heads):
+        ahead = following[ahead]
+        block = {"kernel": random.normal(scale=0.1, size=(size, size)), "bias": random.normal(size=(size,))}
+        y = np.eye(size) @ block["kernel"] + block["bias"]
+        states = np.eye(size) + y / (1 + np.exp(-y))
+        kernel = np.linalg.solve(states, 30 * np.eye(size)[ahead])
+        params[i] = {"blocks": {0: block}, "lm_head": {"kernel": kernel}}
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+
+
+def generate(target, drafter, prompts, new, temperature=0.0, **settings):
+    prompt, length = specjax.pad_prompts(prompts)
+    sampling = specjax.Sampling(temperature=temperature, seed=list(range(len(prompts))))
+    return specjax.generate(target, prompt, length, drafter=drafter, sampling=sampling, max_new_tokens=new, **settings)
+
+
+def walk(following, token, length):
+    """Returns the text that begins with a token."""
+    text = [token]
+    while len(text) < length:
+        text.append(int(following[text[-1]]))
+    return text
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("g", range(1, 6))
+def test_perfect_heads_are_accepted_in_full(g, temperature):
+    """Prompts follow the law, too: a head cannot know what was forced upon the target."""
+    target, following = affine()
+    prompts = [walk(following, token, length) for token, length in ((3, 1), (8, 2), (2, 7))]
+    out = generate(target, MedusaDrafter(perfect(following, g), g), prompts, 31, temperature)
+    stats = out.stats
+    assert (np.asarray(stats.drafted_at_bg) > 0).all()
+    np.testing.assert_array_equal(stats.accepted_at_bg, stats.drafted_at_bg)
+    # All rounds emit g + 1 tokens, but for the first of a row of one token, and the last.
+    assert stats.rounds_b.tolist() == [1 + -(-30 // (g + 1)), -(-31 // (g + 1)), -(-31 // (g + 1))]
+    for row, prompt in enumerate(prompts):
+        assert out.tokens_bs[row, : out.length_b[row]].tolist() == walk(following, prompt[0], len(prompt) + 31)
+
+
+def test_heads_one_place_off_are_rejected():
+    """So the test above sees a shift."""
+    target, following = affine()
+    heads = perfect(following, 4)
+    drafter = MedusaDrafter({i: heads[i + 1] for i in range(3)}, 3)
+    stats = generate(target, drafter, [walk(following, 2, length) for length in (1, 2, 7)], 31).stats
+    assert 5 * stats.accepted_b.sum() < stats.drafted_b.sum()
+
+
+# The loop around random heads.
+
+
+@pytest.fixture(scope="module")
+def drafter(target):
+    """The target's own head with some noise, of which some drafts are accepted."""
+    params = init_medusa_params(target.params["lm_head"]["kernel"], HEADS)
+    noisy = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(2), x.shape), params)
+    return MedusaDrafter(noisy, HEADS)
+
+
+@pytest.mark.parametrize("rule", [specjax.verify.token, specjax.verify.block, specjax.verify.coupled])
+def test_greedy_texts_are_those_of_plain_decoding(target, drafter, rule):
+    plain = generate(target, None, PROMPTS, 40)
+    drafted = generate(target, drafter, PROMPTS, 40, verify=rule)
+    np.testing.assert_array_equal(drafted.tokens_bs, plain.tokens_bs)
+    assert 0 < drafted.stats.accepted_b.sum() < drafted.stats.drafted_b.sum()
+
+
+def test_a_text_ends_at_its_stop_token(target, drafter):
+    plain = np.asarray(generate(target, None, PROMPTS, 40).tokens_bs)
+    stop = int(plain[2, len(PROMPTS[2]) + 9])
+    wanted = generate(target, None, PROMPTS, 40, stop_tokens=(stop,))
+    out = generate(target, drafter, PROMPTS, 40, stop_tokens=(stop,))
+    assert out.length_b.tolist() == wanted.length_b.tolist()
+    np.testing.assert_array_equal(out.tokens_bs, wanted.tokens_bs)
+    assert out.length_b[2] <= len(PROMPTS[2]) + 10
+
+
+def test_a_row_does_not_depend_on_its_neighbours(target, drafter):
+    one = generate(target, drafter, PROMPTS[2:], 30, 1.0)
+    prompt, length = specjax.pad_prompts([PROMPTS[2], *PROMPTS[:2]])
+    sampling = specjax.Sampling(temperature=[1.0, 0.0, 1.5], seed=[0, 8, 9])
+    many = specjax.generate(target, prompt, length, drafter=drafter, sampling=sampling, max_new_tokens=30)
+    assert many.tokens_bs[0].tolist() == one.tokens_bs[0].tolist()
+    assert many.stats.accepted_at_bg[0].tolist() == one.stats.accepted_at_bg[0].tolist()
+
+
+def test_other_prompts_and_other_heads_compile_nothing(target, drafter):
+    generate(target, drafter, PROMPTS, 20)
+    other = drafter.replace(params=jax.tree.map(lambda x: x + 1, drafter.params))
+    with compilations() as names:
+        jax.block_until_ready(generate(target, other, [[5, 5], [1], [7, 8, 9]], 20, 0.7))
+    assert names == []
+
+
+# Bad input.
+
+
+def without(name):
+    return {key: value for key, value in published(1).items() if key != name}
+
+
+BAD = {
+    "no such family": ({"medusa_num_heads": None}, published(1), "medusa_num_heads must be an integer"),
+    "another model": ({"model_type": "llama"}, published(1), "model_type.*is 'llama'"),
+    "unknown flag": ({"medusa_fc_bias": True}, published(1), "medusa_fc_bias.*unknown"),
+    "too few tensors": ({"medusa_num_heads": 4}, published(1), r"missing, such as '3.0.linear.bias'"),
+    "too many heads": ({"medusa_num_heads": 10**9}, published(1), "at most 100"),
+    "another number of blocks": ({"medusa_num_layers": 2}, published(1), "missing"),
+    "a missing tensor": ({}, without("1.0.linear.weight"), "1 tensors are missing, such as '1.0.linear.weight'"),
+    "a missing head": ({}, without("0.1.weight"), "missing, such as '0.1.weight'"),
+    "an unknown tensor": ({}, published(1) | {"lm_head.weight": np.zeros((2, 2), np.float32)}, "unknown.*lm_head"),
+    "another shape": ({}, published(1) | {"0.0.linear.bias": np.zeros((3,), np.float32)}, r"\(3,\); config.json asks"),
+    "integers": ({}, published(1) | {"0.0.linear.bias": np.zeros((WIDTH,), np.int32)}, "has dtype int32"),
+    "the config's width": ({"hidden_size": 8}, published(1), r"config.json asks for \(8"),
+    "the config's vocabulary": ({"vocab_size": 8}, published(1), r"config.json asks for \(8, 16\)"),
+}
+
+
+@pytest.mark.parametrize(("config", "tensors", "message"), BAD.values(), ids=BAD)
+def test_a_bad_folder_is_refused(target, tmp_path, config, tensors, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        open_medusa(write(tmp_path / "heads", tensors, **config), target, 2)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_two_names_for_one_tensor_are_refused(target, tmp_path):
+    tensors = published(1) | published(1, prefix="medusa_head.")
+    with pytest.raises(ValueError, match="one name"):
+        open_medusa(write(tmp_path / "heads", tensors), target, 2)
+
+
+def test_a_config_of_another_layout_is_refused(target, tmp_path):
+    folder = write(tmp_path / "heads", published(1))
+    (folder / "config.json").write_text(json.dumps({"model_type": "medusa", "num_heads": 3}))
+    with pytest.raises(ValueError, match="lacks the key 'medusa_num_heads'; give a folder in the layout of"):
+        open_medusa(folder, target, 2)
+
+
+def test_a_pickle_is_never_opened(target, tmp_path):
+    folder = write(tmp_path / "heads", published(1))
+    (folder / FILE).rename(folder / "medusa_lm_head.pt")
+    with pytest.raises(ValueError, match=r"pickle medusa_lm_head\.pt, which is never opened; convert it.*weights_only"):
+        open_medusa(folder, target, 2)
+
+
+def test_no_heads_are_refused(target, tmp_path):
+    (tmp_path / "config.json").write_text('{"medusa_num_heads": 3}')
+    with pytest.raises(ValueError, match="holds neither"):
+        open_medusa(tmp_path, target, 2)
+
+
+@pytest.mark.parametrize("num_draft", [0, True, HEADS + 1])
+def test_there_is_a_head_for_each_draft(target, tmp_path, num_draft):
+    with pytest.raises(ValueError, match="num_draft"):
+        open_medusa(write(tmp_path / "heads", published(1)), target, num_draft)
+
+
+def test_heads_for_another_target_are_refused_when_opened(tmp_path):
+    folder = write(tmp_path / "heads", published(1))
+    with pytest.raises(ValueError, match=f"for {VOCAB} tokens and the target has 7"):
+        open_medusa(folder, affine(size=7)[0], 2)
+    with pytest.raises(ValueError, match=f"states of width {WIDTH} and the target's are {VOCAB} wide"):
+        open_medusa(folder, affine()[0], 2)
+
+
+def test_heads_that_do_not_fit_compile_no_loop(target, drafter):
+    """Also where they were not opened from a folder."""
+    with compilations() as names:
+        with pytest.raises(ValueError, match=f"read states of width {WIDTH} and the target's are {VOCAB} wide"):
+            generate(affine()[0], drafter, PROMPTS, 4)
+        with pytest.raises(ValueError, match="num_draft is 4 and there are 3 Medusa heads"):
+            generate(target, drafter.replace(num_draft=4), PROMPTS, 4)
+    assert not [name for name in names if "generate" in str(name)]
+
+
+def test_heads_of_unequal_shapes_are_not_written(tmp_path):
+    params = init_medusa_params(jnp.zeros((4, 5)), 2)
+    params[1]["blocks"] = {}
+    with pytest.raises(ValueError, match="head 1 has the shapes"):
+        write_medusa(tmp_path / "heads", params)
+    assert not (tmp_path / "heads").exists()
