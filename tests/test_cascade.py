@@ -66,18 +66,16 @@ class TableHead:
 
 
 @struct.dataclass
-class Follower(ModelDrafter):
-    """A model that is told in one pass what another drafted."""
+class Led(ModelDrafter):
+    """A model that cannot be told what another drafted, and drafts along in every round."""
 
-    def follow(self, state, context, tokens_bg):
-        start_b = jnp.maximum(context.length_b - 2, 0)
-        two_b2 = jnp.take_along_axis(context.tokens_bs, start_b[:, None] + jnp.arange(2, dtype=jnp.int32)[None], axis=1)
-        fed_bt = jnp.concatenate([two_b2, tokens_bg[:, :-1]], axis=1)
-        return self.model.forward(self.model.params, fed_bt, state, start_b).cache
+    @property
+    def follow(self):
+        raise AttributeError("follow")
 
 
 @struct.dataclass
-class Deaf(ModelDrafter):
+class Deaf(Led):
     """A model that feeds itself something else where the first's drafts are taken."""
 
     def propose(self, state, context, draw):
@@ -89,7 +87,7 @@ class Deaf(ModelDrafter):
 
 
 @struct.dataclass
-class Forgetful(Follower):
+class Forgetful(ModelDrafter):
     """A model that does not listen where it is to follow."""
 
     def follow(self, state, context, tokens_bg):
@@ -103,7 +101,7 @@ def same_vocabulary():
 
 SECONDS = {
     "model": lambda: ModelDrafter(target(), DRAFTS),
-    "model that follows": lambda: Follower(target(), DRAFTS),
+    "model that is led": lambda: Led(target(), DRAFTS),
     "early exit": lambda: EarlyExitDrafter(1, DRAFTS),
     "feature head": lambda: FeatureDrafter(target().params, TableHead(), DRAFTS),
     "shared vocabulary": same_vocabulary,
@@ -206,7 +204,7 @@ def test_perfect_medusa_heads_keep_up():
 # Whose drafts.
 
 
-@pytest.mark.parametrize("second", [ModelDrafter, Follower])
+@pytest.mark.parametrize("second", [ModelDrafter, Led])
 def test_each_row_takes_the_firsts_drafts_or_the_seconds(second):
     """And each draft's q is the law it came from: one-hot of the first's, what was drawn from of the second's."""
     drafter = Cascade(NGramDrafter(DRAFTS), second(target(), DRAFTS))
@@ -282,11 +280,11 @@ def generate(target, drafter, prompts, new, temperature=0.0, **settings):
     return specjax.generate(target, prompt, length, drafter=drafter, sampling=sampling, max_new_tokens=new, **settings)
 
 
-@pytest.fixture(scope="module", params=["early exit", "model that follows"])
+@pytest.fixture(scope="module", params=["early exit", "model"])
 def pair(request):
     """A decoder, and prompt lookup before a worse drafter than the target itself."""
     model = tiny_decoder(3, 2, 0, scale=8)
-    seconds = {"early exit": EarlyExitDrafter(2, 2), "model that follows": Follower(tiny_decoder(2, 1, 1, scale=8), 2)}
+    seconds = {"early exit": EarlyExitDrafter(2, 2), "model": ModelDrafter(tiny_decoder(2, 1, 1, scale=8), 2)}
     return model, Cascade(NGramDrafter(2, 1, 3), seconds[request.param])
 
 

@@ -251,6 +251,26 @@ def test_drafts_of_a_row_do_not_depend_on_its_neighbours(decoder):
         assert not np.array_equal(one[1][1:], other[1][1:])
 
 
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_following_leaves_what_drafting_the_same_tokens_would(decoder, drafts):
+    """Up to the last draft, which drafting does not feed; rows of one token have no second to feed again."""
+    drafter = specjax.ModelDrafter(decoder, drafts)
+    state = prefilled(decoder, drafter, [[3], [3, 1], [2, 4, 3, 1]], specjax.Sampling(temperature=0.0))
+    context = specjax.Context(decoder, state.cache, state.tokens_bs, state.length_b)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (3, drafts)), jnp.int32)
+
+    def draw(logits_bv, prefix_bi):
+        return tokens[:, prefix_bi.shape[1]], jax.nn.softmax(logits_bv)
+
+    _, drafted = drafter.propose(state.draft, context, draw)
+    followed = drafter.follow(state.draft, context, tokens)
+    for one, other in zip(jax.tree.leaves(drafted), jax.tree.leaves(followed), strict=True):
+        for row, length in enumerate(np.asarray(state.length_b)):
+            end = length + drafts - 1
+            np.testing.assert_allclose(one[row, :, :end], other[row, :, :end], atol=1e-5, rtol=0)
+            assert np.any(one[row, :, end - 1])
+
+
 def test_commit_names_the_tokens_that_stay():
     """A recurrent draft model would roll back to them: every token fed before the row's end, then the accepted ones
     that were fed. The last draft of a round is not fed."""

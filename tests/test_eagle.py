@@ -721,6 +721,8 @@ BAD_CONFIGS = {
     "another draft vocabulary": (SPECULATORS, {"draft_vocab_size": DRAFTED + 1}, r"'d2t' is int64 \(11,\)"),
     "another kind of head": (SPECULATORS, {"speculators_model_type": "mtp"}, "'mtp', no EAGLE head"),
     "another family": (FORGE, {"architectures": ["MedusaModel"]}, r"\['MedusaModel'\], no EAGLE head"),
+    "a family that is no name": (FORGE, {"architectures": [[1]]}, r"\[\[1\]\], no EAGLE head"),
+    "a size that is no number": (FORGE, {"draft_vocab_size": float("nan")}, "draft_vocab_size must be an integer"),
     "another family of layers": (
         SPECULATORS,
         {"transformer_layer_config": LAYER | {"model_type": "gpt_oss"}},

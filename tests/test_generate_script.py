@@ -417,7 +417,7 @@ def no_stdin(monkeypatch):
 
 def test_coupled_gives_one_text_with_any_drafter(script, pair, tmp_path, no_stdin):
     texts = []
-    for drafter in (f"model:{pair / 'draft'}", "ngram", "none"):
+    for drafter in (f"model:{pair / 'draft'}", "ngram", "early-exit:1", "cascade:ngram,early-exit:1", "none"):
         argv = ["--target", pair / "target", "--drafter", drafter, "--verify", "coupled", "--temperature", 1]
         argv += ["--prompt", "f(x) f(x)", "--max-new-tokens", 40, "--num-draft", 2, "--json", tmp_path / "out.json"]
         out, _ = run(script, *argv)
@@ -425,7 +425,7 @@ def test_coupled_gives_one_text_with_any_drafter(script, pair, tmp_path, no_stdi
         texts.append((out, result["prompts"][0]["tokens"]))
         assert "speedup" not in result
         assert (result["emitted_per_round"] == 1) == (drafter == "none" or result["prompts"][0]["accepted"] == 0)
-    assert texts[0] == texts[1] == texts[2]
+    assert all(text == texts[0] for text in texts)
 
 
 def test_a_draft_of_another_tokenizer_drafts_what_both_have(script, pair, tmp_path, no_stdin):
@@ -487,6 +487,11 @@ ERRORS = {
     "draft without a token in common": (["--drafter", "model:{pair}/foreign"], "no token of the target's vocabulary"),
     "missing draft": (["--drafter", "model:{pair}/absent"], "absent is not a folder"),
     "unknown drafter": (["--drafter", "eagle"], "'eagle'; give model:DIR, ngram or none"),
+    "early exit without a number": (["--drafter", "early-exit:x"], "'early-exit:x'; give model:DIR"),
+    "early exit too deep": (["--drafter", "early-exit:9"], "depth is 9 and the target has 1 layers"),
+    "cascade of one": (["--drafter", "cascade:ngram"], "'cascade:ngram'; give model:DIR"),
+    "cascade of none": (["--drafter", "cascade:ngram,none"], "'cascade:ngram,none'; give"),
+    "heads that are none": (["--drafter", "medusa:{pair}/empty"], "config.json does not exist"),
     "drafter without folder": (["--drafter", "model:"], "'model:'; give model:DIR, ngram or none"),
     "unknown rule": (["--verify", "tree"], "invalid choice: 'tree'"),
     "no drafts": (["--num-draft", "0"], "num_draft is 0"),
@@ -528,6 +533,7 @@ def damaged(pair):
         if pre_tokenizer is not None:
             strange.pre_tokenizer = pre_tokenizer
         strange.save(str(pair / name / "tokenizer.json"))
+    (pair / "empty").mkdir()
     shutil.copytree(pair / "target", pair / "strict")
     (pair / "strict" / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
     shutil.copytree(pair / "target", pair / "endless")

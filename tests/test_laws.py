@@ -17,7 +17,17 @@ from flax import struct
 from jax.scipy.special import gammaincc
 
 import specjax
-from specjax import ModelDrafter, NGramDrafter, Proposal, Sampling, Verdict, verify
+from specjax import (
+    Cascade,
+    EarlyExitDrafter,
+    MedusaDrafter,
+    ModelDrafter,
+    NGramDrafter,
+    Proposal,
+    Sampling,
+    Verdict,
+    verify,
+)
 from specjax import sampling as sampling_lib
 from specjax.drafters.shared_vocabulary import shared_vocabulary_drafter
 from specjax.testing import table_logits, table_model
@@ -37,7 +47,14 @@ def random_table(seed):
 
 TABLE = random_table(0)
 TABLE[0, 1, 2] = TABLE[2, 2, 0] = TABLE[1, 0, :2] = IMPOSSIBLE
-TARGET = table_model(TABLE)
+
+
+def leave_early(params, tokens_bt, cache, start_b, depth):
+    """Another law than the whole target's."""
+    return table_model(TABLE).forward(jnp.roll(params, 1, axis=-1), tokens_bt, cache, start_b)
+
+
+TARGET = table_model(TABLE).replace(early_exit=leave_early, num_layers=1)
 # Likes what the target does not, the impossible above all.
 AGAINST = np.where(TABLE == IMPOSSIBLE, 3, -2 * TABLE).astype(np.float32)
 
@@ -77,6 +94,12 @@ def other_vocabulary():
     return shared_vocabulary_drafter(table_model(table), shared, DRAFTS)
 
 
+def medusa_head(*logits):
+    """The target's states are zero and one wide; a block makes something of them."""
+    block = {"kernel": jnp.ones((1, 1)), "bias": jnp.ones((1,))}
+    return {"blocks": {0: block}, "lm_head": {"kernel": jnp.asarray([logits], jnp.float32)}}
+
+
 RULES = {"token": verify.token, "block": verify.block, "coupled": verify.coupled}
 DRAFTERS = {
     "another model": ModelDrafter(table_model(random_table(1)), DRAFTS),
@@ -85,6 +108,10 @@ DRAFTERS = {
     "another vocabulary": other_vocabulary(),
     "n-gram": NGramDrafter(DRAFTS, min_n=1, max_n=2),
     "ragged": RaggedDrafter(jnp.asarray([0.5, -0.5, 1.0])),
+    "medusa": MedusaDrafter({0: medusa_head(0.5, -0.5, 1.0), 1: medusa_head(-1.0, 1.0, 0.0)}, DRAFTS),
+    "early exit": EarlyExitDrafter(1, DRAFTS),
+    "n-gram, else a model": Cascade(NGramDrafter(DRAFTS, 1, 2), ModelDrafter(table_model(random_table(1)), DRAFTS)),
+    "n-gram, else early exit": Cascade(NGramDrafter(DRAFTS, 2, 2), EarlyExitDrafter(1, DRAFTS)),
 }
 PENALTIES = ("repetition", "presence", "frequency")
 PLAIN, FILTERED, PENALIZED = {}, {"temperature": 0.7, "top_k": 2, "top_p": 0.9}, {"repetition": 1.5, "frequency": 0.7}

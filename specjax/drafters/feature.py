@@ -102,13 +102,7 @@ class FeatureDrafter:
     def propose(self, state: FeatureState, context: Context, draw: Draw) -> tuple[Proposal, FeatureState]:
         """Samples a chain of ``num_draft`` tokens."""
         length_b = context.length_b
-        place_t = jnp.arange(self.num_draft + 1, dtype=jnp.int32)[None]
-        at_bt = jnp.minimum(state.start_b[:, None] + 1 + place_t, context.tokens_bs.shape[1] - 1)
-        # What lies past the row's last token fills slots behind the last good one, which are written before they count.
-        fed_bt = jnp.take_along_axis(context.tokens_bs, at_bt, axis=1)
-        states_btd, cache = self.head.run(
-            self.params, context.target, fed_bt, state.states_btd, state.cache, state.start_b
-        )
+        states_btd, cache = self._rewritten(state, context)
         last_b11 = jnp.maximum(length_b - 2 - state.start_b, 0)[:, None, None]
         state_bd = jnp.take_along_axis(states_btd, last_b11, axis=1)[:, 0]
         tokens, probs = [], []
@@ -128,6 +122,19 @@ class FeatureDrafter:
                 state_bd = states_btd[:, 0]
         proposal = Proposal(jnp.stack(tokens, axis=1), jnp.stack(probs, axis=1), drafted_b)
         return proposal, dataclasses.replace(state, cache=cache)
+
+    def follow(self, state: FeatureState, context: Context, tokens_bg: Array) -> FeatureState:
+        """Writes the true states. Those of the tokens drafted elsewhere will be true when they are written."""
+        del tokens_bg
+        return dataclasses.replace(state, cache=self._rewritten(state, context)[1])
+
+    def _rewritten(self, state: FeatureState, context: Context) -> tuple[Array, Cache]:
+        """Feeds the true states of the last round; returns the head's, and its cache."""
+        place_t = jnp.arange(self.num_draft + 1, dtype=jnp.int32)[None]
+        at_bt = jnp.minimum(state.start_b[:, None] + 1 + place_t, context.tokens_bs.shape[1] - 1)
+        # What lies past the row's last token fills slots behind the last good one, which are written before they count.
+        fed_bt = jnp.take_along_axis(context.tokens_bs, at_bt, axis=1)
+        return self.head.run(self.params, context.target, fed_bt, state.states_btd, state.cache, state.start_b)
 
     def commit(
         self, state: FeatureState, context: Context, verdict: Verdict, features: tuple[Array, ...]

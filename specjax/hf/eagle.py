@@ -134,7 +134,8 @@ def _from_original(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Brings SafeAILab's and SpecForge's keys, those of the layer and of the head side by side, to speculators'."""
     layer = {"model_type": "llama", **raw}
     architectures = layer.pop("architectures", None) or ["LlamaForCausalLM"]
-    if not isinstance(architectures, list) or architectures[0] not in _ARCHITECTURES:
+    known = isinstance(architectures, list) and isinstance(architectures[0], str) and architectures[0] in _ARCHITECTURES
+    if not known:
         raise ValueError(f"architectures is {architectures!r}, no EAGLE head; supported: {', '.join(_ARCHITECTURES)}")
     version = _ARCHITECTURES[architectures[0]]
     inner = layer.pop("eagle_config", None)
@@ -158,7 +159,7 @@ def _flat_options(layer: dict[str, Any], inner: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key in (*_FLAGS, *_SIZES):
         values = [value for keys in (outer, inner) if (value := keys.take(key, None)) is not None]
-        if values and values[0] != values[-1]:
+        if len(values) == 2 and values[0] != values[1]:
             raise ValueError(f"{key} is {values[0]!r}, but {values[1]!r} in eagle_config; give one of them")
         found[key] = values[0] if values else None
     for flag in _FLAGS:
