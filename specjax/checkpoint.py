@@ -20,7 +20,7 @@ from specjax.hf.config import decoder_config, read_config
 from specjax.hf.keys import read_json
 from specjax.hf.weights import Parameter, open_weights
 from specjax.text.vocabulary import match_vocabularies
-from specjax.transformer.config import DecoderConfig, check_integer
+from specjax.transformer.config import check_integer
 from specjax.transformer.decoder import abstract_params, decoder_model
 from specjax.types import Drafter, LanguageModel
 
@@ -47,7 +47,7 @@ def save(
     Raises:
       ValueError: the config is of no supported model, or the parameters are not those it describes.
     """
-    check_params(params, decoder_config(config))
+    check_params(params, abstract_params(decoder_config(config)))
     with new_folder(path) as folder:
         write_json(folder / "config.json", config)
         write_json(folder / "metrics.json", metrics)
@@ -142,11 +142,11 @@ def check_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
     return known
 
 
-def check_params(params: Any, config: DecoderConfig) -> None:
-    """Raises ValueError unless the parameters are those of the config, in whatever dtypes."""
+def check_params(params: Any, wanted: Any) -> None:
+    """Raises ValueError unless the parameters have the paths and shapes of ``wanted``, in whatever dtypes."""
     given, wanted = (
         {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (params, abstract_params(config))
+        for tree in (params, wanted)
     )
     for name in sorted(given.keys() | wanted.keys()):
         if given.get(name) != wanted.get(name):

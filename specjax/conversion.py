@@ -75,7 +75,7 @@ def convert_hf(
         return jax.ShapeDtypeStruct(parameter.shape, parameter.dtype if wanted is None else wanted)
 
     expected = jax.tree.map(abstract, weights.params, is_leaf=lambda x: isinstance(x, Parameter))
-    check_params(expected, weights.config)
+    check_params(expected, abstract_params(weights.config))
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(expected)]
     done = 0
 
@@ -121,7 +121,7 @@ def export_hf(
         raise ValueError(f"{source} has no params/; give a checkpoint folder, such as convert_hf and save write")
     config, raw = read_config(source / "config.json"), text_config(read_json(source / "config.json"))
     stored = _stored(source, config)
-    check_params(stored, config)
+    check_params(stored, abstract_params(config))
     if dtype is not None:
         wanted = check_dtype(dtype)
         stored = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, wanted), stored)

@@ -774,7 +774,7 @@ def test_families_without_modules_are_refused(tmp_path):
         write_mtp(tmp_path / "head", CONFIGS["qwen3_next"], {0: params[0], 1: params[0]})
     with pytest.raises(ValueError, match="MiMo's layers have biases"):
         write_mtp(tmp_path / "head", CONFIGS["mimo"] | {"attention_bias": False}, params)
-    with pytest.raises(ValueError, match=r"down_proj.*\(36, 24\), and the config asks for \(40, 24\)"):
+    with pytest.raises(ValueError, match=r"down_proj.*\(36, 24\), and config\.json asks for \(40, 24\)"):
         write_mtp(tmp_path / "head", llama_config(intermediate_size=40), params)
     assert not list(tmp_path.iterdir())
 

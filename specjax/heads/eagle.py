@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specjax.checkpoint import check_dtype, default_dtype, new_folder, read_params, write_json
+from specjax.checkpoint import check_dtype, check_params, default_dtype, new_folder, read_params, write_json
 from specjax.drafters.eagle import EagleHead, check_fit
 from specjax.drafters.feature import FeatureDrafter
 from specjax.hf.eagle import (
@@ -166,16 +166,7 @@ def _is_the_targets(embedding: Parameter, target: LanguageModel) -> bool:
 
 
 def _check_params(params: Any, head: EagleHead) -> None:
-    given, wanted = (
-        {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (params, head.abstract_params())
-    )
-    for name in sorted(given.keys() | wanted.keys()):
-        if given.get(name) != wanted.get(name):
-            raise ValueError(
-                f"parameter {name} is {given.get(name, 'missing')}, and the config asks for "
-                f"{wanted.get(name, 'none')}; give the parameters of that config"
-            )
+    check_params(params, head.abstract_params())
     if "draft_of_v" in params:
         draft_of_v, count = np.asarray(params["draft_of_v"]), head.draft_vocab_size or 0
         if not np.array_equal(np.sort(draft_of_v[draft_of_v >= 0]), np.arange(count)):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specjax.checkpoint import check_dtype, default_dtype, new_folder, read_params, write_json
+from specjax.checkpoint import check_dtype, check_params, default_dtype, new_folder, read_params, write_json
 from specjax.drafters.feature import FeatureDrafter
 from specjax.drafters.mtp import MTPConfig, MTPDrafter, MTPHead, abstract_mtp_params
 from specjax.hf.keys import read_json
@@ -106,23 +106,10 @@ def write_mtp(path: str | os.PathLike, config: Mapping[str, Any], params: Any) -
     described = MTPConfig(
         layout.decoder, layout.hidden_first, own_embedding="embed_tokens" in params[0], own_head="lm_head" in params[0]
     )
-    _check_params(params, abstract_mtp_params(described))
+    check_params(params, abstract_mtp_params(described))
     with new_folder(path) as folder:
         write_json(folder / "config.json", config)
         write_tensors(folder, mtp_tensors(layout, params))
-
-
-def _check_params(params: Any, wanted: Any) -> None:
-    given, wanted = (
-        {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (params, wanted)
-    )
-    for name in sorted(given.keys() | wanted.keys()):
-        if given.get(name) != wanted.get(name):
-            raise ValueError(
-                f"parameter {name} is {given.get(name, 'missing')}, and the config asks for "
-                f"{wanted.get(name, 'none')}; give the parameters of that config"
-            )
 
 
 def _check_fits(layout: MTPLayout, target: LanguageModel) -> None:

@@ -20,7 +20,7 @@ from specjax.transformer.config import (
 )
 
 # Keys that say nothing about the forward pass: names, training, and how Hugging Face's own code runs the model.
-_IGNORED = (
+IGNORED = (
     *("_name_or_path", "architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "unk_token_id"),
     *(
@@ -64,7 +64,7 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
 }
-_FULL, _SLIDING = "full_attention", "sliding_attention"
+FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
 
 
 def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
@@ -104,7 +104,7 @@ def _all_keys(raw: Mapping[str, Any], architecture: str) -> Keys:
     keys.only("cross_attention_hidden_size", None)
     keys.only("pruned_heads", {}, None)
     keys.only("is_decoder", False, True)
-    keys.ignore("quantization_config", *_IGNORED)
+    keys.ignore("quantization_config", *IGNORED)
     return keys
 
 
@@ -179,7 +179,7 @@ def quantization_block(raw: Mapping[str, Any]) -> tuple[int, int] | None:
     return block[0], block[1]
 
 
-def _sizes(keys: Keys, **defaults: Any) -> dict[str, Any]:
+def take_sizes(keys: Keys, **defaults: Any) -> dict[str, Any]:
     """Takes what nearly all families share, as arguments of DecoderConfig; ``defaults`` are the family's own."""
     defaults = {"max_position_embeddings": 2048, "num_key_value_heads": None, "rms_norm_eps": 1e-6, **defaults}
 
@@ -198,7 +198,8 @@ def _sizes(keys: Keys, **defaults: Any) -> dict[str, Any]:
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings")
 
 
-def _activation(keys: Keys, key: str, default: str) -> Activation:
+def take_activation(keys: Keys, key: str, default: str) -> Activation:
+    """Takes the name of an activation; raises ValueError if it is not known."""
     name = keys.take(key, default)
     if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise ValueError(f"{key} is {name!r}; supported: {', '.join(_ACTIVATIONS)}")
@@ -217,7 +218,7 @@ def _head_width(keys: Keys, sizes: dict[str, Any]) -> int:
     return width // heads
 
 
-def _layers(
+def layers_of(
     sizes: dict[str, Any],
     head_dim: int,
     ropes: dict[str, dict[str, Any]],
@@ -228,7 +229,7 @@ def _layers(
     """Returns the layers, and the longest text that all of them serve, as arguments of DecoderConfig.
 
     Args:
-      sizes: of ``_sizes``.
+      sizes: of ``take_sizes``.
       head_dim: entries of a head that may be rotated.
       ropes: of ``take_rope``.
       kinds: the type of each layer.
@@ -241,14 +242,14 @@ def _layers(
     read = {kind: read_rope(ropes[kind], head_dim, longest, **options) for kind in ropes}
     layers = []
     for kind in kinds:
-        if kind not in (_FULL, _SLIDING):
-            raise ValueError(f"layer_types has {kind!r}; supported: {_FULL!r}, {_SLIDING!r}")
-        if kind == _SLIDING and window is None:
+        if kind not in (FULL_ATTENTION, SLIDING_ATTENTION):
+            raise ValueError(f"layer_types has {kind!r}; supported: {FULL_ATTENTION!r}, {SLIDING_ATTENTION!r}")
+        if kind == SLIDING_ATTENTION and window is None:
             raise ValueError(f"layer_types has {kind!r}, but sliding_window is null or switched off; give one")
         key = kind if kind in read else ""
         if key not in read:
             raise ValueError(f"rope_parameters lacks {kind!r}, which layer_types names")
-        layers.append(LayerConfig(rope=read[key][0], window=window if kind == _SLIDING else None))
+        layers.append(LayerConfig(rope=read[key][0], window=window if kind == SLIDING_ATTENTION else None))
     return {"layers": tuple(layers), "max_position_embeddings": min(longest for _, longest in read.values())}
 
 
@@ -256,12 +257,12 @@ def _alike(
     keys: Keys, sizes: dict[str, Any], head_dim: int, window: int | None = None, theta: float = 10000.0
 ) -> dict[str, Any]:
     """Takes the keys of layers that are all of one kind, as arguments of DecoderConfig."""
-    kinds = [_FULL if window is None else _SLIDING] * sizes["num_hidden_layers"]
-    return sizes | {"head_dim": head_dim} | _layers(sizes, head_dim, take_rope(keys, theta), kinds, window)
+    kinds = [FULL_ATTENTION if window is None else SLIDING_ATTENTION] * sizes["num_hidden_layers"]
+    return sizes | {"head_dim": head_dim} | layers_of(sizes, head_dim, take_rope(keys, theta), kinds, window)
 
 
 def _llama(keys: Keys) -> DecoderConfig:
-    sizes = _sizes(keys)
+    sizes = take_sizes(keys)
     head_dim = _head_width(keys, sizes)
     keys.only("sliding_window", None)
     keys.only("use_sliding_window", False)
@@ -270,7 +271,7 @@ def _llama(keys: Keys) -> DecoderConfig:
     bias = keys.flag("attention_bias", False)
     return DecoderConfig(
         **_alike(keys, sizes, head_dim),
-        activation=_activation(keys, "hidden_act", "silu"),
+        activation=take_activation(keys, "hidden_act", "silu"),
         attention_bias=bias,
         output_bias=bias,
         mlp_bias=keys.flag("mlp_bias", False),
@@ -278,10 +279,12 @@ def _llama(keys: Keys) -> DecoderConfig:
 
 
 def _mistral(keys: Keys) -> DecoderConfig:
-    sizes = _sizes(keys, num_key_value_heads=8, max_position_embeddings=4096 * 32)
+    sizes = take_sizes(keys, num_key_value_heads=8, max_position_embeddings=4096 * 32)
     head_dim = _head_width(keys, sizes)
     window = keys.integer("sliding_window", 4096, optional=True)
-    return DecoderConfig(**_alike(keys, sizes, head_dim, window), activation=_activation(keys, "hidden_act", "silu"))
+    return DecoderConfig(
+        **_alike(keys, sizes, head_dim, window), activation=take_activation(keys, "hidden_act", "silu")
+    )
 
 
 def _qwen_window(keys: Keys) -> int | None:
@@ -295,11 +298,11 @@ def _qwen(keys: Keys, sizes: dict[str, Any], head_dim: int, bias: bool, **featur
     kinds = keys.take("layer_types", None)
     if kinds is None:
         first = sizes["num_hidden_layers"] if window is None else windows_from
-        kinds = [_SLIDING if i >= first else _FULL for i in range(sizes["num_hidden_layers"])]
+        kinds = [SLIDING_ATTENTION if i >= first else FULL_ATTENTION for i in range(sizes["num_hidden_layers"])]
     return DecoderConfig(
-        **sizes | _layers(sizes, head_dim, take_rope(keys), kinds, window),
+        **sizes | layers_of(sizes, head_dim, take_rope(keys), kinds, window),
         head_dim=head_dim,
-        activation=_activation(keys, "hidden_act", "silu"),
+        activation=take_activation(keys, "hidden_act", "silu"),
         attention_bias=bias,
         **features,
     )
@@ -307,19 +310,19 @@ def _qwen(keys: Keys, sizes: dict[str, Any], head_dim: int, bias: bool, **featur
 
 def _qwen2(keys: Keys) -> DecoderConfig:
     keys.only("use_mrope", False)
-    sizes = _sizes(keys, max_position_embeddings=32768, num_key_value_heads=32)
+    sizes = take_sizes(keys, max_position_embeddings=32768, num_key_value_heads=32)
     return _qwen(keys, sizes, _head_width(keys, sizes), True)
 
 
 def _qwen3(keys: Keys) -> DecoderConfig:
-    sizes = _sizes(keys, max_position_embeddings=32768, num_key_value_heads=32)
+    sizes = take_sizes(keys, max_position_embeddings=32768, num_key_value_heads=32)
     bias = keys.flag("attention_bias", False)
     head_dim = keys.integer("head_dim", 128, most=MAX_HEAD)
     return _qwen(keys, sizes, head_dim, bias, output_bias=bias, query_key_norm=True)
 
 
 def _qwen3_moe(keys: Keys) -> DecoderConfig:
-    sizes = _sizes(keys, max_position_embeddings=32768, num_key_value_heads=4)
+    sizes = take_sizes(keys, max_position_embeddings=32768, num_key_value_heads=4)
     head_dim = _head_width(keys, sizes)
     window = _qwen_window(keys)
     keys.ignore("max_window_layers")  # transformers gives all layers a window, or none
@@ -331,7 +334,7 @@ def _qwen3_moe(keys: Keys) -> DecoderConfig:
     for layer in dense:
         check_integer("mlp_only_layers", layer, 0, sizes["num_hidden_layers"] - 1)
     experts = ExpertsConfig(
-        num_experts=_num_experts(keys, "num_experts", 128),
+        num_experts=take_num_experts(keys, "num_experts", 128),
         per_token=keys.integer("num_experts_per_tok", 8),
         intermediate_size=keys.integer("moe_intermediate_size", 768),
         renormalize=keys.flag("norm_topk_prob", False),
@@ -339,8 +342,8 @@ def _qwen3_moe(keys: Keys) -> DecoderConfig:
     alike = _alike(keys, sizes, head_dim, window)
     sparse = [i not in dense and (i + 1) % step == 0 for i in range(sizes["num_hidden_layers"])]
     return DecoderConfig(
-        **_with_experts(alike, sparse),
-        activation=_activation(keys, "hidden_act", "silu"),
+        **with_experts(alike, sparse),
+        activation=take_activation(keys, "hidden_act", "silu"),
         attention_bias=bias,
         output_bias=bias,
         query_key_norm=True,
@@ -348,7 +351,7 @@ def _qwen3_moe(keys: Keys) -> DecoderConfig:
     )
 
 
-def _num_experts(keys: Keys, key: str, default: int) -> int:
+def take_num_experts(keys: Keys, key: str, default: int) -> int:
     """Takes the number of experts, by the family's own name or by the one that transformers 5 writes."""
     number = keys.integer(key, None, optional=True)
     other = keys.integer("num_local_experts", None, optional=True)
@@ -357,14 +360,14 @@ def _num_experts(keys: Keys, key: str, default: int) -> int:
     return number or other or default
 
 
-def _with_experts(described: dict[str, Any], sparse: list[bool]) -> dict[str, Any]:
-    """Returns what ``_layers`` returned, with experts in some layers."""
+def with_experts(described: dict[str, Any], sparse: list[bool]) -> dict[str, Any]:
+    """Returns what ``layers_of`` returned, with experts in some layers."""
     pairs = zip(described["layers"], sparse, strict=True)
     return described | {"layers": tuple(dataclasses.replace(layer, experts=mixed) for layer, mixed in pairs)}
 
 
 def _mixtral(keys: Keys) -> DecoderConfig:
-    sizes = _sizes(keys, num_key_value_heads=8, max_position_embeddings=4096 * 32, rms_norm_eps=1e-5)
+    sizes = take_sizes(keys, num_key_value_heads=8, max_position_embeddings=4096 * 32, rms_norm_eps=1e-5)
     head_dim = _head_width(keys, sizes)
     alike = _alike(keys, sizes, head_dim, keys.integer("sliding_window", None, optional=True), theta=1e6)
     experts = ExpertsConfig(
@@ -373,8 +376,8 @@ def _mixtral(keys: Keys) -> DecoderConfig:
         intermediate_size=sizes["intermediate_size"],
     )
     return DecoderConfig(
-        **_with_experts(alike, [True] * sizes["num_hidden_layers"]),
-        activation=_activation(keys, "hidden_act", "silu"),
+        **with_experts(alike, [True] * sizes["num_hidden_layers"]),
+        activation=take_activation(keys, "hidden_act", "silu"),
         experts=experts,
     )
 
@@ -390,7 +393,7 @@ def _gemma(keys: Keys, sizes: dict[str, Any], layers: dict[str, Any], head_dim: 
         head_dim=head_dim,
         norm="rms_one_plus",
         sandwich_norms=True,
-        activation=_activation(keys, "hidden_activation", "gelu_pytorch_tanh"),
+        activation=take_activation(keys, "hidden_activation", "gelu_pytorch_tanh"),
         attention_bias=bias,
         output_bias=bias,
         embedding_scale=math.sqrt(sizes["hidden_size"]),
@@ -400,15 +403,15 @@ def _gemma(keys: Keys, sizes: dict[str, Any], layers: dict[str, Any], head_dim: 
 
 
 def _gemma2(keys: Keys) -> DecoderConfig:
-    sizes = _sizes(keys, num_key_value_heads=4, max_position_embeddings=8192, tie_word_embeddings=True)
+    sizes = take_sizes(keys, num_key_value_heads=4, max_position_embeddings=8192, tie_word_embeddings=True)
     head_dim = keys.integer("head_dim", 256, most=MAX_HEAD)
     kinds = keys.take("layer_types", None)
     if kinds is None:
-        kinds = [_FULL if i % 2 else _SLIDING for i in range(sizes["num_hidden_layers"])]
+        kinds = [FULL_ATTENTION if i % 2 else SLIDING_ATTENTION for i in range(sizes["num_hidden_layers"])]
     window = keys.integer("sliding_window", 4096, optional=True)
     if window is not None:
         keys.only("sliding_window_size", window)  # the same again, in the 9B and 27B models
-    layers = _layers(sizes, head_dim, take_rope(keys), kinds, window)
+    layers = layers_of(sizes, head_dim, take_rope(keys), kinds, window)
     return _gemma(
         keys,
         sizes,
@@ -420,21 +423,24 @@ def _gemma2(keys: Keys) -> DecoderConfig:
 
 
 def _gemma3_text(keys: Keys) -> DecoderConfig:
-    sizes = _sizes(keys, **_GEMMA3_SIZES, tie_word_embeddings=True)
+    sizes = take_sizes(keys, **_GEMMA3_SIZES, tie_word_embeddings=True)
     head_dim = keys.integer("head_dim", 256, most=MAX_HEAD)
     kinds, pattern = keys.take("layer_types", None), keys.integer("sliding_window_pattern", 6)
     keys.ignore("_sliding_window_pattern")  # what transformers made layer_types of
     if kinds is None:
-        kinds = [_SLIDING if (i + 1) % pattern else _FULL for i in range(sizes["num_hidden_layers"])]
+        kinds = [SLIDING_ATTENTION if (i + 1) % pattern else FULL_ATTENTION for i in range(sizes["num_hidden_layers"])]
     keys.only("attn_logit_softcapping", None)  # transformers reads it and does not apply it
     local_theta = keys.number("rope_local_base_freq", 10000.0)
     flat = keys.peek("rope_parameters")
-    if isinstance(flat, Mapping) and flat.keys().isdisjoint((_FULL, _SLIDING)) and flat:
-        raise ValueError(f"rope_parameters is {flat!r}; for Gemma 3 it must name layer types: {_FULL!r}, {_SLIDING!r}")
-    ropes = take_rope(keys, 1e6, {_FULL: None, _SLIDING: local_theta})
+    if isinstance(flat, Mapping) and flat.keys().isdisjoint((FULL_ATTENTION, SLIDING_ATTENTION)) and flat:
+        raise ValueError(
+            f"rope_parameters is {flat!r}; for Gemma 3 it must name layer types: {FULL_ATTENTION!r}, "
+            f"{SLIDING_ATTENTION!r}"
+        )
+    ropes = take_rope(keys, 1e6, {FULL_ATTENTION: None, SLIDING_ATTENTION: local_theta})
     if "" in ropes:  # the spelling of transformers 4: scaling is that of full attention, sliding attention has none
-        ropes = {_FULL: ropes[""], _SLIDING: {"rope_theta": local_theta}}
-    layers = _layers(sizes, head_dim, ropes, kinds, keys.integer("sliding_window", 4096, optional=True))
+        ropes = {FULL_ATTENTION: ropes[""], SLIDING_ATTENTION: {"rope_theta": local_theta}}
+    layers = layers_of(sizes, head_dim, ropes, kinds, keys.integer("sliding_window", 4096, optional=True))
     return _gemma(
         keys,
         sizes,
@@ -458,7 +464,7 @@ _GEMMA3_SIZES = {
 
 
 def _phi3(keys: Keys) -> DecoderConfig:
-    sizes = _sizes(keys, max_position_embeddings=4096, rms_norm_eps=1e-5)
+    sizes = take_sizes(keys, max_position_embeddings=4096, rms_norm_eps=1e-5)
     head_dim = _head_width(keys, sizes)
     for bias in ("attention_bias", "mlp_bias", "lm_head_bias"):
         keys.only(bias, False)
@@ -475,11 +481,11 @@ def _phi3(keys: Keys) -> DecoderConfig:
         ropes[""] |= {"rope_type": "longrope", "original_max_position_embeddings": original}
     elif kind != "default":
         raise ValueError(f"rope_type {kind!r} is not one of Phi-3's; supported: 'default', 'longrope'")
-    kinds = [_FULL if window is None else _SLIDING] * sizes["num_hidden_layers"]
+    kinds = [FULL_ATTENTION if window is None else SLIDING_ATTENTION] * sizes["num_hidden_layers"]
     return DecoderConfig(
-        **sizes | _layers(sizes, head_dim, ropes, kinds, window),
+        **sizes | layers_of(sizes, head_dim, ropes, kinds, window),
         head_dim=head_dim,
-        activation=_activation(keys, "hidden_act", "silu"),
+        activation=take_activation(keys, "hidden_act", "silu"),
     )
 
 
@@ -502,7 +508,7 @@ def _gpt2(keys: Keys) -> DecoderConfig:
         learned_positions=True,
         norm="layer",
         norm_eps=keys.number("layer_norm_epsilon", 1e-5),
-        activation=_activation(keys, "activation_function", "gelu_new"),
+        activation=take_activation(keys, "activation_function", "gelu_new"),
         gated_mlp=False,
         attention_bias=True,
         output_bias=True,
@@ -512,7 +518,7 @@ def _gpt2(keys: Keys) -> DecoderConfig:
 
 
 def _deepseek_v3(keys: Keys) -> DecoderConfig:
-    sizes = _sizes(keys, max_position_embeddings=4096, num_key_value_heads=128)
+    sizes = take_sizes(keys, max_position_embeddings=4096, num_key_value_heads=128)
     keys.only("scoring_func", "sigmoid")
     keys.only("topk_method", "noaux_tc")
     keys.only("moe_layer_freq", 1)
@@ -532,7 +538,7 @@ def _deepseek_v3(keys: Keys) -> DecoderConfig:
     expert_size, shared = keys.integer("moe_intermediate_size", 2048), keys.integer("n_shared_experts", 1, least=0)
     dense = keys.integer("first_k_dense_replace", 3, least=0)
     experts = ExpertsConfig(
-        num_experts=_num_experts(keys, "n_routed_experts", 256),
+        num_experts=take_num_experts(keys, "n_routed_experts", 256),
         per_token=keys.integer("num_experts_per_tok", 8),
         intermediate_size=expert_size,
         score="sigmoid",
@@ -547,13 +553,13 @@ def _deepseek_v3(keys: Keys) -> DecoderConfig:
     ropes = take_rope(keys)
     interleaved = keys.flag("rope_interleave", True)
     head = latent.plain_width + latent.rotary_width
-    kinds = [_FULL] * sizes["num_hidden_layers"]
-    layers = _layers(sizes, latent.rotary_width, ropes, kinds, None, interleaved=interleaved)
+    kinds = [FULL_ATTENTION] * sizes["num_hidden_layers"]
+    layers = layers_of(sizes, latent.rotary_width, ropes, kinds, None, interleaved=interleaved)
     sparse = [i >= dense for i in range(sizes["num_hidden_layers"])]
     return DecoderConfig(
-        **sizes | _with_experts(layers, sparse),
+        **sizes | with_experts(layers, sparse),
         head_dim=head,
-        activation=_activation(keys, "hidden_act", "silu"),
+        activation=take_activation(keys, "hidden_act", "silu"),
         attention_bias=bias,
         output_bias=bias,
         attention_scale=head**-0.5 * attention_scale(ropes[""]),

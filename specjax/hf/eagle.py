@@ -15,9 +15,9 @@ import numpy as np
 
 from specjax.hf.config import decoder_config
 from specjax.hf.keys import Keys
-from specjax.hf.names import LINEAR, SAME, Path, Piece, Source, nested, parameters
+from specjax.hf.names import LINEAR, SAME, ParameterPath, Piece, Source, nested, parameters
 from specjax.hf.safetensors import Tensor, TensorSpec
-from specjax.hf.weights import Parameter, _check, _parameter, _Stored, _tensor
+from specjax.hf.weights import Parameter, Stored, check_tensors, parameter_of, tensor_of
 from specjax.transformer.config import DecoderConfig, check_integer
 
 VERSIONS = {"eagle": 1, "eagle3": 3}
@@ -225,9 +225,9 @@ def eagle_parameters(tensors: Mapping[str, Tensor], draft_of_v: np.ndarray | Non
     """
     wanted = _sources(abstract)
     floats = {name: tensor for name, tensor in tensors.items() if name not in ("d2t", "t2d")}
-    _check(floats, wanted, None, _why_left_out)
+    check_tensors(floats, wanted, None, _why_left_out)
     opened = {
-        source.pieces[0].parameter: _parameter([(_Stored(floats[name], None, None), source.pieces[0])])
+        source.pieces[0].parameter: parameter_of([(Stored(floats[name], None, None), source.pieces[0])])
         for name, source in wanted.items()
     }
     if draft_of_v is not None:
@@ -307,7 +307,7 @@ def tensors_of_eagle(kind: str, params: Any) -> list[TensorSpec]:
             name = name.replace("fc.", "fusion_fc.").replace("layers.0.", "transformer.")
             if name.startswith("layers."):
                 raise ValueError(f"speculators' layout has no name for {name!r}: its EAGLE-1 heads have one layer")
-        specs.append(TensorSpec(name, dtype, source.shape, functools.partial(_tensor, source, [array], dtype)))
+        specs.append(TensorSpec(name, dtype, source.shape, functools.partial(tensor_of, source, [array], dtype)))
     if "draft_of_v" in params:
         draft_of_v = np.asarray(params["draft_of_v"])
         target_of_u = np.argsort(draft_of_v, kind="stable")[np.sum(draft_of_v < 0) :]
@@ -331,6 +331,6 @@ def _sources(params: Any) -> dict[str, Source]:
     return found
 
 
-def _name(path: Path) -> str:
+def _name(path: ParameterPath) -> str:
     *module, last = map(str, path)
     return ".".join((*module, "weight" if last == "kernel" else last))

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from specjax.hf.keys import Keys
 from specjax.hf.names import LINEAR, SAME, Piece, Source, nested, parameters
-from specjax.hf.safetensors import Tensor, TensorSpec, _open_file, open_tensors
-from specjax.hf.weights import _check, _parameter, _Stored, _tensor
+from specjax.hf.safetensors import Tensor, TensorSpec, open_file, open_tensors
+from specjax.hf.weights import Stored, check_tensors, parameter_of, tensor_of
 
 MEDUSA_FILE = "medusa_lm_head.safetensors"
 
@@ -50,7 +50,7 @@ def open_medusa_tensors(folder: Path) -> dict[str, Tensor]:
       ValueError: as for ``open_tensors``; or there is only a pickle, or two tensors come to have one name.
     """
     if (folder / MEDUSA_FILE).is_file():
-        found = {tensor.name: tensor for tensor in _open_file(folder / MEDUSA_FILE)}
+        found = {tensor.name: tensor for tensor in open_file(folder / MEDUSA_FILE)}
     elif (folder / _PICKLE).is_file() and not list(folder.glob("*.safetensors")):
         raise ValueError(
             f"{folder} holds the pickle {_PICKLE}, which is never opened; convert it there: python -c 'import torch, "
@@ -82,10 +82,10 @@ def medusa_parameters(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     if last is not None and len(last.shape) == 2:
         vocab, width = vocab or last.shape[0], width or last.shape[1]
     sources = _sources(heads, blocks, width or 1, vocab or 1)
-    _check(tensors, sources, None, lambda name: None)
+    check_tensors(tensors, sources, None, lambda name: None)
     return nested(
         {
-            source.pieces[0].parameter: _parameter([(_Stored(tensors[name], None, None), source.pieces[0])])
+            source.pieces[0].parameter: parameter_of([(Stored(tensors[name], None, None), source.pieces[0])])
             for name, source in sources.items()
         }
     )
@@ -99,7 +99,7 @@ def medusa_tensors(params: Any) -> list[TensorSpec]:
     for name, source in _sources(len(params), len(params[0]["blocks"]), width, vocab).items():
         array = arrays[source.pieces[0].parameter]
         dtype = jnp.dtype(array.dtype)
-        specs.append(TensorSpec(name, dtype, source.shape, partial(_tensor, source, [array], dtype)))
+        specs.append(TensorSpec(name, dtype, source.shape, partial(tensor_of, source, [array], dtype)))
     return specs
 
 

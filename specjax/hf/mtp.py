@@ -13,15 +13,15 @@ from typing import Any
 import jax.numpy as jnp
 
 from specjax.hf.config import (
-    _FULL,
-    _IGNORED,
-    _activation,
-    _layers,
-    _num_experts,
-    _sizes,
-    _with_experts,
+    FULL_ATTENTION,
+    IGNORED,
     decoder_config,
+    layers_of,
     quantization_block,
+    take_activation,
+    take_num_experts,
+    take_sizes,
+    with_experts,
 )
 from specjax.hf.keys import Keys
 from specjax.hf.names import (
@@ -30,7 +30,7 @@ from specjax.hf.names import (
     QWEN3_MOE,
     SAME,
     TABLES,
-    Path,
+    ParameterPath,
     Piece,
     Source,
     Table,
@@ -39,7 +39,7 @@ from specjax.hf.names import (
 )
 from specjax.hf.rope import take_rope
 from specjax.hf.safetensors import Tensor, TensorSpec
-from specjax.hf.weights import _SCALE, Parameter, _check, _parameter, _Stored, _tensor
+from specjax.hf.weights import SCALE_SUFFIX, Parameter, Stored, check_tensors, parameter_of, tensor_of
 from specjax.transformer.config import MAX_HEAD, MAX_LAYERS, DecoderConfig, ExpertsConfig, check_integer
 
 _LAYER = "model.layers.{i}."  # of a decoder's layer in the families' tables
@@ -216,13 +216,13 @@ def mtp_parameters(layout: MTPLayout, tensors: Mapping[str, Tensor], abstract: A
       ValueError: a tensor is missing, of another shape or dtype than the config says, or unknown.
     """
     wanted = _sources(layout, abstract)
-    _check(tensors, wanted, layout.block, _why_left_out)
-    places: dict[Path, list[tuple[_Stored, Piece]]] = {}
+    check_tensors(tensors, wanted, layout.block, _why_left_out)
+    places: dict[ParameterPath, list[tuple[Stored, Piece]]] = {}
     for name, source in wanted.items():
-        stored = _Stored(tensors[name], tensors.get(name + _SCALE), layout.block)
+        stored = Stored(tensors[name], tensors.get(name + SCALE_SUFFIX), layout.block)
         for piece in source.pieces:
             places.setdefault(piece.parameter, []).append((stored, piece))
-    opened: dict[Path, Parameter] = {path: _parameter(parts) for path, parts in places.items()}
+    opened: dict[ParameterPath, Parameter] = {path: parameter_of(parts) for path, parts in places.items()}
     return nested(opened)
 
 
@@ -237,7 +237,7 @@ def mtp_tensors(layout: MTPLayout, params: Any) -> list[TensorSpec]:
     for name, source in _sources(layout, params).items():
         held = [arrays[piece.parameter] for piece in source.pieces]
         dtype = jnp.dtype(jnp.result_type(*(array.dtype for array in held)))
-        specs.append(TensorSpec(name, dtype, source.shape, partial(_tensor, source, held, dtype)))
+        specs.append(TensorSpec(name, dtype, source.shape, partial(tensor_of, source, held, dtype)))
     return specs
 
 
@@ -256,7 +256,7 @@ def _sources(layout: MTPLayout, params: Any) -> dict[str, Source]:
     return found
 
 
-def _row(path: Path) -> str:
+def _row(path: ParameterPath) -> str:
     return ".".join(("{i}", *map(str, path[1:])))
 
 
@@ -272,7 +272,7 @@ def _read_config(kind: Any, raw: Mapping[str, Any]) -> DecoderConfig:
     if kind not in _READERS:
         return decoder_config(raw)
     keys = Keys(raw, "config.json")
-    keys.ignore("quantization_config", *_IGNORED)
+    keys.ignore("quantization_config", *IGNORED)
     config = _READERS[kind](keys)
     keys.finish()
     return config
@@ -282,17 +282,21 @@ def _partly_rotary(keys: Keys, sizes: dict[str, Any], head_dim: int, part: float
     """Takes the rotary positions of full attention that turn a part of each head; ``part`` where nothing is said."""
     ropes = take_rope(keys, partial=True)
     ropes[""].setdefault("partial_rotary_factor", part)
-    return sizes | {"head_dim": head_dim} | _layers(sizes, head_dim, ropes, [_FULL] * sizes["num_hidden_layers"], None)
+    return (
+        sizes
+        | {"head_dim": head_dim}
+        | layers_of(sizes, head_dim, ropes, [FULL_ATTENTION] * sizes["num_hidden_layers"], None)
+    )
 
 
 def _glm4_moe(keys: Keys) -> DecoderConfig:
-    sizes = _sizes(keys, max_position_embeddings=131072, num_key_value_heads=8, rms_norm_eps=1e-5)
+    sizes = take_sizes(keys, max_position_embeddings=131072, num_key_value_heads=8, rms_norm_eps=1e-5)
     head_dim = keys.integer("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"], most=MAX_HEAD)
     dense, size = keys.integer("first_k_dense_replace", 1, least=0), keys.integer("moe_intermediate_size", 1408)
     keys.only("scoring_func", "sigmoid")
     keys.only("topk_method", "noaux_tc")
     experts = ExpertsConfig(
-        num_experts=_num_experts(keys, "n_routed_experts", 128),
+        num_experts=take_num_experts(keys, "n_routed_experts", 128),
         per_token=keys.integer("num_experts_per_tok", 8),
         intermediate_size=size,
         score="sigmoid",
@@ -305,8 +309,8 @@ def _glm4_moe(keys: Keys) -> DecoderConfig:
     )
     alike = _partly_rotary(keys, sizes, head_dim, 0.5)
     return DecoderConfig(
-        **_with_experts(alike, [i >= dense for i in range(sizes["num_hidden_layers"])]),
-        activation=_activation(keys, "hidden_act", "silu"),
+        **with_experts(alike, [i >= dense for i in range(sizes["num_hidden_layers"])]),
+        activation=take_activation(keys, "hidden_act", "silu"),
         attention_bias=keys.flag("attention_bias", False),
         query_key_norm=keys.flag("use_qk_norm", False),
         experts=experts,
@@ -315,14 +319,14 @@ def _glm4_moe(keys: Keys) -> DecoderConfig:
 
 def _qwen3_next(keys: Keys) -> DecoderConfig:
     """A layer of full attention: the others, of linear attention, are no part of the modules."""
-    sizes = _sizes(keys, max_position_embeddings=32768, num_key_value_heads=2)
+    sizes = take_sizes(keys, max_position_embeddings=32768, num_key_value_heads=2)
     head_dim = keys.integer("head_dim", 256, most=MAX_HEAD)
     keys.only("decoder_sparse_step", 1)
     keys.only("mlp_only_layers", [], None)
     keys.ignore("layer_types", "full_attention_interval", "linear_conv_kernel_dim", "mtp_layer_types")
     keys.ignore(*(f"linear_{what}" for what in ("key_head_dim", "value_head_dim", "num_key_heads", "num_value_heads")))
     experts = ExpertsConfig(
-        num_experts=_num_experts(keys, "num_experts", 512),
+        num_experts=take_num_experts(keys, "num_experts", 512),
         per_token=keys.integer("num_experts_per_tok", 10),
         intermediate_size=keys.integer("moe_intermediate_size", 512),
         renormalize=keys.flag("norm_topk_prob", True),
@@ -332,9 +336,9 @@ def _qwen3_next(keys: Keys) -> DecoderConfig:
     bias = keys.flag("attention_bias", False)
     alike = _partly_rotary(keys, sizes, head_dim, 0.25)
     return DecoderConfig(
-        **_with_experts(alike, [True] * sizes["num_hidden_layers"]),
+        **with_experts(alike, [True] * sizes["num_hidden_layers"]),
         norm="rms_one_plus",
-        activation=_activation(keys, "hidden_act", "silu"),
+        activation=take_activation(keys, "hidden_act", "silu"),
         attention_bias=bias,
         output_bias=bias,
         output_gate=True,

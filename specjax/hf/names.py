@@ -200,7 +200,7 @@ def why_left_out(name: str, config: DecoderConfig, next_tokens: bool) -> str | N
     return None
 
 
-Path = tuple[str | int, ...]
+ParameterPath = tuple[str | int, ...]
 """Where a parameter lies in nested dicts, such as ("layers", 0, "mlp", "up_proj", "kernel")."""
 
 
@@ -216,7 +216,7 @@ class Piece:
       start: first entry on the tensor's split axis.
     """
 
-    parameter: Path
+    parameter: ParameterPath
     expert: int | None
     shape: tuple[int, ...]
     layout: Layout
@@ -279,7 +279,7 @@ def sources(model_type: str, config: DecoderConfig) -> dict[str, Source]:
     return found
 
 
-def parameters(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def parameters(tree: Any, path: ParameterPath = ()) -> Iterator[tuple[ParameterPath, Any]]:
     """Yields path and value of each leaf of nested dicts."""
     if not isinstance(tree, Mapping):
         yield path, tree
@@ -288,7 +288,7 @@ def parameters(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         yield from parameters(value, (*path, key))
 
 
-def nested(leaves: Mapping[Path, Any]) -> dict[Any, Any]:
+def nested(leaves: Mapping[ParameterPath, Any]) -> dict[Any, Any]:
     """Returns nested dicts of leaves that are given by their paths."""
     tree: dict[Any, Any] = {}
     for path, value in leaves.items():
@@ -299,5 +299,5 @@ def nested(leaves: Mapping[Path, Any]) -> dict[Any, Any]:
     return tree
 
 
-def _row(path: Path) -> str:
+def _row(path: ParameterPath) -> str:
     return ".".join("{i}" if isinstance(part, int) else part for part in path)

@@ -136,7 +136,7 @@ def open_tensors(folder: str | os.PathLike) -> dict[str, Tensor]:
     folder = Path(folder)
     present = _list_folder(folder)
     if _SINGLE in present:
-        return {tensor.name: tensor for tensor in _open_file(folder / _SINGLE)}
+        return {tensor.name: tensor for tensor in open_file(folder / _SINGLE)}
     if _INDEX not in present:
         raise ValueError(_what_else(folder, present))
     index = folder / _INDEX
@@ -148,7 +148,7 @@ def open_tensors(folder: str | os.PathLike) -> dict[str, Tensor]:
                 f"{index}: weight_map names the file {_show(shard)}, which is not in that folder; "
                 "download it again, all files beside the index"
             )
-        for tensor in _open_file(folder / shard):
+        for tensor in open_file(folder / shard):
             if tensor.name in tensors:
                 other = tensors[tensor.name].file.name
                 raise _damaged(tensor.file, f"tensor {_show(tensor.name)} is in {other} as well")
@@ -286,7 +286,8 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _open_file(file: Path) -> list[Tensor]:
+def open_file(file: Path) -> list[Tensor]:
+    """Opens the tensors of one file; raises as ``open_tensors`` does."""
     with _opened(file) as (stream, size):
         length = int.from_bytes(stream.read(8), "little")
         start = 8 + length

@@ -13,14 +13,13 @@ import numpy as np
 
 from specjax.hf.config import quantization_block, read_config, text_config
 from specjax.hf.keys import read_json
-from specjax.hf.names import Path as ParameterPath
-from specjax.hf.names import Piece, Source, nested, parameters, sources, table_names, why_left_out
+from specjax.hf.names import ParameterPath, Piece, Source, nested, parameters, sources, table_names, why_left_out
 from specjax.hf.safetensors import Tensor, TensorSpec, open_tensors
 from specjax.transformer.config import DecoderConfig
 
 _FLOATS = frozenset(map(jnp.dtype, ("float64", "float32", "float16", "bfloat16")))
 _FLOAT8 = jnp.dtype("float8_e4m3fn")
-_SCALE = "_scale_inv"  # the end of the name of a float8 tensor's scales
+SCALE_SUFFIX = "_scale_inv"  # the end of the name of a float8 tensor's scales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +71,15 @@ def open_weights(folder: Path) -> Weights:
     try:
         if len(tensors) < len(found):
             raise ValueError("two tensors have one name but for a wrapper's prefix; save the model again")
-        left_out = _check(tensors, wanted, block, functools.partial(_why, config, raw))
+        left_out = check_tensors(tensors, wanted, block, functools.partial(_why, config, raw))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    places: dict[ParameterPath, list[tuple[_Stored, Piece]]] = {}
+    places: dict[ParameterPath, list[tuple[Stored, Piece]]] = {}
     for name, source in wanted.items():
-        stored = _Stored(tensors[name], tensors.get(name + _SCALE), block)
+        stored = Stored(tensors[name], tensors.get(name + SCALE_SUFFIX), block)
         for piece in source.pieces:
             places.setdefault(piece.parameter, []).append((stored, piece))
-    params: Any = nested({path: _parameter(parts) for path, parts in places.items()})
+    params: Any = nested({path: parameter_of(parts) for path, parts in places.items()})
     return Weights(config, raw, params, tuple(_report(wanted, left_out)))
 
 
@@ -89,7 +88,7 @@ def _why(config: DecoderConfig, raw: Mapping[str, Any], name: str) -> str | None
     return why_left_out(name, config, next_tokens)
 
 
-def _check(
+def check_tensors(
     tensors: Mapping[str, Tensor],
     wanted: Mapping[str, Source],
     block: tuple[int, int] | None,
@@ -103,12 +102,12 @@ def _check(
         tensor = tensors[name]
         if tensor.shape != source.shape:
             raise ValueError(f"tensor {name!r} is {tensor.shape}; config.json asks for {source.shape}; {_CURE}")
-        scales = tensors.get(name + _SCALE)
+        scales = tensors.get(name + SCALE_SUFFIX)
         if tensor.dtype == _FLOAT8 and block is not None and scales is not None:
             expected = tuple(-(-size // of) for size, of in zip(tensor.shape, block, strict=True))
             if scales.shape != expected or scales.dtype not in _FLOATS:
                 given = f"{scales.dtype} {scales.shape}"
-                raise ValueError(f"tensor {name + _SCALE!r} is {given}; blocks of {block} need floats {expected}")
+                raise ValueError(f"tensor {name + SCALE_SUFFIX!r} is {given}; blocks of {block} need floats {expected}")
         elif tensor.dtype not in _FLOATS or scales is not None:
             scaled = "with" if scales is not None else "without"
             floats = ", ".join(sorted(map(str, _FLOATS)))
@@ -116,7 +115,7 @@ def _check(
                 f"tensor {name!r} has dtype {tensor.dtype} {scaled} scales; supported: {floats}, and {_FLOAT8} with "
                 "scales where config.json has a quantization_config"
             )
-    used = wanted.keys() | {name + _SCALE for name in wanted}
+    used = wanted.keys() | {name + SCALE_SUFFIX for name in wanted}
     left_out = {name: why(name) for name in sorted(tensors.keys() - used)}
     extra = [name for name, reason in left_out.items() if reason is None]
     if extra:
@@ -128,7 +127,7 @@ _CURE = "the weights are of another model than config.json, or of one that specj
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stored:
+class Stored:
     """A tensor as it lies in the folder, with the scales of its blocks if it is float8."""
 
     tensor: Tensor
@@ -151,7 +150,8 @@ class _Stored:
         return weight
 
 
-def _parameter(parts: list[tuple[_Stored, Piece]]) -> Parameter:
+def parameter_of(parts: list[tuple[Stored, Piece]]) -> Parameter:
+    """Returns the parameter that lies in these tensors: in one, or one expert in each."""
     dtype = functools.reduce(jnp.promote_types, (stored.dtype for stored, _ in parts))
     dtype = jnp.dtype("float32") if dtype == jnp.float64 else dtype
     stacked = parts[0][1].expert is not None
@@ -201,11 +201,12 @@ def tensors_of(model_type: str, config: DecoderConfig, params: Any) -> list[Tens
     for name, source in sources(model_type, config).items():
         held = [arrays[piece.parameter] for piece in source.pieces]
         dtype = jnp.dtype(functools.reduce(jnp.promote_types, (array.dtype for array in held)))
-        specs.append(TensorSpec(name, dtype, source.shape, functools.partial(_tensor, source, held, dtype)))
+        specs.append(TensorSpec(name, dtype, source.shape, functools.partial(tensor_of, source, held, dtype)))
     return specs
 
 
-def _tensor(source: Source, held: list[Any], dtype: jnp.dtype) -> np.ndarray:
+def tensor_of(source: Source, held: list[Any], dtype: jnp.dtype) -> np.ndarray:
+    """Makes a tensor of the parameters that its pieces lie in, ``held`` in their order."""
     out = np.empty(source.shape, dtype)
     for array, piece in zip(held, source.pieces, strict=True):
         piece.of(out)[...] = np.asarray(array if piece.expert is None else array[piece.expert])
