@@ -238,16 +238,31 @@ def _generation(state: State) -> Generation:
     return Generation(state.tokens_bs, state.length_b, state.request.prompt_length_b, state.stats)
 
 
-@functools.partial(jax.jit, static_argnames=("verify", "slots"))
-def _generate_jit(target, prompt_bt, request, key, drafter, *, verify, slots):
+def classes_key(target: LanguageModel, drafter: Drafter | None) -> int:
+    """Returns a number that differs where classes do, which keeps programs apart that ``jit`` alone confuses.
+
+    jaxlib compares two trees of dataclasses by their fields, whatever their classes: now and then, where hashes share a
+    bucket, ``jit`` hands a drafter the program of another class with equal fields, say of its parent. Hashes do heed
+    classes.
+    """
+    return hash(jax.tree.structure((target, drafter)))
+
+
+@functools.partial(jax.jit, static_argnames=("classes", "verify", "slots"))
+def _generate_jit(target, prompt_bt, request, key, drafter, *, classes, verify, slots):
+    del classes
     return _generation(_rounds(target, _prefill(target, prompt_bt, request, key, drafter, slots), drafter, verify))
 
 
-_prefill_jit = jax.jit(_prefill, static_argnames=("slots",))
+@functools.partial(jax.jit, static_argnames=("classes", "slots"))
+def _prefill_jit(target, prompt_bt, request, key, drafter, *, classes, slots):
+    del classes
+    return _prefill(target, prompt_bt, request, key, drafter, slots)
 
 
-@functools.partial(jax.jit, static_argnames=("verify",), donate_argnames=("state",))
-def _rounds_jit(target, state, drafter, limit, *, verify):
+@functools.partial(jax.jit, static_argnames=("classes", "verify"), donate_argnames=("state",))
+def _rounds_jit(target, state, drafter, limit, *, classes, verify):
+    del classes
     return _rounds(target, state, drafter, verify, limit)
 
 
@@ -293,7 +308,8 @@ def generate(
     prompt_bt, request, slots = lay_out(
         target, drafter, prompt_bt, prompt_length_b, sampling, max_new_tokens, stop_tokens, slots
     )
-    return _generate_jit(target, prompt_bt, request, key, drafter, verify=verify, slots=slots)
+    classes = classes_key(target, drafter)
+    return _generate_jit(target, prompt_bt, request, key, drafter, classes=classes, verify=verify, slots=slots)
 
 
 def prefill(
@@ -313,7 +329,8 @@ def prefill(
     prompt_bt, request, slots = lay_out(
         target, drafter, prompt_bt, prompt_length_b, sampling, max_new_tokens, stop_tokens, slots
     )
-    return _prefill_jit(target, prompt_bt, request, key, drafter, slots=slots)
+    classes = classes_key(target, drafter)
+    return _prefill_jit(target, prompt_bt, request, key, drafter, classes=classes, slots=slots)
 
 
 def stream(
@@ -358,6 +375,7 @@ def stream(
 def _run(
     target: LanguageModel, state: State, drafter: Drafter | None, rounds: Array, verify: VerifyRule
 ) -> Iterator[Generation]:
+    classes = classes_key(target, drafter)
     while not state.done_b.all():
-        state = _rounds_jit(target, state, drafter, rounds, verify=verify)
+        state = _rounds_jit(target, state, drafter, rounds, classes=classes, verify=verify)
         yield jax.device_get(_generation(state))

@@ -46,7 +46,8 @@ def arguments(rows, slots, target=TARGET, drafter=DRAFTER, width=5):
     """Returns the positional and the static arguments of the jitted ``generate``."""
     prompt_bt = np.ones((rows, width), np.int32)
     prompt_bt, request, slots = lay_out(target, drafter, prompt_bt, None, Sampling(), 8, (), slots)
-    return (target, prompt_bt, request, None, drafter), {"verify": verify.block, "slots": slots}
+    static = {"classes": engine.classes_key(target, drafter), "verify": verify.block, "slots": slots}
+    return (target, prompt_bt, request, None, drafter), static
 
 
 # Reading HLO.
@@ -151,8 +152,9 @@ def test_stream_copies_no_cache():
     """Of its donated state, neither on the way into the loop nor in it."""
     slots = 1024
     args, _ = arguments(1, slots)
-    state = jax.eval_shape(lambda: engine._prefill_jit(*args, slots=slots))
-    hlo = engine._rounds_jit.lower(TARGET, state, DRAFTER, jnp.int32(1), verify=verify.block).compile().as_text()
+    rounds = {"classes": engine.classes_key(TARGET, DRAFTER), "verify": verify.block}
+    state = jax.eval_shape(lambda: engine._prefill_jit(*args, classes=rounds["classes"], slots=slots))
+    hlo = engine._rounds_jit.lower(TARGET, state, DRAFTER, jnp.int32(1), **rounds).compile().as_text()
     assert len(outer_loops(hlo)) == 1
     assert copies(hlo.splitlines(), slots) == []
 

@@ -322,7 +322,7 @@ LATENT = LatentConfig(query_rank=None, key_value_rank=8, plain_width=6, rotary_w
 NO_ROPE = LayerConfig(rope=None)
 BAD = {
     "no layers": ({"num_hidden_layers": 0}, ["num_hidden_layers", "0", "at least 1"]),
-    "layers without end": ({"num_hidden_layers": 10**9}, ["num_hidden_layers", str(10**9), "at most 10000"]),
+    "layers without end": ({"num_hidden_layers": 10**9}, ["num_hidden_layers", str(10**9), "at most 1000"]),
     "heads without end": ({"head_dim": 10**9}, ["head_dim", str(10**9), "at most"]),
     "positions past int32": ({"max_position_embeddings": 2**31}, ["max_position_embeddings", str(2**31), "at most"]),
     "heads that do not divide": ({"num_attention_heads": 3}, ["hidden_size 16", "num_attention_heads 3", "head_dim"]),
