@@ -23,8 +23,8 @@ from specjax.checkpoint import (
 )
 from specjax.hf.config import ARCHITECTURES, read_config, text_config
 from specjax.hf.keys import read_json
-from specjax.hf.names import nested, parameters
-from specjax.hf.safetensors import TensorSpec, write_tensors
+from specjax.hf.names import nested, parameters, sources
+from specjax.hf.safetensors import write_tensors
 from specjax.hf.weights import Parameter, open_weights, tensors_of
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import abstract_params
@@ -127,7 +127,7 @@ def export_hf(
         stored = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, wanted), stored)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         params = load_params(source, stored)
-        tensors: list[TensorSpec] = tensors_of(raw["model_type"], config, params)
+        tensors = tensors_of(sources(raw["model_type"], config), params)
         with new_folder(destination, replace=False) as folder:
             companions = _copy_companions(source, folder)
             write_json(folder / "config.json", _config(raw, jax.tree.leaves(stored)))

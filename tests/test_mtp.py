@@ -15,6 +15,7 @@ import specjax
 from specjax.drafters.feature import FeatureDrafter
 from specjax.drafters.mtp import MTPConfig, MTPDrafter, MTPHead, abstract_mtp_params, init_mtp_params
 from specjax.heads.mtp import open_mtp, write_mtp
+from specjax.hf.names import sources
 from specjax.hf.safetensors import TensorSpec, open_tensors, write_tensors
 from specjax.hf.weights import tensors_of
 from specjax.transformer.config import DecoderConfig, LayerConfig, Rope
@@ -650,7 +651,7 @@ def whole_folder(folder, changes=lambda tensors: None):
     config = CONFIGS["deepseek_v3"]
     decoder = specjax.hf.decoder_config(config)
     target_params = init_params(decoder, jax.random.key(1))
-    tensors = {spec.name: spec.read() for spec in tensors_of("deepseek_v3", decoder, target_params)}
+    tensors = {spec.name: spec.read() for spec in tensors_of(sources("deepseek_v3", decoder), target_params)}
     for k in range(2):
         tensors[f"model.layers.{LAYERS + k}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
         tensors[f"model.layers.{LAYERS + k}.shared_head.head.weight"] = tensors["lm_head.weight"]

@@ -5,7 +5,6 @@ the draft vocabulary: ``d2t`` holds the *offset* from a draft id to the target's
 tokens that can be drafted.
 """
 
-import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -15,9 +14,9 @@ import numpy as np
 
 from specjax.hf.config import decoder_config
 from specjax.hf.keys import Keys
-from specjax.hf.names import LINEAR, SAME, ParameterPath, Piece, Source, nested, parameters
+from specjax.hf.names import LINEAR, SAME, ParameterPath, Piece, Source, parameters
 from specjax.hf.safetensors import Tensor, TensorSpec
-from specjax.hf.weights import Parameter, Stored, check_tensors, parameter_of, tensor_of
+from specjax.hf.weights import Parameter, check_tensors, parameters_of, tensors_of
 from specjax.transformer.config import DecoderConfig, check_integer
 
 VERSIONS = {"eagle": 1, "eagle3": 3}
@@ -226,14 +225,11 @@ def eagle_parameters(tensors: Mapping[str, Tensor], draft_of_v: np.ndarray | Non
     wanted = _sources(abstract)
     floats = {name: tensor for name, tensor in tensors.items() if name not in ("d2t", "t2d")}
     check_tensors(floats, wanted, None, _why_left_out)
-    opened = {
-        source.pieces[0].parameter: parameter_of([(Stored(floats[name], None, None), source.pieces[0])])
-        for name, source in wanted.items()
-    }
+    opened = parameters_of(floats, wanted)
     if draft_of_v is not None:
         dtype = jnp.dtype("int32")
-        opened[("draft_of_v",)] = Parameter(draft_of_v.shape, dtype, lambda dtype: draft_of_v.astype(dtype))
-    return nested(opened)
+        opened["draft_of_v"] = Parameter(draft_of_v.shape, dtype, lambda dtype: draft_of_v.astype(dtype))
+    return opened
 
 
 def _why_left_out(name: str) -> str | None:
@@ -299,15 +295,13 @@ def tensors_of_eagle(kind: str, params: Any) -> list[TensorSpec]:
     Raises:
       ValueError: the layout has no name for one of them.
     """
-    arrays, specs = dict(parameters(params)), []
-    for name, source in _sources(params).items():
-        array = arrays[source.pieces[0].parameter]
-        dtype = jnp.dtype(array.dtype)
-        if kind == "eagle":
-            name = name.replace("fc.", "fusion_fc.").replace("layers.0.", "transformer.")
-            if name.startswith("layers."):
-                raise ValueError(f"speculators' layout has no name for {name!r}: its EAGLE-1 heads have one layer")
-        specs.append(TensorSpec(name, dtype, source.shape, functools.partial(tensor_of, source, [array], dtype)))
+    wanted = _sources(params)
+    if kind == "eagle":
+        renamed = {name: name.replace("fc.", "fusion_fc.").replace("layers.0.", "transformer.") for name in wanted}
+        if unnamed := [name for name in renamed.values() if name.startswith("layers.")]:
+            raise ValueError(f"speculators' layout has no name for {unnamed[0]!r}: its EAGLE-1 heads have one layer")
+        wanted = {renamed[name]: source for name, source in wanted.items()}
+    specs = tensors_of(wanted, params)
     if "draft_of_v" in params:
         draft_of_v = np.asarray(params["draft_of_v"])
         target_of_u = np.argsort(draft_of_v, kind="stable")[np.sum(draft_of_v < 0) :]

@@ -6,16 +6,13 @@ and ``{i}.{blocks}.weight`` (https://github.com/FasterDecoding/Medusa).
 
 import re
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
 from specjax.hf.keys import Keys
-from specjax.hf.names import LINEAR, SAME, Piece, Source, nested, parameters
+from specjax.hf.names import LINEAR, SAME, Piece, Source
 from specjax.hf.safetensors import Tensor, TensorSpec, open_file, open_tensors
-from specjax.hf.weights import Stored, check_tensors, parameter_of, tensor_of
+from specjax.hf.weights import check_tensors, parameters_of, tensors_of
 
 MEDUSA_FILE = "medusa_lm_head.safetensors"
 
@@ -83,24 +80,13 @@ def medusa_parameters(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
         vocab, width = vocab or last.shape[0], width or last.shape[1]
     sources = _sources(heads, blocks, width or 1, vocab or 1)
     check_tensors(tensors, sources, None, lambda name: None)
-    return nested(
-        {
-            source.pieces[0].parameter: parameter_of([(Stored(tensors[name], None, None), source.pieces[0])])
-            for name, source in sources.items()
-        }
-    )
+    return parameters_of(tensors, sources)
 
 
 def medusa_tensors(params: Any) -> list[TensorSpec]:
     """Returns the heads' tensors, each made when it is read; ``params`` are ``MedusaDrafter``'s."""
-    arrays = dict(parameters(params))
     width, vocab = params[0]["lm_head"]["kernel"].shape
-    specs = []
-    for name, source in _sources(len(params), len(params[0]["blocks"]), width, vocab).items():
-        array = arrays[source.pieces[0].parameter]
-        dtype = jnp.dtype(array.dtype)
-        specs.append(TensorSpec(name, dtype, source.shape, partial(tensor_of, source, [array], dtype)))
-    return specs
+    return tensors_of(_sources(len(params), len(params[0]["blocks"]), width, vocab), params)
 
 
 def _sources(heads: int, blocks: int, width: int, vocab: int) -> dict[str, Source]:

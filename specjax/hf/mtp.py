@@ -7,10 +7,7 @@ families follow it; MiMo and Qwen3-Next have names of their own.
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
-
-import jax.numpy as jnp
 
 from specjax.hf.config import (
     FULL_ATTENTION,
@@ -24,22 +21,10 @@ from specjax.hf.config import (
     with_experts,
 )
 from specjax.hf.keys import Keys
-from specjax.hf.names import (
-    DEEPSEEK_V3,
-    LINEAR,
-    QWEN3_MOE,
-    SAME,
-    TABLES,
-    ParameterPath,
-    Piece,
-    Source,
-    Table,
-    nested,
-    parameters,
-)
+from specjax.hf.names import DEEPSEEK_V3, LINEAR, QWEN3_MOE, SAME, TABLES, Table, sources_of
 from specjax.hf.rope import take_rope
 from specjax.hf.safetensors import Tensor, TensorSpec
-from specjax.hf.weights import SCALE_SUFFIX, Parameter, Stored, check_tensors, parameter_of, tensor_of
+from specjax.hf.weights import check_tensors, parameters_of, tensors_of
 from specjax.transformer.config import MAX_HEAD, MAX_LAYERS, DecoderConfig, ExpertsConfig, check_integer
 
 _LAYER = "model.layers.{i}."  # of a decoder's layer in the families' tables
@@ -215,15 +200,9 @@ def mtp_parameters(layout: MTPLayout, tensors: Mapping[str, Tensor], abstract: A
     Raises:
       ValueError: a tensor is missing, of another shape or dtype than the config says, or unknown.
     """
-    wanted = _sources(layout, abstract)
+    wanted = sources_of(layout.table, abstract, layout.first)
     check_tensors(tensors, wanted, layout.block, _why_left_out)
-    places: dict[ParameterPath, list[tuple[Stored, Piece]]] = {}
-    for name, source in wanted.items():
-        stored = Stored(tensors[name], tensors.get(name + SCALE_SUFFIX), layout.block)
-        for piece in source.pieces:
-            places.setdefault(piece.parameter, []).append((stored, piece))
-    opened: dict[ParameterPath, Parameter] = {path: parameter_of(parts) for path, parts in places.items()}
-    return nested(opened)
+    return parameters_of(tensors, wanted, layout.block)
 
 
 def _why_left_out(name: str) -> str | None:
@@ -232,32 +211,7 @@ def _why_left_out(name: str) -> str | None:
 
 def mtp_tensors(layout: MTPLayout, params: Any) -> list[TensorSpec]:
     """Returns the tensors of the modules' parameters, nested dicts of arrays, each made when it is read."""
-    arrays = dict(parameters(params))
-    specs = []
-    for name, source in _sources(layout, params).items():
-        held = [arrays[piece.parameter] for piece in source.pieces]
-        dtype = jnp.dtype(jnp.result_type(*(array.dtype for array in held)))
-        specs.append(TensorSpec(name, dtype, source.shape, partial(tensor_of, source, held, dtype)))
-    return specs
-
-
-def _sources(layout: MTPLayout, params: Any) -> dict[str, Source]:
-    order = {row: place for place, row in enumerate(layout.table)}
-    leaves = {path: tuple(leaf.shape) for path, leaf in parameters(params)}
-    found: dict[str, Source] = {}
-    for path in sorted(leaves, key=lambda path: (path[0], order[_row(path)])):
-        row, place = layout.table[_row(path)]
-        shape, stacked = leaves[path], "{e}" in row
-        for expert in range(shape[0]) if stacked else (None,):
-            name = row.format(i=layout.first + int(path[0]), e=expert)
-            before = found[name].pieces if name in found else ()
-            piece = Piece(path, expert, shape[1:] if stacked else shape, place, before[-1].end if before else 0)
-            found[name] = Source(row, (*before, piece))
-    return found
-
-
-def _row(path: ParameterPath) -> str:
-    return ".".join(("{i}", *map(str, path[1:])))
+    return tensors_of(sources_of(layout.table, params, layout.first), params)
 
 
 # Configs of families that are no targets here.

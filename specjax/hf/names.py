@@ -263,16 +263,26 @@ class Source:
 
 def sources(model_type: str, config: DecoderConfig) -> dict[str, Source]:
     """Returns the tensors that a model of a family is made of, by their names in the family's table."""
-    table = TABLES[model_type]
+    return sources_of(TABLES[model_type], abstract_params(config))
+
+
+def sources_of(table: Table, params: Any, first: int = 0) -> dict[str, Source]:
+    """Returns the tensors that parameters are made of, by their names in a table.
+
+    Args:
+      table: has a row for each parameter.
+      params: nested dicts of what has a shape.
+      first: what is added to a number in a parameter's path for that in the tensor's name.
+    """
     order = {row: place for place, row in enumerate(table)}
+    leaves = {path: tuple(leaf.shape) for path, leaf in parameters(params)}
     found: dict[str, Source] = {}
-    params = dict(parameters(abstract_params(config)))
-    for path in sorted(params, key=lambda path: order[_row(path)]):
-        row, layout = table[_row(path)]
-        shape = tuple(params[path].shape)
-        stacked = "{e}" in row
+    for path in sorted(leaves, key=lambda path: order[path_row(path)]):
+        row, layout = table[path_row(path)]
+        shape, stacked = leaves[path], "{e}" in row
+        number = next((first + key for key in path if isinstance(key, int)), None)
         for expert in range(shape[0]) if stacked else (None,):
-            name = row.format(i=path[1] if path[0] == "layers" else None, e=expert)
+            name = row.format(i=number, e=expert)
             before = found[name].pieces if name in found else ()
             piece = Piece(path, expert, shape[1:] if stacked else shape, layout, before[-1].end if before else 0)
             found[name] = Source(row, (*before, piece))
@@ -299,5 +309,6 @@ def nested(leaves: Mapping[ParameterPath, Any]) -> dict[Any, Any]:
     return tree
 
 
-def _row(path: ParameterPath) -> str:
+def path_row(path: ParameterPath) -> str:
+    """Returns a parameter's path as tables have it, with ``{i}`` for a number."""
     return ".".join("{i}" if isinstance(part, int) else part for part in path)

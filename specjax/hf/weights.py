@@ -13,7 +13,17 @@ import numpy as np
 
 from specjax.hf.config import quantization_block, read_config, text_config
 from specjax.hf.keys import read_json
-from specjax.hf.names import ParameterPath, Piece, Source, nested, parameters, sources, table_names, why_left_out
+from specjax.hf.names import (
+    ParameterPath,
+    Piece,
+    Source,
+    nested,
+    parameters,
+    path_row,
+    sources,
+    table_names,
+    why_left_out,
+)
 from specjax.hf.safetensors import Tensor, TensorSpec, open_tensors
 from specjax.transformer.config import DecoderConfig
 
@@ -74,12 +84,7 @@ def open_weights(folder: Path) -> Weights:
         left_out = check_tensors(tensors, wanted, block, functools.partial(_why, config, raw))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    places: dict[ParameterPath, list[tuple[Stored, Piece]]] = {}
-    for name, source in wanted.items():
-        stored = Stored(tensors[name], tensors.get(name + SCALE_SUFFIX), block)
-        for piece in source.pieces:
-            places.setdefault(piece.parameter, []).append((stored, piece))
-    params: Any = nested({path: parameter_of(parts) for path, parts in places.items()})
+    params = parameters_of(tensors, wanted, block)
     return Weights(config, raw, params, tuple(_report(wanted, left_out)))
 
 
@@ -127,7 +132,7 @@ _CURE = "the weights are of another model than config.json, or of one that specj
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class _Stored:
     """A tensor as it lies in the folder, with the scales of its blocks if it is float8."""
 
     tensor: Tensor
@@ -150,8 +155,19 @@ class Stored:
         return weight
 
 
-def parameter_of(parts: list[tuple[Stored, Piece]]) -> Parameter:
-    """Returns the parameter that lies in these tensors: in one, or one expert in each."""
+def parameters_of(
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, Source], block: tuple[int, int] | None = None
+) -> Any:
+    """Returns nested dicts of ``Parameter`` from tensors that ``check_tensors`` has checked."""
+    places: dict[ParameterPath, list[tuple[_Stored, Piece]]] = {}
+    for name, source in wanted.items():
+        stored = _Stored(tensors[name], tensors.get(name + SCALE_SUFFIX), block)
+        for piece in source.pieces:
+            places.setdefault(piece.parameter, []).append((stored, piece))
+    return nested({path: _parameter(parts) for path, parts in places.items()})
+
+
+def _parameter(parts: list[tuple[_Stored, Piece]]) -> Parameter:
     dtype = functools.reduce(jnp.promote_types, (stored.dtype for stored, _ in parts))
     dtype = jnp.dtype("float32") if dtype == jnp.float64 else dtype
     stacked = parts[0][1].expert is not None
@@ -179,8 +195,7 @@ def _report(wanted: Mapping[str, Source], left_out: Mapping[str, str]) -> Iterat
     ours: dict[str, dict[str, None]] = {}
     for source in wanted.values():
         for piece in source.pieces:
-            path = ".".join("{i}" if isinstance(key, int) else key for key in piece.parameter)
-            ours.setdefault(source.row, {})[path] = None
+            ours.setdefault(source.row, {})[path_row(piece.parameter)] = None
     for row, count in rows.items():
         yield f"{count:>6} x {row} -> {', '.join(ours[row])}"
     for reason, count in Counter(left_out.values()).items():
@@ -188,25 +203,23 @@ def _report(wanted: Mapping[str, Source], left_out: Mapping[str, str]) -> Iterat
         yield f"{count:>6} left out: {reason} ({example})"
 
 
-def tensors_of(model_type: str, config: DecoderConfig, params: Any) -> list[TensorSpec]:
+def tensors_of(wanted: Mapping[str, Source], params: Any) -> list[TensorSpec]:
     """Returns the tensors that a Hugging Face folder holds of these parameters, each made when it is read.
 
     Args:
-      model_type: the family.
-      config: of the decoder.
+      wanted: the tensors and what they are made of.
       params: nested dict of arrays.
     """
     arrays = dict(parameters(params))
     specs = []
-    for name, source in sources(model_type, config).items():
+    for name, source in wanted.items():
         held = [arrays[piece.parameter] for piece in source.pieces]
         dtype = jnp.dtype(functools.reduce(jnp.promote_types, (array.dtype for array in held)))
-        specs.append(TensorSpec(name, dtype, source.shape, functools.partial(tensor_of, source, held, dtype)))
+        specs.append(TensorSpec(name, dtype, source.shape, functools.partial(_tensor, source, held, dtype)))
     return specs
 
 
-def tensor_of(source: Source, held: list[Any], dtype: jnp.dtype) -> np.ndarray:
-    """Makes a tensor of the parameters that its pieces lie in, ``held`` in their order."""
+def _tensor(source: Source, held: list[Any], dtype: jnp.dtype) -> np.ndarray:
     out = np.empty(source.shape, dtype)
     for array, piece in zip(held, source.pieces, strict=True):
         piece.of(out)[...] = np.asarray(array if piece.expert is None else array[piece.expert])
