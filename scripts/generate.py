@@ -7,7 +7,6 @@ python scripts/generate.py --target DIR --chat --prompt 'Why is the sky blue?'  
 """
 
 import argparse
-import functools
 import json
 import os
 import select
@@ -16,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,9 @@ if __name__ == "__main__":  # Ctrl-C and `| head` end it quietly and at once, ev
             signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 import jax
-from trace_page import Round, Token, Trace, render
+from drafter_spec import named_drafter, short_name
+from trace_page import Trace, render
+from transcript import COUNTS, Transcript, follow
 
 import specjax
 
@@ -37,10 +38,8 @@ PROMPT = '''class Stack:
     """A last-in, first-out collection of items."""
 
     def __init__(self, items=()):'''
-HEADS = {"mtp": specjax.open_mtp, "eagle": specjax.open_eagle, "medusa": specjax.open_medusa}
 VERIFY = {"token": specjax.verify.token, "block": specjax.verify.block, "coupled": specjax.verify.coupled}
 COMPARED_RUNS = 5
-COUNTS = ("rounds", "drafted", "accepted", "emitted")
 STDIN_WAIT_S = 3.0  # a pipe that nobody writes to must not hold up a call without arguments
 # Sampling parameters and the values at which they do nothing.
 IDLE = {
@@ -51,8 +50,6 @@ IDLE = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
-DIM, RESET = "\x1b[2m", "\x1b[0m"
-COLOURS = {"accepted": "\x1b[32m", "corrected": "\x1b[33m", "bonus": "\x1b[36m", "target": ""}
 
 
 class Parser(argparse.ArgumentParser):
@@ -165,141 +162,6 @@ def open_drafter(spec: str | None, target: specjax.LanguageModel, tokenizer: Any
     return None if spec == "none" else named_drafter(spec, target, tokenizer, num_draft), spec
 
 
-def named_drafter(spec: str, target: specjax.LanguageModel, tokenizer: Any, num_draft: int) -> Any:
-    """Returns the drafter of a value other than none."""
-    kind, _, value = spec.partition(":")
-    if spec == "ngram":
-        return specjax.NGramDrafter(num_draft=num_draft)
-    if kind == "early-exit" and value.isascii() and value.isdecimal():
-        return specjax.EarlyExitDrafter(int(value), num_draft)
-    parts = value.split(",")
-    if kind == "cascade" and len(parts) > 1 and "none" not in parts:
-        return functools.reduce(specjax.Cascade, (named_drafter(part, target, tokenizer, num_draft) for part in parts))
-    if kind not in ("model", *HEADS) or not value:
-        raise ValueError(
-            f"--drafter is {spec!r}; give model:DIR, ngram or none, a head as mtp:DIR, eagle:DIR or medusa:DIR, "
-            "early-exit:LAYERS, or cascade:A,B, of which B drafts where A has nothing"
-        )
-    if kind in HEADS:
-        drafter = HEADS[kind](value, target, num_draft)
-        if kind == "eagle":
-            note(f"{value}: {drafter.head.describe()}\n")
-        return drafter
-    drafter = specjax.load_drafter(value, target, num_draft, tokenizer=tokenizer)
-    if isinstance(drafter, specjax.SharedVocabularyDrafter):
-        shared = int((drafter.draft_of_v >= 0).sum())
-        note(f"{value} has another tokenizer: it drafts the {shared} of {target.vocab_size} tokens that both have\n")
-    return drafter
-
-
-def short_name(spec: str) -> str:
-    """Returns what figures call a drafter."""
-    kind, _, value = spec.partition(":")
-    if kind == "cascade":
-        return ", else ".join(map(short_name, value.split(",")))
-    return f"first {value} layers" if kind == "early-exit" else Path(value).name or kind
-
-
-class Transcript:
-    """A prompt and what was emitted behind it, round by round.
-
-    Attributes:
-      prompt: the text that is continued; ``prompt_ids`` are its tokens.
-      shown: what is printed ahead of the continuation.
-      messages: what a chat template made the prompt of, else None.
-      ids: the tokens emitted, those behind a stop string in its round included; ``text`` has nothing of them.
-      counts: figures of the row, up to the round in which it was done.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Any,
-        prompt: str,
-        max_new_tokens: int,
-        stop_tokens: Sequence[int] = (),
-        stop: Sequence[str] = (),
-        template: specjax.text.ChatTemplate | None = None,
-        system: str | None = None,
-    ):
-        self.prompt, self.shown, self.messages, self.done = prompt, prompt, None, False
-        if template is not None:
-            roles = {"system": system, "user": prompt}
-            self.messages = [{"role": role, "content": text} for role, text in roles.items() if text is not None]
-            self.prompt, self.shown = template.render(self.messages), prompt + "\n"
-        self.prompt_ids = tokenizer.encode(self.prompt, add_special_tokens=template is None).ids
-        self.ids, self.tokens, self.rounds = [], [], []
-        self.counts: dict[str, Any] = dict.fromkeys(COUNTS, 0)
-        self._tokenizer, self._limit, self._stop_tokens = tokenizer, max_new_tokens, stop_tokens
-        self._stream = specjax.text.TextStream(tokenizer, self.prompt_ids, stop)
-
-    @property
-    def text(self) -> str:
-        return "".join(token.text for token in self.tokens)
-
-    @property
-    def stopped(self) -> str | None:
-        return self._stream.stopped
-
-    def add(self, generation: specjax.Generation, row: int) -> None:
-        """Takes note of a round, if the row was still running in it."""
-        if self.done:
-            return
-        before, self.counts = self.counts, counts_of(generation.stats, row)
-        drafted, accepted = (self.counts[name] - before[name] for name in ("drafted", "accepted"))
-        length = len(self.prompt_ids) + len(self.ids)
-        new = generation.tokens_bs[row, length : generation.length_b[row]].tolist()
-        behind = "target" if not drafted else "bonus" if accepted == drafted else "corrected"
-        tokens = []
-        for place, token in enumerate(new):
-            ends = token in self._stop_tokens
-            text = "" if ends else self._stream.push([token])
-            name = self._tokenizer.id_to_token(token) or str(token)
-            tokens.append(Token(text, "accepted" if place < accepted else behind, name if ends else ""))
-        self.ids += new
-        self.done = new[-1] in self._stop_tokens or self.stopped is not None or len(self.ids) == self._limit
-        if self.done:
-            tokens[-1] = tokens[-1]._replace(text=tokens[-1].text + self._stream.finish())
-        self.tokens += tokens
-        self.rounds.append(Round(drafted, accepted, tokens))
-
-
-def counts_of(stats: specjax.Stats, row: int) -> dict[str, Any]:
-    counts = {name: int(getattr(stats, f"{name}_b")[row]) for name in COUNTS}
-    return counts | {name: getattr(stats, f"{name}_bg")[row].tolist() for name in ("drafted_at", "accepted_at")}
-
-
-class Printer:
-    """Prints text as it is accepted: the first unfinished prompt's live, the others' in turn."""
-
-    def __init__(self, transcripts: list[Transcript]):
-        self._transcripts, self._row, self._printed = transcripts, 0, 0
-        self._colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        self._begin()
-
-    def _begin(self) -> None:
-        if len(self._transcripts) > 1:
-            print(self._paint(f"--- prompt {self._row + 1} of {len(self._transcripts)} ---", DIM))
-        print(self._paint(self._transcripts[self._row].shown, DIM), end="", flush=True)
-
-    def _paint(self, text: str, colour: str) -> str:
-        return f"{colour}{text}{RESET}" if self._colour and colour and text else text
-
-    def update(self) -> None:
-        while self._row < len(self._transcripts):
-            transcript = self._transcripts[self._row]
-            for token in transcript.tokens[self._printed :]:
-                print(self._paint(token.text, COLOURS[token.origin]), end="")
-            self._printed = len(transcript.tokens)
-            if not transcript.done:
-                break
-            if not (transcript.shown + transcript.text).endswith("\n"):
-                print()
-            self._row, self._printed = self._row + 1, 0
-            if self._row < len(self._transcripts):
-                self._begin()
-        sys.stdout.flush()
-
-
 def compare(request: dict[str, Any], drafter: Any) -> dict[str, float]:
     """Returns tokens per second with the drafter and without: medians of interleaved runs, one compiled loop each.
 
@@ -407,20 +269,6 @@ def request_for(
         "max_new_tokens": args.max_new_tokens,
         "stop_tokens": stop_tokens,
     }
-
-
-def follow(rounds: Iterator[specjax.Generation], transcripts: list[Transcript]) -> float:
-    """Prints the text while it is made, until all rows are done, and returns the seconds that making it took."""
-    printer = Printer(transcripts)
-    seconds = 0.0
-    while not all(transcript.done for transcript in transcripts):
-        start = time.perf_counter()
-        generation = next(rounds)
-        seconds += time.perf_counter() - start  # decoding and printing text is not counted
-        for row, transcript in enumerate(transcripts):
-            transcript.add(generation, row)
-        printer.update()
-    return seconds
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -21,7 +21,8 @@ from specjax.checkpoint import (
     save_params,
     write_json,
 )
-from specjax.hf.config import ARCHITECTURES, read_config, text_config
+from specjax.hf.config import read_config, text_config
+from specjax.hf.families import ARCHITECTURES
 from specjax.hf.keys import read_json
 from specjax.hf.names import nested, parameters, sources
 from specjax.hf.safetensors import write_tensors

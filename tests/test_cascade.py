@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from flax import struct
 from jax import lax
-from test_compiled import arguments, compilations, copies, outer_loops
+from stateless import Stateless
+from test_compiled import arguments, copies, outer_loops
 from test_compiled import decoder as tiny_decoder
 
 import specjax
-from specjax import ModelDrafter, NGramDrafter, engine, verify
+from specjax import ModelDrafter, NGramDrafter, engine
 from specjax.drafters.cascade import Cascade
 from specjax.drafters.early_exit import EarlyExitDrafter
 from specjax.drafters.feature import FeatureDrafter
@@ -110,18 +111,11 @@ FAULTY = {"deaf": Deaf, "forgetful": Forgetful}
 
 
 @struct.dataclass
-class Sometimes:
+class Sometimes(Stateless):
     """Proposes at two lengths of three: some tokens as the target's table would have them, then others."""
 
     table: jax.Array
     num_draft: int = struct.field(pytree_node=False, default=DRAFTS)
-
-    capture = ()
-    vocab_size = None
-    max_positions = None
-
-    def start(self, context, features, slots):
-        return None
 
     def propose(self, state, context, draw):
         length_b = context.length_b
@@ -134,9 +128,6 @@ class Sometimes:
             tokens_bt = jnp.concatenate([tokens_bt, token_b[:, None]], axis=1)
         drafted_b = jnp.where(proposes(length_b), self.num_draft, 0).astype(jnp.int32)
         return specjax.Proposal(tokens_bt[:, ORDER:], None, drafted_b), state
-
-    def commit(self, state, context, verdict, features):
-        return None
 
 
 def proposes(length):
@@ -288,28 +279,6 @@ def pair(request):
     return model, Cascade(NGramDrafter(2, 1, 3), seconds[request.param])
 
 
-def test_greedy_texts_are_those_of_plain_decoding(pair):
-    target, drafter = pair
-    drafted = generate(target, drafter, PROMPTS, 40)
-    np.testing.assert_array_equal(drafted.tokens_bs, generate(target, None, PROMPTS, 40).tokens_bs)
-    assert 0 < drafted.stats.accepted_b.sum() < drafted.stats.drafted_b.sum()
-
-
-def test_the_coupled_rule_gives_the_text_of_plain_decoding(pair):
-    target, drafter = pair
-    plain, drafted = (generate(target, part, PROMPTS, 40, 1.0, verify=verify.coupled) for part in (None, drafter))
-    np.testing.assert_array_equal(drafted.tokens_bs, plain.tokens_bs)
-
-
-def test_a_text_ends_at_its_stop_token(pair):
-    target, drafter = pair
-    plain = np.asarray(generate(target, None, PROMPTS, 40).tokens_bs)
-    stop = int(plain[2, len(PROMPTS[2]) + 9])
-    out, wanted = (generate(target, part, PROMPTS, 40, stop_tokens=(stop,)) for part in (drafter, None))
-    np.testing.assert_array_equal(out.tokens_bs, wanted.tokens_bs)
-    assert out.length_b.tolist() == wanted.length_b.tolist()
-
-
 def test_a_row_does_not_depend_on_its_neighbours(pair):
     """Alone, a row spares the second its passes; among others it does not."""
     target, drafter = pair
@@ -321,14 +290,7 @@ def test_a_row_does_not_depend_on_its_neighbours(pair):
     assert many.stats.accepted_at_bg[0].tolist() == one.stats.accepted_at_bg[0].tolist()
 
 
-def test_other_prompts_compile_nothing(pair):
-    target, drafter = pair
-    generate(target, drafter, PROMPTS, 20)
-    with compilations() as names:
-        jax.block_until_ready(generate(target, drafter, [[5, 5], [1], [7, 8, 9], [2]], 20, 0.7))
-    assert names == []
-
-
+@pytest.mark.optimized
 @pytest.mark.parametrize(("rows", "slots"), [(1, 128), (3, 1024)])
 def test_a_round_copies_no_cache(pair, rows, slots):
     """Neither the second's own nor the target's, though a round may pass the second by."""

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import reference
 from flax import struct
+from stateless import Stateless
 
 import specjax
 from specjax import Cascade, ModelDrafter, NGramDrafter, Proposal, Sampling, engine, verify
@@ -31,25 +32,16 @@ ROWS = len(PROMPTS)
 
 
 @struct.dataclass
-class CountingDrafter:
+class CountingDrafter(Stateless):
     """Proposes the ids that follow the last token's; a row proposes as many as its last token says, 0 to g."""
 
     num_draft: int = struct.field(pytree_node=False, default=DRAFTS)
     vocab_size: int = struct.field(pytree_node=False, default=VOCAB)
 
-    capture = ()
-    max_positions = None
-
-    def start(self, context, features, slots):
-        return None
-
     def propose(self, state, context, draw):
         last_b1 = jnp.take_along_axis(context.tokens_bs, context.length_b[:, None] - 1, axis=1)
         drafts_bg = (last_b1 + 1 + jnp.arange(self.num_draft, dtype=jnp.int32)[None]) % self.vocab_size
         return Proposal(drafts_bg, None, last_b1[:, 0] % (self.num_draft + 1)), state
-
-    def commit(self, state, context, verdict, features):
-        return state
 
 
 def random_table(seed):

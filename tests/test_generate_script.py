@@ -38,6 +38,12 @@ def script():
 
 
 @pytest.fixture(scope="module")
+def transcripts(script):
+    """The module in which it takes note of what is emitted, and prints it."""
+    return importlib.import_module("transcript")
+
+
+@pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """A target whose next token is uncertain, its draft, which is the target with noise, and a draft of other size."""
     folder = tmp_path_factory.mktemp("pair")
@@ -228,9 +234,10 @@ def test_trace_page_is_self_contained(batch):
 
 
 def test_trace_page_of_plain_rounds(script):
-    token, one_round = script.Token, script.Round
-    trace = script.Trace("</pre>&amp;\r\n", [one_round(0, 0, [token("<i>\n", "target")])])
-    page = Page(script.render([trace], {"target": '"<x>"'}, {"tokens": "1"}))
+    trace_page = importlib.import_module("trace_page")
+    plain_round = trace_page.Round(0, 0, [trace_page.Token("<i>\n", "target")])
+    trace = trace_page.Trace("</pre>&amp;\r\n", [plain_round])
+    page = Page(trace_page.render([trace], {"target": '"<x>"'}, {"tokens": "1"}))
     assert page.texts == ["</pre>&amp;\u240d\n<i>\n"]
     assert page.rounds == [[("round 1: 0 drafted, 0 accepted, 1 emitted", [["target", "<i>\n"]])]]
 
@@ -245,13 +252,13 @@ def generation(prompt, new, limit):
     return specjax.Generation(tokens, np.asarray([len(prompt) + len(new)]), np.asarray([len(prompt)]), stats)
 
 
-def streamed(script, tokenizer, prompt, new, **how):
+def streamed(transcripts, tokenizer, prompt, new, **how):
     """Returns what standard output gains with each of the tokens."""
-    transcript = script.Transcript(tokenizer, prompt, len(new), **how)
+    transcript = transcripts.Transcript(tokenizer, prompt, len(new), **how)
     out = io.StringIO()
     gains = []
     with contextlib.redirect_stdout(out):
-        printer = script.Printer([transcript])
+        printer = transcripts.Printer([transcript])
         for count in range(1, len(new) + 1):
             before = len(out.getvalue())
             transcript.add(generation(transcript.prompt_ids, new[:count], len(new)), 0)
@@ -260,38 +267,38 @@ def streamed(script, tokenizer, prompt, new, **how):
     return out.getvalue(), gains
 
 
-def test_streaming_never_splits_a_character(script, pair):
+def test_streaming_never_splits_a_character(transcripts, pair):
     tokenizer = specjax.load_tokenizer(pair / "target")
     text = "é日本🙂!"
     new = tokenizer.encode(text).ids
     assert len(new) == len(text.encode())  # a token for each byte
-    out, gains = streamed(script, tokenizer, "# ", new)
+    out, gains = streamed(transcripts, tokenizer, "# ", new)
     assert out == "# " + text + "\n"
     assert gains == ["", "é", "", "", "日", "", "", "本", "", "", "", "🙂", "!\n"]
 
 
-def test_streaming_shows_broken_bytes_once_they_are_known_to_be_broken(script, pair):
+def test_streaming_shows_broken_bytes_once_they_are_known_to_be_broken(transcripts, pair):
     tokenizer = specjax.load_tokenizer(pair / "target")
     lead, middle = tokenizer.encode("日").ids[:2]
     letter = tokenizer.encode("!").ids[0]
-    out, gains = streamed(script, tokenizer, "# ", [lead, letter, lead, middle])
+    out, gains = streamed(transcripts, tokenizer, "# ", [lead, letter, lead, middle])
     assert gains == ["", "\ufffd!", "", "\ufffd\n"]
     assert out == "# \ufffd!\ufffd\n"
 
 
-def test_broken_bytes_before_the_stop_token_are_part_of_the_text(script, pair):
+def test_broken_bytes_before_the_stop_token_are_part_of_the_text(transcripts, pair):
     tokenizer = specjax.load_tokenizer(pair / "target")
     lead, stop = tokenizer.encode("日").ids[0], tokenizer.token_to_id(STOP)
-    out, gains = streamed(script, tokenizer, "# ", [lead, stop], stop_tokens=(stop,))
+    out, gains = streamed(transcripts, tokenizer, "# ", [lead, stop], stop_tokens=(stop,))
     assert gains == ["", "\ufffd\n"]
     assert out == "# \ufffd\n"
 
 
-def test_text_that_may_become_a_stop_string_waits(script, pair):
+def test_text_that_may_become_a_stop_string_waits(transcripts, pair):
     tokenizer = specjax.load_tokenizer(pair / "target")
-    out, gains = streamed(script, tokenizer, "#", tokenizer.encode("é!?é!").ids, stop=("!!", "é!.", "?é!"))
+    out, gains = streamed(transcripts, tokenizer, "#", tokenizer.encode("é!?é!").ids, stop=("!!", "é!.", "?é!"))
     assert gains == ["", "", "", "é!", "", "", "\n"] and out == "#é!\n"
-    out, gains = streamed(script, tokenizer, "#", tokenizer.encode("a!?").ids, stop=("!?.",))
+    out, gains = streamed(transcripts, tokenizer, "#", tokenizer.encode("a!?").ids, stop=("!?.",))
     assert gains == ["a", "", "!?\n"]
 
 
@@ -401,9 +408,9 @@ def test_chat_answers_messages(script, chat, tmp_path, system):
     assert page.prompts == [pictures(text)]
 
 
-def test_prompts_get_the_tokenizers_special_tokens_without_chat(script, chat):
+def test_prompts_get_the_tokenizers_special_tokens_without_chat(transcripts, chat):
     tokenizer = specjax.load_tokenizer(chat)
-    transcript = script.Transcript(tokenizer, "Hi", 5)
+    transcript = transcripts.Transcript(tokenizer, "Hi", 5)
     assert transcript.prompt_ids == tokenizer.encode("Hi").ids
     assert transcript.prompt_ids[0] == tokenizer.token_to_id(STOP) and transcript.messages is None
 

@@ -4,12 +4,11 @@ The slow twin spells a row in draft tokens from its beginning, one token at a ti
 logits behind them.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_drafters import step
 
 import specjax
 from specjax import Sampling, engine
@@ -54,26 +53,6 @@ def prefilled(target, drafter, prompts, sampling, max_new_tokens=24, slots=SLOTS
     return specjax.prefill(
         target, prompt_bt, length_b, drafter=drafter, sampling=sampling, max_new_tokens=max_new_tokens, slots=slots
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Recording:
-    """The rule ``token`` that also keeps the proposal it is given."""
-
-    seen: list = dataclasses.field(compare=False)
-    shares_noise: bool = False
-
-    def __call__(self, proposal, target_bsv, draws):
-        self.seen.append(proposal)
-        return specjax.verify.token(proposal, target_bsv, draws)
-
-
-@jax.jit
-def step(target, state, drafter):
-    """Returns the next state and the round's proposal."""
-    seen = []
-    state = specjax.step(target, state, drafter=drafter, verify=Recording(seen))
-    return state, seen[0]
 
 
 def spelled(tokens):

@@ -15,8 +15,7 @@ from specjax import training
 
 ROOT = Path(__file__).parent.parent
 MODULES = {f"m{i}": "".join(f"def f{j}(x):\n    return x + {i * j}\n\n\n" for j in range(30)) for i in range(80)}
-ARCHITECTURE = """
-[architecture]
+LAYER = """
 vocab_size = 270
 hidden_size = 16
 intermediate_size = 16
@@ -24,6 +23,7 @@ num_hidden_layers = 1
 num_attention_heads = 1
 max_position_embeddings = 272
 """
+ARCHITECTURE = "[architecture]" + LAYER
 STAGE = """
 [[stages]]
 loss = "{loss}"
@@ -40,18 +40,8 @@ DRAFT = (
     + TARGET
     + STAGE.format(loss="total_variation", text="both", steps=4)
 )
-
-
-LAYER = """
-vocab_size = 270
-hidden_size = 16
-intermediate_size = 16
-num_hidden_layers = 1
-num_attention_heads = 1
-max_position_embeddings = 272
-"""
 HEADS = {
-    "mtp": "chain_steps = 2\n[architecture]" + LAYER,
+    "mtp": "chain_steps = 2\n" + ARCHITECTURE,
     "eagle": """chain_steps = 3
 [architecture]
 speculators_model_type = "eagle3"
@@ -92,6 +82,22 @@ def run(script, folder, name, runs="runs"):
     return script.main([str(folder / "models" / name), *places])
 
 
+def stopped(count):
+    """Returns ``training.fit`` that is interrupted behind so many steps, those of earlier stages included."""
+    fit, calls = training.fit, []
+
+    def fit_until(*args, on_step, **kwargs):
+        def step(done, loss):
+            on_step(done, loss)
+            calls.append(done)
+            if len(calls) == count:
+                raise KeyboardInterrupt
+
+        return fit(*args, on_step=step, **kwargs)
+
+    return fit_until
+
+
 def test_a_pair_is_trained_resumed_and_guarded(script, tmp_path, monkeypatch, capsys):
     recipes(tmp_path)
     assert run(script, tmp_path, "target") == 0
@@ -105,19 +111,8 @@ def test_a_pair_is_trained_resumed_and_guarded(script, tmp_path, monkeypatch, ca
     draft = specjax.load(tmp_path / "checkpoints" / "draft", "float32").params
 
     # Stopped in the second stage, the same command ends with the same bits.
-    fit, calls = training.fit, []
-
-    def stopped(*args, on_step, **kwargs):
-        def step(done, loss):
-            on_step(done, loss)
-            calls.append(done)
-            if len(calls) == 8:
-                raise KeyboardInterrupt
-
-        return fit(*args, on_step=step, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(training, "fit", stopped)
+        patch.setattr(training, "fit", stopped(8))
         assert run(script, tmp_path, "draft", "others") == 130
     assert run(script, tmp_path, "draft", "others") == 0
     chex.assert_trees_all_equal(specjax.load(tmp_path / "checkpoints" / "draft", "float32").params, draft)
@@ -153,19 +148,8 @@ def test_a_head_is_trained_resumed_and_drafts(kind, script, tmp_path, monkeypatc
     np.testing.assert_array_equal(drafted.tokens_bs, specjax.generate(model, prompts, **greedy).tokens_bs)
     assert int(drafted.stats.drafted_b.sum()) > 0
 
-    fit, calls = training.fit, []
-
-    def stopped(*args, on_step, **kwargs):
-        def step(done, loss):
-            on_step(done, loss)
-            calls.append(done)
-            if len(calls) == 7:
-                raise KeyboardInterrupt
-
-        return fit(*args, on_step=step, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(training, "fit", stopped)
+        patch.setattr(training, "fit", stopped(7))
         assert run(script, tmp_path, "head", "others") == 130
     assert run(script, tmp_path, "head", "others") == 0
     again = json.loads((folder / "metrics.json").read_text())

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -13,11 +13,9 @@ from jax import Array
 from specjax.cache import KVCache, Stored
 from specjax.transformer.attention import Attention
 from specjax.transformer.config import DecoderConfig, LayerConfig, check_integer
-from specjax.transformer.decoder import DecoderLayer, empty_cache
-from specjax.transformer.layers import MLP, Embedding, Linear, make_norm, rotary_tables
+from specjax.transformer.decoder import DecoderLayer, empty_cache, run_layers
+from specjax.transformer.layers import MLP, Embedding, Linear, make_norm
 from specjax.types import LanguageModel
-
-Layer = Callable[[Array, Array, tuple[Array, Array] | None, Stored | None], tuple[Array, Stored]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +233,8 @@ class _Eagle1(nnx.Module):
 
     def __call__(self, embedded_btd: Array, x_btd: Array, cache: KVCache, start_b: Array) -> tuple[Array, KVCache]:
         x_btd = self.fc(jnp.concatenate([embedded_btd, x_btd], axis=-1))
-        return _through(self.layers, self.head.decoder, x_btd, cache, start_b)
+        states, cache = run_layers(self.layers, self.head.decoder, x_btd, cache, start_b)
+        return states[-1], cache
 
 
 class _Eagle3(nnx.Module):
@@ -266,8 +265,8 @@ class _Eagle3(nnx.Module):
     def __call__(self, embedded_btd: Array, x_btd: Array, cache: KVCache, start_b: Array) -> tuple[Array, KVCache]:
         first, *others = self.layers
         layers = [functools.partial(first, embedded_btd), *others]
-        x_btd, cache = _through(layers, self.head.decoder, x_btd, cache, start_b)
-        return (self.norm(x_btd) if self.head.norm_output else x_btd), cache
+        states, cache = run_layers(layers, self.head.decoder, x_btd, cache, start_b)
+        return (self.norm(states[-1]) if self.head.norm_output else states[-1]), cache
 
     def logits(self, x_bd: Array) -> Array:
         logits_bu = self.lm_head(x_bd if self.head.norm_output else self.norm(x_bd)).astype(jnp.float32)
@@ -275,19 +274,6 @@ class _Eagle3(nnx.Module):
             return logits_bu
         draft_of_v = self.draft_of_v[...]
         return jnp.where((draft_of_v >= 0)[None], logits_bu[:, jnp.maximum(draft_of_v, 0)], -jnp.inf)
-
-
-def _through(
-    layers: Sequence[Layer], config: DecoderConfig, x_btd: Array, cache: KVCache, start_b: Array
-) -> tuple[Array, KVCache]:
-    position_bt = start_b[:, None] + jnp.arange(x_btd.shape[1], dtype=start_b.dtype)[None]
-    ropes = dict.fromkeys(layer.rope for layer in config.each_layer)
-    tables = {rope: None if rope is None else rotary_tables(position_bt, rope) for rope in ropes}
-    kept = []
-    for layer, like, stored in zip(layers, config.each_layer, cache.layers, strict=True):
-        x_btd, stored = layer(x_btd, position_bt, tables[like.rope], stored)
-        kept.append(stored)
-    return x_btd, KVCache(tuple(kept))
 
 
 def _module(head: EagleHead, dtype: jnp.dtype, rngs: nnx.Rngs) -> _Eagle1 | _Eagle3:

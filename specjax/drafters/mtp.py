@@ -16,7 +16,7 @@ from jax import Array
 from specjax.cache import KVCache, Stored
 from specjax.transformer.config import DecoderConfig, LayerConfig, check_integer
 from specjax.transformer.decoder import DecoderLayer, empty_cache
-from specjax.transformer.layers import Embedding, Linear, make_norm, rotary_tables, softcap
+from specjax.transformer.layers import Embedding, Linear, make_norm, positions, rotary_tables, softcap
 from specjax.types import Cache, Context, Draw, LanguageModel, Proposal, Verdict
 
 
@@ -68,14 +68,13 @@ class MTPModule(nnx.Module):
     ) -> tuple[Array, Stored]:
         """Returns the module's states in the dtype of ``states_btd``, and what the layer keeps of its slots."""
         dtype = self.eh_proj.kernel[...].dtype
-        position_bt = start_b[:, None] + jnp.arange(tokens_bt.shape[1], dtype=start_b.dtype)[None]
+        position_bt = positions(start_b, tokens_bt.shape[1])
         embedded_btd = self._embed(target, tokens_bt).astype(dtype)
         if self.config.zero_first:
             embedded_btd = jnp.where(position_bt[:, :, None] == 0, 0, embedded_btd)
         pair = self.enorm(embedded_btd), self.hnorm(states_btd.astype(dtype))
         x_btd = self.eh_proj(jnp.concatenate(pair[::-1] if self.config.hidden_first else pair, axis=-1))
-        tables = None if self.rope is None else rotary_tables(position_bt, self.rope)
-        x_btd, stored = self.layer(x_btd, position_bt, tables, stored)
+        x_btd, stored = self.layer(x_btd, position_bt, rotary_tables(position_bt, self.rope), stored)
         return self.norm(x_btd).astype(states_btd.dtype), stored
 
     def _embed(self, target: LanguageModel, tokens_bt: Array) -> Array:

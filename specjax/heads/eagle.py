@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from specjax.checkpoint import check_dtype, check_params, default_dtype, new_folder, read_params, write_json
 from specjax.drafters.eagle import EagleHead, check_fit
 from specjax.drafters.feature import FeatureDrafter
+from specjax.heads.shared import is_targets_embedding
 from specjax.hf.eagle import (
     draft_vocabulary,
     eagle_fields,
@@ -23,11 +23,8 @@ from specjax.hf.eagle import (
 )
 from specjax.hf.keys import read_json
 from specjax.hf.safetensors import open_tensors, write_tensors
-from specjax.hf.weights import Parameter
 from specjax.transformer.config import check_integer
 from specjax.types import LanguageModel
-
-_COMPARED = 1024  # rows of an embedding at a time
 
 
 def open_eagle(
@@ -62,11 +59,9 @@ def open_eagle(
         tensors, draft_of_v = eagle_tensors(found), None
         if fields["version"] == 3:
             draft_of_v = draft_vocabulary(tensors, fields["draft_vocab_size"], fields["decoder"].vocab_size)
-            fields["draft_vocab_size"] = None if draft_of_v is None else fields["draft_vocab_size"]
-        head = EagleHead(**fields, own_embedding="embed_tokens.weight" in tensors)
-        check_fit(head, target)
+        head = _head(fields, target, own_embedding="embed_tokens.weight" in tensors, mapped=draft_of_v is not None)
         params = eagle_parameters(tensors, draft_of_v, head.abstract_params())
-        if head.own_embedding and _is_the_targets(params["embed_tokens"]["weight"], target):
+        if head.own_embedding and is_targets_embedding(params["embed_tokens"]["weight"], target):
             head = dataclasses.replace(head, own_embedding=False)
             del params["embed_tokens"]
     except ValueError as error:
@@ -99,10 +94,7 @@ def write_eagle(
     """
     check_integer("num_draft", num_draft, 1)
     config, fields = _described(config, target)
-    if "draft_of_v" not in params and fields.get("draft_vocab_size") == fields["decoder"].vocab_size:
-        fields["draft_vocab_size"] = None
-    head = EagleHead(**fields, own_embedding="embed_tokens" in params)
-    check_fit(head, target)
+    head = _head(fields, target, own_embedding="embed_tokens" in params, mapped="draft_of_v" in params)
     _check_params(params, head)
     kind = config["speculators_model_type"]
     about = {
@@ -123,23 +115,21 @@ def write_eagle(
         write_tensors(folder, tensors_of_eagle(kind, params))
 
 
-def eagle_head(config: Mapping[str, Any], target: LanguageModel, own_embedding: bool = False) -> EagleHead:
+def eagle_head(config: Mapping[str, Any], target: LanguageModel) -> EagleHead:
     """Returns the head that a config of any layout describes, which drafts all of the vocabulary if it says so.
+
+    The target embeds tokens for it, unless its states have another width than the head's.
 
     Args:
       config: what describes the head.
       target: the model it drafts for.
-      own_embedding: the head embeds tokens itself.
 
     Raises:
       ValueError: the config is of no EAGLE head, has a key or value that is not known, or does not fit the target.
     """
     _, fields = _described(config, target)
-    if fields.get("draft_vocab_size") == fields["decoder"].vocab_size:
-        fields["draft_vocab_size"] = None
-    head = EagleHead(**fields, own_embedding=own_embedding)
-    check_fit(head, target)
-    return head
+    width = fields["decoder"].hidden_size
+    return _head(fields, target, own_embedding=fields.get("target_hidden_size") not in (None, width), mapped=False)
 
 
 def _described(raw: Mapping[str, Any], target: LanguageModel) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -153,16 +143,13 @@ def _described(raw: Mapping[str, Any], target: LanguageModel) -> tuple[dict[str,
         raise ValueError("a value is nested too deeply to be a head's; write the file again") from None
 
 
-def _is_the_targets(embedding: Parameter, target: LanguageModel) -> bool:
-    """Returns whether an embedding equals the target's bit for bit, in the target's dtype."""
-    assert target.embed is not None
-    token_1v = jnp.arange(target.vocab_size, dtype=jnp.int32)[None]
-    table = embedding.read(jax.eval_shape(target.embed, target.params, token_1v[:, :1]).dtype)
-    for start in range(0, target.vocab_size, _COMPARED):
-        part = slice(start, start + _COMPARED)
-        if not np.array_equal(table[part], target.embed(target.params, token_1v[:, part])[0]):
-            return False
-    return True
+def _head(fields: Mapping[str, Any], target: LanguageModel, own_embedding: bool, mapped: bool) -> EagleHead:
+    """Returns the head of what ``_described`` returned, fit for the target; ``mapped``: its draft ids are its own."""
+    if not mapped and fields.get("draft_vocab_size") == fields["decoder"].vocab_size:
+        fields = {**fields, "draft_vocab_size": None}
+    head = EagleHead(**fields, own_embedding=own_embedding)
+    check_fit(head, target)
+    return head
 
 
 def _check_params(params: Any, head: EagleHead) -> None:

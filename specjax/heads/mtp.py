@@ -2,25 +2,22 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from specjax.checkpoint import check_dtype, check_params, default_dtype, new_folder, read_params, write_json
 from specjax.drafters.feature import FeatureDrafter
 from specjax.drafters.mtp import MTPConfig, MTPDrafter, MTPHead, abstract_mtp_params
+from specjax.heads.shared import is_targets_embedding, is_targets_head
 from specjax.hf.keys import read_json
 from specjax.hf.mtp import MTPLayout, mtp_layout, mtp_parameters, mtp_tensors
 from specjax.hf.safetensors import open_tensors, write_tensors
-from specjax.hf.weights import Parameter
 from specjax.transformer.config import check_integer
 from specjax.types import LanguageModel
-
-_COMPARED = 1024  # rows at a time
 
 
 def open_mtp(
@@ -138,36 +135,10 @@ def _without_the_targets(config: MTPConfig, params: Any, target: LanguageModel) 
     count = len(params)
     decoder = dataclasses.replace(config.decoder, num_hidden_layers=count, layers=config.decoder.each_layer[:count])
     config = dataclasses.replace(config, decoder=decoder)
-    if config.own_embedding and all(_equal(params[k]["embed_tokens"]["weight"], _embeddings(target)) for k in params):
+    if config.own_embedding and all(is_targets_embedding(params[k]["embed_tokens"]["weight"], target) for k in params):
         config = dataclasses.replace(config, own_embedding=False)
         params = {k: {name: part for name, part in params[k].items() if name != "embed_tokens"} for k in params}
-    if config.own_head and all(_equal(params[k]["lm_head"]["kernel"], _head_rows(target)) for k in params):
+    if config.own_head and all(is_targets_head(params[k]["lm_head"]["kernel"], target) for k in params):
         config = dataclasses.replace(config, own_head=False)
         params = {k: {name: part for name, part in params[k].items() if name != "lm_head"} for k in params}
     return config, params
-
-
-def _equal(parameter: Parameter, rows: Callable[[int, int], jax.Array]) -> bool:
-    """Returns whether a table equals the target's bit for bit, in the target's dtype."""
-    table = parameter.read(rows(0, 1).dtype)
-    starts = range(0, len(table), _COMPARED)
-    return all(np.array_equal(table[i : i + _COMPARED], rows(i, min(i + _COMPARED, len(table)))) for i in starts)
-
-
-def _embeddings(target: LanguageModel) -> Callable[[int, int], jax.Array]:
-    assert target.embed is not None
-    embed = target.embed
-    return lambda start, end: embed(target.params, jnp.arange(start, end, dtype=jnp.int32)[None])[0]
-
-
-def _head_rows(target: LanguageModel) -> Callable[[int, int], jax.Array]:
-    """Rows of the head's kernel ``[d, v]`` are the logits of unit vectors."""
-    assert target.embed is not None and target.unembed is not None
-    unembed, like = target.unembed, target.embed(target.params, jnp.zeros((1, 1), jnp.int32))
-
-    def rows(start: int, end: int) -> jax.Array:
-        unit_bd = jax.nn.one_hot(jnp.arange(start, end), like.shape[-1], dtype=like.dtype)
-        with jax.default_matmul_precision("highest"):
-            return unembed(target.params, unit_bd[None])[0].astype(like.dtype)
-
-    return rows

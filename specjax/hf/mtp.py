@@ -9,13 +9,12 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from specjax.hf.config import (
+from specjax.hf.config import IGNORED, decoder_config, quantization_block
+from specjax.hf.families import (
     FULL_ATTENTION,
-    IGNORED,
-    decoder_config,
     layers_of,
-    quantization_block,
     take_activation,
+    take_grouped_experts,
     take_num_experts,
     take_sizes,
     with_experts,
@@ -246,20 +245,9 @@ def _partly_rotary(keys: Keys, sizes: dict[str, Any], head_dim: int, part: float
 def _glm4_moe(keys: Keys) -> DecoderConfig:
     sizes = take_sizes(keys, max_position_embeddings=131072, num_key_value_heads=8, rms_norm_eps=1e-5)
     head_dim = keys.integer("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"], most=MAX_HEAD)
-    dense, size = keys.integer("first_k_dense_replace", 1, least=0), keys.integer("moe_intermediate_size", 1408)
-    keys.only("scoring_func", "sigmoid")
-    keys.only("topk_method", "noaux_tc")
-    experts = ExpertsConfig(
-        num_experts=take_num_experts(keys, "n_routed_experts", 128),
-        per_token=keys.integer("num_experts_per_tok", 8),
-        intermediate_size=size,
-        score="sigmoid",
-        renormalize=keys.flag("norm_topk_prob", True),
-        scale=keys.number("routed_scaling_factor", 1.0),
-        groups=keys.integer("n_group", 1),
-        best_groups=keys.integer("topk_group", 1),
-        corrected=True,
-        shared_size=size * keys.integer("n_shared_experts", 1, least=0),
+    dense = keys.integer("first_k_dense_replace", 1, least=0)
+    experts = take_grouped_experts(
+        keys, n_routed_experts=128, moe_intermediate_size=1408, routed_scaling_factor=1.0, n_group=1, topk_group=1
     )
     alike = _partly_rotary(keys, sizes, head_dim, 0.5)
     return DecoderConfig(

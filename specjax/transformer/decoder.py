@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from jax import Array
 from specjax.cache import KVCache, Stored, allocate
 from specjax.transformer.attention import Attention, LatentAttention
 from specjax.transformer.config import DecoderConfig, LayerConfig
-from specjax.transformer.layers import MLP, Embedding, Linear, make_norm, rotary_tables, softcap
+from specjax.transformer.layers import MLP, Embedding, Linear, make_norm, positions, rotary_tables, softcap
 from specjax.transformer.moe import MoE
 from specjax.types import EarlyExit, Forward, InitCache, LanguageModel, Output
 
@@ -39,6 +39,31 @@ class DecoderLayer(nnx.Module):
         x_btd = x_btd + (y_btd if self.attention_post_norm is None else self.attention_post_norm(y_btd))
         y_btd = self.mlp(self.post_attention_layernorm(x_btd))
         return x_btd + (y_btd if self.mlp_post_norm is None else self.mlp_post_norm(y_btd)), stored
+
+
+RunLayer = Callable[[Array, Array, tuple[Array, Array] | None, Stored | None], tuple[Array, Stored]]
+"""What a ``DecoderLayer`` is called with, and what it returns."""
+
+
+def run_layers(
+    layers: Iterable[RunLayer], config: DecoderConfig, x_btd: Array, cache: KVCache | None, start_b: Array
+) -> tuple[list[Array], KVCache]:
+    """Feeds slots from ``start_b`` on to a config's layers, or to the first few; the cache of the others stays.
+
+    Returns:
+      The residual stream ahead of the layers and behind each of them, and the cache.
+    """
+    position_bt = positions(start_b, x_btd.shape[1])
+    ropes = dict.fromkeys(layer.rope for layer in config.each_layer)
+    tables = {rope: rotary_tables(position_bt, rope) for rope in ropes}
+    states, kept = [x_btd], []
+    for i, layer in enumerate(layers):
+        stored = None if cache is None else cache.layers[i]
+        x_btd, stored = layer(x_btd, position_bt, tables[config.each_layer[i].rope], stored)
+        states.append(x_btd)
+        kept.append(stored)
+    others = () if cache is None else cache.layers[len(kept) :]
+    return states, KVCache((*kept, *others))
 
 
 class Decoder(nnx.Module):
@@ -67,24 +92,14 @@ class Decoder(nnx.Module):
         ``depth`` leaves out the layers past the first so many.
         """
         config = self.config
-        position_bt = start_b[:, None] + jnp.arange(tokens_bt.shape[1], dtype=start_b.dtype)[None]
         x_btd = self.embed(tokens_bt)
         if config.learned_positions:
             last = config.max_position_embeddings - 1  # slots of padding may lie behind it
-            x_btd = x_btd + self.embed_positions(jnp.minimum(position_bt, last))
-        ropes = dict.fromkeys(layer.rope for layer in config.each_layer)
-        tables = {rope: None if rope is None else rotary_tables(position_bt, rope) for rope in ropes}
-        states, kept = [x_btd], []
-        for i, layer in enumerate(self.layers[:depth]):
-            stored = None if cache is None else cache.layers[i]
-            x_btd, stored = layer(x_btd, position_bt, tables[config.each_layer[i].rope], stored)
-            states.append(x_btd)
-            kept.append(stored)
-        if cache is not None:
-            kept.extend(cache.layers[len(kept) :])
-        normed_btd = self.norm(x_btd)
+            x_btd = x_btd + self.embed_positions(jnp.minimum(positions(start_b, tokens_bt.shape[1]), last))
+        states, cache = run_layers(self.layers[:depth], config, x_btd, cache, start_b)
+        normed_btd = self.norm(states[-1])
         states.append(normed_btd)  # index -1
-        return self.unembed(normed_btd), tuple(states[i] for i in capture), KVCache(tuple(kept))
+        return self.unembed(normed_btd), tuple(states[i] for i in capture), cache
 
     def embed(self, tokens_bt: Array) -> Array:
         """Returns the tokens' embeddings, scaled if the family does so."""

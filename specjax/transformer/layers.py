@@ -123,8 +123,15 @@ def softcap(x: Array, cap: float | None) -> Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def rotary_tables(position_bt: Array, rope: Rope) -> tuple[Array, Array]:
-    """Returns cosines and sines of each pair's angle, ``[b, 1, t, pairs]`` in float32."""
+def positions(start_b: Array, width: int) -> Array:
+    """Returns the positions of ``width`` tokens from ``start_b`` on, ``[b, t]`` in its dtype."""
+    return start_b[:, None] + jnp.arange(width, dtype=start_b.dtype)[None]
+
+
+def rotary_tables(position_bt: Array, rope: Rope | None) -> tuple[Array, Array] | None:
+    """Returns cosines and sines of each pair's angle, ``[b, 1, t, pairs]`` in float32; None without a rope."""
+    if rope is None:
+        return None
     position = position_bt[:, None, :, None].astype(jnp.float32)
     frequency = jnp.asarray(rope.frequencies, jnp.float32)[None, None, None, :]
     if rope.dynamic is not None:

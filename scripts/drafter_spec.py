@@ -1,0 +1,48 @@
+"""Drafters by name, as ``--drafter`` takes them: ``model:DIR``, ``cascade:ngram,eagle:DIR`` and so on."""
+
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+import specjax
+
+HEADS = {"mtp": specjax.open_mtp, "eagle": specjax.open_eagle, "medusa": specjax.open_medusa}
+
+
+def named_drafter(spec: str, target: specjax.LanguageModel, tokenizer: Any, num_draft: int) -> Any:
+    """Returns the drafter of a value other than none."""
+    kind, _, value = spec.partition(":")
+    if spec == "ngram":
+        return specjax.NGramDrafter(num_draft=num_draft)
+    if kind == "early-exit" and value.isascii() and value.isdecimal():
+        return specjax.EarlyExitDrafter(int(value), num_draft)
+    parts = value.split(",")
+    if kind == "cascade" and len(parts) > 1 and "none" not in parts:
+        return functools.reduce(specjax.Cascade, (named_drafter(part, target, tokenizer, num_draft) for part in parts))
+    if kind not in ("model", *HEADS) or not value:
+        raise ValueError(
+            f"--drafter is {spec!r}; give model:DIR, ngram or none, a head as mtp:DIR, eagle:DIR or medusa:DIR, "
+            "early-exit:LAYERS, or cascade:A,B, of which B drafts where A has nothing"
+        )
+    if kind in HEADS:
+        drafter = HEADS[kind](value, target, num_draft)
+        if kind == "eagle":
+            print(f"{value}: {drafter.head.describe()}", file=sys.stderr)
+        return drafter
+    drafter = specjax.load_drafter(value, target, num_draft, tokenizer=tokenizer)
+    if isinstance(drafter, specjax.SharedVocabularyDrafter):
+        shared = int((drafter.draft_of_v >= 0).sum())
+        print(
+            f"{value} has another tokenizer: it drafts the {shared} of {target.vocab_size} tokens that both have",
+            file=sys.stderr,
+        )
+    return drafter
+
+
+def short_name(spec: str) -> str:
+    """Returns what figures call a drafter."""
+    kind, _, value = spec.partition(":")
+    if kind == "cascade":
+        return ", else ".join(map(short_name, value.split(",")))
+    return f"first {value} layers" if kind == "early-exit" else Path(value).name or kind

@@ -1,0 +1,129 @@
+"""What was emitted behind each prompt, round by round, and how it is printed while it is made."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from trace_page import Round, Token
+
+import specjax
+
+COUNTS = ("rounds", "drafted", "accepted", "emitted")
+DIM, RESET = "\x1b[2m", "\x1b[0m"
+COLOURS = {"accepted": "\x1b[32m", "corrected": "\x1b[33m", "bonus": "\x1b[36m", "target": ""}
+
+
+class Transcript:
+    """A prompt and what was emitted behind it, round by round.
+
+    Attributes:
+      prompt: the text that is continued; ``prompt_ids`` are its tokens.
+      shown: what is printed ahead of the continuation.
+      messages: what a chat template made the prompt of, else None.
+      ids: the tokens emitted, those behind a stop string in its round included; ``text`` has nothing of them.
+      counts: figures of the row, up to the round in which it was done.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt: str,
+        max_new_tokens: int,
+        stop_tokens: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        template: specjax.text.ChatTemplate | None = None,
+        system: str | None = None,
+    ):
+        self.prompt, self.shown, self.messages, self.done = prompt, prompt, None, False
+        if template is not None:
+            roles = {"system": system, "user": prompt}
+            self.messages = [{"role": role, "content": text} for role, text in roles.items() if text is not None]
+            self.prompt, self.shown = template.render(self.messages), prompt + "\n"
+        self.prompt_ids = tokenizer.encode(self.prompt, add_special_tokens=template is None).ids
+        self.ids, self.tokens, self.rounds = [], [], []
+        self.counts: dict[str, Any] = dict.fromkeys(COUNTS, 0)
+        self._tokenizer, self._limit, self._stop_tokens = tokenizer, max_new_tokens, stop_tokens
+        self._stream = specjax.text.TextStream(tokenizer, self.prompt_ids, stop)
+
+    @property
+    def text(self) -> str:
+        return "".join(token.text for token in self.tokens)
+
+    @property
+    def stopped(self) -> str | None:
+        return self._stream.stopped
+
+    def add(self, generation: specjax.Generation, row: int) -> None:
+        """Takes note of a round, if the row was still running in it."""
+        if self.done:
+            return
+        before, self.counts = self.counts, counts_of(generation.stats, row)
+        drafted, accepted = (self.counts[name] - before[name] for name in ("drafted", "accepted"))
+        length = len(self.prompt_ids) + len(self.ids)
+        new = generation.tokens_bs[row, length : generation.length_b[row]].tolist()
+        behind = "target" if not drafted else "bonus" if accepted == drafted else "corrected"
+        tokens = []
+        for place, token in enumerate(new):
+            ends = token in self._stop_tokens
+            text = "" if ends else self._stream.push([token])
+            name = self._tokenizer.id_to_token(token) or str(token)
+            tokens.append(Token(text, "accepted" if place < accepted else behind, name if ends else ""))
+        self.ids += new
+        self.done = new[-1] in self._stop_tokens or self.stopped is not None or len(self.ids) == self._limit
+        if self.done:
+            tokens[-1] = tokens[-1]._replace(text=tokens[-1].text + self._stream.finish())
+        self.tokens += tokens
+        self.rounds.append(Round(drafted, accepted, tokens))
+
+
+def counts_of(stats: specjax.Stats, row: int) -> dict[str, Any]:
+    counts = {name: int(getattr(stats, f"{name}_b")[row]) for name in COUNTS}
+    return counts | {name: getattr(stats, f"{name}_bg")[row].tolist() for name in ("drafted_at", "accepted_at")}
+
+
+class Printer:
+    """Prints text as it is accepted: the first unfinished prompt's live, the others' in turn."""
+
+    def __init__(self, transcripts: list[Transcript]):
+        self._transcripts, self._row, self._printed = transcripts, 0, 0
+        self._colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        self._begin()
+
+    def _begin(self) -> None:
+        if len(self._transcripts) > 1:
+            print(self._paint(f"--- prompt {self._row + 1} of {len(self._transcripts)} ---", DIM))
+        print(self._paint(self._transcripts[self._row].shown, DIM), end="", flush=True)
+
+    def _paint(self, text: str, colour: str) -> str:
+        return f"{colour}{text}{RESET}" if self._colour and colour and text else text
+
+    def update(self) -> None:
+        while self._row < len(self._transcripts):
+            transcript = self._transcripts[self._row]
+            for token in transcript.tokens[self._printed :]:
+                print(self._paint(token.text, COLOURS[token.origin]), end="")
+            self._printed = len(transcript.tokens)
+            if not transcript.done:
+                break
+            if not (transcript.shown + transcript.text).endswith("\n"):
+                print()
+            self._row, self._printed = self._row + 1, 0
+            if self._row < len(self._transcripts):
+                self._begin()
+        sys.stdout.flush()
+
+
+def follow(rounds: Iterator[specjax.Generation], transcripts: list[Transcript]) -> float:
+    """Prints the text while it is made, until all rows are done, and returns the seconds that making it took."""
+    printer = Printer(transcripts)
+    seconds = 0.0
+    while not all(transcript.done for transcript in transcripts):
+        start = time.perf_counter()
+        generation = next(rounds)
+        seconds += time.perf_counter() - start  # decoding and printing text is not counted
+        for row, transcript in enumerate(transcripts):
+            transcript.add(generation, row)
+        printer.update()
+    return seconds
