@@ -497,40 +497,6 @@ def generated(drafter, prompts, **settings):
     return specjax.generate(TARGET, prompt_bt, length_b, drafter=drafter, sampling=sampling, max_new_tokens=24)
 
 
-@pytest.mark.parametrize("name", ["EAGLE-1", "EAGLE-3"])
-def test_greedy_text_is_that_of_plain_decoding(name):
-    """With a head that is sometimes wrong."""
-    target, head, params = PERFECT[name]
-    params = params | {"fc": jax.tree.map(lambda x: x + 0.3 * jnp.sin(7 * x), params["fc"])}
-    prompt_bt, length_b = specjax.pad_prompts(PROMPTS)
-    request = {"sampling": specjax.Sampling(temperature=0), "max_new_tokens": 24}
-    out = specjax.generate(target, prompt_bt, length_b, drafter=FeatureDrafter(params, head, 3), **request)
-    np.testing.assert_array_equal(out.tokens_bs, specjax.generate(target, prompt_bt, length_b, **request).tokens_bs)
-    assert 0 < out.stats.accepted_b.sum() < out.stats.drafted_b.sum()
-
-
-def test_a_row_does_not_depend_on_its_neighbours(drafter):
-    rows = []
-    for others, temperature, seeds in (
-        (PROMPTS[:3], [1, 1, 1, 0], [7, 8, 9, 1]),
-        ([[1] * 9, [2], [3, 4]], 1, [7, 1, 2, 3]),
-    ):
-        out = generated(drafter, [[4, 8, 15], *others], temperature=temperature, seed=seeds)
-        rows.append(
-            [np.asarray(x[0]) for x in (out.tokens_bs[:, :27], out.stats.drafted_at_bg, out.stats.accepted_at_bg)]
-        )
-    for one, other in zip(*rows, strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
-def test_other_prompts_and_other_heads_of_the_same_kind_compile_nothing(drafter):
-    generated(drafter, PROMPTS, seed=1)
-    other = drafter.replace(params=jax.tree.map(lambda x: x + x if x.ndim == 2 else x, drafter.params))
-    with compilations() as names:
-        generated(other, [[9, 9], [1], [2, 3, 4, *range(10)], [8]], seed=5, temperature=0.5)
-    assert names == []
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_bias_may_ban_all_that_the_head_drafts(drafter, temperature):
     """Coupled draws give one seed one text, with any drafter or none."""

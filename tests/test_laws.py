@@ -6,6 +6,7 @@ that a text takes two to five rounds. Faulty drafters, rules and caches go throu
 """
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -15,11 +16,13 @@ import pytest
 import reference
 from flax import struct
 from jax.scipy.special import gammaincc
+from stateless import Stateless
 
 import specjax
 from specjax import (
     Cascade,
     EarlyExitDrafter,
+    FeatureDrafter,
     MedusaDrafter,
     ModelDrafter,
     NGramDrafter,
@@ -29,14 +32,17 @@ from specjax import (
     verify,
 )
 from specjax import sampling as sampling_lib
+from specjax.drafters.eagle import EagleHead
+from specjax.drafters.mtp import MTPConfig, MTPHead, init_mtp_params
 from specjax.drafters.shared_vocabulary import shared_vocabulary_drafter
 from specjax.testing import table_logits, table_model
 from specjax.text.vocabulary import VocabularyMap
+from specjax.transformer.config import DecoderConfig
 from specjax.types import Output
 
 VOCAB, TOKENS, DRAFTS, SLOTS = 3, 5, 2, 16
 PROMPTS = ((0,), (1, 2, 1), (2, 0, 1, 2, 0))
-ROWS_PER_PROMPT = 4000
+ROWS_PER_PROMPT, BATCH = 4000, 24
 IMPOSSIBLE = -1e9  # a logit whose probability is 0 in float32
 
 
@@ -60,18 +66,11 @@ AGAINST = np.where(TABLE == IMPOSSIBLE, 3, -2 * TABLE).astype(np.float32)
 
 
 @struct.dataclass
-class RaggedDrafter:
+class RaggedDrafter(Stateless):
     """Draws from one fixed distribution; a row proposes 0, 1 or 2 tokens, as its last token and its first draft say."""
 
     logits_v: jax.Array
     num_draft: int = struct.field(pytree_node=False, default=DRAFTS)
-
-    capture = ()
-    vocab_size = None
-    max_positions = None
-
-    def start(self, context, features, slots):
-        return None
 
     def propose(self, state, context, draw):
         rows = context.length_b.shape[0]
@@ -81,9 +80,6 @@ class RaggedDrafter:
         last_b = jnp.take_along_axis(context.tokens_bs, context.length_b[:, None] - 1, axis=1)[:, 0]
         length_b = jnp.where(last_b == 0, 0, jnp.where(first_b == 1, 1, 2)).astype(jnp.int32)
         return Proposal(jnp.stack([first_b, second_b], 1), jnp.stack([first_bv, second_bv], 1), length_b), state
-
-    def commit(self, state, context, verdict, features):
-        return state
 
 
 def other_vocabulary():
@@ -100,6 +96,15 @@ def medusa_head(*logits):
     return {"blocks": {0: block}, "lm_head": {"kernel": jnp.asarray([logits], jnp.float32)}}
 
 
+def lively(params, scale):
+    """Parameters whose drafts depend much on the tokens behind them."""
+    return jax.tree.map(lambda x: x * scale if x.ndim > 1 else x, params)
+
+
+MTP = MTPConfig(DecoderConfig(VOCAB, 1, 2, 1, 1, 1, head_dim=2), own_embedding=True, own_head=True)
+EAGLE = EagleHead(
+    DecoderConfig(VOCAB, 8, 8, 1, 2, 1), (0, 1), target_hidden_size=1, draft_vocab_size=2, own_embedding=True
+)
 RULES = {"token": verify.token, "block": verify.block, "coupled": verify.coupled}
 DRAFTERS = {
     "another model": ModelDrafter(table_model(random_table(1)), DRAFTS),
@@ -109,6 +114,8 @@ DRAFTERS = {
     "n-gram": NGramDrafter(DRAFTS, min_n=1, max_n=2),
     "ragged": RaggedDrafter(jnp.asarray([0.5, -0.5, 1.0])),
     "medusa": MedusaDrafter({0: medusa_head(0.5, -0.5, 1.0), 1: medusa_head(-1.0, 1.0, 0.0)}, DRAFTS),
+    "mtp": FeatureDrafter(lively(init_mtp_params(MTP, jax.random.key(0)), 50), MTPHead(MTP), DRAFTS),
+    "eagle, two tokens of three": FeatureDrafter(lively(EAGLE.init_params(jax.random.key(0)), 30), EAGLE, DRAFTS),
     "early exit": EarlyExitDrafter(1, DRAFTS),
     "n-gram, else a model": Cascade(NGramDrafter(DRAFTS, 1, 2), ModelDrafter(table_model(random_table(1)), DRAFTS)),
     "n-gram, else early exit": Cascade(NGramDrafter(DRAFTS, 2, 2), EarlyExitDrafter(1, DRAFTS)),
@@ -123,20 +130,40 @@ SAMPLINGS = {
 }
 
 
-def emitted(target, drafter, rule, settings, slots=SLOTS):
-    """Returns the texts ``[prompt, row, token]``."""
-    named = {f"{name}_penalty" if name in PENALTIES else name: value for name, value in settings.items()}
-    prompt_bt, length_b = specjax.pad_prompts(PROMPTS * ROWS_PER_PROMPT)
-    out = specjax.generate(
+def all_at_once(target, drafter, prompt_bt, length_b, sampling, *, rule, slots):
+    return specjax.generate(
         target,
         prompt_bt,
         length_b,
         drafter=drafter,
         verify=rule,
-        sampling=Sampling(seed=1000, **named),
+        sampling=sampling,
         max_new_tokens=TOKENS,
         slots=slots,
     )
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "slots"))
+def in_batches(target, drafter, prompt_bt, length_b, sampling, *, rule, slots):
+    """A few rows at a time, for drafters with a decoder: the program writes its cache row by row."""
+
+    def one(rows):
+        prompt_bt, length_b, seed_b = rows
+        seeded = sampling.replace(seed=seed_b)
+        return all_at_once(target, drafter, prompt_bt, length_b, seeded, rule=rule, slots=slots)
+
+    rows = jax.tree.map(lambda x: x.reshape(-1, BATCH, *x.shape[1:]), (prompt_bt, length_b, sampling.seed))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(one, rows))
+
+
+def emitted(target, drafter, rule, settings, slots=SLOTS):
+    """Returns the texts ``[prompt, row, token]``."""
+    named = {f"{name}_penalty" if name in PENALTIES else name: value for name, value in settings.items()}
+    prompt_bt, length_b = specjax.pad_prompts(PROMPTS * ROWS_PER_PROMPT)
+
+    sampling = Sampling(seed=1000 + np.arange(len(length_b), dtype=np.uint32), **named)
+    run = in_batches if isinstance(drafter, FeatureDrafter) else all_at_once
+    out = run(target, drafter, prompt_bt, length_b, sampling, rule=rule, slots=slots)
     assert (np.asarray(out.length_b) == length_b + TOKENS).all()
     assert (np.asarray(out.stats.rounds_b) >= 2).all()
     new_bt = np.take_along_axis(np.asarray(out.tokens_bs), length_b[:, None] + np.arange(TOKENS), axis=1)
@@ -152,9 +179,10 @@ def exact_law(table, prompt, settings):
         last = (0, *prompt, *output)[-2:]  # before its first token a row reads token 0
         return reference.warp(reference.penalize(table[last], prompt, output, **penalizing), **warping)
 
-    law = np.zeros((VOCAB,) * TOKENS)
-    for text in itertools.product(range(VOCAB), repeat=TOKENS):
-        law[text] = np.prod([behind(text[:i])[text[i]] for i in range(TOKENS)])
+    law = np.ones(())
+    for i in range(TOKENS):
+        after = [behind(text) for text in itertools.product(range(VOCAB), repeat=i)]
+        law = law[..., None] * np.reshape(after, (VOCAB,) * (i + 1))
     return law
 
 

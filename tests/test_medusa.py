@@ -214,41 +214,6 @@ def drafter(target):
     return MedusaDrafter(noisy, HEADS)
 
 
-@pytest.mark.parametrize("rule", [specjax.verify.token, specjax.verify.block, specjax.verify.coupled])
-def test_greedy_texts_are_those_of_plain_decoding(target, drafter, rule):
-    plain = generate(target, None, PROMPTS, 40)
-    drafted = generate(target, drafter, PROMPTS, 40, verify=rule)
-    np.testing.assert_array_equal(drafted.tokens_bs, plain.tokens_bs)
-    assert 0 < drafted.stats.accepted_b.sum() < drafted.stats.drafted_b.sum()
-
-
-def test_a_text_ends_at_its_stop_token(target, drafter):
-    plain = np.asarray(generate(target, None, PROMPTS, 40).tokens_bs)
-    stop = int(plain[2, len(PROMPTS[2]) + 9])
-    wanted = generate(target, None, PROMPTS, 40, stop_tokens=(stop,))
-    out = generate(target, drafter, PROMPTS, 40, stop_tokens=(stop,))
-    assert out.length_b.tolist() == wanted.length_b.tolist()
-    np.testing.assert_array_equal(out.tokens_bs, wanted.tokens_bs)
-    assert out.length_b[2] <= len(PROMPTS[2]) + 10
-
-
-def test_a_row_does_not_depend_on_its_neighbours(target, drafter):
-    one = generate(target, drafter, PROMPTS[2:], 30, 1.0)
-    prompt, length = specjax.pad_prompts([PROMPTS[2], *PROMPTS[:2]])
-    sampling = specjax.Sampling(temperature=[1.0, 0.0, 1.5], seed=[0, 8, 9])
-    many = specjax.generate(target, prompt, length, drafter=drafter, sampling=sampling, max_new_tokens=30)
-    assert many.tokens_bs[0].tolist() == one.tokens_bs[0].tolist()
-    assert many.stats.accepted_at_bg[0].tolist() == one.stats.accepted_at_bg[0].tolist()
-
-
-def test_other_prompts_and_other_heads_compile_nothing(target, drafter):
-    generate(target, drafter, PROMPTS, 20)
-    other = drafter.replace(params=jax.tree.map(lambda x: x + 1, drafter.params))
-    with compilations() as names:
-        jax.block_until_ready(generate(target, other, [[5, 5], [1], [7, 8, 9]], 20, 0.7))
-    assert names == []
-
-
 # Bad input.
 
 

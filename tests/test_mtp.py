@@ -576,23 +576,6 @@ def test_faulty_wiring_is_seen(fault):
 
 
 @pytest.mark.parametrize("make", [chain, modules])
-def test_rows_do_not_see_their_neighbours(make):
-    """Among them rows of one and two tokens, whose slots lie at the beginning of the cache. Nothing compiles again."""
-    prompts = [[3], [1, 4], *PROMPTS]
-    target, drafter = knowable_target(5), make(4)
-    together = generate(target, drafter, prompts, temperature=1.0)
-    others = [[2, 2, 2], [5], PROMPTS[2], PROMPTS[1], PROMPTS[2][::-1]]
-    compiled = specjax.engine._generate_jit._cache_size()
-    for i in range(len(prompts)):
-        mixed = generate(target, make(4), [*others[:i], prompts[i], *others[i + 1 :]], temperature=1.0)
-        length = int(together.length_b[i])
-        assert int(mixed.length_b[i]) == length
-        np.testing.assert_array_equal(mixed.tokens_bs[i, :length], together.tokens_bs[i, :length])
-        np.testing.assert_array_equal(mixed.stats.accepted_at_bg[i], together.stats.accepted_at_bg[i])
-    assert specjax.engine._generate_jit._cache_size() == compiled
-
-
-@pytest.mark.parametrize("make", [chain, modules])
 def test_caches_that_just_fit(make):
     """A short text in as few slots as a call may ask for: the modules' windows are wider than what there is."""
     target, drafter, prompts = knowable_target(), make(5), [[3], [1, 4]]
