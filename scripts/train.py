@@ -66,7 +66,7 @@ def train(folder: Path, checkpoints: Path, runs: Path, save_every: int) -> None:
     if teacher is not None and any(stage.text != "corpus" for stage in recipe.stages):
         texts["samples"] = draw_samples(teacher, corpus, recipe, run / "samples.npy")
 
-    trainee = training.make_trainee(recipe, teacher)
+    trainee = training.make_trainee(recipe, teacher, np.concatenate(list(texts.values())))
     params = trainee.init(jax.random.key(recipe.seed))
     history = []
     for number, stage in enumerate(recipe.stages):

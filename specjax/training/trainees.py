@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from tokenizers import Tokenizer
 
@@ -47,8 +48,13 @@ class Trainee:
     write: Callable[[Path, Any, Tokenizer, dict[str, Any]], None]
 
 
-def make_trainee(recipe: Recipe, teacher: LanguageModel | None) -> Trainee:
-    """Returns what the recipe trains; heads need the ``teacher`` that they draft for.
+def make_trainee(recipe: Recipe, teacher: LanguageModel | None, tokens: np.ndarray) -> Trainee:
+    """Returns what the recipe trains.
+
+    Args:
+      recipe: describes it.
+      teacher: the model that it drafts for, if it does.
+      tokens: integers, text on which a reduced draft vocabulary is counted: it is of the most frequent tokens.
 
     Raises:
       ValueError: the architecture is described wrongly, or a head does not fit the teacher.
@@ -56,7 +62,9 @@ def make_trainee(recipe: Recipe, teacher: LanguageModel | None) -> Trainee:
     if recipe.head is None:
         return _model(recipe)
     assert teacher is not None, "a recipe of a head names its target"
-    return {"mtp": _mtp, "eagle": _eagle, "medusa": _medusa}[recipe.head](recipe, teacher)
+    if recipe.head == "eagle":
+        return _eagle(recipe, teacher, tokens)
+    return {"mtp": _mtp, "medusa": _medusa}[recipe.head](recipe, teacher)
 
 
 def _model(recipe: Recipe) -> Trainee:
@@ -109,16 +117,40 @@ def _mtp(recipe: Recipe, teacher: LanguageModel) -> Trainee:
     )
 
 
-def _eagle(recipe: Recipe, teacher: LanguageModel) -> Trainee:
+def _eagle(recipe: Recipe, teacher: LanguageModel, tokens: np.ndarray) -> Trainee:
     """``[architecture]`` holds the keys of a published EAGLE config, of any layout."""
     head = eagle_head(recipe.architecture, teacher)
-    if head.draft_vocab_size is not None:
-        raise ValueError(f"draft_vocab_size is {head.draft_vocab_size}; training is over all {head.vocab_size} tokens")
 
     def write(folder: Path, params: Any) -> None:
         write_eagle(folder, recipe.architecture, params, teacher, verifier=recipe.drafts_for)
 
-    return _chained(recipe, head, head.init_params, write)
+    chained = _chained(recipe, head, head.init_params, write)
+    if head.draft_vocab_size is None:
+        return chained
+    return _with_constants(chained, {"draft_of_v": most_frequent(tokens, head.draft_vocab_size, head.vocab_size)})
+
+
+def most_frequent(tokens: np.ndarray, draft_vocab_size: int, vocab_size: int) -> Array:
+    """Returns int32 ``[v]``: the draft's id of each of the most frequent tokens, in the target's order, else -1."""
+    counts_v = np.bincount(tokens, minlength=vocab_size)
+    chosen_u = np.sort(np.argsort(-counts_v, kind="stable")[:draft_vocab_size])
+    return jnp.full((vocab_size,), -1, jnp.int32).at[chosen_u].set(jnp.arange(draft_vocab_size, dtype=jnp.int32))
+
+
+def _with_constants(trainee: Trainee, constants: dict[str, Array]) -> Trainee:
+    """Returns the trainee with some of its parameters out of the optimiser's reach: integers have no gradient."""
+
+    def objective(loss: str) -> Objective:
+        whole = trainee.objective(loss)
+        return lambda params, tokens_bt, teacher: whole(params | constants, tokens_bt, teacher)
+
+    return dataclasses.replace(
+        trainee,
+        init=lambda key: {name: leaf for name, leaf in trainee.init(key).items() if name not in constants},
+        objective=objective,
+        drafter=lambda params, num_draft: trainee.drafter(params | constants, num_draft),
+        write=lambda folder, params, tokenizer, metrics: trainee.write(folder, params | constants, tokenizer, metrics),
+    )
 
 
 def _medusa(recipe: Recipe, teacher: LanguageModel) -> Trainee:
