@@ -1,10 +1,12 @@
-"""Measures what specjax costs here: ``python scripts/bench.py [width|round|slots|speed ...]``.
+"""Measures what specjax costs here: ``python scripts/bench.py [width|round|slots|speed|drafters ...]``.
 
 Everything is compared as a ratio of medians that were timed in turn in one run, after a warm-up that compiles.
 ``width``: a target pass over t tokens against one over 1. ``round``: a whole round against its drafter steps and
 target pass, each alone, and against both in turn in one loop, where each finds the other's weights in the CPU's
 caches. ``slots``: a step with many slots allocated against few, equally many in use. ``speed``: text per second
-against plain decoding, on excerpts of held-out modules.
+against plain decoding, on excerpts of held-out modules. ``drafters``: the same for every drafter, row by row, beside
+the speed-up that its acceptance and costs promise: emitted / (g c + w), with c one draft and w a pass over g + 1
+tokens, both in passes over one.
 """
 
 import argparse
@@ -21,33 +23,47 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from drafter_spec import named_drafter, short_name
 from jax import Array, lax
 
 import specjax
 from specjax import training
 
 ROOT = Path(__file__).resolve().parent.parent
+CHECKPOINTS = ROOT / "checkpoints"
+EAGLE = f"eagle:{CHECKPOINTS / 'py-14m-eagle'}"
+SHIPPED = [
+    f"model:{CHECKPOINTS / 'py-14m-draft'}",
+    f"mtp:{CHECKPOINTS / 'py-14m-mtp'}",
+    EAGLE,
+    f"medusa:{CHECKPOINTS / 'py-14m-medusa'}",
+    "early-exit:4",
+    "ngram",
+    f"cascade:ngram,{EAGLE}",
+]
+EXCERPTS = 4  # texts over which costs are averaged
 LOOP = 20  # rounds or passes inside one timed call, so that dispatch from the host does not count
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", metavar="WHAT", help=f"of {', '.join(BENCHMARKS)}; default: all")
-    parser.add_argument("--target", type=Path, default=ROOT / "checkpoints" / "py-14m")
-    parser.add_argument("--draft", type=Path, default=ROOT / "checkpoints" / "py-14m-draft")
+    parser.add_argument("--target", type=Path, default=CHECKPOINTS / "py-14m")
+    parser.add_argument("--draft", type=Path, default=CHECKPOINTS / "py-14m-draft")
     parser.add_argument("--num-draft", type=int, nargs="+", default=[4], metavar="G")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8], metavar="B", help="for speed")
     parser.add_argument("--prompts", type=int, default=8, help="for speed; rounded up to whole batches")
     parser.add_argument("--new-tokens", type=int, default=192, help="for speed")
     parser.add_argument("--repeats", type=int, default=15, help="timings whose median is taken")
     parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("--drafters", nargs="+", default=SHIPPED, metavar="SPEC", help="as for generate.py")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # what a part does not return
     if unknown := set(args.what) - BENCHMARKS.keys():
         parser.error(f"unknown benchmark {', '.join(sorted(unknown))}; choose from {', '.join(BENCHMARKS)}")
     try:
         args.model = specjax.load(args.target)
-        args.drafters = {g: specjax.load_drafter(args.draft, args.model, g) for g in args.num_draft}
+        args.drafts = {g: specjax.load_drafter(args.draft, args.model, g) for g in args.num_draft}
     except ValueError as error:
         parser.error(str(error))
     print(f"jax {jax.__version__}, Python {platform.python_version()}, {jax.devices()[0].device_kind}\n")
@@ -127,6 +143,7 @@ def parts(target: specjax.LanguageModel, drafter: Any, state: specjax.State, *, 
     def one(_, carry):
         tokens_bs, draft, cache = carry
         proposal, draft = drafter.propose(draft, specjax.Context(target, cache, tokens_bs, state.length_b), draw)
+        cache = cache if proposal.cache is None else proposal.cache
         next_b = proposal.tokens_bg[:, -1]
         if with_target:
             fed_bt = jnp.concatenate([tokens_bs[:, :1], proposal.tokens_bg], axis=1)
@@ -143,10 +160,9 @@ def rounds(target: specjax.LanguageModel, drafter: Any, state: specjax.State) ->
     return lax.fori_loop(0, LOOP, lambda _, state: specjax.step(target, state, drafter=drafter), state)
 
 
-def ready(args: argparse.Namespace, drafter: Any, temperature: float, length: int, slots: int) -> specjax.State:
-    """Returns the state of one row of ``length`` tokens."""
-    prompt = held_out_excerpts(args.target, length, 1)
-    room = min(args.model.max_positions or slots, slots - 16) - length
+def ready(args: argparse.Namespace, drafter: Any, temperature: float, prompt: np.ndarray, slots: int) -> specjax.State:
+    """Returns the state of a prompt ``[1, t]``."""
+    room = min(args.model.max_positions or slots, slots - 16) - prompt.shape[1]
     sampling = specjax.Sampling(temperature=temperature)
     return specjax.prefill(args.model, prompt, drafter=drafter, sampling=sampling, max_new_tokens=room, slots=slots)
 
@@ -179,10 +195,10 @@ def bench_width(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def bench_round(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A round against its parts."""
-    rows = []
-    for g, drafter in args.drafters.items():
+    rows, prompt = [], held_out_excerpts(args.target, 200, 1)
+    for g, drafter in args.drafts.items():
         for temperature in (0.0, 1.0):
-            state = ready(args, drafter, temperature, 200, 512)
+            state = ready(args, drafter, temperature, prompt, 512)
             calls = {
                 "round": functools.partial(rounds, args.model, drafter),
                 "drafter": functools.partial(parts, args.model, drafter, with_target=False),
@@ -205,9 +221,9 @@ def bench_round(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def bench_slots(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A step at 300 tokens in use, by slots allocated."""
-    rows = []
-    for name, drafter in {"plain": None, **{f"g = {g}": d for g, d in args.drafters.items()}}.items():
-        states = {str(slots): ready(args, drafter, 0.0, 300, slots) for slots in (512, 4096)}
+    rows, prompt = [], held_out_excerpts(args.target, 300, 1)
+    for name, drafter in {"plain": None, **{f"g = {g}": d for g, d in args.drafts.items()}}.items():
+        states = {str(slots): ready(args, drafter, 0.0, prompt, slots) for slots in (512, 4096)}
         seconds = medians(dict.fromkeys(states, functools.partial(rounds, args.model, drafter)), args.repeats, states)
         rows.append(
             {"drafter": name}
@@ -224,18 +240,63 @@ def bench_speed(args: argparse.Namespace) -> list[dict[str, Any]]:
         count = -(-args.prompts // batch)
         prompts = held_out_excerpts(args.target, 64, count * batch).reshape(count, batch, 64)
         for temperature in (0.0, 1.0):
-            rows += [speed(args, g, temperature, prompts) for g in args.drafters]
+            rows += [speed(args, drafter, temperature, prompts) for drafter in args.drafts.values()]
     return table("Speed-up over plain decoding on held-out modules", rows)
 
 
-def speed(args: argparse.Namespace, g: int, temperature: float, prompts: np.ndarray) -> dict[str, Any]:
-    """Times batches of prompts with the draft of ``g`` tokens and without."""
+def bench_drafters(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every drafter: acceptance, costs, the speed-up they promise and the one there is."""
+    tokenizer = specjax.load_tokenizer(args.target)
+    prompts = held_out_excerpts(args.target, 64, args.prompts)[:, None]
+    rows = []
+    for spec in args.drafters:
+        for g in args.num_draft:
+            try:
+                drafter = named_drafter(spec, args.model, tokenizer, g)
+            except ValueError as error:  # a head with fewer drafts, say
+                print(f"{spec}, g = {g}: {error}\n")
+                continue
+            for temperature in (0.0, 1.0):
+                found = speed(args, drafter, temperature, prompts)
+                c, w = costs(args, drafter, temperature)
+                rows.append(
+                    {"drafter": short_name(spec), "g": g, "temperature": temperature}
+                    | {name: found[name] for name in ("accepted by position", "emitted per round")}
+                    | {"c": c, "w": w, "promised": found["emitted per round"] / (g * c + w)}
+                    | {"speed-up": found["speed-up"]}
+                )
+    return table("Drafters on held-out modules, one row of text at a time", rows)
+
+
+def costs(args: argparse.Namespace, drafter: Any, temperature: float) -> tuple[float, float]:
+    """Returns what one draft costs, and a target pass over all drafts and one token more, in passes over one token.
+
+    The mean over several texts, since what a cascade costs depends on the text.
+    """
+    prompts = held_out_excerpts(args.target, 200, EXCERPTS)[:, None]
+    states = [ready(args, drafter, temperature, prompt, 512) for prompt in prompts]
+    caches = [state.cache for state in states]
+
+    def passes(width: int) -> Callable[[Any], Any]:
+        return lambda caches: [target_passes(args.model, jnp.asarray([199]), cache, width=width) for cache in caches]
+
+    calls = {
+        "drafter": lambda states: [parts(args.model, drafter, state, with_target=False) for state in states],
+        "target": passes(drafter.num_draft + 1),
+        "plain": passes(1),
+    }
+    seconds = medians(calls, args.repeats, {"drafter": states, "target": caches, "plain": caches})
+    return seconds["drafter"] / seconds["plain"] / drafter.num_draft, seconds["target"] / seconds["plain"]
+
+
+def speed(args: argparse.Namespace, drafter: Any, temperature: float, prompts: np.ndarray) -> dict[str, Any]:
+    """Times batches of prompts with the drafter and without."""
     sampling = specjax.Sampling(temperature=temperature)
     run = functools.partial(specjax.generate, args.model, sampling=sampling, max_new_tokens=args.new_tokens)
     speculative, plain, stats = 0.0, 0.0, []
     for prompt in prompts:
         calls = {
-            "speculative": functools.partial(run, prompt, drafter=args.drafters[g]),
+            "speculative": functools.partial(run, prompt, drafter=drafter),
             "plain": functools.partial(run, prompt),
         }
         seconds = medians(calls, max(3, args.repeats // 5))
@@ -246,7 +307,7 @@ def speed(args: argparse.Namespace, g: int, temperature: float, prompts: np.ndar
     return {
         "batch": prompts.shape[1],
         "temperature": temperature,
-        "num_draft": g,
+        "num_draft": drafter.num_draft,
         "tokens/s": emitted / speculative,
         "plain tokens/s": emitted / plain,
         "speed-up": plain / speculative,
@@ -255,7 +316,13 @@ def speed(args: argparse.Namespace, g: int, temperature: float, prompts: np.ndar
     }
 
 
-BENCHMARKS = {"width": bench_width, "round": bench_round, "slots": bench_slots, "speed": bench_speed}
+BENCHMARKS = {
+    "width": bench_width,
+    "round": bench_round,
+    "slots": bench_slots,
+    "speed": bench_speed,
+    "drafters": bench_drafters,
+}
 
 if __name__ == "__main__":
     sys.exit(main())
