@@ -248,23 +248,23 @@ def bench_drafters(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every drafter: acceptance, costs, the speed-up they promise and the one there is."""
     tokenizer = specjax.load_tokenizer(args.target)
     prompts = held_out_excerpts(args.target, 64, args.prompts)[:, None]
+    try:
+        opened = [
+            (spec, named_drafter(spec, args.model, tokenizer, g)) for spec in args.drafters for g in args.num_draft
+        ]
+    except ValueError as error:
+        sys.exit(f"bench.py: error: {error}")
     rows = []
-    for spec in args.drafters:
-        for g in args.num_draft:
-            try:
-                drafter = named_drafter(spec, args.model, tokenizer, g)
-            except ValueError as error:  # a head with fewer drafts, say
-                print(f"{spec}, g = {g}: {error}\n")
-                continue
-            for temperature in (0.0, 1.0):
-                found = speed(args, drafter, temperature, prompts)
-                c, w = costs(args, drafter, temperature)
-                rows.append(
-                    {"drafter": short_name(spec), "g": g, "temperature": temperature}
-                    | {name: found[name] for name in ("accepted by position", "emitted per round")}
-                    | {"c": c, "w": w, "promised": found["emitted per round"] / (g * c + w)}
-                    | {"speed-up": found["speed-up"]}
-                )
+    for spec, drafter in opened:
+        for temperature in (0.0, 1.0):
+            found = speed(args, drafter, temperature, prompts)
+            c, w = costs(args, drafter, temperature)
+            rows.append(
+                {"drafter": short_name(spec), "g": drafter.num_draft, "temperature": temperature}
+                | {name: found[name] for name in ("accepted by position", "emitted per round")}
+                | {"c": c, "w": w, "promised": found["emitted per round"] / (drafter.num_draft * c + w)}
+                | {"speed-up": found["speed-up"]}
+            )
     return table("Drafters on held-out modules, one row of text at a time", rows)
 
 

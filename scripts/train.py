@@ -10,6 +10,7 @@ import hashlib
 import json
 import platform
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,8 @@ def train(folder: Path, checkpoints: Path, runs: Path, save_every: int) -> None:
 
     trainee = training.make_trainee(recipe, teacher, np.concatenate(list(texts.values())))
     params = trainee.init(jax.random.key(recipe.seed))
+    with tempfile.TemporaryDirectory() as folder:  # what cannot be written is refused before it is trained
+        trainee.write(Path(folder) / recipe.name, halved(params), tokenizer, {})
     history = []
     for number, stage in enumerate(recipe.stages):
         with tqdm(total=stage.steps, desc=f"stage {number}: {stage.loss} on {stage.text}", unit="step") as bar:
@@ -89,7 +92,7 @@ def train(folder: Path, checkpoints: Path, runs: Path, save_every: int) -> None:
         history.append({**dataclasses.asdict(stage), "losses": [round(loss, 4) for loss in losses]})
 
     # Stored in bfloat16, half the size; what is measured is what is stored.
-    stored = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    stored = halved(params)
     measured = jax.tree.map(lambda x: x.astype(jnp.float32), stored)
     metrics = {
         "recipe": recipe.digest,
@@ -109,6 +112,11 @@ def train(folder: Path, checkpoints: Path, runs: Path, save_every: int) -> None:
     plot(history, checkpoints / recipe.name / "loss.png")
 
 
+def halved(params: Any) -> Any:
+    """Returns the parameters as they are stored."""
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+
+
 def start_run(run: Path, recipe: training.Recipe, teacher: specjax.LanguageModel | None, corpus: np.ndarray) -> None:
     """Writes down what the folder's checkpoints come from, or makes sure that it is what they came from."""
     digest = hashlib.sha256(corpus.tobytes())
@@ -120,7 +128,9 @@ def start_run(run: Path, recipe: training.Recipe, teacher: specjax.LanguageModel
         if run.is_dir() and any(run.iterdir()):
             raise ValueError(f"{run} holds something else than a run; move it away or give another --runs")
         run.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(origin), encoding="utf-8")
+        partial = run.with_name(f".{run.name}.partial")  # beside the folder, which counts as a run once it holds a file
+        partial.write_text(json.dumps(origin), encoding="utf-8")
+        partial.replace(file)
         return
     there = json.loads(file.read_text(encoding="utf-8"))
     changed = [name for name, value in origin.items() if there.get(name) != value]
@@ -184,11 +194,15 @@ def held_out_loss(
 
 def held_out_acceptance(target: specjax.LanguageModel, drafter: specjax.Drafter, tokens: np.ndarray) -> dict[str, dict]:
     """Returns acceptance by position and tokens per round behind held-out excerpts, greedy and at temperature 1."""
-    prompts = training.Windows(tokens, PROMPT_TOKENS, HELD_OUT_PROMPTS, seed=0).batch(0)
+    limits = (target.max_positions, drafter.max_positions, PROMPT_TOKENS + NEW_TOKENS)
+    limit = min(limit for limit in limits if limit is not None)
+    length = min(PROMPT_TOKENS, limit // 2)
+    prompts = training.Windows(tokens, length, HELD_OUT_PROMPTS, seed=0).batch(0)
     figures = {}
     for temperature in (0.0, 1.0):
         sampling = specjax.Sampling(temperature=temperature)
-        generation = specjax.generate(target, prompts, drafter=drafter, sampling=sampling, max_new_tokens=NEW_TOKENS)
+        room = min(NEW_TOKENS, limit - length)
+        generation = specjax.generate(target, prompts, drafter=drafter, sampling=sampling, max_new_tokens=room)
         stats = jax.device_get(generation.stats)
         by_position = stats.accepted_at_bg.sum(0) / stats.drafted_at_bg.sum(0)
         figures[f"temperature {temperature:g}"] = {

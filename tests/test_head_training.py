@@ -1,5 +1,7 @@
 """Training of draft heads: chains trained all at once are the chains that are drafted, and losses fall."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,12 @@ import optax
 import pytest
 
 from specjax.drafters.mtp import MTPConfig, MTPHead, init_mtp_params
+from specjax.heads.mtp import open_mtp
 from specjax.hf.config import decoder_config
 from specjax.training import losses
 from specjax.training.heads import chain_logits, head_objective
+from specjax.training.recipe import Recipe, Stage
+from specjax.training.trainees import make_trainee, most_frequent
 from specjax.transformer.decoder import decoder_model, init_params
 
 VOCAB, LENGTH, STEPS = 23, 11, 4
@@ -73,10 +78,14 @@ def text(rows=2, seed=2):
     return jnp.asarray(np.random.default_rng(seed).integers(0, VOCAB, (rows, LENGTH)), jnp.int32)
 
 
+@functools.partial(jax.jit, static_argnames="capture")
 def features_of(teacher, tokens, capture):
     rows, length = tokens.shape
     cache = teacher.init_cache(rows, length)
     return teacher.forward(teacher.params, tokens, cache, jnp.zeros((rows,), jnp.int32), capture)
+
+
+chains = jax.jit(chain_logits, static_argnums=(0, 5))
 
 
 def test_every_chain_is_the_one_that_would_be_drafted(teacher, head):
@@ -84,18 +93,24 @@ def test_every_chain_is_the_one_that_would_be_drafted(teacher, head):
     head, params = head
     tokens = text()
     taught = features_of(teacher, tokens, head.capture)
-    at_once = chain_logits(head, params, teacher, tokens, taught.features, STEPS)
-    run = jax.jit(lambda tokens, states, cache, start: head.run(params, teacher, tokens, states, cache, start))
+    at_once = np.asarray(chains(head, params, teacher, tokens, taught.features, STEPS))
+    tokens, states = np.asarray(tokens), np.asarray(taught.features[0])
+
+    @jax.jit
+    def step(tokens, states, cache, start):
+        """Returns the last state, its logits, and the cache."""
+        states, cache = head.run(params, teacher, tokens, states, cache, start)
+        return states[:, -1:], head.logits(params, teacher, states[:, -1]), cache
+
     compared = 0
     for start in range(LENGTH - STEPS):
-        cache, begin = head.init_cache(params, 2, LENGTH), jnp.zeros(2, jnp.int32)
-        states, cache = run(tokens[:, 1 : start + 2], taught.features[0][:, : start + 1], cache, begin)
-        state = states[:, -1:]
+        cache, begin = head.init_cache(params, 2, LENGTH), np.zeros(2, np.int32)
+        state, logits, cache = step(tokens[:, 1 : start + 2], states[:, : start + 1], cache, begin)
         for j in range(STEPS):
             if j:
-                state, cache = run(tokens[:, start + j + 1 : start + j + 2], state, cache, begin + (start + j))
-            wanted = head.logits(params, teacher, state[:, 0])
-            np.testing.assert_allclose(at_once[j][:, start + j], wanted, atol=2e-5, rtol=0)
+                at = begin + np.int32(start + j)
+                state, logits, cache = step(tokens[:, start + j + 1 : start + j + 2], state, cache, at)
+            np.testing.assert_allclose(at_once[j][:, start + j], logits, atol=2e-5, rtol=0)
             compared += 1
     assert compared == STEPS * (LENGTH - STEPS)
     assert np.std(at_once[2][:, 2:]) > 0.1
@@ -107,7 +122,7 @@ def test_the_objective_is_the_weighted_mean_of_its_steps(loss, teacher, head):
     head, params = head
     tokens = text()
     taught = features_of(teacher, tokens, head.capture)
-    steps = chain_logits(head, params, teacher, tokens, taught.features, 3)
+    steps = chains(head, params, teacher, tokens, taught.features, 3)
     target, values = np.asarray(taught.logits_btv, np.float64), []
     for j, logits in enumerate(np.asarray(step, np.float64) for step in steps):
         terms = []
@@ -151,6 +166,25 @@ def test_a_head_learns_what_it_is_trained_on(teacher):
     assert values[-1] < 0.5 * values[0]
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [{"model_type": "gemma2", "head_dim": 4, "sliding_window": 6}, {**LATENT, "first_k_dense_replace": 1}],
+    ids=["every other layer has a window", "experts from the second layer on"],
+)
+def test_the_mtp_layer_that_is_trained_is_the_one_that_is_opened(keys, tmp_path):
+    """The target's last layer, not its first."""
+    config = decoder_config({**SIZES, **keys})
+    target = decoder_model(config, init_params(config, jax.random.key(0)))
+    stage = Stage("kl", 2, 1, 16, 1e-3, warmup_steps=0)
+    recipe = Recipe("head", 0, {**SIZES, **keys}, (stage,), "target", 0, "", "mtp", 2)
+    trainee = make_trainee(recipe, target, np.zeros(1, np.int64))
+    params = trainee.init(jax.random.key(1))
+    trainee.write(tmp_path / "head", params, None, {})
+    opened = open_mtp(tmp_path / "head", target, 2, "float32")
+    assert opened.head == trainee.drafter(params, 2).head
+    assert config.each_layer[0] != config.each_layer[-1]
+
+
 # Losses over a part of the vocabulary.
 
 
@@ -174,6 +208,13 @@ def test_tokens_that_cannot_be_drafted_count_for_nothing(loss):
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert np.isfinite(gradient).all()
     assert not np.any(np.asarray(gradient)[..., 1::2])
+
+
+def test_the_draft_vocabulary_is_of_the_most_frequent_tokens():
+    """In the target's order; of equally frequent ones, the first."""
+    tokens = np.asarray([8, 8, 8, 3, 3, 5, 5, 1])
+    assert most_frequent(tokens, 3, 10).tolist() == [-1, -1, -1, 0, -1, 1, -1, -1, 2, -1]
+    assert most_frequent(tokens, 2, 10).tolist() == [-1, -1, -1, 0, -1, -1, -1, -1, 1, -1]
 
 
 def test_nothing_to_draft_is_no_loss():

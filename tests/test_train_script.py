@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import tomllib
 from pathlib import Path
 
 import chex
@@ -12,6 +13,8 @@ import pytest
 
 import specjax
 from specjax import training
+from specjax.hf.config import decoder_config
+from specjax.transformer.decoder import init_params
 
 ROOT = Path(__file__).parent.parent
 MODULES = {f"m{i}": "".join(f"def f{j}(x):\n    return x + {i * j}\n\n\n" for j in range(30)) for i in range(80)}
@@ -45,7 +48,7 @@ HEADS = {
     "eagle": """chain_steps = 3
 [architecture]
 speculators_model_type = "eagle3"
-draft_vocab_size = 270
+draft_vocab_size = 90
 norm_before_residual = false
 eagle_aux_hidden_state_layer_ids = [0, 1, 2]
 [architecture.transformer_layer_config]
@@ -157,6 +160,47 @@ def test_a_head_is_trained_resumed_and_drafts(kind, script, tmp_path, monkeypatc
     chex.assert_trees_all_equal(getattr(specjax, f"open_{kind}")(folder, model, 3).params, opened.params)
 
 
+BAD_HEADS = {
+    "an MTP layer of another width": (HEADS["mtp"].replace("hidden_size = 16", "hidden_size = 8"), "hidden_size 8"),
+    "windows shorter than the chain": ("chain_steps = 31\n" + ARCHITECTURE, "for 31 drafts give at least 33 tokens"),
+    "more Medusa heads than can be read": ("[architecture]\nmedusa_num_heads = 101\n", "at most 100"),
+    "EAGLE-1 with two layers": (
+        '[architecture]\narchitectures = ["EagleLlamaForCausalLM"]\n'
+        + LAYER.replace("num_hidden_layers = 1", "num_hidden_layers = 2"),
+        "EAGLE-1 heads have one layer",
+    ),
+}
+
+
+@pytest.mark.parametrize(("architecture", "message"), BAD_HEADS.values(), ids=BAD_HEADS)
+def test_heads_that_could_not_be_written_are_refused_before_training(
+    architecture, message, script, tmp_path, monkeypatch, capsys
+):
+    recipes(tmp_path)
+    target = decoder_config(tomllib.loads(ARCHITECTURE)["architecture"])
+    params = init_params(target, jax.random.key(0))
+    tokenizer = training.train_tokenizer(list(MODULES.values()), target.vocab_size)
+    raw = {"model_type": "llama", **tomllib.loads(ARCHITECTURE)["architecture"]}
+    specjax.save(tmp_path / "checkpoints" / "target", raw, params, tokenizer, {})
+    kind = "medusa" if "medusa" in architecture else "eagle" if "Eagle" in architecture else "mtp"
+    (tmp_path / "models" / "head").mkdir()
+    text = f'head = "{kind}"\ndrafts_for = "target"\n' + architecture + STAGE.format(loss="kl", text="corpus", steps=4)
+    (tmp_path / "models" / "head" / "recipe.toml").write_text(text)
+    monkeypatch.setattr(training, "fit", None)  # nothing is trained
+    assert run(script, tmp_path, "head") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "checkpoints" / "head").exists()
+
+
+def test_a_draft_of_another_vocabulary_is_refused(script, tmp_path, capsys):
+    recipes(tmp_path)
+    assert run(script, tmp_path, "target") == 0
+    draft = tmp_path / "models" / "draft" / "recipe.toml"
+    draft.write_text(draft.read_text().replace("vocab_size = 270", "vocab_size = 260"))
+    assert run(script, tmp_path, "draft") == 2
+    assert "vocab_size is 260 and that of target 270" in capsys.readouterr().err
+
+
 def test_errors_are_one_line(script, tmp_path, capsys):
     recipes(tmp_path)
     assert run(script, tmp_path, "absent") == 2
@@ -165,7 +209,7 @@ def test_errors_are_one_line(script, tmp_path, capsys):
     assert "recipe.toml does not exist" in lines[0] and "target is not a folder" in lines[1] and len(lines) == 2
 
 
-@pytest.mark.parametrize("name", ["py-14m", "py-14m-draft"])
+@pytest.mark.parametrize("name", sorted(folder.name for folder in (ROOT / "models").iterdir()))
 def test_the_shipped_checkpoints_are_those_of_their_recipes(name):
     metrics = json.loads((ROOT / "checkpoints" / name / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["recipe"] == training.read_recipe(ROOT / "models" / name).digest
@@ -173,10 +217,19 @@ def test_the_shipped_checkpoints_are_those_of_their_recipes(name):
         assert not file.is_file() or b"/checkpoints/" not in file.read_bytes(), f"{file} names a path"
 
 
-def test_the_shipped_pair_drafts_its_own_greedy_text():
+@pytest.mark.parametrize(
+    ("name", "open_drafter"),
+    [
+        ("py-14m-draft", specjax.load_drafter),
+        ("py-14m-mtp", specjax.open_mtp),
+        ("py-14m-eagle", specjax.open_eagle),
+        ("py-14m-medusa", specjax.open_medusa),
+    ],
+)
+def test_the_shipped_drafts_draft_greedy_text_of_their_target(name, open_drafter):
     target = specjax.load(ROOT / "checkpoints" / "py-14m")
     tokenizer = specjax.load_tokenizer(ROOT / "checkpoints" / "py-14m")
-    drafter = specjax.load_drafter(ROOT / "checkpoints" / "py-14m-draft", target)
+    drafter = open_drafter(ROOT / "checkpoints" / name, target)
     prompt_bt, length_b = specjax.pad_prompts([tokenizer.encode("def __init__(self, name):\n        self.").ids])
     greedy = {"sampling": specjax.Sampling(temperature=0), "max_new_tokens": 24}
     plain = specjax.generate(target, prompt_bt, length_b, **greedy)

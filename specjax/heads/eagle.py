@@ -1,6 +1,7 @@
 """Folders of EAGLE heads: published ones of all layouts in, speculators' layout out."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,14 +27,16 @@ from specjax.hf.safetensors import open_tensors, write_tensors
 from specjax.transformer.config import check_integer
 from specjax.types import LanguageModel
 
+_LOG = logging.getLogger(__name__)
+
 
 def open_eagle(
     path: str | os.PathLike, target: LanguageModel, num_draft: int = 4, dtype: jnp.dtype | str | None = None
 ) -> FeatureDrafter:
     """Opens an EAGLE-1, EAGLE-2 or EAGLE-3 head as a drafter of chains.
 
-    ``drafter.head.describe()`` says which of the target's states it reads. An embedding that equals the target's is
-    not kept.
+    ``drafter.head.describe()`` says which of the target's states it reads, and so does the log of this module. An
+    embedding that equals the target's is not kept.
 
     Args:
       path: a folder with ``config.json`` and safetensors, of SafeAILab's EAGLE, of SpecForge or of speculators.
@@ -66,6 +69,7 @@ def open_eagle(
             del params["embed_tokens"]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    _LOG.info("%s: %s", path, head.describe())
     return FeatureDrafter(read_params(params, head.abstract_params(dtype)), head, num_draft)
 
 

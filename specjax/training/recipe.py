@@ -83,6 +83,8 @@ class Recipe:
     def __post_init__(self):
         check_integer("seed", self.seed, 0)
         check_integer("chain_steps", self.chain_steps, 1)
+        if self.drafts_for is not None and not isinstance(self.drafts_for, str):
+            raise ValueError(f"drafts_for is {self.drafts_for!r}; give the name of a folder of checkpoints/")
         if self.head is not None and self.head not in HEADS:
             raise ValueError(f"head {self.head!r} is unknown; choose from {HEADS}")
         if self.head is not None and self.drafts_for is None:

@@ -20,7 +20,8 @@ from specjax.heads.eagle import eagle_head, write_eagle
 from specjax.heads.medusa import write_medusa
 from specjax.heads.mtp import write_mtp
 from specjax.hf.config import decoder_config
-from specjax.hf.keys import Keys
+from specjax.hf.medusa import medusa_config
+from specjax.hf.mtp import mtp_layout
 from specjax.training.data import END_OF_TEXT
 from specjax.training.heads import head_objective, medusa_objective
 from specjax.training.objectives import Objective, make_objective
@@ -57,18 +58,28 @@ def make_trainee(recipe: Recipe, teacher: LanguageModel | None, tokens: np.ndarr
       tokens: integers, text on which a reduced draft vocabulary is counted: it is of the most frequent tokens.
 
     Raises:
-      ValueError: the architecture is described wrongly, or a head does not fit the teacher.
+      ValueError: the architecture is described wrongly, or does not fit the teacher; or windows of text are too short
+        for the chains that are trained, or too long for the teacher.
     """
+    for stage in recipe.stages:
+        if teacher is not None and stage.sequence > (teacher.max_positions or stage.sequence):
+            raise ValueError(
+                f"stage sequence {stage.sequence} exceeds the {teacher.max_positions} positions of the target"
+            )
     if recipe.head is None:
-        return _model(recipe)
+        return _model(recipe, teacher)
     assert teacher is not None, "a recipe of a head names its target"
     if recipe.head == "eagle":
         return _eagle(recipe, teacher, tokens)
     return {"mtp": _mtp, "medusa": _medusa}[recipe.head](recipe, teacher)
 
 
-def _model(recipe: Recipe) -> Trainee:
+def _model(recipe: Recipe, teacher: LanguageModel | None) -> Trainee:
     config = decoder_config(recipe.architecture)
+    if teacher is not None and config.vocab_size != teacher.vocab_size:
+        raise ValueError(
+            f"vocab_size is {config.vocab_size} and that of {recipe.drafts_for} {teacher.vocab_size}; give it"
+        )
 
     def write(folder: Path, params: Any, tokenizer: Tokenizer, metrics: dict[str, Any]) -> None:
         stop = tokenizer.token_to_id(END_OF_TEXT)
@@ -85,6 +96,7 @@ def _model(recipe: Recipe) -> Trainee:
 
 
 def _chained(recipe: Recipe, head: Head, init: Callable[[Array], Any], write: Callable[[Path, Any], None]) -> Trainee:
+    _check_sequences(recipe, recipe.chain_steps)
     return Trainee(
         init=init,
         objective=lambda loss: head_objective(loss, head, recipe.chain_steps),
@@ -105,10 +117,11 @@ def _with_metrics(write: Callable[[Path, Any], None]) -> Callable[[Path, Any, To
 
 def _mtp(recipe: Recipe, teacher: LanguageModel) -> Trainee:
     """``[architecture]`` holds the Hugging Face keys of the target, with the module's layer in place of its own."""
-    decoder = decoder_config(recipe.architecture | {"num_hidden_layers": 1})
-    head = MTPHead(MTPConfig(decoder))
-    _check_width(recipe, teacher, decoder.hidden_size, decoder.vocab_size)
-    config = recipe.architecture | {"num_hidden_layers": teacher.num_layers}
+    _check_lends(recipe, teacher)
+    config = recipe.architecture | {"num_hidden_layers": teacher.num_layers, "num_nextn_predict_layers": 1}
+    layout = mtp_layout(config)  # the layer is what ``open_mtp`` will take it for
+    head = MTPHead(MTPConfig(layout.decoder, hidden_first=layout.hidden_first))
+    _check_width(recipe, teacher, layout.decoder.hidden_size, layout.decoder.vocab_size)
     return _chained(
         recipe,
         head,
@@ -155,15 +168,20 @@ def _with_constants(trainee: Trainee, constants: dict[str, Array]) -> Trainee:
 
 def _medusa(recipe: Recipe, teacher: LanguageModel) -> Trainee:
     """``[architecture]`` holds ``medusa_num_heads`` and ``medusa_num_layers``; heads begin as the target's own."""
-    keys = Keys(recipe.architecture, "[architecture]")
-    count, blocks = keys.integer("medusa_num_heads"), keys.integer("medusa_num_layers", 1)
-    keys.finish()
+    count, blocks, _, _ = medusa_config(recipe.architecture)
+    _check_sequences(recipe, count)
+    width = _check_lends(recipe, teacher)
 
     def init(key: Array) -> Any:
         del key  # nothing is drawn
-        assert teacher.embed is not None and teacher.unembed is not None
-        width = jax.eval_shape(teacher.embed, teacher.params, jax.ShapeDtypeStruct((1, 1), jnp.int32)).shape[-1]
-        kernel_dv = teacher.unembed(teacher.params, jnp.eye(width, dtype=jnp.float32)[None])[0]
+        assert teacher.unembed is not None
+        one_dd = jnp.eye(width, dtype=jnp.float32)[None]
+        with jax.default_matmul_precision("highest"):
+            kernel_dv, twice_dv = (teacher.unembed(teacher.params, x)[0] for x in (one_dd, 2 * one_dd))
+        if not jnp.allclose(2 * kernel_dv, twice_dv, rtol=1e-3):
+            raise ValueError(
+                f"the logits of {recipe.drafts_for} are capped; Medusa heads can begin as linear ones only"
+            )
         return init_medusa_params(kernel_dv, count, blocks)
 
     return Trainee(
@@ -175,10 +193,23 @@ def _medusa(recipe: Recipe, teacher: LanguageModel) -> Trainee:
     )
 
 
+def _check_sequences(recipe: Recipe, drafts: int) -> None:
+    for stage in recipe.stages:
+        if stage.sequence < drafts + 2:
+            raise ValueError(
+                f"stage sequence is {stage.sequence}; for {drafts} drafts give at least {drafts + 2} tokens"
+            )
+
+
+def _check_lends(recipe: Recipe, teacher: LanguageModel) -> int:
+    """Returns the width of the teacher's states."""
+    if teacher.embed is None or teacher.unembed is None or teacher.num_layers is None:
+        raise ValueError(f"{recipe.drafts_for} does not say how it embeds and unembeds, or how many layers it has")
+    return jax.eval_shape(teacher.embed, teacher.params, jax.ShapeDtypeStruct((1, 1), jnp.int32)).shape[-1]
+
+
 def _check_width(recipe: Recipe, teacher: LanguageModel, width: int, vocab: int) -> None:
-    if teacher.embed is None or teacher.num_layers is None:
-        raise ValueError(f"{recipe.drafts_for} does not say how it embeds tokens, or how many layers it has")
-    own = jax.eval_shape(teacher.embed, teacher.params, jax.ShapeDtypeStruct((1, 1), jnp.int32)).shape[-1]
+    own = _check_lends(recipe, teacher)
     if (width, vocab) != (own, teacher.vocab_size):
         raise ValueError(
             f"hidden_size {width} and vocab_size {vocab} are not those of {recipe.drafts_for}, {own} and "
