@@ -6,6 +6,7 @@ k key/value heads, h head width, f MLP width, g draft tokens of a round.
 
 from specjax import cache as cache
 from specjax import hf as hf
+from specjax import sharding as sharding
 from specjax import testing as testing
 from specjax import text as text
 from specjax import transformer as transformer
@@ -40,6 +41,8 @@ from specjax.heads.mtp import open_mtp as open_mtp
 from specjax.heads.mtp import write_mtp as write_mtp
 from specjax.requests import pad_prompts as pad_prompts
 from specjax.sampling import Sampling as Sampling
+from specjax.sharding import make_mesh as make_mesh
+from specjax.sharding import shard as shard
 from specjax.types import Context as Context
 from specjax.types import Drafter as Drafter
 from specjax.types import Generation as Generation
@@ -78,12 +81,15 @@ __all__ = [
     "load_drafter",
     "load_stop_tokens",
     "load_tokenizer",
+    "make_mesh",
     "open_eagle",
     "open_medusa",
     "open_mtp",
     "pad_prompts",
     "prefill",
     "save",
+    "shard",
+    "sharding",
     "shared_vocabulary_drafter",
     "step",
     "stream",

@@ -1,6 +1,7 @@
 """Self-contained checkpoint folders: ``config.json``, ``tokenizer.json``, ``params/`` (Orbax), ``metrics.json``."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from specjax.drafters.model import ModelDrafter
@@ -19,8 +21,9 @@ from specjax.drafters.shared_vocabulary import shared_vocabulary_drafter
 from specjax.hf.config import decoder_config, read_config
 from specjax.hf.keys import read_json
 from specjax.hf.weights import Parameter, open_weights
+from specjax.sharding import RULES, Rules, shardings
 from specjax.text.vocabulary import match_vocabularies
-from specjax.transformer.config import check_integer
+from specjax.transformer.config import DecoderConfig, check_integer
 from specjax.transformer.decoder import abstract_params, decoder_model
 from specjax.types import Drafter, LanguageModel
 
@@ -105,18 +108,27 @@ def save_params(folder: Path, params: Any) -> None:
     (folder / "params" / "commit_success.txt").unlink(missing_ok=True)  # Orbax wrote the folder's absolute path there
 
 
-def load(path: str | os.PathLike, dtype: jnp.dtype | str | None = None) -> LanguageModel:
+def load(
+    path: str | os.PathLike,
+    dtype: jnp.dtype | str | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules = RULES,
+) -> LanguageModel:
     """Opens a checkpoint folder, or a Hugging Face folder with safetensors.
 
-    Parameters go to the default device one by one; of a Hugging Face folder, files are mapped and never read whole.
+    Parameters go to their devices one by one; of a Hugging Face folder, files are mapped and never read whole.
 
     Args:
       path: the folder.
       dtype: dtype of parameters and computation; None means ``default_dtype()``.
+      mesh: the parameters are split over it as ``specjax.shard`` does, each process holding its own parts alone; None
+        is the default device.
+      rules: as for ``specjax.shard``.
 
     Raises:
       ValueError: the folder or a file of it is missing, truncated, of an unsupported model, or does not fit its
-        ``config.json``.
+        ``config.json``; or the mesh or the rules do not fit the model.
+      TypeError: as ``specjax.shard``.
     """
     dtype = check_dtype(default_dtype() if dtype is None else dtype)
     path = Path(path).absolute()
@@ -124,11 +136,20 @@ def load(path: str | os.PathLike, dtype: jnp.dtype | str | None = None) -> Langu
         raise ValueError(f"{path} is not a folder; give one with config.json and params/, or with safetensors files")
     if (path / "params").is_dir():
         config = read_config(path / "config.json")
-        return decoder_model(config, load_params(path, abstract_params(config, dtype)))
+        return decoder_model(config, load_params(path, _placed(config, dtype, mesh, rules)))
     if (path / "metrics.json").is_file():
         raise ValueError(f"{path / 'params'} does not exist; the checkpoint is incomplete, copy or convert it again")
     weights = open_weights(path)
-    return decoder_model(weights.config, read_params(weights.params, abstract_params(weights.config, dtype)))
+    return decoder_model(weights.config, read_params(weights.params, _placed(weights.config, dtype, mesh, rules)))
+
+
+def _placed(config: DecoderConfig, dtype: jnp.dtype, mesh: Mesh | None, rules: Rules) -> Any:
+    """Returns the parameters' shapes and dtypes, and where each goes if there is a mesh."""
+    abstract = abstract_params(config, dtype)
+    if mesh is None:
+        return abstract
+    places = shardings(decoder_model(config, abstract), mesh, rules).params
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, places)
 
 
 def check_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
@@ -157,9 +178,9 @@ def check_params(params: Any, wanted: Any) -> None:
 
 
 def load_params(path: Path, abstract: Any) -> Any:
-    """Reads ``params/`` onto the default device in the dtypes of ``abstract``."""
+    """Reads ``params/`` in the dtypes of ``abstract``, onto its shardings or the default device."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
+    expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), abstract)
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             return checkpointer.restore(path / "params", expected)
@@ -172,13 +193,19 @@ def load_params(path: Path, abstract: Any) -> Any:
 
 
 def read_params(params: Any, abstract: Any, on_read: Callable[[int], None] = lambda size: None) -> Any:
-    """Reads the ``Parameter`` of a tree one by one onto the default device, in the dtypes of ``abstract``.
+    """Reads the ``Parameter`` of a tree one by one in the dtypes of ``abstract``, onto its shardings or the default
+    device.
 
     ``on_read`` is told the bytes of each.
     """
 
     def read(parameter: Parameter, like: jax.ShapeDtypeStruct) -> jax.Array:
-        array = jax.block_until_ready(jax.device_put(parameter.read(like.dtype)))
+        if like.sharding is None:
+            array = jax.device_put(parameter.read(like.dtype))
+        else:
+            part = functools.partial(parameter.read, like.dtype)
+            array = jax.make_array_from_callback(parameter.shape, like.sharding, part)
+        jax.block_until_ready(array)
         on_read(array.nbytes)
         return array
 

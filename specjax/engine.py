@@ -19,6 +19,7 @@ from specjax import sampling as sampling_lib
 from specjax import verify as rules
 from specjax.requests import Request, check_key, check_rule, lay_out
 from specjax.sampling import RoundDraws, Sampling
+from specjax.sharding import ROWS, WHOLE, by_rows
 from specjax.types import Cache, Context, Drafter, Draw, Generation, LanguageModel, Proposal, Stats, VerifyRule
 
 
@@ -45,6 +46,10 @@ class State:
     stats: Stats
     request: Request
     keys_b: Array
+
+
+_REQUEST = Request(prompt_length_b=ROWS, limit_b=ROWS, stop_tokens_k=WHOLE, sampling=ROWS)  # type: ignore
+_STATE = State(ROWS, ROWS, ROWS, ROWS, ROWS, ROWS, _REQUEST, ROWS)  # type: ignore  (specs in place of arrays)
 
 
 @struct.dataclass
@@ -110,6 +115,11 @@ def step(
       ValueError, TypeError: the drafter is not the state's, or a model, drafter or rule breaks its contract.
     """
     check_rule(verify)
+    run = functools.partial(_step, verify=verify)
+    return by_rows(run, (WHOLE, _STATE, WHOLE), _STATE)(target, state, drafter)
+
+
+def _step(target: LanguageModel, state: State, drafter: Drafter | None, verify: VerifyRule) -> State:
     drafter = _NoDrafter() if drafter is None else drafter
     rows, g = state.stats.drafted_at_bg.shape
     if drafter.num_draft != g:
@@ -218,7 +228,7 @@ def _tally(stats: Stats, running_b: Array, drafted_b: Array, accepted_b: Array, 
 
 
 def _rounds(
-    target: LanguageModel, state: State, drafter: Drafter | None, verify: VerifyRule, limit: Array | None = None
+    target: LanguageModel, state: State, drafter: Drafter | None, limit: Array | None, verify: VerifyRule
 ) -> State:
     """Runs rounds until every row is done, or ``limit`` of them."""
 
@@ -229,7 +239,7 @@ def _rounds(
 
     def body(carry: tuple[Array, State]) -> tuple[Array, State]:
         count, state = carry
-        return count + 1, step(target, state, drafter=drafter, verify=verify)
+        return count + 1, _step(target, state, drafter, verify)
 
     return lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
 
@@ -251,19 +261,26 @@ def classes_key(target: LanguageModel, drafter: Drafter | None) -> int:
 @functools.partial(jax.jit, static_argnames=("classes", "verify", "slots"))
 def _generate_jit(target, prompt_bt, request, key, drafter, *, classes, verify, slots):
     del classes
-    return _generation(_rounds(target, _prefill(target, prompt_bt, request, key, drafter, slots), drafter, verify))
+
+    def run(target, prompt_bt, request, key, drafter):
+        state = _prefill(target, prompt_bt, request, key, drafter, slots)
+        return _generation(_rounds(target, state, drafter, None, verify))
+
+    return by_rows(run, (WHOLE, ROWS, _REQUEST, WHOLE, WHOLE), ROWS)(target, prompt_bt, request, key, drafter)
 
 
 @functools.partial(jax.jit, static_argnames=("classes", "slots"))
 def _prefill_jit(target, prompt_bt, request, key, drafter, *, classes, slots):
     del classes
-    return _prefill(target, prompt_bt, request, key, drafter, slots)
+    run = functools.partial(_prefill, slots=slots)
+    return by_rows(run, (WHOLE, ROWS, _REQUEST, WHOLE, WHOLE), _STATE)(target, prompt_bt, request, key, drafter)
 
 
 @functools.partial(jax.jit, static_argnames=("classes", "verify"), donate_argnames=("state",))
 def _rounds_jit(target, state, drafter, limit, *, classes, verify):
     del classes
-    return _rounds(target, state, drafter, verify, limit)
+    run = functools.partial(_rounds, verify=verify)
+    return by_rows(run, (WHOLE, _STATE, WHOLE, WHOLE), _STATE)(target, state, drafter, limit)
 
 
 def generate(
@@ -284,6 +301,7 @@ def generate(
     Pure, and usable inside the caller's own ``jit``, where it transfers nothing. Called outside of one, it moves its
     arguments to the device and compiles itself, with prompt width, slots and the number of stop tokens rounded up, so
     that other prompts, lengths, sampling parameters, seeds and stop tokens in the same buckets compile nothing new.
+    Under ``jax.set_mesh`` it runs on the mesh's devices, for models that ``specjax.shard`` has put there.
 
     Args:
       target: the model whose text is wanted.

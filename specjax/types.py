@@ -13,6 +13,10 @@ from jax import Array
 Cache = Any
 """Whatever pytree a model's ``init_cache`` returns."""
 
+Axis = str | tuple[str, int] | None
+"""What a dimension of a parameter stands for, by which it may be split over devices (``specjax.sharding.RULES``):
+"vocab"; ("heads", n), where it has n parts that stay whole; or None, never split."""
+
 
 class Output(NamedTuple):
     """What one forward pass returns.
@@ -85,6 +89,8 @@ class LanguageModel:
       early_exit: ``early_exit(params, tokens_bt, cache, start_b, depth) -> Output``, a forward pass that leaves out
         the layers past the first ``depth`` and leaves their part of the cache as it is; None as for ``embed``.
       num_layers: how many layers there are for ``capture`` and ``early_exit``; None as for ``embed``.
+      axes: ``axes()``, a tree like ``params`` with a tuple in place of each array, one ``Axis`` per dimension, for
+        ``specjax.shard``; None as for ``embed``.
     """
 
     params: Any
@@ -97,6 +103,7 @@ class LanguageModel:
     unembed: Callable[[Any, Array], Array] | None = struct.field(pytree_node=False, default=None)
     early_exit: EarlyExit | None = struct.field(pytree_node=False, default=None)
     num_layers: int | None = struct.field(pytree_node=False, default=None)
+    axes: Callable[[], Any] | None = struct.field(pytree_node=False, default=None)
 
 
 @struct.dataclass

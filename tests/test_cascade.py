@@ -49,6 +49,9 @@ class TableHead:
     capture = (-1,)
     vocab_size = VOCAB
 
+    def check_fit(self, target, width):
+        assert width == VOCAB
+
     def init_cache(self, params, rows, slots):
         return jnp.zeros((rows, slots + 1), jnp.int32)
 

@@ -14,7 +14,7 @@ from specjax.cache import KVCache, Stored
 from specjax.transformer.attention import Attention
 from specjax.transformer.config import DecoderConfig, LayerConfig, check_integer
 from specjax.transformer.decoder import DecoderLayer, empty_cache, run_layers
-from specjax.transformer.layers import MLP, Embedding, Linear, make_norm
+from specjax.transformer.layers import MLP, Embedding, Linear, declared_axes, make_norm
 from specjax.types import LanguageModel
 
 
@@ -117,6 +117,23 @@ class EagleHead:
         """Returns the parameters' shapes and dtypes without computing them."""
         return jax.eval_shape(lambda: self.init_params(jax.random.key(0), dtype))
 
+    def axes(self, params: Any) -> Any:
+        """Returns what each parameter's dimensions stand for, in a tree like ``params``."""
+        return declared_axes(_graph(self, _dtype_of(params))[1])
+
+    def check_fit(self, target: LanguageModel, width: int) -> None:
+        """Raises ValueError unless the target's states are ``width`` wide as the head reads them, and it embeds tokens
+        and, for EAGLE-1, unembeds states."""
+        if self.target_hidden_size != width:
+            raise ValueError(
+                f"the head reads states {self.target_hidden_size} wide and the target's are {width}; {_CURE}"
+            )
+        lent = {"embed": not self.own_embedding, "unembed": self.version == 1}
+        if missing := [name for name, needed in lent.items() if needed and getattr(target, name) is None]:
+            raise ValueError(
+                f"the head uses the target's {missing[0]}, which it does not have; set LanguageModel.{missing[0]}"
+            )
+
     def init_cache(self, params: Any, rows: int, slots: int) -> KVCache:
         """Makes an empty cache."""
         return empty_cache(self.decoder, rows, slots, _dtype_of(params))
@@ -154,6 +171,7 @@ class EagleHead:
         return nnx.merge(graph, state)
 
 
+_CURE = "give the head's own target, or a head made for this one"
 _OF_EAGLE_3 = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
 
@@ -162,16 +180,13 @@ def check_fit(head: EagleHead, target: LanguageModel) -> None:
     if target.embed is None or target.unembed is None or target.num_layers is None:
         raise ValueError("the target has no embed, unembed or num_layers, which an EAGLE head needs; set them")
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    width = jax.eval_shape(target.embed, target.params, token).shape[-1]
-    cure = "give the head's own target, or a head made for this one"
-    if head.target_hidden_size != width:
-        raise ValueError(f"the head reads states {head.target_hidden_size} wide and the target's are {width}; {cure}")
+    head.check_fit(target, jax.eval_shape(target.embed, target.params, token).shape[-1])
     if head.vocab_size != target.vocab_size:
-        raise ValueError(f"the head is for {head.vocab_size} tokens and the target has {target.vocab_size}; {cure}")
+        raise ValueError(f"the head is for {head.vocab_size} tokens and the target has {target.vocab_size}; {_CURE}")
     if max(head.capture) > target.num_layers:
         raise ValueError(
             f"the head reads the target's hidden states {head.capture} and the target has {target.num_layers} layers; "
-            f"{cure}"
+            f"{_CURE}"
         )
 
 
@@ -251,7 +266,9 @@ class _Eagle3(nnx.Module):
         layers = [DecoderLayer(config, layer, dtype, rngs) for layer in config.each_layer[1:]]
         self.layers = nnx.List([_FusingLayer(head, dtype, rngs), *layers])
         self.norm = make_norm(config, width, dtype)
-        self.lm_head = Linear(width, head.draft_vocab_size or head.vocab_size, False, dtype, rngs)
+        # Logits of some tokens are looked up by all tokens' ids; over devices that would move more than it saves.
+        axes = ("embed", "vocab" if head.draft_vocab_size is None else None)
+        self.lm_head = Linear(width, head.draft_vocab_size or head.vocab_size, False, dtype, rngs, axes)
         if head.draft_vocab_size is not None:
             token_v = jnp.arange(head.vocab_size, dtype=jnp.int32)
             self.draft_of_v = nnx.Param(jnp.where(token_v < head.draft_vocab_size, token_v, -1))

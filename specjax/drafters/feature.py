@@ -25,6 +25,14 @@ class Head(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
+    def axes(self, params: Any) -> Any:
+        """Returns a tree like ``params`` with a tuple of one ``types.Axis`` per dimension in place of each array."""
+        ...
+
+    def check_fit(self, target: LanguageModel, width: int) -> None:
+        """Raises ValueError unless the head reads states of that width, and the target lends what it does without."""
+        ...
+
     def init_cache(self, params: Any, rows: int, slots: int) -> Cache:
         """Makes an empty cache."""
         ...
@@ -86,8 +94,17 @@ class FeatureDrafter:
     def vocab_size(self) -> int:
         return self.head.vocab_size
 
+    def axes(self) -> Any:
+        """Returns what each parameter's dimensions stand for, in a tree like ``params``."""
+        return self.head.axes(self.params)
+
     def start(self, context: Context, features: tuple[Array, ...], slots: int) -> FeatureState:
-        """Fills the head's cache from the prompt."""
+        """Fills the head's cache from the prompt.
+
+        Raises:
+          ValueError: the head was made for a target of another width, or for one that lends more.
+        """
+        self.head.check_fit(context.target, features[0].shape[-1])
         rows, width = context.tokens_bs.shape
         states_btd = self.head.fuse(self.params, features)
         shifted_bt = jnp.pad(context.tokens_bs[:, 1:], ((0, 0), (0, 1)))

@@ -73,6 +73,11 @@ class MedusaDrafter:
     def vocab_size(self) -> int:
         return self.params[0]["lm_head"]["kernel"].shape[1]
 
+    def axes(self) -> Any:
+        """Returns what each parameter's dimensions stand for, in a tree like ``params``."""
+        axes = jax.tree.map(lambda array: (None,) * array.ndim, self.params)
+        return {i: {**head, "lm_head": {"kernel": ("embed", "vocab")}} for i, head in axes.items()}
+
     def start(self, context: Context, features: tuple[Array, ...], slots: int) -> Array:
         """Returns the last state known of each row, ``[b, d]``.
 

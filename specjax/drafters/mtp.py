@@ -16,7 +16,7 @@ from jax import Array
 from specjax.cache import KVCache, Stored
 from specjax.transformer.config import DecoderConfig, LayerConfig, check_integer
 from specjax.transformer.decoder import DecoderLayer, empty_cache
-from specjax.transformer.layers import Embedding, Linear, make_norm, positions, rotary_tables, softcap
+from specjax.transformer.layers import Embedding, Linear, declared_axes, make_norm, positions, rotary_tables, softcap
 from specjax.types import Cache, Context, Draw, LanguageModel, Proposal, Verdict
 
 
@@ -61,7 +61,7 @@ class MTPModule(nnx.Module):
         self.eh_proj = Linear(2 * width, width, False, dtype, rngs)
         self.layer = DecoderLayer(decoder, layer, dtype, rngs)
         self.norm = make_norm(decoder, width, dtype)
-        self.lm_head = Linear(width, vocab, False, dtype, rngs) if config.own_head else None
+        self.lm_head = Linear(width, vocab, False, dtype, rngs, ("embed", "vocab")) if config.own_head else None
 
     def __call__(
         self, target: LanguageModel, tokens_bt: Array, states_btd: Array, stored: Stored | None, start_b: Array
@@ -91,6 +91,17 @@ class MTPModule(nnx.Module):
         return softcap(logits_bv.astype(jnp.float32), self.config.decoder.logit_softcap)
 
 
+def _check_fit(config: MTPConfig, target: LanguageModel, width: int) -> None:
+    if config.decoder.hidden_size != width:
+        raise ValueError(
+            f"the MTP modules are {config.decoder.hidden_size} wide and the target's states {width}; give their own "
+            "target, or modules made for this one"
+        )
+    for name, own in (("embed", config.own_embedding), ("unembed", config.own_head)):
+        if not own:
+            _shared(target, name)
+
+
 def _shared(target: LanguageModel, name: str) -> Any:
     function = getattr(target, name)
     if function is None:
@@ -117,6 +128,11 @@ def abstract_mtp_params(config: MTPConfig, dtype: jnp.dtype = jnp.dtype("float32
 @functools.cache
 def _graph(config: MTPConfig, dtype: jnp.dtype):
     return nnx.split(nnx.eval_shape(lambda: _MTP(config, dtype, nnx.Rngs(0))))
+
+
+def _axes(config: MTPConfig, params: Any) -> Any:
+    """Returns what each parameter's dimensions stand for, in a tree like ``params``."""
+    return declared_axes(_graph(config, _dtype_of(params))[1])["modules_"]
 
 
 def _dtype_of(params: Any) -> jnp.dtype:
@@ -150,9 +166,17 @@ class MTPHead:
     def vocab_size(self) -> int:
         return self.config.decoder.vocab_size
 
+    def check_fit(self, target: LanguageModel, width: int) -> None:
+        """Raises ValueError unless ``width`` is the module's, and the target lends what is shared."""
+        _check_fit(self.config, target, width)
+
     def init_cache(self, params: Any, rows: int, slots: int) -> KVCache:
         """Makes an empty cache."""
         return empty_cache(self.config.decoder, rows, slots, _dtype_of(params))
+
+    def axes(self, params: Any) -> Any:
+        """Returns what each parameter's dimensions stand for, in a tree like ``params``."""
+        return _axes(self.config, params)
 
     def fuse(self, params: Any, features: tuple[Array, ...]) -> Array:
         """Returns the target's states behind its final norm."""
@@ -227,8 +251,17 @@ class MTPDrafter:
     def vocab_size(self) -> int:
         return self.config.decoder.vocab_size
 
+    def axes(self) -> Any:
+        """Returns what each parameter's dimensions stand for, in a tree like ``params``."""
+        return _axes(self.config, self.params)
+
     def start(self, context: Context, features: tuple[Array, ...], slots: int) -> MTPState:
-        """Fills each module's cache from the prompt."""
+        """Fills each module's cache from the prompt.
+
+        Raises:
+          ValueError: the modules were made for a target of another width, or for one that lends more.
+        """
+        _check_fit(self.config, context.target, features[0].shape[-1])
         rows, width = context.tokens_bs.shape
         g = self.num_draft
         cache = empty_cache(self.config.decoder, rows, max(slots, 2 * g), _dtype_of(self.params))

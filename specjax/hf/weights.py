@@ -39,12 +39,13 @@ class Parameter:
     Attributes:
       shape: its shape.
       dtype: the dtype of the tensors it is made of; bfloat16 for block-scaled float8, float32 for float64.
-      read: ``read(dtype) -> array``, which makes it, holding no more than it and one tensor.
+      read: ``read(dtype, index=()) -> array``, which makes it, or what a tuple of slices takes of it, holding no more
+        than that; of block-scaled float8 one tensor as well.
     """
 
     shape: tuple[int, ...]
     dtype: jnp.dtype
-    read: Callable[[Any], np.ndarray]
+    read: Callable[..., np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,10 +174,16 @@ def _parameter(parts: list[tuple[_Stored, Piece]]) -> Parameter:
     stacked = parts[0][1].expert is not None
     shape = (len(parts),) * stacked + parts[0][1].shape
 
-    def read(dtype: Any) -> np.ndarray:
-        out = _aligned(shape, jnp.dtype(dtype))
+    def read(dtype: Any, index: tuple[slice, ...] = ()) -> np.ndarray:
+        index += (slice(None),) * (len(shape) - len(index))
+        ranges = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
+        out = _aligned(tuple(map(len, ranges)), jnp.dtype(dtype))
         for stored, piece in parts:
-            np.copyto(out[piece.expert] if stacked else out, piece.of(stored.read()), casting="same_kind")
+            if piece.expert is None:
+                np.copyto(out, piece.of(stored.read())[index], casting="same_kind")
+            elif piece.expert in ranges[0]:
+                place = ranges[0].index(piece.expert)
+                np.copyto(out[place], piece.of(stored.read())[index[1:]], casting="same_kind")
         return out
 
     return Parameter(shape, dtype, read)

@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from specjax.cache import ChainCache, Stored, update
 from specjax.transformer.config import DecoderConfig, LayerConfig
-from specjax.transformer.layers import Linear, RMSNorm, make_norm, normal, rotate, softcap
+from specjax.transformer.layers import Linear, RMSNorm, declare, make_norm, normal, rotate, softcap
 
 SMALLEST_WINDOW = 256
 LATENT_EPS = 1e-6  # of the norms of latents, whatever the config says of the others
@@ -147,10 +147,11 @@ class Attention(nnx.Module):
         self.n, self.k, self.h = config.num_attention_heads, config.kv_heads, config.head_width
         self.scale = config.attention_scale or 1 / math.sqrt(self.h)
         self.layer, self.cap, self.gated = layer, config.attention_softcap, config.output_gate
-        self.q_proj = Linear(inputs, self.n * self.h * (1 + self.gated), bias, dtype, rngs)
-        self.k_proj = Linear(inputs, self.k * self.h, bias, dtype, rngs)
-        self.v_proj = Linear(inputs, self.k * self.h, bias, dtype, rngs)
-        self.o_proj = Linear(self.n * self.h, width, config.output_bias, dtype, rngs)
+        heads, kv_heads = ("heads", self.n), ("kv_heads", self.k)
+        self.q_proj = Linear(inputs, self.n * self.h * (1 + self.gated), bias, dtype, rngs, ("embed", heads))
+        self.k_proj = Linear(inputs, self.k * self.h, bias, dtype, rngs, ("embed", kv_heads))
+        self.v_proj = Linear(inputs, self.k * self.h, bias, dtype, rngs, ("embed", kv_heads))
+        self.o_proj = Linear(self.n * self.h, width, config.output_bias, dtype, rngs, (heads, "embed"))
         self.q_norm = make_norm(config, self.h, dtype) if config.query_key_norm else None
         self.k_norm = make_norm(config, self.h, dtype) if config.query_key_norm else None
 
@@ -194,21 +195,21 @@ class LatentAttention(nnx.Module):
         latent = config.latent
         assert latent is not None
         width, self.n, self.latent, self.layer = config.hidden_size, config.num_attention_heads, latent, layer
-        head = latent.plain_width + latent.rotary_width
+        head, heads = latent.plain_width + latent.rotary_width, ("heads", self.n)
         self.scale = config.attention_scale or 1 / math.sqrt(head)
         rank = latent.query_rank
         if rank is None:
-            self.q_proj = Linear(width, self.n * head, False, dtype, rngs)
+            self.q_proj = Linear(width, self.n * head, False, dtype, rngs, ("embed", heads))
         else:
-            self.q_a_proj = Linear(width, rank, config.attention_bias, dtype, rngs)
+            self.q_a_proj = Linear(width, rank, config.attention_bias, dtype, rngs, ("embed", None))
             self.q_a_layernorm = RMSNorm(rank, LATENT_EPS, dtype)
-            self.q_b_proj = Linear(rank, self.n * head, False, dtype, rngs)
+            self.q_b_proj = Linear(rank, self.n * head, False, dtype, rngs, (None, heads))
         r = latent.key_value_rank
-        self.kv_a_proj = Linear(width, r + latent.rotary_width, config.attention_bias, dtype, rngs)
+        self.kv_a_proj = Linear(width, r + latent.rotary_width, config.attention_bias, dtype, rngs, ("embed", None))
         self.kv_a_layernorm = RMSNorm(r, LATENT_EPS, dtype)
-        self.k_up = nnx.Param(normal(rngs, (self.n, latent.plain_width, r), dtype))
-        self.v_up = nnx.Param(normal(rngs, (self.n, latent.value_width, r), dtype))
-        self.o_proj = Linear(self.n * latent.value_width, width, config.output_bias, dtype, rngs)
+        self.k_up = declare(normal(rngs, (self.n, latent.plain_width, r), dtype), "heads", None, None)
+        self.v_up = declare(normal(rngs, (self.n, latent.value_width, r), dtype), "heads", None, None)
+        self.o_proj = Linear(self.n * latent.value_width, width, config.output_bias, dtype, rngs, (heads, "embed"))
 
     def __call__(
         self, x_btd: Array, position_bt: Array, tables: tuple[Array, Array] | None, stored: Stored | None

@@ -13,7 +13,16 @@ from jax import Array
 from specjax.cache import KVCache, Stored, allocate
 from specjax.transformer.attention import Attention, LatentAttention
 from specjax.transformer.config import DecoderConfig, LayerConfig
-from specjax.transformer.layers import MLP, Embedding, Linear, make_norm, positions, rotary_tables, softcap
+from specjax.transformer.layers import (
+    MLP,
+    Embedding,
+    Linear,
+    declared_axes,
+    make_norm,
+    positions,
+    rotary_tables,
+    softcap,
+)
 from specjax.transformer.moe import MoE
 from specjax.types import EarlyExit, Forward, InitCache, LanguageModel, Output
 
@@ -73,11 +82,11 @@ class Decoder(nnx.Module):
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, rngs)
         if config.learned_positions:
-            self.embed_positions = Embedding(config.max_position_embeddings, config.hidden_size, dtype, rngs)
+            self.embed_positions = Embedding(config.max_position_embeddings, config.hidden_size, dtype, rngs, None)
         self.layers = nnx.List([DecoderLayer(config, layer, dtype, rngs) for layer in config.each_layer])
         self.norm = make_norm(config, config.hidden_size, dtype)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, False, dtype, rngs)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, False, dtype, rngs, ("embed", "vocab"))
 
     def __call__(
         self,
@@ -162,6 +171,7 @@ class _Functions(NamedTuple):
     embed: Callable[[Any, Array], Array]
     unembed: Callable[[Any, Array], Array]
     early_exit: EarlyExit
+    axes: Callable[[], Any]
 
 
 @functools.cache
@@ -182,7 +192,10 @@ def _functions(config: DecoderConfig, dtype: jnp.dtype) -> _Functions:
     def early_exit(params, tokens_bt, cache, start_b, depth):
         return Output(*bind(config, params)(tokens_bt, start_b, cache, depth=depth))
 
-    return _Functions(forward, init_cache, embed, unembed, early_exit)
+    def axes():
+        return declared_axes(_graph(config, dtype)[1])
+
+    return _Functions(forward, init_cache, embed, unembed, early_exit, axes)
 
 
 def decoder_model(config: DecoderConfig, params: Any) -> LanguageModel:

@@ -1,14 +1,17 @@
 """Mixtures of experts that drop no token: a full expert would couple the rows of a batch."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 
+from specjax.sharding import open_parts
 from specjax.transformer.config import Activation, DecoderConfig, ExpertsConfig
-from specjax.transformer.layers import ACTIVATIONS, MLP, Linear, normal
+from specjax.transformer.layers import ACTIVATIONS, MLP, Linear, declare, normal
 
 
 class Router(nnx.Module):
@@ -16,7 +19,7 @@ class Router(nnx.Module):
 
     def __init__(self, config: DecoderConfig, experts: ExpertsConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.experts = experts
-        self.kernel = nnx.Param(normal(rngs, (config.hidden_size, experts.num_experts), dtype))
+        self.kernel = declare(normal(rngs, (config.hidden_size, experts.num_experts), dtype), "embed", None)
         # Differences between scores decide; bfloat16 would round them away.
         bias = jnp.zeros((experts.num_experts,), jnp.float32)
         self.e_score_correction_bias = nnx.Param(bias) if experts.corrected else None
@@ -49,27 +52,58 @@ class Experts(nnx.Module):
     def __init__(self, config: DecoderConfig, experts: ExpertsConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         e, d, f = experts.num_experts, config.hidden_size, experts.intermediate_size
         self.activation: Activation = config.activation
-        self.gate_proj = nnx.Param(normal(rngs, (e, d, f), dtype))
-        self.up_proj = nnx.Param(normal(rngs, (e, d, f), dtype))
-        self.down_proj = nnx.Param(normal(rngs, (e, f, d), dtype))
+        self.gate_proj = declare(normal(rngs, (e, d, f), dtype), "experts", "embed", "mlp")
+        self.up_proj = declare(normal(rngs, (e, d, f), dtype), "experts", "embed", "mlp")
+        self.down_proj = declare(normal(rngs, (e, f, d), dtype), "experts", "mlp", "embed")
 
     def __call__(self, x_md: Array, chosen_mc: Array, weights_mc: Array) -> Array:
         """Returns the weighted sum of each token's experts, ``[m, d]``."""
-        # XLA's CPU ragged products read every expert: 20 times slower for one token (docs/performance.md). A GPU would
-        # wait for the host at every branch of the loop.
         stacks = (self.gate_proj[...], self.up_proj[...], self.down_proj[...])
-        return lax.platform_dependent(
-            x_md,
-            chosen_mc,
-            weights_mc.astype(x_md.dtype),
-            stacks,
-            cpu=functools.partial(expert_by_expert, self.activation),
-            default=functools.partial(sorted_by_expert, self.activation),
-        )
+        run = functools.partial(_run, self.activation)
+        parts = open_parts("expert")
+        if parts > 1 and self.gate_proj.shape[0] % parts == 0:
+            run = _in_parts(run)
+        return run(x_md, chosen_mc, weights_mc.astype(x_md.dtype), stacks)
 
 
 Stacks = tuple[Array, Array, Array]
 """Gate and up kernels ``[e, d, f]`` and down kernels ``[e, f, d]``."""
+
+
+def _run(
+    activation: Activation, x_md: Array, chosen_mc: Array, weights_mc: Array, stacks: Stacks, absent: bool = False
+) -> Array:
+    # XLA's CPU ragged products read every expert: 20 times slower for one token (docs/performance.md). A GPU would
+    # wait for the host at every branch of the loop.
+    return lax.platform_dependent(
+        x_md,
+        chosen_mc,
+        weights_mc,
+        stacks,
+        cpu=functools.partial(expert_by_expert, activation),
+        default=functools.partial(sorted_by_expert, activation, absent=absent),
+    )
+
+
+def _in_parts(run: Callable[..., Array]) -> Callable[..., Array]:
+    """Each part of the mesh's expert axis runs the experts that it holds; their outputs are added up."""
+
+    def part(id_e: Array, x_md: Array, chosen_mc: Array, weights_mc: Array, stacks: Stacks) -> Array:
+        place_mc = chosen_mc - id_e[0]
+        held_mc = (place_mc >= 0) & (place_mc < id_e.shape[0])
+        place_mc = jnp.where(held_mc, place_mc, id_e.shape[0])
+        y_md = run(x_md, place_mc, jnp.where(held_mc, weights_mc, 0), stacks, absent=True)
+        # Added in float32: XLA's CPU compiler aborts at a bfloat16 sum over some of a mesh's axes.
+        return lax.psum(y_md.astype(jnp.float32), "expert").astype(y_md.dtype)
+
+    def whole(x_md: Array, chosen_mc: Array, weights_mc: Array, stacks: Stacks) -> Array:
+        id_e = jnp.arange(stacks[0].shape[0], dtype=chosen_mc.dtype)
+        split, same = PartitionSpec("expert"), PartitionSpec()
+        specs = (split, same, same, same, split)
+        mapped = jax.shard_map(part, in_specs=specs, out_specs=same, axis_names={"expert"}, check_vma=False)
+        return mapped(id_e, x_md, chosen_mc, weights_mc, stacks)
+
+    return whole
 
 
 def expert_by_expert(activation: Activation, x_md: Array, chosen_mc: Array, weights_mc: Array, stacks: Stacks) -> Array:
@@ -92,8 +126,13 @@ def expert_by_expert(activation: Activation, x_md: Array, chosen_mc: Array, weig
     return lax.fori_loop(jnp.int32(0), jnp.int32(gates.shape[0]), visit, jnp.zeros_like(x_md))
 
 
-def sorted_by_expert(activation: Activation, x_md: Array, chosen_mc: Array, weights_mc: Array, stacks: Stacks) -> Array:
-    """Sorts tokens by expert and sends them through ``ragged_dot``, whose groups may have any size."""
+def sorted_by_expert(
+    activation: Activation, x_md: Array, chosen_mc: Array, weights_mc: Array, stacks: Stacks, absent: bool = False
+) -> Array:
+    """Sorts tokens by expert and sends them through ``ragged_dot``, whose groups may have any size.
+
+    ``absent``: some choices are of no expert here, e, and add nothing.
+    """
     gates, ups, downs = stacks
     expert_n = chosen_mc.reshape(-1)
     order_n = jnp.argsort(expert_n)
@@ -101,6 +140,8 @@ def sorted_by_expert(activation: Activation, x_md: Array, chosen_mc: Array, weig
     x_nd = x_md[order_n // chosen_mc.shape[1]]
     hidden_nf = ACTIVATIONS[activation](lax.ragged_dot(x_nd, gates, sizes_e)) * lax.ragged_dot(x_nd, ups, sizes_e)
     y_nd = lax.ragged_dot(hidden_nf, downs, sizes_e) * weights_mc.reshape(-1)[order_n][:, None]
+    if absent:  # sorted behind all groups, where ragged products may hold anything
+        y_nd = jnp.where((expert_n[order_n] < gates.shape[0])[:, None], y_nd, 0)
     return jnp.sum(y_nd[jnp.argsort(order_n)].reshape(*chosen_mc.shape, -1), axis=1)
 
 

@@ -1,0 +1,435 @@
+"""Checks that need eight devices, whose number JAX fixes as it starts.
+
+``test_sharding.py`` runs this file as a program, which prints the traceback of each check by its name, empty if it
+passes, as JSON.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import re
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+
+import conftest  # noqa: F401  (the suite's strictness, and its compilations)
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+from test_compiled import computations, copies, outer_loops, reachable
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+import specjax
+from specjax import FeatureDrafter, MedusaDrafter, ModelDrafter, MTPDrafter, NGramDrafter, Sampling, engine, verify
+from specjax.drafters.eagle import EagleHead
+from specjax.drafters.medusa import init_medusa_params
+from specjax.drafters.mtp import MTPConfig, init_mtp_params
+from specjax.hf.config import decoder_config
+from specjax.requests import lay_out
+from specjax.sharding import RULES, make_mesh, shard, shardings
+from specjax.testing import table_model
+from specjax.transformer import moe
+from specjax.transformer.config import DecoderConfig, ExpertsConfig, LatentConfig, LayerConfig, plain_rope
+from specjax.transformer.decoder import decoder_model, init_params
+
+ROWS, DRAFTS, NEW, SLOTS, VOCAB, WIDTH, MLP, HEAD, KV_HEADS = 8, 2, 16, 128, 64, 32, 48, 8, 2
+DENSE = DecoderConfig(VOCAB, WIDTH, MLP, 1, num_attention_heads=8, num_key_value_heads=KV_HEADS, head_dim=HEAD)
+MIXTURE = dataclasses.replace(
+    DENSE,
+    layers=(LayerConfig(plain_rope(HEAD), experts=True),),
+    experts=ExpertsConfig(num_experts=8, per_token=2, intermediate_size=16, shared_size=16),
+)
+PROMPT = np.random.default_rng(0).integers(0, VOCAB, (ROWS, 7), np.int32)
+
+
+def loud(params):
+    """Larger matrices, since what is drawn with a deviation of 0.02 says nothing about the next token."""
+    return jax.tree.map(lambda x: x * jnp.asarray(20 if x.ndim > 1 else 1, x.dtype), params)
+
+
+@functools.cache
+def decoder(config, seed=0):
+    return decoder_model(config, loud(init_params(config, jax.random.key(seed))))
+
+
+def drafter(kind, config, drafts=DRAFTS):
+    if kind == "model":  # the target, a little disturbed: it is often right
+        noise = init_params(config, jax.random.key(1))
+        params = jax.tree.map(lambda x, y: x + (y if x.ndim > 1 else 0 * y), decoder(config).params, noise)
+        return ModelDrafter(decoder_model(config, params), drafts)
+    if kind == "ngram":
+        return NGramDrafter(drafts, min_n=1)
+    modules = MTPConfig(DENSE)
+    return MTPDrafter(loud(init_mtp_params(modules, jax.random.key(2))), modules, 1)
+
+
+def generate(target, draft, rule, sampling):
+    return specjax.generate(
+        target, PROMPT, drafter=draft, verify=rule, sampling=sampling, max_new_tokens=NEW, slots=SLOTS
+    )
+
+
+@functools.cache
+def plainly(config, sampled):
+    """Plain decoding on one device: greedily what any rule and drafter emit, and with noise what ``coupled`` does."""
+    return np.asarray(generate(decoder(config), None, verify.block, sampling(sampled)).tokens_bs)
+
+
+def sampling(sampled):
+    """Half of the rows greedy, or all; one row with filters."""
+    temperature = np.repeat(np.float32([0, 1]), ROWS // 2) if sampled else np.zeros(ROWS, np.float32)
+    return Sampling(temperature=temperature, top_k=np.int32([0] * (ROWS - 1) + [9]), top_p=np.float32(0.9))
+
+
+# Tokens.
+
+
+def same_tokens(rule, kind, drafts, sizes, rules=RULES):
+    config, mesh = (MIXTURE if len(sizes) == 3 else DENSE), make_mesh(*sizes)
+    target, draft = shard(decoder(config), mesh), shard(drafter(kind, config, drafts), mesh, rules)
+    with jax.set_mesh(mesh):
+        out = generate(target, draft, rule, sampling(rule is verify.coupled))
+    np.testing.assert_array_equal(out.tokens_bs, plainly(config, rule is verify.coupled))
+    assert out.stats.drafted_b.sum() > 0
+    assert kind != "model" or out.stats.accepted_b.sum() > ROWS
+
+
+CASES = [  # rule, drafter, its drafts, mesh, the drafter's rules
+    (verify.token, "model", 1, (1, 8), RULES),
+    (verify.block, "model", DRAFTS, (2, 4), RULES),
+    (verify.block, "ngram", DRAFTS, (8, 1), RULES),
+    (verify.coupled, "model", 1, (4, 2), {}),
+    (verify.coupled, "ngram", DRAFTS, (2, 2, 2), RULES),
+    (verify.coupled, "mtp", 1, (1, 1, 8), RULES),
+]
+NAMES = {verify.token: "token", verify.block: "block", verify.coupled: "coupled"}
+
+
+def stream_keeps_caches_split_and_gives_the_same_tokens():
+    mesh = make_mesh(4, 2)
+    target, settings = shard(decoder(DENSE), mesh), {"max_new_tokens": NEW, "slots": SLOTS, "sampling": sampling(True)}
+    with jax.set_mesh(mesh):
+        state = specjax.prefill(target, PROMPT, **settings)
+        for keys_or_values in jax.tree.leaves(state.cache):
+            assert keys_or_values.sharding.shard_shape(keys_or_values.shape) == (ROWS // 4, KV_HEADS // 2, SLOTS, HEAD)
+        assert state.length_b.sharding.spec == state.done_b.sharding.spec == PartitionSpec("data")
+        *_, last = specjax.stream(target, PROMPT, rounds=5, verify=verify.coupled, **settings)
+        state = jax.jit(specjax.step)(target, state)
+    np.testing.assert_array_equal(last.tokens_bs, plainly(DENSE, True))
+    np.testing.assert_array_equal(state.tokens_bs[:, :8], plainly(DENSE, True)[:, :8])
+
+
+def data_parallel(wrap):
+    """``wrap`` splits rows over devices; the function it gets knows no mesh."""
+
+    def ask(params, prompt_bt, temperature_b, seed_b):
+        settings = {"sampling": Sampling(temperature=temperature_b, seed=seed_b), "max_new_tokens": NEW}
+        return specjax.generate(decoder_model(DENSE, params), prompt_bt, **settings).tokens_bs
+
+    temperature_b, seed_b = np.repeat(np.float32([0, 1]), ROWS // 2), np.arange(ROWS, dtype=np.uint32)
+    alone = specjax.generate(
+        decoder(DENSE), PROMPT, sampling=Sampling(temperature=temperature_b), max_new_tokens=NEW, slots=SLOTS
+    )
+    tokens_bs = np.asarray(wrap(ask)(decoder(DENSE).params, PROMPT, temperature_b, seed_b)).reshape(ROWS, -1)
+    end = PROMPT.shape[1] + NEW
+    np.testing.assert_array_equal(tokens_bs[:, :end], alone.tokens_bs[:, :end])
+
+
+def a_callers_shard_map_runs_generate():
+    rows, whole = PartitionSpec("data"), PartitionSpec()
+    specs = {"in_specs": (whole, rows, rows, rows), "out_specs": rows, "check_vma": False}
+    data_parallel(lambda ask: jax.jit(jax.shard_map(ask, mesh=make_mesh(8), **specs)))
+
+
+def a_callers_pmap_runs_generate():
+    def wrap(ask):
+        mapped = jax.pmap(ask, in_axes=(None, 0, 0, 0))
+        return lambda params, *rows: mapped(params, *(x.reshape(8, 1, *x.shape[1:]) for x in rows))
+
+    data_parallel(wrap)
+
+
+def bfloat16_experts_run():
+    """XLA's CPU compiler aborts at some sums of bfloat16 over a part of a mesh's axes."""
+    mesh = make_mesh(2, 2, 2)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), decoder(MIXTURE).params)
+    model = decoder_model(MIXTURE, params)
+
+    def logits(model):
+        zero_b = jnp.zeros((ROWS,), jnp.int32)
+        return model.forward(model.params, jnp.asarray(PROMPT), model.init_cache(ROWS, 16), zero_b).logits_btv
+
+    alone = jax.jit(logits)(model)
+    with jax.set_mesh(mesh):
+        spread = jax.jit(logits)(shard(model, mesh))
+    differs = np.abs(np.asarray(alone) - np.asarray(spread)).max(-1)  # where rounding sends a token elsewhere, much
+    assert np.median(differs) < 0.02 * np.abs(alone).max()
+
+
+def experts_held_elsewhere_add_nothing():
+    """The way of devices other than CPUs, which the programs here do not take."""
+    rng, m, d, f = np.random.default_rng(0), 5, 16, 24
+    stacks = tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((8, d, f), (8, d, f), (8, f, d)))
+    x_md = jnp.asarray(rng.normal(size=(m, d)), jnp.float32)
+    chosen_mc = jnp.asarray([[0, 7], [3, 2], [2, 3], [7, 1], [0, 1]], jnp.int32)  # none of the experts 4, 5, 6
+    weights_mc = jnp.asarray(rng.uniform(size=(m, 2)), jnp.float32)
+    run = functools.partial(moe.sorted_by_expert, "silu")
+    with jax.set_mesh(make_mesh(expert=4)):
+        y_md = jax.jit(moe._in_parts(run))(x_md, chosen_mc, weights_mc, stacks)
+    np.testing.assert_allclose(y_md, run(x_md, chosen_mc, weights_mc, stacks), rtol=1e-4, atol=1e-4)
+
+
+# What the loop communicates.
+
+COLLECTIVE = r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast)(?:-start)?"
+
+
+def collectives(lines):
+    """Returns kind, shapes and groups of devices of each collective among lines of HLO."""
+    found = []
+    for line in lines:
+        match = re.search(rf"= (.*?) {COLLECTIVE}\(", line)
+        if match:
+            shapes = [
+                tuple(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"\w\[([\d,]*)\]", match[1])
+            ]
+            groups = re.search(r"(?:replica_groups|source_target_pairs)=(.*?)(?:, \w+=|$)", line)[1]
+            found.append((match[2], shapes, groups))
+    return found
+
+
+def gathered_logits_are_found():
+    mesh = make_mesh(2, 4)
+    split = jax.sharding.NamedSharding(mesh, PartitionSpec("data", "tensor"))
+    rows = jax.sharding.NamedSharding(mesh, PartitionSpec("data"))
+    logits = jax.ShapeDtypeStruct((ROWS, VOCAB), jnp.float32, sharding=split)
+    hlo = jax.jit(lambda x: x, out_shardings=rows).lower(logits).compile().as_text()
+    ((kind, shapes, _),) = collectives(hlo.splitlines())
+    assert kind == "all-gather" and shapes == [(ROWS // 2, VOCAB)]
+
+
+def a_round_keeps_to_its_budget_of_collectives():
+    """The budget of one round on a mesh with a data and a tensor axis; docs/distributed.md explains it."""
+    data, tensor = 2, 4
+    mesh = make_mesh(data, tensor)
+    target, draft = shard(decoder(DENSE), mesh), shard(drafter("model", DENSE), mesh)
+    with jax.set_mesh(mesh):
+        prompt_bt, request, slots = lay_out(target, draft, PROMPT, None, sampling(False), NEW, (), SLOTS)
+        static = {"classes": engine.classes_key(target, draft), "verify": verify.block, "slots": slots}
+        hlo = engine._generate_jit.lower(target, prompt_bt, request, None, draft, **static).compile().as_text()
+    (body,) = outer_loops(hlo)
+    found, rows, layers = collectives(body), ROWS // data, DENSE.num_hidden_layers
+
+    assert {kind for kind, _, _ in found} == {"all-reduce"}
+    assert {groups for _, _, groups in found} == {"[2,4]<=[8]"}  # devices that share rows: none along the data axis
+    lines, entry = computations(hlo)
+    (loop,) = (line for line in lines[entry] if " while(" in line)
+    condition = reachable(lines, re.search(r"condition=%?([\w.-]+)", loop)[1])
+    assert collectives(line for name in condition for line in lines[name]) == []
+    assert copies(body, SLOTS) == []
+
+    # Models: hidden states behind the embedding, attention and MLP of each layer, in each pass.
+    states = Counter(shape for _, shapes, _ in found for shape in shapes if shape[-1:] == (WIDTH,))
+    passes = [2, *[1] * (DRAFTS - 1), DRAFTS + 1]  # the drafter's and the target's, tokens each
+    assert states == Counter({(rows, t, WIDTH): passes.count(t) * (2 * layers + 1) for t in passes})
+    # Sampling: 10 reductions over the vocabulary for each of the round's warps (2 of them 30 times, where there are
+    # filters), 4 for each draw (2 of them run) and 3 for verification; a number for each row and position.
+    numbers = [shapes for _, shapes, _ in found if all(shape[-1:] != (WIDTH,) for shape in shapes)]
+    draws = DRAFTS + 1
+    print(f"{len(found)} collectives, {len(numbers)} of them of numbers")
+    assert len(numbers) <= 10 * draws + 4 * draws + 3
+    assert all(math.prod(shape) <= rows * (DRAFTS + 1) for shapes in numbers for shape in shapes)
+
+
+# Where parameters go.
+
+
+def split_axes(tree):
+    return {jax.tree_util.keystr(path): tuple(leaf.spec) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def parameters_go_where_the_table_says():
+    mesh = make_mesh(2, 2, 2)
+    config = dataclasses.replace(MIXTURE, attention_bias=True, output_bias=True, query_key_norm=True)
+    specs = split_axes(shardings(decoder(config), mesh).params)
+    layer = "['layers'][0]"
+    wanted = {
+        "['embed_tokens']['weight']": ("tensor", None),
+        "['lm_head']['kernel']": (None, "tensor"),
+        "['norm']['weight']": (None,),
+        f"{layer}['self_attn']['q_proj']['kernel']": (None, "tensor"),
+        f"{layer}['self_attn']['k_proj']['bias']": ("tensor",),
+        f"{layer}['self_attn']['q_norm']['weight']": (None,),
+        f"{layer}['self_attn']['o_proj']['kernel']": ("tensor", None),
+        f"{layer}['self_attn']['o_proj']['bias']": (None,),
+        f"{layer}['mlp']['gate']['kernel']": (None, None),
+        f"{layer}['mlp']['experts']['up_proj']": ("expert", None, "tensor"),
+        f"{layer}['mlp']['experts']['down_proj']": ("expert", "tensor", None),
+        f"{layer}['mlp']['shared_experts']['down_proj']['kernel']": ("tensor", None),
+    }
+    assert {name: specs[name] for name in wanted} == wanted
+    replicated = split_axes(shardings(decoder(config), mesh, {}).params)
+    assert len(replicated) == len(specs) and not any(axis for spec in replicated.values() for axis in spec)
+
+
+def few_key_and_value_heads_stay_whole():
+    specs = split_axes(shardings(decoder(DENSE), make_mesh(1, 4)).params)
+    attention = "['layers'][0]['self_attn']"
+    assert specs[f"{attention}['k_proj']['kernel']"] == specs[f"{attention}['v_proj']['kernel']"] == (None, None)
+    assert specs[f"{attention}['q_proj']['kernel']"] == (None, "tensor")
+
+
+def each_device_holds_its_part():
+    model = shard(decoder(DENSE), make_mesh(1, 8))
+    weight = model.params["embed_tokens"]["weight"]
+    assert [part.data.shape for part in weight.addressable_shards] == [(VOCAB // 8, WIDTH)] * 8
+
+
+def latents_are_whole_and_their_heads_are_split():
+    latent = LatentConfig(query_rank=16, key_value_rank=16, plain_width=8, rotary_width=4, value_width=8)
+    config = dataclasses.replace(DENSE, layers=(LayerConfig(plain_rope(4)),), latent=latent)
+    specs = split_axes(shardings(decoder(config), make_mesh(1, 8)).params)
+    attention = "['layers'][0]['self_attn']"
+    assert specs[f"{attention}['k_up']"] == specs[f"{attention}['v_up']"] == ("tensor", None, None)
+    assert specs[f"{attention}['q_b_proj']['kernel']"] == (None, "tensor")
+    assert specs[f"{attention}['kv_a_proj']['kernel']"] == specs[f"{attention}['q_a_proj']['kernel']"] == (None, None)
+
+
+def heads_of_all_kinds_are_split():
+    mesh, key = make_mesh(1, 8), jax.random.key(0)
+    medusa = MedusaDrafter(init_medusa_params(decoder(DENSE).params["lm_head"]["kernel"], DRAFTS), DRAFTS)
+    specs = split_axes(shardings(medusa, mesh))
+    assert specs[".params[0]['lm_head']['kernel']"] == (None, "tensor")
+    assert specs[".params[1]['blocks'][0]['kernel']"] == (None, None)
+    for size, axis in ((None, "tensor"), (16, None)):
+        head = EagleHead(DENSE, (0, 1, 2), draft_vocab_size=size)
+        specs = split_axes(shardings(FeatureDrafter(head.init_params(key), head, DRAFTS), mesh))
+        assert specs[".params['lm_head']['kernel']"] == (None, axis)
+        assert specs[".params['layers'][0]['self_attn']['q_proj']['kernel']"] == (None, "tensor")
+    specs = split_axes(shardings(drafter("mtp", DENSE), mesh))
+    assert specs[".params[0]['layer']['mlp']['down_proj']['kernel']"] == ("tensor", None)
+    assert specs[".params[0]['eh_proj']['kernel']"] == (None, None)
+    cascade = specjax.Cascade(NGramDrafter(DRAFTS), drafter("model", DENSE))
+    assert split_axes(shardings(cascade, mesh))[".second.model.params['lm_head']['kernel']"] == (None, "tensor")
+
+
+def folders_load_onto_the_mesh():
+    """Both kinds of folder, a mixture of experts among them: the parts are those of the whole."""
+    mesh, raw = (
+        make_mesh(2, 2, 2),
+        {
+            "model_type": "mixtral",
+            "vocab_size": VOCAB,
+            "hidden_size": WIDTH,
+            "intermediate_size": MLP,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 8,
+            "num_key_value_heads": KV_HEADS,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    )
+    tokenizer = Tokenizer(WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t0"))
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs = f"{folder}/ours", f"{folder}/theirs"
+        specjax.save(ours, raw, init_params(decoder_config(raw), jax.random.key(0)), tokenizer, {})
+        specjax.export_hf(ours, theirs)
+        alone = specjax.load(ours)
+        places = shardings(alone, mesh).params
+        for path in (ours, theirs):
+            params = specjax.load(path, mesh=mesh).params
+            jax.tree.map(np.testing.assert_array_equal, params, alone.params)
+            assert jax.tree.all(
+                jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim), params, places)
+            )
+
+
+# Bad input.
+
+
+def bad_meshes_and_rules_are_refused():
+    model, mesh = decoder(DENSE), make_mesh(2, 4)
+
+    def refused(message, *args, error=ValueError):
+        with pytest.raises(error, match=message):
+            shard(*args)
+
+    odd = decoder(dataclasses.replace(DENSE, vocab_size=63, num_attention_heads=6))
+    whole = {**RULES, "vocab": None}
+    refused(r"_proj.*6 heads.*the 4 devices.*'tensor'.*divisor of 6.*rules=", odd, mesh, whole)
+    refused(r"63 vocab.*the 4 devices", odd, mesh)
+    assert shard(odd, mesh, {"mlp": "tensor"}).vocab_size == 63
+    refused("an axis 'model', which no rule uses", model, jax.make_mesh((8,), ("model",), (AxisType.Auto,)))
+    shard(model, jax.make_mesh((8,), ("model",), (AxisType.Auto,)), {"mlp": "model"})
+    refused("type Explicit.*make_mesh", model, jax.make_mesh((2, 4), ("data", "tensor")))
+    refused("logical axis 'head'.*heads", model, mesh, {"head": "tensor"})
+    refused("the axis 'tenser'; the mesh has data, tensor, expert", model, mesh, {"heads": "tenser"})
+    refused("twice over the mesh axis 'tensor'", decoder(MIXTURE), mesh, {"experts": "tensor", "mlp": "tensor"})
+    refused("give a jax.sharding.Mesh", model, {"data": 8}, error=TypeError)
+    refused("give a mapping", model, mesh, "tensor", error=TypeError)
+    refused("give a LanguageModel or a drafter", model.params, mesh, error=TypeError)
+    table = table_model(np.zeros((5, 5)))
+    refused("declares no axes.*rules={}", table, mesh)
+    assert shard(table, mesh, {}).params.sharding.is_fully_replicated
+    with pytest.raises(ValueError, match="needs 16 devices and there are 8"):
+        make_mesh(4, 4)
+    with pytest.raises(ValueError, match="axis tensor is 0; give an integer of at least 1"):
+        make_mesh(tensor=0)
+
+
+def bad_rows_and_meshes_are_refused_by_generate():
+    model = decoder(DENSE)
+    with jax.set_mesh(make_mesh(8)), pytest.raises(ValueError, match=r"3 rows.*the 8 parts.*a multiple of 8"):
+        specjax.generate(model, PROMPT[:3], max_new_tokens=2)
+    with jax.set_mesh(jax.make_mesh((8,), ("data",))), pytest.raises(ValueError, match="type Explicit"):
+        specjax.generate(model, PROMPT, max_new_tokens=2)
+
+
+CHECKS = {
+    f"{NAMES[rule]} {kind} {'x'.join(map(str, sizes))}": functools.partial(
+        same_tokens, rule, kind, drafts, sizes, rules
+    )
+    for rule, kind, drafts, sizes, rules in CASES
+} | {
+    check.__name__: check
+    for check in (
+        stream_keeps_caches_split_and_gives_the_same_tokens,
+        a_callers_shard_map_runs_generate,
+        a_callers_pmap_runs_generate,
+        bfloat16_experts_run,
+        experts_held_elsewhere_add_nothing,
+        gathered_logits_are_found,
+        a_round_keeps_to_its_budget_of_collectives,
+        parameters_go_where_the_table_says,
+        few_key_and_value_heads_stay_whole,
+        each_device_holds_its_part,
+        latents_are_whole_and_their_heads_are_split,
+        heads_of_all_kinds_are_split,
+        folders_load_onto_the_mesh,
+        bad_meshes_and_rules_are_refused,
+        bad_rows_and_meshes_are_refused_by_generate,
+    )
+}
+
+
+def outcome(name):
+    began = time.process_time()
+    try:
+        CHECKS[name]()
+    except Exception:
+        return traceback.format_exc()
+    finally:
+        print(f"{time.process_time() - began:5.1f} s of CPU: {name}")
+    return ""
+
+
+if __name__ == "__main__":
+    assert jax.device_count() == 8
+    wanted = sys.argv[1:] or CHECKS
+    print(json.dumps({name: outcome(name) for name in wanted}))
