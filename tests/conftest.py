@@ -1,4 +1,4 @@
-"""Strictness for the whole suite, and compilations kept between runs."""
+"""Strictness for the whole suite, and as little compilation as its tests can do with."""
 
 import gc
 from pathlib import Path
@@ -9,7 +9,23 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+# Compilation is most of the suite's time, and LLVM's costly passes are nearly half of that. XLA's own passes all run:
+# the optimised HLO stays the same.
+jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--optimized", action="store_true", help="compile the programs of all tests as users' are")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Compiles what a test marked ``optimized`` runs, its fixtures too, as users' programs are."""
+    quick = not (item.config.getoption("--optimized") or item.get_closest_marker("optimized"))
+    if quick != jax.config.read("jax_disable_most_optimizations"):
+        jax.config.update("jax_disable_most_optimizations", quick)
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True, scope="module")

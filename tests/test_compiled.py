@@ -20,6 +20,8 @@ from specjax.testing import table_model
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import decoder_model, init_params
 
+pytestmark = pytest.mark.optimized
+
 DRAFTS, HEAD = 2, 8
 
 
