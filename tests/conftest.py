@@ -10,13 +10,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-# Compilation is most of the suite's time, and LLVM's costly passes are nearly half of that. XLA's own passes all run:
-# the optimised HLO stays the same.
+# Compilation is most of the suite's time, and LLVM's costly passes are a third of that. XLA's own passes all run: the
+# optimised HLO stays the same.
 jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--optimized", action="store_true", help="compile the programs of all tests as users' are")
+    parser.addoption("--optimized", action="store_true", help="compile all tests' programs as users' are")
 
 
 @pytest.hookimpl(tryfirst=True)
