@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from drafter_spec import named_drafter, short_name
 from jax import Array, lax
+from tqdm import tqdm
 
 import specjax
 from specjax import training
@@ -255,7 +256,7 @@ def bench_drafters(args: argparse.Namespace) -> list[dict[str, Any]]:
     except ValueError as error:
         sys.exit(f"bench.py: error: {error}")
     rows = []
-    for spec, drafter in opened:
+    for spec, drafter in tqdm(opened, unit="drafter"):
         for temperature in (0.0, 1.0):
             found = speed(args, drafter, temperature, prompts)
             c, w = costs(args, drafter, temperature)
