@@ -20,7 +20,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Metaspace
 
 import specjax
-from specjax import checkpoint
+from specjax import MedusaDrafter, checkpoint
+from specjax.drafters.eagle import EagleHead
+from specjax.drafters.mtp import MTPHead
 from specjax.hf.config import decoder_config
 from specjax.training.data import train_tokenizer
 from specjax.transformer.decoder import init_params
@@ -67,6 +69,19 @@ def pair(tmp_path_factory):
             noisy = jax.tree.map(lambda x: x * (1 + 0.5 * jax.random.normal(jax.random.key(1), x.shape)), params)
             checkpoint.save(folder / "draft", config, noisy, tokenizer, {})
     return folder
+
+
+SHIPPED_HEADS = {"mtp": MTPHead, "eagle": EagleHead, "medusa": MedusaDrafter}
+
+
+@pytest.mark.parametrize("kind", SHIPPED_HEADS)
+def test_a_head_is_opened_by_its_kind(kind, script, capsys):
+    """Whose folder lies beside the target's; of an EAGLE head it is said which states it reads."""
+    spec = f"cascade:ngram,{kind}:{script.SHIPPED}-{kind}"
+    drafter = script.named_drafter(spec, specjax.load(script.SHIPPED), None, 3)
+    assert isinstance(drafter.first, specjax.NGramDrafter) and drafter.num_draft == 3
+    assert isinstance(getattr(drafter.second, "head", drafter.second), SHIPPED_HEADS[kind])
+    assert ("hidden states 2, 5, 8" in capsys.readouterr().err) == (kind == "eagle")
 
 
 def stop_at(folder, *tokens):
