@@ -406,7 +406,8 @@ def test_prompts_of_one_bucket_get_one_layout():
 
 
 def test_another_call_of_the_same_bucket_compiles_nothing():
-    tokens(sampling=Sampling(top_k=2))
+    """Not even the copy of an argument to the device, of which JAX compiles one for each shape and dtype."""
+    tokens(sampling=Sampling(temperature=[1.0, 1.0], top_k=2, seed=[0, 1]))
     size = _generate_jit._cache_size()
     compiled.clear()
     sampling = Sampling(temperature=[0.0, 0.7], top_k=3, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=[8, 9])
