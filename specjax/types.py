@@ -7,6 +7,8 @@ tokens. This module imports nothing else of the package.
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import jax
+import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
@@ -104,6 +106,12 @@ class LanguageModel:
     early_exit: EarlyExit | None = struct.field(pytree_node=False, default=None)
     num_layers: int | None = struct.field(pytree_node=False, default=None)
     axes: Callable[[], Any] | None = struct.field(pytree_node=False, default=None)
+
+    @property
+    def embedded(self) -> jax.ShapeDtypeStruct:
+        """Shape ``[1, 1, d]`` and dtype of one embedded token, for models that say how they embed; computes nothing."""
+        assert self.embed is not None
+        return jax.eval_shape(self.embed, self.params, jax.ShapeDtypeStruct((1, 1), jnp.int32))
 
 
 @struct.dataclass

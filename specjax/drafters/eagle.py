@@ -159,10 +159,8 @@ class EagleHead:
         module = self._bind(params)
         if isinstance(module, _Eagle3):
             return module.logits(states_bd)
-        assert target.embed is not None and target.unembed is not None
-        token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-        dtype = jax.eval_shape(target.embed, target.params, token).dtype
-        return target.unembed(target.params, states_bd[:, None].astype(dtype))[:, 0].astype(jnp.float32)
+        assert target.unembed is not None
+        return target.unembed(target.params, states_bd[:, None].astype(target.embedded.dtype))[:, 0].astype(jnp.float32)
 
     def _bind(self, params: Any) -> "_Eagle1 | _Eagle3":
         graph, state = _graph(self, _dtype_of(params))
@@ -179,8 +177,7 @@ def check_fit(head: EagleHead, target: LanguageModel) -> None:
     """Raises ValueError unless the head is made for a target of this width, vocabulary and number of layers."""
     if target.embed is None or target.unembed is None or target.num_layers is None:
         raise ValueError("the target has no embed, unembed or num_layers, which an EAGLE head needs; set them")
-    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    head.check_fit(target, jax.eval_shape(target.embed, target.params, token).shape[-1])
+    head.check_fit(target, target.embedded.shape[-1])
     if head.vocab_size != target.vocab_size:
         raise ValueError(f"the head is for {head.vocab_size} tokens and the target has {target.vocab_size}; {_CURE}")
     if max(head.capture) > target.num_layers:

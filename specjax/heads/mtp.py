@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from specjax.checkpoint import check_dtype, check_params, default_dtype, new_folder, read_params, write_json
@@ -116,10 +115,8 @@ def _check_fits(layout: MTPLayout, target: LanguageModel) -> None:
             raise ValueError(
                 f"MTP modules share the target's {name}, which it does not have; give it LanguageModel.{name}"
             )
-    assert target.embed is not None
-    token_11 = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     sizes = {
-        "hidden_size": (layout.decoder.hidden_size, jax.eval_shape(target.embed, target.params, token_11).shape[-1]),
+        "hidden_size": (layout.decoder.hidden_size, target.embedded.shape[-1]),
         "vocab_size": (layout.decoder.vocab_size, target.vocab_size),
         "num_hidden_layers": (layout.num_hidden_layers, target.num_layers),
     }
