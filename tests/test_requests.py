@@ -407,13 +407,14 @@ def test_prompts_of_one_bucket_get_one_layout():
 
 def test_another_call_of_the_same_bucket_compiles_nothing():
     """Not even the copy of an argument to the device, of which JAX compiles one for each shape and dtype."""
+    another = table(5)
     tokens(sampling=Sampling(temperature=[1.0, 1.0], top_k=2, seed=[0, 1]))
     size = _generate_jit._cache_size()
     compiled.clear()
     sampling = Sampling(temperature=[0.0, 0.7], top_k=3, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=[8, 9])
     prompt_bt, length_b = specjax.pad_prompts([[7, 6, 5, 4, 3, 2, 1, 0, 1, 2], [1]])
     tokens(
-        target=table(5),
+        target=another,
         prompt_bt=prompt_bt,
         prompt_length_b=length_b,
         max_new_tokens=50,
