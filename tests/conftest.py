@@ -1,6 +1,7 @@
 """Strictness for the whole suite, and as little compilation as its tests can do with."""
 
 import gc
+import os
 from pathlib import Path
 
 import jax
@@ -10,22 +11,23 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-# Compilation is most of the suite's time, and LLVM's costly passes are a third of that. XLA's own passes all run: the
-# optimised HLO stays the same.
-jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--optimized", action="store_true", help="compile all tests' programs as users' are")
+    parser.addoption("--optimized", action="store_true", help="compile as users do; slow, so best with -m optimized")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item):
-    """Compiles what a test marked ``optimized`` runs, its fixtures too, as users' programs are."""
-    quick = not (item.config.getoption("--optimized") or item.get_closest_marker("optimized"))
-    if quick != jax.config.read("jax_disable_most_optimizations"):
-        jax.config.update("jax_disable_most_optimizations", quick)
-        jax.clear_caches()
+def pytest_configure(config):
+    """Compilation is most of the suite's time: half of it goes without LLVM's costly passes and XLA's new emitters.
+
+    XLA's other passes all run. The environment is for the processes that tests start.
+    """
+    if not config.getoption("--optimized"):
+        jax.config.update("jax_disable_most_optimizations", True)
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        if jax.__version_info__ < (0, 11):  # later ones may not know the flag, which would be fatal
+            given = os.environ.get("XLA_FLAGS", "").split()
+            os.environ["XLA_FLAGS"] = " ".join(dict.fromkeys([*given, "--xla_cpu_use_fusion_emitters=false"]))
 
 
 @pytest.fixture(autouse=True, scope="module")
