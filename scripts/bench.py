@@ -7,24 +7,29 @@ caches. ``slots``: a step with many slots allocated against few, equally many in
 against plain decoding, on excerpts of held-out modules. ``drafters``: the same for every drafter, row by row, beside
 the speed-up that its acceptance and costs promise: emitted / (g c + w), with c one draft and w a pass over g + 1
 tokens, both in passes over one.
+
+``speed`` also runs over a mesh, of one host or several (docs/distributed.md), the others on one device.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import hosts
 import jax
 import jax.numpy as jnp
 import numpy as np
 from drafter_spec import named_drafter, short_name
 from jax import Array, lax
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 import specjax
@@ -58,20 +63,42 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=15, help="timings whose median is taken")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     parser.add_argument("--drafters", nargs="+", default=SHIPPED, metavar="SPEC", help="as for generate.py")
+    hosts.add_mesh_options(parser)
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # what a part does not return
     if unknown := set(args.what) - BENCHMARKS.keys():
         parser.error(f"unknown benchmark {', '.join(sorted(unknown))}; choose from {', '.join(BENCHMARKS)}")
-    try:
-        args.model = specjax.load(args.target)
-        args.drafts = {g: specjax.load_drafter(args.draft, args.model, g) for g in args.num_draft}
-    except ValueError as error:
-        parser.error(str(error))
-    print(f"jax {jax.__version__}, Python {platform.python_version()}, {jax.devices()[0].device_kind}\n")
-    figures = {what: BENCHMARKS[what](args) for what in args.what or BENCHMARKS}
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    with contextlib.ExitStack() as stack:
+        try:
+            mesh = stack.enter_context(hosts.run(args))
+            chosen = args.what or (BENCHMARKS if mesh is None else ["speed"])
+            check_mesh(mesh, chosen, args.batch)
+            hosts.check_same_folders(args.target, args.draft)
+            args.model = specjax.load(args.target, mesh=mesh)
+            args.drafts = {g: specjax.load_drafter(args.draft, args.model, g) for g in args.num_draft}
+            if mesh is not None:
+                args.drafts = {g: specjax.shard(draft, mesh, rules={}) for g, draft in args.drafts.items()}
+        except ValueError as error:
+            parser.error(hosts.label() + str(error))
+        over = "" if mesh is None else f", mesh {dict(mesh.shape)}"
+        print(f"jax {jax.__version__}, Python {platform.python_version()}, {jax.devices()[0].device_kind}{over}\n")
+        figures = {what: BENCHMARKS[what](args) for what in chosen}
+        if args.json and hosts.is_first():
+            args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def check_mesh(mesh: Mesh | None, chosen: Collection[str], batches: list[int]) -> None:
+    """Raises ValueError if a benchmark or a batch cannot be split over the mesh."""
+    if mesh is None:
+        return
+    if others := sorted(set(chosen) - {"speed"}):
+        raise ValueError(f"{others[0]} runs on one device; with --mesh or --distributed, only speed runs")
+    parts = mesh.shape["data"]
+    if odd := [batch for batch in batches if batch % parts]:
+        raise ValueError(
+            f"--batch {odd[0]} does not divide over the {parts} parts of the mesh axis data; give a multiple"
+        )
 
 
 def medians(calls: dict[str, Callable[[], Any]], repeats: int, inputs: Any = None) -> dict[str, float]:
@@ -302,7 +329,7 @@ def speed(args: argparse.Namespace, drafter: Any, temperature: float, prompts: n
         }
         seconds = medians(calls, max(3, args.repeats // 5))
         speculative, plain = speculative + seconds["speculative"], plain + seconds["plain"]
-        stats.append(jax.device_get(calls["speculative"]().stats))
+        stats.append(hosts.gathered(calls["speculative"]().stats))
     emitted = sum(int(s.emitted_b.sum()) for s in stats)
     accepted = sum(s.accepted_at_bg.sum(0) for s in stats) / sum(s.drafted_at_bg.sum(0) for s in stats)
     return {

@@ -1,9 +1,10 @@
 """Drafters by name, as ``--drafter`` takes them: ``model:DIR``, ``cascade:ngram,eagle:DIR`` and so on."""
 
 import functools
-import sys
 from pathlib import Path
 from typing import Any
+
+import hosts
 
 import specjax
 
@@ -28,16 +29,21 @@ def named_drafter(spec: str, target: specjax.LanguageModel, tokenizer: Any, num_
     if kind in HEADS:
         drafter = HEADS[kind](value, target, num_draft)
         if kind == "eagle":
-            print(f"{value}: {drafter.head.describe()}", file=sys.stderr)
+            hosts.note(f"{value}: {drafter.head.describe()}\n")
         return drafter
     drafter = specjax.load_drafter(value, target, num_draft, tokenizer=tokenizer)
     if isinstance(drafter, specjax.SharedVocabularyDrafter):
         shared = int((drafter.draft_of_v >= 0).sum())
-        print(
-            f"{value} has another tokenizer: it drafts the {shared} of {target.vocab_size} tokens that both have",
-            file=sys.stderr,
+        hosts.note(
+            f"{value} has another tokenizer: it drafts the {shared} of {target.vocab_size} tokens that both have\n"
         )
     return drafter
+
+
+def folders_of(spec: str) -> list[Path]:
+    """Returns the folders that a value names."""
+    parts = (part.partition(":") for part in spec.removeprefix("cascade:").split(","))
+    return [Path(value) for kind, _, value in parts if kind in ("model", *HEADS) and value]
 
 
 def short_name(spec: str) -> str:

@@ -4,9 +4,11 @@ python scripts/generate.py                                    the shipped pair o
 python scripts/generate.py --prompt 'def mean(x):' --compare  speed-up over plain decoding
 head -30 x.py | python scripts/generate.py --trace t.html     a page that shows where each token came from
 python scripts/generate.py --target DIR --chat --prompt 'Why is the sky blue?'      asks a chat model
+python scripts/generate.py --target DIR --mesh data=2,tensor=4      splits it over eight devices (docs/distributed.md)
 """
 
 import argparse
+import contextlib
 import json
 import os
 import select
@@ -24,8 +26,11 @@ if __name__ == "__main__":  # Ctrl-C and `| head` end it quietly and at once, ev
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_DFL)
 
+import hosts
 import jax
-from drafter_spec import named_drafter, short_name
+import numpy as np
+from drafter_spec import folders_of, named_drafter, short_name
+from jax.sharding import Mesh
 from trace_page import Trace, render
 from transcript import COUNTS, Transcript, follow
 
@@ -56,7 +61,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message: str):
-        self.exit(2, f"error: {' '.join(message.split())}\n")
+        self.exit(2, f"error: {hosts.label()}{' '.join(message.split())}\n")
 
 
 def utf8(text: str) -> str:
@@ -67,26 +72,29 @@ def utf8(text: str) -> str:
     return text
 
 
-def text_file(name: str) -> str:
+def text_file(path: Path) -> str:
     """Returns the text without its last newline: a token joins that with the indentation which is to follow."""
     try:
-        return Path(name).read_text(encoding="utf-8").removesuffix("\n")
+        return path.read_text(encoding="utf-8").removesuffix("\n")
     except UnicodeDecodeError:
-        raise argparse.ArgumentTypeError(f"{name} is not UTF-8 text") from None
+        raise ValueError(f"--prompt-file: {path} is not UTF-8 text") from None
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{name} cannot be read: {error.strerror}") from None
+        raise ValueError(f"--prompt-file: {path} cannot be read: {error.strerror}") from None
 
 
-def output_file(name: str) -> Path:
-    """Returns the path if a file can be written there, found out by making one beside it."""
-    path = Path(name).absolute()
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise argparse.ArgumentTypeError(f"{name} is not a regular file; give the name of one, or a new name")
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{path.parent} cannot be written to: {error.strerror}") from None
-    return path
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raises ValueError unless files can be written where they are wanted, found out by making one beside each."""
+    for name in ("json", "trace"):
+        path = getattr(args, name)
+        if path is None:
+            continue
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise ValueError(f"--{name}: {path} is not a regular file; give the name of one, or a new name")
+        folder = path.absolute().parent
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise ValueError(f"--{name}: {folder} cannot be written to: {error.strerror}") from None
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -103,7 +111,7 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     text = parser.add_argument_group("prompts", "several are one batch; text piped in is one when none is given")
     text.add_argument("--prompt", dest="prompts", action="append", type=utf8, metavar="TEXT")
-    text.add_argument("--prompt-file", dest="prompts", action="append", type=text_file, metavar="FILE")
+    text.add_argument("--prompt-file", dest="prompts", action="append", type=Path, metavar="FILE")
     text.add_argument("--chat", action="store_true", help="prompts are messages, laid out by the target's template")
     text.add_argument("--system", type=utf8, metavar="TEXT", help="system message ahead of each, with --chat")
     text.add_argument(
@@ -131,9 +139,19 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     draws.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="most per prompt (default: 200)")
     out = parser.add_argument_group("output", "text goes to standard output, figures to standard error")
     out.add_argument("--compare", action="store_true", help="measure the speed-up over plain decoding")
-    out.add_argument("--json", type=output_file, metavar="FILE", help="write text, tokens and figures")
-    out.add_argument("--trace", type=output_file, metavar="FILE", help="write an HTML page: where each token came from")
+    out.add_argument("--json", type=Path, metavar="FILE", help="write text, tokens and figures")
+    out.add_argument("--trace", type=Path, metavar="FILE", help="write an HTML page: where each token came from")
+    hosts.add_mesh_options(parser)
     return parser, parser.parse_args(argv)
+
+
+def prompts_of(args: argparse.Namespace) -> list[str]:
+    """Returns the prompts, which the first of several processes reads for all."""
+    own: list[str] = []
+    if hosts.is_first():
+        given = [text_file(prompt) if isinstance(prompt, Path) else prompt for prompt in args.prompts or []]
+        own = given or [piped_text() or PROMPT]
+    return json.loads(hosts.exchange(json.dumps(own))[0])
 
 
 def piped_text() -> str:
@@ -145,24 +163,23 @@ def piped_text() -> str:
     except (OSError, ValueError):  # no file that can be polled
         waiting = [sys.stdin]
     if not waiting:
-        note("nothing was piped in, so the prompt is the built-in one (--prompt-file /dev/stdin waits for text)\n")
+        hosts.note(
+            "nothing was piped in, so the prompt is the built-in one (--prompt-file /dev/stdin waits for text)\n"
+        )
         return ""
     sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     return sys.stdin.read().removesuffix("\n")
 
 
-def note(message: str) -> None:
-    print(message, end="", file=sys.stderr, flush=True)
+def open_drafter(spec: str, target: specjax.LanguageModel, tokenizer: Any, num_draft: int, mesh: Mesh | None):
+    """Returns the drafter of a ``--drafter`` value; on a mesh, each device has it whole."""
+    if spec == "none":
+        return None
+    drafter = named_drafter(spec, target, tokenizer, num_draft)
+    return drafter if mesh is None else specjax.shard(drafter, mesh, rules={})
 
 
-def open_drafter(spec: str | None, target: specjax.LanguageModel, tokenizer: Any, target_dir: Path, num_draft: int):
-    """Returns the drafter that a ``--drafter`` value names, and the value."""
-    if spec is None:
-        spec = f"model:{SHIPPED_DRAFT}" if target_dir.resolve() == SHIPPED else "ngram"
-    return None if spec == "none" else named_drafter(spec, target, tokenizer, num_draft), spec
-
-
-def compare(request: dict[str, Any], drafter: Any) -> dict[str, float]:
+def compare(request: dict[str, Any], drafter: Any, rows: int) -> dict[str, float]:
     """Returns tokens per second with the drafter and without: medians of interleaved runs, one compiled loop each.
 
     The compiled loop knows no stop strings: both go on behind them.
@@ -172,8 +189,9 @@ def compare(request: dict[str, Any], drafter: Any) -> dict[str, float]:
         for name, proposer in (("with_drafter", drafter), ("plain", None)):
             start = time.perf_counter()
             stats = jax.block_until_ready(specjax.generate(**request, drafter=proposer)).stats
+            seconds = time.perf_counter() - start
             if run:  # the first compiles
-                rates[name].append(int(stats.emitted_b.sum()) / (time.perf_counter() - start))
+                rates[name].append(int(hosts.gathered(stats.emitted_b)[:rows].sum()) / seconds)
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
@@ -224,7 +242,7 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(f"{name:<20} {value}".rstrip() for name, value in lines) + "\n"
 
 
-def settings(args: argparse.Namespace, spec: str) -> dict[str, str]:
+def settings(args: argparse.Namespace, spec: str, mesh: Mesh | None) -> dict[str, str]:
     """Returns how the text was made, by name, leaving out sampling parameters that do nothing."""
     chosen = {"target": args.target.resolve().name, "drafter": short_name(spec)}
     if spec != "none":
@@ -235,6 +253,8 @@ def settings(args: argparse.Namespace, spec: str) -> dict[str, str]:
             chosen[name.replace("_", " ")] = f"{getattr(args, name):g}"
     if args.stop:
         chosen["stop strings"] = ", ".join(map(repr, args.stop))
+    if mesh is not None:
+        chosen["mesh"] = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     return chosen | ({"seed": str(args.seed)} if args.temperature else {})
 
 
@@ -254,17 +274,31 @@ def figures(result: dict[str, Any]) -> dict[str, str]:
 
 
 def request_for(
-    args: argparse.Namespace, target: Any, transcripts: list[Transcript], stop_tokens: Sequence[int]
+    args: argparse.Namespace,
+    target: Any,
+    transcripts: list[Transcript],
+    stop_tokens: Sequence[int],
+    mesh: Mesh | None,
 ) -> dict[str, Any]:
-    """Returns the arguments of ``specjax.generate``, all but the drafter."""
-    prompt_bt, prompt_length_b = specjax.pad_prompts([transcript.prompt_ids for transcript in transcripts])
+    """Returns the arguments of ``specjax.generate``, all but the drafter.
+
+    Rows that make the prompts divide over a mesh are copies of the first, of one token each, behind the others.
+    """
+    prompts = [transcript.prompt_ids for transcript in transcripts]
+    added = 0 if mesh is None else -len(prompts) % mesh.shape["data"]
+    most = min(args.max_new_tokens, 2**31 - 1)
+    limits = np.asarray([most] * len(prompts) + [1] * added, np.int64) if added else None
+    prompt_bt, prompt_length_b = specjax.pad_prompts(prompts + prompts[:1] * added)
     return {
         "target": target,
         "prompt_bt": prompt_bt,
         "prompt_length_b": prompt_length_b,
         "verify": VERIFY[args.verify],
         "sampling": specjax.Sampling(
-            temperature=args.temperature, seed=args.seed, **{name: getattr(args, name) for name in IDLE}
+            temperature=args.temperature,
+            seed=args.seed,
+            max_new_tokens=limits,
+            **{name: getattr(args, name) for name in IDLE},
         ),
         "max_new_tokens": args.max_new_tokens,
         "stop_tokens": stop_tokens,
@@ -273,47 +307,60 @@ def request_for(
 
 def main(argv: list[str] | None = None) -> None:
     parser, args = parse(argv)
-    try:
-        prompts = args.prompts or [piped_text() or PROMPT]
-        target = specjax.load(args.target)
-        tokenizer = specjax.load_tokenizer(args.target)
-        drafter, spec = open_drafter(args.drafter, target, tokenizer, args.target, args.num_draft)
-        if args.compare and drafter is None:
-            raise ValueError("--compare needs a drafter to compare with plain decoding; --drafter is none")
-        if args.system is not None and not args.chat:
-            raise ValueError("--system is given without --chat; give both, or neither")
-        template = specjax.text.load_chat_template(args.target) if args.chat else None
-        stop_tokens = specjax.load_stop_tokens(args.target)
-        transcripts = [
-            Transcript(tokenizer, prompt, args.max_new_tokens, stop_tokens, args.stop, template, args.system)
-            for prompt in prompts
-        ]
-        request = request_for(args, target, transcripts, stop_tokens)
-        # The first of two equal calls compiles, so that the second can be timed.
-        warm_up, rounds = (specjax.stream(**request, drafter=drafter) for _ in range(2))
-    except (ValueError, TypeError, OSError) as error:
-        parser.error(str(error))
+    with contextlib.ExitStack() as stack:
+        try:
+            mesh = stack.enter_context(hosts.run(args))
+            if hosts.is_first():
+                check_outputs(args)
+            prompts = prompts_of(args)
+            default = f"model:{SHIPPED_DRAFT}" if args.target.resolve() == SHIPPED else "ngram"
+            spec = default if args.drafter is None else args.drafter
+            hosts.check_same_folders(args.target, *folders_of(spec))
+            target = specjax.load(args.target, mesh=mesh)
+            tokenizer = specjax.load_tokenizer(args.target)
+            drafter = open_drafter(spec, target, tokenizer, args.num_draft, mesh)
+            if args.compare and drafter is None:
+                raise ValueError("--compare needs a drafter to compare with plain decoding; --drafter is none")
+            if args.system is not None and not args.chat:
+                raise ValueError("--system is given without --chat; give both, or neither")
+            template = specjax.text.load_chat_template(args.target) if args.chat else None
+            stop_tokens = specjax.load_stop_tokens(args.target)
+            transcripts = [
+                Transcript(tokenizer, prompt, args.max_new_tokens, stop_tokens, args.stop, template, args.system)
+                for prompt in prompts
+            ]
+            request = request_for(args, target, transcripts, stop_tokens, mesh)
+            # The first of two equal calls compiles, so that the second can be timed.
+            warm_up, rounds = (specjax.stream(**request, drafter=drafter) for _ in range(2))
+        except (ValueError, TypeError, OSError) as error:
+            parser.error(str(error))
 
-    progress = note if sys.stderr.isatty() else lambda message: None
-    progress("compiling ...")
-    next(warm_up)
-    progress("\r\x1b[K")
-    seconds = follow(rounds, transcripts)
-    result = results(transcripts, seconds) | {"settings": settings(args, spec)}
-    if args.compare:
-        progress("comparing with plain decoding ...")
-        result["comparison"] = compare(request, drafter)
-        result["speedup"] = result["comparison"]["with_drafter"] / result["comparison"]["plain"]
+        progress = hosts.note if sys.stderr.isatty() else lambda message: None
+        progress("compiling ...")
+        next(warm_up)
         progress("\r\x1b[K")
-    note("\n" + table(result))
-    try:
-        if args.json:
-            write_whole(args.json, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-        if args.trace:
-            traces = [Trace(transcript.prompt, transcript.rounds) for transcript in transcripts]
-            write_whole(args.trace, render(traces, result["settings"], figures(result)))
-    except OSError as error:
-        parser.error(str(error))
+        seconds = follow(rounds, transcripts)
+        result = results(transcripts, seconds) | {"settings": settings(args, spec, mesh)}
+        if args.compare:
+            progress("comparing with plain decoding ...")
+            result["comparison"] = compare(request, drafter, len(prompts))
+            result["speedup"] = result["comparison"]["with_drafter"] / result["comparison"]["plain"]
+            progress("\r\x1b[K")
+        hosts.note("\n" + table(result))
+        if hosts.is_first():
+            try:
+                write(args, result, transcripts)
+            except OSError as error:
+                parser.error(str(error))
+
+
+def write(args: argparse.Namespace, result: dict[str, Any], transcripts: list[Transcript]) -> None:
+    """Writes the files that were asked for."""
+    if args.json:
+        write_whole(args.json, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    if args.trace:
+        traces = [Trace(transcript.prompt, transcript.rounds) for transcript in transcripts]
+        write_whole(args.trace, render(traces, result["settings"], figures(result)))
 
 
 if __name__ == "__main__":

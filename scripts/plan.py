@@ -18,7 +18,21 @@ from pathlib import Path
 
 from bench import table
 from hardware import HARDWARE, Hardware
-from roofline import BYTES, RESERVE, Mesh, Model, Round, Setting, best, check_mesh, kept, memory, num_params, plan_round
+from roofline import (
+    BYTES,
+    RESERVE,
+    WARP,
+    Mesh,
+    Model,
+    Round,
+    Setting,
+    best,
+    check_mesh,
+    kept,
+    memory,
+    num_params,
+    plan_round,
+)
 
 from specjax.hf.config import read_config
 from specjax.transformer import DecoderConfig
@@ -61,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--context", type=int, default=4000, help="tokens of each row; default: %(default)s")
     parser.add_argument("--weights", choices=BYTES, default="bfloat16", help="default: %(default)s")
     parser.add_argument("--cache", choices=BYTES, default="bfloat16", help="default: %(default)s")
+    parser.add_argument("--sampling", choices=WARP, default="temperature", help="of any row; default: %(default)s")
     parser.add_argument("--max-draft", type=int, default=8, metavar="G", help="most drafts; default: %(default)s")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw tokens per second over g there")
     args = parser.parse_args(argv)
@@ -166,7 +181,7 @@ def make_setting(args: argparse.Namespace) -> Setting:
         except ValueError as error:
             raise ValueError(f"the draft on the mesh: {error}, or leave out --shard-draft") from None
     survive = (tuple(rates) if args.by_position else kept(rates))[: args.max_draft]
-    return Setting(target, mesh, args.batch, args.context, survive, draft, draft_mesh)
+    return Setting(target, mesh, args.batch, args.context, survive, draft, draft_mesh, args.sampling)
 
 
 def parse_draft(args: argparse.Namespace) -> Model | float:

@@ -22,9 +22,10 @@ from specjax.transformer.decoder import abstract_params
 
 BYTES = {"float32": 4, "bfloat16": 2, "float8": 1, "int8": 1}
 RESERVE = 0.1  # of a device's memory, for activations, the compiled program and the runtime
-# What a vocabulary that is split needs to draw from it: the maximum and the sum of the softmax, and the race's maximum
-# and its place.
-DRAW_COLLECTIVES = 4
+# All-reduces of a number per token that a split vocabulary costs, as docs/distributed.md counts them in the loop.
+WARP = {"greedy": 2, "temperature": 5, "filters": 5 + 3 + 2 * 30}
+DRAW = 2
+VERIFY = 3  # by blocks; without drafts 1 is left of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,8 +174,13 @@ class Pass:
         return sum(2 * (m.devices - 1) / m.devices * m.size * m.number for m in self.messages)
 
 
-def forward(model: Model, mesh: Mesh, rows: float, tokens: int, context: int) -> Pass:
-    """Counts a pass of ``tokens`` tokens in each of ``rows`` rows, the device's own, behind ``context`` tokens."""
+def forward(
+    model: Model, mesh: Mesh, rows: float, tokens: int, context: int, chosen: tuple[Messages, ...] = ()
+) -> Pass:
+    """Counts a pass of ``tokens`` tokens in each of ``rows`` rows, the device's own, behind ``context`` tokens.
+
+    ``chosen`` is what choosing tokens from its logits sends, as ``choosing`` returns it.
+    """
     config, held = model.config, weights(model, mesh)
     fed = rows * tokens
     read = held.dense
@@ -188,7 +194,7 @@ def forward(model: Model, mesh: Mesh, rows: float, tokens: int, context: int) ->
     seen = sum(min(context + tokens, layer.window or math.inf) for layer in config.each_layer)
     read += rows * seen * token_bytes(model, mesh)
     flops += 2 * fed * heads * entries * seen
-    return Pass(read, flops, _messages(model, mesh, fed))
+    return Pass(read, flops, _messages(model, mesh, fed) + chosen)
 
 
 def _messages(model: Model, mesh: Mesh, fed: float) -> tuple[Messages, ...]:
@@ -196,14 +202,29 @@ def _messages(model: Model, mesh: Mesh, fed: float) -> tuple[Messages, ...]:
     size = fed * config.hidden_size * max(2, BYTES[model.weights])  # activations stay bfloat16 beside 8-bit weights
     mixed = sum(layer.experts for layer in config.each_layer)
     shared = mixed if config.experts and config.experts.shared_size else 0
-    # Over tensor: the embedding, each attention's output, each MLP that is dense or shared; and the draws.
+    # Over tensor: the embedding, each attention's output, each MLP that is dense or shared.
     over_tensor = 1 + config.num_hidden_layers + (config.num_hidden_layers - mixed) + shared
     messages = (
         Messages(over_tensor, mesh.tensor, size),
         Messages(mixed, mesh.tensor * mesh.expert, size),
-        Messages(DRAW_COLLECTIVES, mesh.tensor, 4 * fed),
     )
     return tuple(message for message in messages if message.devices > 1 and message.number)
+
+
+def choosing(mesh: Mesh, rows: float, positions: int, sampling: str, verify: int = 0) -> tuple[Messages, ...]:
+    """Returns what is sent to warp the logits of so many positions in each row, to verify drafts, and to draw a token.
+
+    Args:
+      mesh: of the target, whose logits a draft's are compared with, so that they are split alike.
+      rows: the device's own.
+      positions: of the target's pass g + 1, of the draft's 1.
+      sampling: a key of ``WARP``.
+      verify: all-reduces of verification.
+    """
+    if mesh.tensor == 1:
+        return ()
+    warped = Messages(WARP[sampling] + verify, mesh.tensor, 4 * rows * positions)
+    return warped, Messages(DRAW, mesh.tensor, 4 * rows)
 
 
 class Seconds(NamedTuple):
@@ -268,6 +289,7 @@ class Setting:
       kept: how often each draft is kept, by position.
       draft: the draft model, or the time of a draft step in plain steps of the target.
       draft_mesh: of the draft; the same as ``mesh``, or with nothing but its ``data`` axis.
+      sampling: a key of ``WARP``.
     """
 
     target: Model
@@ -277,6 +299,7 @@ class Setting:
     kept: tuple[float, ...]
     draft: Model | float
     draft_mesh: Mesh
+    sampling: str = "temperature"
 
     @property
     def rows(self) -> float:
@@ -341,17 +364,24 @@ class Round(NamedTuple):
 
 def plan_round(setting: Setting, hardware: Hardware, num_draft: int) -> Round:
     """Returns a round of ``num_draft`` drafts; of 0, a step of plain decoding."""
-    target, draft, context = setting.target, setting.draft, setting.context
-    checking = forward(target, setting.mesh, setting.rows, num_draft + 1, context)
+    target, draft, rows, context = setting.target, setting.draft, setting.rows, setting.context
+
+    def check(num_draft: int) -> Pass:
+        verify = VERIFY if num_draft else 1
+        chosen = choosing(setting.mesh, rows, num_draft + 1, setting.sampling, verify)
+        return forward(target, setting.mesh, rows, num_draft + 1, context, chosen)
+
+    checking = check(num_draft)
     passes = [checking]
     if isinstance(draft, Model):
         # The first step feeds two tokens: the last draft may be new to the draft model.
         widths = [2] * (num_draft > 0) + [1] * (num_draft - 1)
-        steps = [forward(draft, setting.draft_mesh, setting.rows, width, context) for width in widths]
+        chosen = choosing(setting.mesh, rows, 1, setting.sampling)
+        steps = [forward(draft, setting.draft_mesh, rows, width, context, chosen) for width in widths]
         passes += steps
         drafting = sum(seconds(step, hardware, draft.weights).total for step in steps)
     else:
-        plain = seconds(forward(target, setting.mesh, setting.rows, 1, context), hardware, target.weights)
+        plain = seconds(check(0), hardware, target.weights)
         drafting = num_draft * draft * plain.total
     spent = seconds(checking, hardware, target.weights)
     # Each round emits the kept drafts and one token of the target (Leviathan et al. 2023, section 3.1).

@@ -1,23 +1,27 @@
 """Trains the model or draft head of a recipe: ``python scripts/train.py models/NAME`` writes ``checkpoints/NAME``.
 
 A draft or head (a recipe with ``drafts_for``) needs its target in ``checkpoints/`` first. Stopped at any time, the same
-command goes on from the last checkpoint in ``runs/NAME`` and ends with the same bits.
+command goes on from the last checkpoint in ``runs/NAME`` and ends with the same bits. With ``--mesh`` it trains over
+several devices, and may go on over others; several processes must all see both folders.
 """
 
 import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import platform
+import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hosts
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 import specjax
@@ -33,11 +37,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"), help="default: %(default)s")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="resumable state; default: %(default)s")
     parser.add_argument("--save-every", type=int, default=100, help="steps between saves; default: %(default)s")
+    parser.add_argument(
+        "--fully-sharded", action="store_true", help="split parameters and optimiser state over data, too"
+    )
+    hosts.add_mesh_options(parser)
     args = parser.parse_args(argv)
     if args.save_every < 1:
         parser.error(f"--save-every is {args.save_every}; give at least 1")
     try:
-        train(args.recipe, args.checkpoints, args.runs, args.save_every)
+        with hosts.run(args) as mesh:
+            if args.fully_sharded and (mesh is None or mesh.shape["data"] == 1):
+                raise ValueError("--fully-sharded splits over data, of which there is one part; give --mesh data=N")
+            rules = specjax.sharding.FULLY_SHARDED if args.fully_sharded else specjax.sharding.RULES
+            train(args.recipe, args.checkpoints, args.runs, args.save_every, mesh, rules)
     except (ValueError, FloatingPointError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
@@ -47,9 +59,19 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def train(folder: Path, checkpoints: Path, runs: Path, save_every: int) -> None:
+def train(
+    folder: Path,
+    checkpoints: Path,
+    runs: Path,
+    save_every: int,
+    mesh: Mesh | None,
+    rules: specjax.sharding.Rules,
+) -> None:
     """Runs all stages of a recipe and writes the checkpoint folder."""
     recipe = training.read_recipe(folder)
+    if mesh is not None:
+        for stage in recipe.stages:
+            training.split_rows(mesh, stage.rows)
     run = runs / recipe.name
     modules = training.stdlib_modules()
     kept = [text for name, text in modules.items() if not training.is_held_out(name)]
@@ -57,10 +79,13 @@ def train(folder: Path, checkpoints: Path, runs: Path, save_every: int) -> None:
     if recipe.drafts_for is None:
         teacher, tokenizer = None, training.train_tokenizer(kept, recipe.architecture["vocab_size"])
     else:
-        teacher = specjax.load(checkpoints / recipe.drafts_for)
+        hosts.check_same_folders(checkpoints / recipe.drafts_for)
+        teacher = specjax.load(checkpoints / recipe.drafts_for, mesh=mesh, rules=rules)
         tokenizer = specjax.load_tokenizer(checkpoints / recipe.drafts_for)
     corpus, held_out = training.encode_texts(tokenizer, kept), training.encode_texts(tokenizer, held)
     start_run(run, recipe, teacher, corpus)
+    hosts.exchange("the first process has written what the run is of")
+    hosts.check_same_folders(run)
     print(f"{len(kept)} modules, {len(corpus):,} tokens; held out: {len(held)} modules, {len(held_out):,} tokens")
 
     texts = {"corpus": corpus}
@@ -68,12 +93,19 @@ def train(folder: Path, checkpoints: Path, runs: Path, save_every: int) -> None:
         texts["samples"] = draw_samples(teacher, corpus, recipe, run / "samples.npy")
 
     trainee = training.make_trainee(recipe, teacher, np.concatenate(list(texts.values())))
-    params = trainee.init(jax.random.key(recipe.seed))
-    with tempfile.TemporaryDirectory() as folder:  # what cannot be written is refused before it is trained
-        trainee.write(Path(folder) / recipe.name, halved(params), tokenizer, {})
+    params = trainee.init(jax.random.key(recipe.seed), None if mesh is None else trainee.places(mesh, rules))
+    trial = run / ".trial"  # what cannot be written is refused before it is trained
+    trainee.write(trial, halved(params), tokenizer, {})
+    if hosts.is_first():
+        shutil.rmtree(trial)
     history = []
     for number, stage in enumerate(recipe.stages):
-        with tqdm(total=stage.steps, desc=f"stage {number}: {stage.loss} on {stage.text}", unit="step") as bar:
+        with tqdm(
+            total=stage.steps,
+            desc=f"stage {number}: {stage.loss} on {stage.text}",
+            unit="step",
+            disable=not hosts.is_first(),
+        ) as bar:
 
             def on_step(done: int, loss: float, bar: tqdm = bar) -> None:
                 bar.update(done - bar.n)
@@ -105,11 +137,13 @@ def train(folder: Path, checkpoints: Path, runs: Path, save_every: int) -> None:
     }
     if teacher is not None:
         drafter = trainee.drafter(measured, min(NUM_DRAFT, trainee.max_draft or NUM_DRAFT))
-        metrics["held_out_acceptance"] = held_out_acceptance(teacher, drafter, held_out)
+        drafter = drafter if mesh is None else specjax.shard(drafter, mesh, rules)
+        metrics["held_out_acceptance"] = held_out_acceptance(teacher, drafter, held_out, mesh)
     for name, value in metrics.items():
         print(f"{name}: {value}")
     trainee.write(checkpoints / recipe.name, stored, tokenizer, {**metrics, "stages": history})
-    plot(history, checkpoints / recipe.name / "loss.png")
+    if hosts.is_first():
+        plot(history, checkpoints / recipe.name / "loss.png")
 
 
 def halved(params: Any) -> Any:
@@ -121,7 +155,9 @@ def start_run(run: Path, recipe: training.Recipe, teacher: specjax.LanguageModel
     """Writes down what the folder's checkpoints come from, or makes sure that it is what they came from."""
     digest = hashlib.sha256(corpus.tobytes())
     for leaf in jax.tree.leaves(None if teacher is None else teacher.params):
-        digest.update(np.asarray(leaf).tobytes())
+        digest.update(hosts.gathered(leaf).tobytes())
+    if not hosts.is_first():
+        return
     origin = {"recipe": recipe.digest, "text and target": digest.hexdigest()[:16]}
     file = run / "origin.json"
     if not file.is_file():
@@ -158,8 +194,9 @@ def draw_samples(
     openings = training.Windows(corpus, PROMPT_TOKENS, rows, recipe.seed)
     temperature = np.where(np.arange(rows) % 2, 0.0, 1.0).astype(np.float32)
     pieces: list[np.ndarray] = []
-    with tqdm(total=recipe.sample_tokens, desc="samples", unit="token") as bar:
-        while bar.n < recipe.sample_tokens:
+    drawn = 0
+    with tqdm(total=recipe.sample_tokens, desc="samples", unit="token", disable=not hosts.is_first()) as bar:
+        while drawn < recipe.sample_tokens:
             generation = specjax.generate(
                 teacher,
                 openings.batch(len(pieces)),
@@ -167,9 +204,14 @@ def draw_samples(
                 sampling=specjax.Sampling(temperature=temperature, seed=recipe.seed + rows * len(pieces)),
                 max_new_tokens=limit - PROMPT_TOKENS,
             )
-            pieces.append(np.asarray(generation.tokens_bs)[:, :limit].reshape(-1))
-            bar.update(int(np.sum(generation.stats.emitted_b)))
+            generation = hosts.gathered(generation)
+            pieces.append(generation.tokens_bs[:, :limit].reshape(-1))
+            emitted = int(generation.stats.emitted_b.sum())
+            drawn += emitted
+            bar.update(emitted)
     samples = np.concatenate(pieces)
+    if not hosts.is_first():
+        return samples
     partial = file.with_suffix(".partial.npy")
     np.save(partial, samples)
     partial.replace(file)
@@ -192,18 +234,22 @@ def held_out_loss(
     return float(np.mean(values))
 
 
-def held_out_acceptance(target: specjax.LanguageModel, drafter: specjax.Drafter, tokens: np.ndarray) -> dict[str, dict]:
+def held_out_acceptance(
+    target: specjax.LanguageModel, drafter: specjax.Drafter, tokens: np.ndarray, mesh: Mesh | None
+) -> dict[str, dict]:
     """Returns acceptance by position and tokens per round behind held-out excerpts, greedy and at temperature 1."""
     limits = (target.max_positions, drafter.max_positions, PROMPT_TOKENS + NEW_TOKENS)
     limit = min(limit for limit in limits if limit is not None)
     length = min(PROMPT_TOKENS, limit // 2)
     prompts = training.Windows(tokens, length, HELD_OUT_PROMPTS, seed=0).batch(0)
+    parts = 1 if mesh is None else mesh.shape["data"]
+    prompts = np.resize(prompts, (math.ceil(HELD_OUT_PROMPTS / parts) * parts, length))  # the first again, uncounted
     figures = {}
     for temperature in (0.0, 1.0):
         sampling = specjax.Sampling(temperature=temperature)
         room = min(NEW_TOKENS, limit - length)
         generation = specjax.generate(target, prompts, drafter=drafter, sampling=sampling, max_new_tokens=room)
-        stats = jax.device_get(generation.stats)
+        stats = jax.tree.map(lambda x: x[:HELD_OUT_PROMPTS], hosts.gathered(generation.stats))
         by_position = stats.accepted_at_bg.sum(0) / stats.drafted_at_bg.sum(0)
         figures[f"temperature {temperature:g}"] = {
             "num_draft": drafter.num_draft,

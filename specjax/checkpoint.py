@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 import os
 import shutil
 import time
@@ -12,7 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
@@ -20,14 +23,16 @@ from specjax.drafters.model import ModelDrafter
 from specjax.drafters.shared_vocabulary import shared_vocabulary_drafter
 from specjax.hf.config import decoder_config, read_config
 from specjax.hf.keys import read_json
+from specjax.hf.names import ParameterPath, parameters
 from specjax.hf.weights import Parameter, open_weights
-from specjax.sharding import RULES, Rules, shardings
+from specjax.sharding import RULES, Rules, shard, shardings
 from specjax.text.vocabulary import match_vocabularies
 from specjax.transformer.config import DecoderConfig, check_integer
 from specjax.transformer.decoder import abstract_params, decoder_model
 from specjax.types import Drafter, LanguageModel
 
 _LEAST_BUFFER = 64 * 10**6
+_LEAST_CHUNK, _CHUNKS = 4 * 2**20, 64  # bytes, and about how many an array of more has
 
 
 def default_dtype() -> jnp.dtype:
@@ -40,6 +45,8 @@ def save(
 ) -> None:
     """Writes a checkpoint folder, replacing one that is there only once the new one is whole.
 
+    Several processes all call it, with a folder that all see, and each writes the parameters that it holds.
+
     Args:
       path: the folder.
       config: what ``config.json`` is to hold, Hugging Face's keys.
@@ -51,11 +58,22 @@ def save(
       ValueError: the config is of no supported model, or the parameters are not those it describes.
     """
     check_params(params, abstract_params(decoder_config(config)))
-    with new_folder(path) as folder:
-        write_json(folder / "config.json", config)
-        write_json(folder / "metrics.json", metrics)
-        tokenizer.save(str(folder / "tokenizer.json"))
+    with _folder_of_all(path) as folder:
+        if jax.process_index() == 0:
+            write_json(folder / "config.json", config)
+            write_json(folder / "metrics.json", metrics)
+            tokenizer.save(str(folder / "tokenizer.json"))
         save_params(folder, params)
+
+
+@contextlib.contextmanager
+def _folder_of_all(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields the ``new_folder`` of the first process to all of them; it is in its place when they leave."""
+    with new_folder(path) if jax.process_index() == 0 else contextlib.nullcontext() as folder:
+        name = np.frombuffer((b"" if folder is None else folder.name.encode()).ljust(256, b"\0"), np.uint8)
+        told = np.asarray(multihost_utils.broadcast_one_to_all(name)).tobytes().rstrip(b"\0").decode()
+        yield Path(path).absolute().with_name(told)
+    multihost_utils.sync_global_devices("specjax.checkpoint.save")
 
 
 @contextlib.contextmanager
@@ -100,12 +118,18 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def save_params(folder: Path, params: Any) -> None:
-    """Writes ``params/``. JAX arrays of a CPU are written as they lie, with buffers of no more than the largest."""
+    """Writes ``params/``, from several processes each its parts; all must call it.
+
+    JAX arrays of a CPU are written as they lie, with buffers of no more than the largest. Large ones are cut along all
+    dimensions into chunks, since a reader of a slice reads, and holds, the whole of each chunk that it touches.
+    """
     buffer = max(_LEAST_BUFFER, *(leaf.nbytes + 1 for leaf in jax.tree.leaves(params)))
     handler = ocp.StandardCheckpointHandler(save_concurrent_gb=buffer / 1e9)  # type: ignore  (any number will do)
+    chunks = jax.tree.map(lambda x: ocp.SaveArgs(chunk_byte_size=max(_LEAST_CHUNK, x.nbytes // _CHUNKS)), params)
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(folder / "params", params)
-    (folder / "params" / "commit_success.txt").unlink(missing_ok=True)  # Orbax wrote the folder's absolute path there
+        checkpointer.save(folder / "params", args=ocp.args.StandardSave(params, save_args=chunks))
+    if jax.process_index() == 0:  # Orbax wrote the folder's absolute path there
+        (folder / "params" / "commit_success.txt").unlink(missing_ok=True)
 
 
 def load(
@@ -145,11 +169,20 @@ def load(
 
 def _placed(config: DecoderConfig, dtype: jnp.dtype, mesh: Mesh | None, rules: Rules) -> Any:
     """Returns the parameters' shapes and dtypes, and where each goes if there is a mesh."""
-    abstract = abstract_params(config, dtype)
+    return placed(decoder_model(config, abstract_params(config, dtype)), mesh, rules)
+
+
+def placed(model: Any, mesh: Mesh | None, rules: Rules) -> Any:
+    """Returns the parameters' shapes and dtypes, and where each goes if there is a mesh.
+
+    Args:
+      model: a model or drafter of one's own ``params``, whose leaves have shapes and dtypes.
+      mesh, rules: as for ``load``, errors too.
+    """
     if mesh is None:
-        return abstract
-    places = shardings(decoder_model(config, abstract), mesh, rules).params
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, places)
+        return model.params
+    places = shardings(model, mesh, rules).params
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), model.params, places)
 
 
 def check_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
@@ -178,18 +211,40 @@ def check_params(params: Any, wanted: Any) -> None:
 
 
 def load_params(path: Path, abstract: Any) -> Any:
-    """Reads ``params/`` in the dtypes of ``abstract``, onto its shardings or the default device."""
+    """Reads ``params/`` in the dtypes of ``abstract``, onto its shardings or the default device.
+
+    A few at a time, since Orbax holds what it reads twice over until it is on the device.
+    """
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), abstract)
+    try:
+        buffer = max(_LEAST_BUFFER, _largest_read(path, expected) + 1)
+        handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=buffer / 1e9)  # type: ignore  (as for saving)
+        with ocp.Checkpointer(handler) as checkpointer:
+            return checkpointer.restore(path / "params", args=ocp.args.StandardRestore(expected))
+    except Exception as error:  # Orbax and TensorStore raise many kinds for a file that is absent or cut short
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{path / 'params'} cannot be read as the parameters that config.json describes ({reason}); "
+            "it is truncated or of another model, copy or convert it again"
+        ) from error
+
+
+def _largest_read(path: Path, expected: Any) -> int:
+    """Returns a bound on the bytes of the chunks that a device's part of an array touches."""
     with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            return checkpointer.restore(path / "params", expected)
-        except Exception as error:  # Orbax and TensorStore raise many kinds for a file that is absent or cut short
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"{path / 'params'} cannot be read as the parameters that config.json describes ({reason}); "
-                "it is truncated or of another model, copy or convert it again"
-            ) from error
+        metadata = checkpointer.metadata(path / "params").item_metadata
+    if metadata is None:
+        raise ValueError("there is no _METADATA")
+    stored = {tuple(map(str, names)): array for names, array in parameters(dict(metadata.tree))}
+
+    def touched(names: ParameterPath, like: jax.ShapeDtypeStruct) -> int:
+        array = stored[tuple(map(str, names))]  # Orbax makes strings of the layers' numbers
+        part, chunk = like.sharding.shard_shape(like.shape), array.storage.chunk_shape
+        wholes = (min(-(-n // of) * of, wide + 2 * of) for n, wide, of in zip(array.shape, part, chunk, strict=True))
+        return math.prod(wholes) * array.dtype.itemsize
+
+    return max(touched(*parameter) for parameter in parameters(expected))
 
 
 def read_params(params: Any, abstract: Any, on_read: Callable[[int], None] = lambda size: None) -> Any:
@@ -253,8 +308,12 @@ def load_drafter(
     num_draft: int = 4,
     dtype: jnp.dtype | str | None = None,
     tokenizer: Tokenizer | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules = RULES,
 ) -> Drafter:
     """Opens a folder that ``load`` opens as a drafter for ``target``.
+
+    Draft heads are opened by ``open_mtp``, ``open_eagle`` and ``open_medusa``.
 
     Args:
       path: the folder.
@@ -263,13 +322,16 @@ def load_drafter(
       dtype: as for ``load``.
       tokenizer: the target's. With it, a draft of another vocabulary is a ``SharedVocabularyDrafter``; without it,
         the draft's tokenizer is taken to be the target's.
+      mesh: as for ``load``; the target's, if that is on one.
+      rules: as for ``specjax.shard``; a small draft is best whole on each device, by ``rules={}``.
 
     Raises:
       ValueError: as for ``load``, or ``num_draft`` is below 1, or the two vocabularies have no token in common, or
         differ in size while no tokenizer is given.
+      TypeError: as ``specjax.shard``.
     """
     check_integer("num_draft", num_draft, 1)
-    model = load(path, dtype)
+    model = load(path, dtype, mesh, rules)
     alike = model.vocab_size == target.vocab_size
     if tokenizer is None and not alike:
         raise ValueError(
@@ -285,4 +347,5 @@ def load_drafter(
         shared = match_vocabularies(tokenizer, own, target.vocab_size, model.vocab_size)
     except ValueError as error:
         raise ValueError(f"{path} cannot draft for this target: {error}") from None
-    return shared_vocabulary_drafter(model, shared, num_draft)
+    drafter = shared_vocabulary_drafter(model, shared, num_draft)
+    return drafter if mesh is None else shard(drafter, mesh, rules)  # its tables: the model is there already

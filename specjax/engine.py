@@ -19,7 +19,7 @@ from specjax import sampling as sampling_lib
 from specjax import verify as rules
 from specjax.requests import Request, check_key, check_rule, lay_out
 from specjax.sampling import RoundDraws, Sampling
-from specjax.sharding import ROWS, WHOLE, by_rows
+from specjax.sharding import ROWS, WHOLE, by_rows, gathered
 from specjax.types import Cache, Context, Drafter, Draw, Generation, LanguageModel, Proposal, Stats, VerifyRule
 
 
@@ -29,7 +29,7 @@ class State:
 
     Attributes:
       tokens_bs: int32, prompt and emitted tokens, zeros past a row's length.
-      length_b: int32.
+      length_b: int32, tokens of each row.
       done_b: bool; such a row emits nothing, and what its passes write lies past its length.
       cache: the target's, holding the first ``length_b - 1`` tokens of each row.
       draft: the drafter's own state.
@@ -342,7 +342,10 @@ def prefill(
     slots: int | None = None,
     key: Array | None = None,
 ) -> State:
-    """Fills the caches from the prompts, for loops of one's own around ``step``. The arguments are ``generate``'s."""
+    """Fills the caches from the prompts, for loops of one's own around ``step``.
+
+    The arguments are ``generate``'s, and so is what is raised.
+    """
     check_key(key)
     prompt_bt, request, slots = lay_out(
         target, drafter, prompt_bt, prompt_length_b, sampling, max_new_tokens, stop_tokens, slots
@@ -372,6 +375,9 @@ def stream(
 
     Yields:
       The generation so far; the last one is what ``generate`` returns.
+
+    Raises:
+      ValueError, TypeError: as for ``generate``, when it is called rather than at the first yield.
     """
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds is {rounds!r}; give an integer of at least 1")
@@ -396,4 +402,4 @@ def _run(
     classes = classes_key(target, drafter)
     while not state.done_b.all():
         state = _rounds_jit(target, state, drafter, rounds, classes=classes, verify=verify)
-        yield jax.device_get(_generation(state))
+        yield gathered(_generation(state))

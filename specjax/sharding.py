@@ -13,6 +13,8 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from specjax.types import Axis
@@ -31,6 +33,10 @@ RULES: Rules = MappingProxyType(
     }
 )
 """Logical axis -> mesh axis; None keeps it whole. One that the mesh lacks splits nothing."""
+
+FULLY_SHARDED: Rules = MappingProxyType({**RULES, "embed": "data"})
+"""Rules for training: the width of the residual stream, which nearly all parameters have, is split over ``data`` also.
+Each device holds its part alone of parameters and optimiser state (Rajbhandari et al. 2020, ZeRO, section 5)."""
 
 ROWS, WHOLE = PartitionSpec("data"), PartitionSpec()
 """How ``by_rows`` treats an array: rows come first in it, or every part of the data axis gets it whole."""
@@ -69,7 +75,8 @@ def shard(model: T, mesh: Mesh, rules: Rules = RULES) -> T:
     """Returns the model or drafter with its parameters on the mesh.
 
     Then ``specjax.generate`` and the others run on it under ``jax.set_mesh(mesh)``, without further arguments. A
-    drafter may be split otherwise than its target: a small one is best replicated, by ``rules={}``.
+    drafter may be split otherwise than its target: a small one is best replicated, by ``rules={}``. On a mesh of
+    several processes, all call it, with the same arrays, of which each keeps its parts.
 
     Args:
       model: a ``LanguageModel`` or a drafter. What belongs to no parameter that declares its axes is replicated.
@@ -82,7 +89,14 @@ def shard(model: T, mesh: Mesh, rules: Rules = RULES) -> T:
       TypeError, ValueError: an argument is of another kind; a rule names an axis that there is not; the mesh has one
         that no rule uses; a model declares no axes and is not to be replicated; an axis does not divide.
     """
-    return jax.device_put(model, shardings(model, mesh, rules))
+    return jax.tree.map(_put, model, shardings(model, mesh, rules))
+
+
+def _put(array: Any, place: NamedSharding) -> jax.Array:
+    if place.is_fully_addressable or (isinstance(array, jax.Array) and not array.is_fully_addressable):
+        return jax.device_put(array, place)
+    whole = np.asarray(array)  # device_put would send an array of this process alone to the others, which not all can
+    return jax.make_array_from_callback(whole.shape, place, whole.__getitem__)
 
 
 def shardings(model: T, mesh: Mesh, rules: Rules = RULES) -> T:
@@ -163,6 +177,20 @@ def _check_rules(mesh: Mesh, rules: Any) -> None:
             f"the mesh has an axis {idle[0]!r}, which no rule uses; name the axes {', '.join(_MESH_AXES)}, or give "
             "rules that map logical axes to it"
         )
+
+
+def gathered(tree: T) -> T:
+    """Returns a tree's arrays as NumPy arrays, whole in every process.
+
+    ``jax.device_get`` does where one process holds them. Where several hold parts, as of what ``generate`` returns
+    under a mesh of several hosts, all of them must call this, at the same point.
+    """
+
+    def whole(x: Any) -> Any:
+        apart = isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
+        return multihost_utils.process_allgather(x, tiled=True) if apart else x
+
+    return jax.device_get(jax.tree.map(whole, tree))
 
 
 def by_rows(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:

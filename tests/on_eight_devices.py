@@ -20,16 +20,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 from jax.sharding import AxisType, PartitionSpec
 from test_compiled import computations, copies, outer_loops, reachable
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
 
 import specjax
-from specjax import FeatureDrafter, MedusaDrafter, ModelDrafter, MTPDrafter, NGramDrafter, Sampling, engine, verify
+from specjax import (
+    Cascade,
+    EarlyExitDrafter,
+    FeatureDrafter,
+    MedusaDrafter,
+    ModelDrafter,
+    MTPDrafter,
+    NGramDrafter,
+    Proposal,
+    Sampling,
+    Verdict,
+    engine,
+    verify,
+)
 from specjax.drafters.eagle import EagleHead
 from specjax.drafters.medusa import init_medusa_params
 from specjax.drafters.mtp import MTPConfig, init_mtp_params
+from specjax.heads.eagle import eagle_head
 from specjax.hf.config import decoder_config
 from specjax.requests import lay_out
 from specjax.sharding import RULES, make_mesh, shard, shardings
@@ -38,14 +53,20 @@ from specjax.transformer import moe
 from specjax.transformer.config import DecoderConfig, ExpertsConfig, LatentConfig, LayerConfig, plain_rope
 from specjax.transformer.decoder import decoder_model, init_params
 
-ROWS, DRAFTS, NEW, SLOTS, VOCAB, WIDTH, MLP, HEAD, KV_HEADS = 8, 2, 16, 128, 64, 32, 48, 8, 2
+ROWS, DRAFTS, NEW, SLOTS, VOCAB, WIDTH, MLP, HEAD, KV_HEADS = 24, 2, 16, 128, 64, 32, 48, 8, 2
 DENSE = DecoderConfig(VOCAB, WIDTH, MLP, 1, num_attention_heads=8, num_key_value_heads=KV_HEADS, head_dim=HEAD)
 MIXTURE = dataclasses.replace(
     DENSE,
     layers=(LayerConfig(plain_rope(HEAD), experts=True),),
     experts=ExpertsConfig(num_experts=8, per_token=2, intermediate_size=16, shared_size=16),
 )
+DEEPSEEK = dataclasses.replace(  # experts, and latents in place of keys and values
+    MIXTURE,
+    layers=(LayerConfig(plain_rope(4), experts=True),),
+    latent=LatentConfig(query_rank=16, key_value_rank=16, plain_width=8, rotary_width=4, value_width=8),
+)
 PROMPT = np.random.default_rng(0).integers(0, VOCAB, (ROWS, 7), np.int32)
+PROMPT[:, 0] = np.arange(ROWS)  # which says what drafts for a row, see ``ByRow``
 
 
 def loud(params):
@@ -59,61 +80,133 @@ def decoder(config, seed=0):
 
 
 def drafter(kind, config, drafts=DRAFTS):
-    if kind == "model":  # the target, a little disturbed: it is often right
-        noise = init_params(config, jax.random.key(1))
-        params = jax.tree.map(lambda x, y: x + (y if x.ndim > 1 else 0 * y), decoder(config).params, noise)
-        return ModelDrafter(decoder_model(config, params), drafts)
+    key = jax.random.key(2)
+    if kind == "model":  # the dense target, a little disturbed: of that it is often right
+        noise = init_params(DENSE, jax.random.key(1))
+        params = jax.tree.map(lambda x, y: x + (y if x.ndim > 1 else 0 * y), decoder(DENSE).params, noise)
+        return ModelDrafter(decoder_model(DENSE, params), drafts)
     if kind == "ngram":
         return NGramDrafter(drafts, min_n=1)
+    if kind == "early exit":
+        return EarlyExitDrafter(1, drafts)
+    if kind == "cascade":
+        return Cascade(drafter("ngram", config, drafts), drafter("medusa", config, drafts))
+    if kind == "medusa":
+        return MedusaDrafter(init_medusa_params(decoder(config).params["lm_head"]["kernel"], drafts), drafts)
+    if kind == "eagle":
+        head = EagleHead(DENSE, (0, 1))
+        return FeatureDrafter(loud(head.init_params(key)), head, drafts)
     modules = MTPConfig(DENSE)
-    return MTPDrafter(loud(init_mtp_params(modules, jax.random.key(2))), modules, 1)
+    return MTPDrafter(loud(init_mtp_params(modules, key)), modules, 1)
 
 
-def generate(target, draft, rule, sampling):
+def generate(target, draft, rule):
     return specjax.generate(
-        target, PROMPT, drafter=draft, verify=rule, sampling=sampling, max_new_tokens=NEW, slots=SLOTS
+        target, PROMPT, drafter=draft, verify=rule, sampling=SAMPLING, max_new_tokens=NEW, slots=SLOTS
     )
 
 
 @functools.cache
-def plainly(config, sampled):
+def plainly(config):
     """Plain decoding on one device: greedily what any rule and drafter emit, and with noise what ``coupled`` does."""
-    return np.asarray(generate(decoder(config), None, verify.block, sampling(sampled)).tokens_bs)
+    return np.asarray(generate(decoder(config), None, verify.block).tokens_bs)
 
 
-def sampling(sampled):
-    """Half of the rows greedy, or all; one row with filters."""
-    temperature = np.repeat(np.float32([0, 1]), ROWS // 2) if sampled else np.zeros(ROWS, np.float32)
-    return Sampling(temperature=temperature, top_k=np.int32([0] * (ROWS - 1) + [9]), top_p=np.float32(0.9))
+# Half of the rows greedy, the others with filters; of 8 tokens, so that texts repeat themselves and n-grams are right.
+SAMPLING = Sampling(
+    temperature=np.repeat(np.float32([0, 1]), ROWS // 2),
+    top_k=5,
+    top_p=np.float32(0.9),
+    logit_bias=np.where(np.arange(VOCAB) < 8, 0, -np.inf),
+)
 
 
 # Tokens.
 
 
-def same_tokens(rule, kind, drafts, sizes, rules=RULES):
-    config, mesh = (MIXTURE if len(sizes) == 3 else DENSE), make_mesh(*sizes)
-    target, draft = shard(decoder(config), mesh), shard(drafter(kind, config, drafts), mesh, rules)
+@struct.dataclass
+class ByRow:
+    """Several drafters, each for the rows whose first token is its turn: all are compiled in one program."""
+
+    parts: tuple
+
+    vocab_size, max_positions = VOCAB, None
+
+    @property
+    def num_draft(self):
+        return self.parts[0].num_draft
+
+    @property
+    def capture(self):
+        return tuple(dict.fromkeys(index for part in self.parts for index in part.capture))
+
+    def start(self, context, features, slots):
+        return tuple(part.start(context, self._of(part, features), slots) for part in self.parts)
+
+    def propose(self, state, context, draw):
+        row_b, turn_b = jnp.arange(context.length_b.size), context.tokens_bs[:, 0] % len(self.parts)
+        proposals, states = [], []
+        for part, own in zip(self.parts, state, strict=True):
+            proposal, own = part.propose(own, context, draw)
+            cache = context.cache if proposal.cache is None else proposal.cache
+            context = dataclasses.replace(context, cache=cache)
+            probs_bgv = verify.draft_probs(proposal, VOCAB, jnp.float32)
+            proposals.append(Proposal(proposal.tokens_bg, probs_bgv, proposal.length_b))
+            states.append(own)
+        chosen = jax.tree.map(lambda *parts: jnp.stack(parts)[turn_b, row_b], *proposals)
+        return dataclasses.replace(chosen, cache=context.cache), tuple(states)
+
+    def commit(self, state, context, verdict, features):
+        pairs = zip(self.parts, state, strict=True)
+        return tuple(part.commit(own, context, verdict, self._of(part, features)) for part, own in pairs)
+
+    def _of(self, part, features):
+        return tuple(features[self.capture.index(index)] for index in part.capture)
+
+
+@dataclasses.dataclass(frozen=True)
+class EveryRule:
+    """The verdict of ``coupled``, spoiled where the target is one-hot and ``token`` or ``block`` finds another."""
+
+    shares_noise = True
+
+    def __call__(self, proposal, target_bsv, draws):
+        verdict = verify.coupled(proposal, target_bsv, draws)
+        spoiled_b = jnp.zeros_like(verdict.next_b, bool)
+        for rule in (verify.token, verify.block):
+            other = rule(proposal, target_bsv, draws)
+            spoiled_b |= (other.num_accepted_b != verdict.num_accepted_b) | (other.next_b != verdict.next_b)
+        spoiled_b &= (target_bsv.max(-1) == 1).all(-1)
+        return Verdict(verdict.num_accepted_b, jnp.where(spoiled_b, VOCAB - 1 - verdict.next_b, verdict.next_b))
+
+
+def same_tokens(config, kinds, sizes, rules=RULES):
+    """All rules and some drafters over a mesh, against plain decoding on one device."""
+    mesh, parts = make_mesh(*sizes), tuple(drafter(kind, config, 1) for kind in kinds)
+    target, draft = shard(decoder(config), mesh), shard(ByRow(parts), mesh, rules)
     with jax.set_mesh(mesh):
-        out = generate(target, draft, rule, sampling(rule is verify.coupled))
-    np.testing.assert_array_equal(out.tokens_bs, plainly(config, rule is verify.coupled))
-    assert out.stats.drafted_b.sum() > 0
-    assert kind != "model" or out.stats.accepted_b.sum() > ROWS
+        out = generate(target, draft, EveryRule())
+    turn_b, wanted_bs = PROMPT[:, 0] % len(kinds), plainly(config)
+    for turn, kind in enumerate(kinds):
+        np.testing.assert_array_equal(out.tokens_bs[turn_b == turn], wanted_bs[turn_b == turn], kind)
+        drafted, accepted = (int(x[turn_b == turn].sum()) for x in (out.stats.drafted_b, out.stats.accepted_b))
+        print(f"{kind}: {accepted} of {drafted} drafts accepted")
+        assert accepted > 0, kind
 
 
-CASES = [  # rule, drafter, its drafts, mesh, the drafter's rules
-    (verify.token, "model", 1, (1, 8), RULES),
-    (verify.block, "model", DRAFTS, (2, 4), RULES),
-    (verify.block, "ngram", DRAFTS, (8, 1), RULES),
-    (verify.coupled, "model", 1, (4, 2), {}),
-    (verify.coupled, "ngram", DRAFTS, (2, 2, 2), RULES),
-    (verify.coupled, "mtp", 1, (1, 1, 8), RULES),
+CASES = [  # the target, drafters, mesh, the drafters' rules
+    (DENSE, ("model", "ngram", "mtp"), (1, 8), RULES),
+    (DENSE, ("model", "ngram", "mtp"), (2, 4), RULES),
+    (DENSE, ("model", "ngram", "mtp"), (4, 2), {}),
+    (DENSE, ("model", "ngram", "mtp"), (8, 1), RULES),
+    (DEEPSEEK, ("model", "ngram", "mtp"), (2, 2, 2), RULES),
+    (DEEPSEEK, ("eagle", "medusa", "early exit", "cascade"), (2, 4), RULES),
 ]
-NAMES = {verify.token: "token", verify.block: "block", verify.coupled: "coupled"}
 
 
 def stream_keeps_caches_split_and_gives_the_same_tokens():
     mesh = make_mesh(4, 2)
-    target, settings = shard(decoder(DENSE), mesh), {"max_new_tokens": NEW, "slots": SLOTS, "sampling": sampling(True)}
+    target, settings = shard(decoder(DENSE), mesh), {"max_new_tokens": NEW, "slots": SLOTS, "sampling": SAMPLING}
     with jax.set_mesh(mesh):
         state = specjax.prefill(target, PROMPT, **settings)
         for keys_or_values in jax.tree.leaves(state.cache):
@@ -121,24 +214,22 @@ def stream_keeps_caches_split_and_gives_the_same_tokens():
         assert state.length_b.sharding.spec == state.done_b.sharding.spec == PartitionSpec("data")
         *_, last = specjax.stream(target, PROMPT, rounds=5, verify=verify.coupled, **settings)
         state = jax.jit(specjax.step)(target, state)
-    np.testing.assert_array_equal(last.tokens_bs, plainly(DENSE, True))
-    np.testing.assert_array_equal(state.tokens_bs[:, :8], plainly(DENSE, True)[:, :8])
+    np.testing.assert_array_equal(last.tokens_bs, plainly(DENSE))
+    np.testing.assert_array_equal(state.tokens_bs[:, :8], plainly(DENSE)[:, :8])
 
 
 def data_parallel(wrap):
     """``wrap`` splits rows over devices; the function it gets knows no mesh."""
 
     def ask(params, prompt_bt, temperature_b, seed_b):
-        settings = {"sampling": Sampling(temperature=temperature_b, seed=seed_b), "max_new_tokens": NEW}
-        return specjax.generate(decoder_model(DENSE, params), prompt_bt, **settings).tokens_bs
+        settings = dataclasses.replace(SAMPLING, temperature=temperature_b, seed=seed_b)
+        model = decoder_model(DENSE, params)
+        return specjax.generate(model, prompt_bt, sampling=settings, max_new_tokens=NEW).tokens_bs
 
-    temperature_b, seed_b = np.repeat(np.float32([0, 1]), ROWS // 2), np.arange(ROWS, dtype=np.uint32)
-    alone = specjax.generate(
-        decoder(DENSE), PROMPT, sampling=Sampling(temperature=temperature_b), max_new_tokens=NEW, slots=SLOTS
-    )
-    tokens_bs = np.asarray(wrap(ask)(decoder(DENSE).params, PROMPT, temperature_b, seed_b)).reshape(ROWS, -1)
+    seed_b = np.arange(ROWS, dtype=np.uint32)
+    tokens_bs = np.asarray(wrap(ask)(decoder(DENSE).params, PROMPT, SAMPLING.temperature, seed_b)).reshape(ROWS, -1)
     end = PROMPT.shape[1] + NEW
-    np.testing.assert_array_equal(tokens_bs[:, :end], alone.tokens_bs[:, :end])
+    np.testing.assert_array_equal(tokens_bs[:, :end], plainly(DENSE)[:, :end])
 
 
 def a_callers_shard_map_runs_generate():
@@ -150,7 +241,7 @@ def a_callers_shard_map_runs_generate():
 def a_callers_pmap_runs_generate():
     def wrap(ask):
         mapped = jax.pmap(ask, in_axes=(None, 0, 0, 0))
-        return lambda params, *rows: mapped(params, *(x.reshape(8, 1, *x.shape[1:]) for x in rows))
+        return lambda params, *rows: mapped(params, *(x.reshape(8, ROWS // 8, *x.shape[1:]) for x in rows))
 
     data_parallel(wrap)
 
@@ -220,7 +311,7 @@ def a_round_keeps_to_its_budget_of_collectives():
     mesh = make_mesh(data, tensor)
     target, draft = shard(decoder(DENSE), mesh), shard(drafter("model", DENSE), mesh)
     with jax.set_mesh(mesh):
-        prompt_bt, request, slots = lay_out(target, draft, PROMPT, None, sampling(False), NEW, (), SLOTS)
+        prompt_bt, request, slots = lay_out(target, draft, PROMPT, None, Sampling(), NEW, (), SLOTS)
         static = {"classes": engine.classes_key(target, draft), "verify": verify.block, "slots": slots}
         hlo = engine._generate_jit.lower(target, prompt_bt, request, None, draft, **static).compile().as_text()
     (body,) = outer_loops(hlo)
@@ -292,9 +383,7 @@ def each_device_holds_its_part():
 
 
 def latents_are_whole_and_their_heads_are_split():
-    latent = LatentConfig(query_rank=16, key_value_rank=16, plain_width=8, rotary_width=4, value_width=8)
-    config = dataclasses.replace(DENSE, layers=(LayerConfig(plain_rope(4)),), latent=latent)
-    specs = split_axes(shardings(decoder(config), make_mesh(1, 8)).params)
+    specs = split_axes(shardings(decoder(DEEPSEEK), make_mesh(1, 8)).params)
     attention = "['layers'][0]['self_attn']"
     assert specs[f"{attention}['k_up']"] == specs[f"{attention}['v_up']"] == ("tensor", None, None)
     assert specs[f"{attention}['q_b_proj']['kernel']"] == (None, "tensor")
@@ -319,6 +408,15 @@ def heads_of_all_kinds_are_split():
     assert split_axes(shardings(cascade, mesh))[".second.model.params['lm_head']['kernel']"] == (None, "tensor")
 
 
+def letters(step=1):
+    """Returns a tokenizer of one byte per token, in this order or backwards."""
+    tokenizer = Tokenizer(
+        BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet())[:VOCAB][::step])}, [])
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
 def folders_load_onto_the_mesh():
     """Both kinds of folder, a mixture of experts among them: the parts are those of the whole."""
     mesh, raw = (
@@ -335,10 +433,9 @@ def folders_load_onto_the_mesh():
             "num_experts_per_tok": 2,
         },
     )
-    tokenizer = Tokenizer(WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t0"))
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs = f"{folder}/ours", f"{folder}/theirs"
-        specjax.save(ours, raw, init_params(decoder_config(raw), jax.random.key(0)), tokenizer, {})
+        specjax.save(ours, raw, init_params(decoder_config(raw), jax.random.key(0)), letters(), {})
         specjax.export_hf(ours, theirs)
         alone = specjax.load(ours)
         places = shardings(alone, mesh).params
@@ -348,6 +445,61 @@ def folders_load_onto_the_mesh():
             assert jax.tree.all(
                 jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim), params, places)
             )
+
+
+def drafters_load_onto_the_mesh():
+    """Of all kinds of folder, the parts are those of the whole, for a target in parts; what does not fit is refused."""
+    mesh, key = make_mesh(2, 4), jax.random.key(0)
+    raw = {
+        "model_type": "llama",
+        "vocab_size": VOCAB,
+        "hidden_size": WIDTH,
+        "intermediate_size": MLP,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 8,
+        "num_key_value_heads": KV_HEADS,
+    }
+    eagle = {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 16}
+    eagle |= raw | {"eagle_aux_hidden_state_layer_ids": [0, 1]}
+    kinds = {
+        "model": specjax.load_drafter,
+        "another vocabulary": functools.partial(specjax.load_drafter, tokenizer=letters(-1)),
+        "mtp": specjax.open_mtp,
+        "eagle": specjax.open_eagle,
+        "medusa": specjax.open_medusa,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {kind: f"{folder}/{'model' if kind == 'another vocabulary' else kind}" for kind in kinds}
+        params = init_params(decoder_config(raw), key)
+        specjax.save(paths["model"], raw, params, letters(), {})
+        alone, apart = specjax.load(paths["model"]), specjax.load(paths["model"], mesh=mesh)
+        modules = MTPConfig(decoder_config(raw))
+        shared = {"embed_tokens": params["embed_tokens"], "lm_head": params["lm_head"]}  # which the target lends
+        specjax.write_mtp(paths["mtp"], raw, {0: init_mtp_params(modules, key)[0] | shared})
+        specjax.write_eagle(paths["eagle"], eagle, eagle_head(eagle, alone).init_params(key), alone)
+        specjax.write_medusa(paths["medusa"], init_medusa_params(params["lm_head"]["kernel"], 1))
+
+        for kind, open_drafter in kinds.items():
+            whole = open_drafter(paths[kind], alone, 1)
+            for rules in (RULES, {}):
+                parts, wanted = (
+                    open_drafter(paths[kind], apart, 1, mesh=mesh, rules=rules),
+                    shardings(whole, mesh, rules),
+                )
+                leaves = zip(*map(jax.tree.leaves, (parts, whole, wanted)), strict=True)
+                for part, array, place in leaves:
+                    np.testing.assert_array_equal(part, array, kind)
+                    assert part.dtype == array.dtype and part.sharding.is_equivalent_to(place, part.ndim), kind
+        for kind, open_drafter in {**kinds, "target": lambda path, _, __, **on: specjax.load(path, **on)}.items():
+            opened = functools.partial(open_drafter, paths.get(kind, paths["model"]), alone, 1)
+            with pytest.raises(ValueError, match=r"do not divide over the 3 devices of the mesh axis 'tensor'; make"):
+                opened(mesh=make_mesh(tensor=3))
+            with pytest.raises(ValueError, match="an axis 'model', which no rule uses"):
+                opened(mesh=jax.make_mesh((8,), ("model",), (AxisType.Auto,)))
+            with pytest.raises(ValueError, match="the axis 'tenser'; the mesh has data, tensor, expert"):
+                opened(mesh=mesh, rules={"heads": "tenser"})
+            with pytest.raises(TypeError, match=r"give a jax\.sharding\.Mesh"):
+                opened(mesh={"tensor": 4})
 
 
 # Bad input.
@@ -392,10 +544,8 @@ def bad_rows_and_meshes_are_refused_by_generate():
 
 
 CHECKS = {
-    f"{NAMES[rule]} {kind} {'x'.join(map(str, sizes))}": functools.partial(
-        same_tokens, rule, kind, drafts, sizes, rules
-    )
-    for rule, kind, drafts, sizes, rules in CASES
+    f"{', '.join(kinds)} over {'x'.join(map(str, sizes))}": functools.partial(same_tokens, config, kinds, sizes, rules)
+    for config, kinds, sizes, rules in CASES
 } | {
     check.__name__: check
     for check in (
@@ -412,6 +562,7 @@ CHECKS = {
         latents_are_whole_and_their_heads_are_split,
         heads_of_all_kinds_are_split,
         folders_load_onto_the_mesh,
+        drafters_load_onto_the_mesh,
         bad_meshes_and_rules_are_refused,
         bad_rows_and_meshes_are_refused_by_generate,
     )

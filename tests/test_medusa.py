@@ -2,18 +2,22 @@
 
 import functools
 import json
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_medusa
+import safetensors.numpy
 from safetensors.numpy import load_file, save_file
 from test_compiled import compilations
 
 import specjax
 from specjax.drafters.medusa import MedusaDrafter, head_logits, init_medusa_params
 from specjax.heads.medusa import open_medusa, write_medusa
+from specjax.hf.weights import tensors_of
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import decoder_model, init_params
 
@@ -123,6 +127,80 @@ def test_a_config_may_count_fewer_heads_than_there_are(target, tmp_path):
     assert len(open_medusa(folder, target, 5).params) == 5
 
 
+# Heads in the folder of the model that they were trained with, as FasterDecoding/medusa-v1.0-vicuna-7b-v1.5 has them.
+
+
+def write_whole(folder, file="model.safetensors"):
+    """Writes a model's config and some of its tensors, with heads in both."""
+    folder.mkdir()
+    model = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH, "vocab_size": VOCAB}
+    sizes = {"rms_norm_eps": 1e-5, "num_hidden_layers": 2, "medusa_num_heads": HEADS, "medusa_num_layers": 1}
+    (folder / "config.json").write_text(json.dumps(model | sizes))
+    own = {"lm_head.weight": (VOCAB, WIDTH), "model.norm.weight": (WIDTH,)}
+    tensors = {name: np.ones(shape, np.float32) for name, shape in own.items()} | published(1, prefix="medusa_head.")
+    save_file(tensors, folder / file)
+    return folder
+
+
+def test_heads_in_their_targets_folder_are_the_same_as_alone(target, tmp_path):
+    """What is not theirs is left out; the index names the file of each tensor."""
+    file = "model-00001-of-00001.safetensors"
+    folder = write_whole(tmp_path / "whole", file)
+    index = {"weight_map": dict.fromkeys(load_file(folder / file), file)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    alone = open_medusa(write(tmp_path / "heads", published(1)), target, HEADS)
+    jax.tree.map(np.testing.assert_array_equal, open_medusa(folder, target, HEADS).params, alone.params)
+
+
+def test_the_folder_opens_as_the_target_and_as_its_drafter(tmp_path):
+    """Heads and their counts are left out of the model."""
+    raw = {"model_type": "llama", "vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": 24}
+    raw |= {"num_hidden_layers": 1, "num_attention_heads": 2, "medusa_num_heads": HEADS, "medusa_num_layers": 1}
+    config = specjax.hf.decoder_config(raw)
+    tensors = tensors_of(specjax.hf.sources("llama", config), init_params(config, jax.random.key(0)))
+    arrays = {tensor.name: np.asarray(tensor.read()) for tensor in tensors}
+    save_file(arrays | published(1, prefix="medusa_head."), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    target = specjax.load(tmp_path, "float32")
+    assert "a Medusa head" in " ".join(specjax.hf.open_weights(tmp_path).report)
+    np.testing.assert_array_equal(target.params["norm"]["weight"], arrays["model.norm.weight"])
+    assert len(open_medusa(tmp_path, target, HEADS).params) == HEADS
+
+
+def test_heads_alone_may_be_named_after_their_target(target, tmp_path):
+    """As one published config is, by its model type; how trees are made of the tokens is another engine's matter."""
+    folder = write(tmp_path / "heads", published(1), model_type="llama", decoding_strategy="tree_decoding")
+    assert len(open_medusa(folder, target, HEADS).params) == HEADS
+
+
+def test_a_model_whose_config_does_not_count_its_heads_is_refused(target, tmp_path):
+    """As some published ones do not."""
+    folder = write_whole(tmp_path / "whole")
+    config = json.loads((folder / "config.json").read_text())
+    del config["medusa_num_heads"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"lacks the key 'medusa_num_heads'.* does hold heads, add it to the config"):
+        open_medusa(folder, target, 2)
+
+
+def test_heads_in_pickles_are_taken_out_by_the_command_that_the_refusal_names(target, tmp_path, monkeypatch):
+    """Run here with a torch that is none, since importing the real one takes longer than all these tests."""
+    folder = write_whole(tmp_path / "whole")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    for shard, names in enumerate((list(tensors)[::2], list(tensors)[1::2])):
+        save_file({name: tensors[name] for name in names}, folder / f"pytorch_model-0000{shard}-of-00002.bin")
+    with pytest.raises(ValueError, match="is never opened; convert it there: python -c '") as refused:
+        open_medusa(folder, target, 2)
+    torch = types.SimpleNamespace(load=lambda file, map_location, weights_only: load_file(file))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", safetensors.numpy)
+    monkeypatch.chdir(folder)
+    exec(str(refused.value).split("'")[1], {})
+    alone = open_medusa(write(tmp_path / "heads", published(1)), target, HEADS)
+    jax.tree.map(np.testing.assert_array_equal, open_medusa(folder, target, HEADS).params, alone.params)
+
+
 def test_new_heads_are_the_targets_own(target):
     params = init_medusa_params(target.params["lm_head"]["kernel"], 2, 3)
     states = jax.random.normal(jax.random.key(1), (2, 4, WIDTH))
@@ -203,17 +281,6 @@ def test_heads_one_place_off_are_rejected():
     assert 5 * stats.accepted_b.sum() < stats.drafted_b.sum()
 
 
-# The loop around random heads.
-
-
-@pytest.fixture(scope="module")
-def drafter(target):
-    """The target's own head with some noise, of which some drafts are accepted."""
-    params = init_medusa_params(target.params["lm_head"]["kernel"], HEADS)
-    noisy = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(2), x.shape), params)
-    return MedusaDrafter(noisy, HEADS)
-
-
 # Bad input.
 
 
@@ -223,8 +290,10 @@ def without(name):
 
 BAD = {
     "no such family": ({"medusa_num_heads": None}, published(1), "medusa_num_heads must be an integer"),
-    "another model": ({"model_type": "llama"}, published(1), "model_type.*is 'llama'"),
+    "a model type that is none": ({"model_type": 3}, published(1), "model_type.*is 3"),
     "unknown flag": ({"medusa_fc_bias": True}, published(1), "medusa_fc_bias.*unknown"),
+    "unknown flag in a model": ({"model_type": "llama", "medusa_fc_bias": True}, published(1), "medusa_fc_bias.*unk"),
+    "unknown key": ({"rms_norm_eps": 1e-5}, published(1), "rms_norm_eps.*unknown"),
     "too few tensors": ({"medusa_num_heads": 4}, published(1), r"missing, such as '3.0.linear.bias'"),
     "too many heads": ({"medusa_num_heads": 10**9}, published(1), "at most 100"),
     "another number of blocks": ({"medusa_num_layers": 2}, published(1), "missing"),
@@ -285,8 +354,9 @@ def test_heads_for_another_target_are_refused_when_opened(tmp_path):
         open_medusa(folder, affine()[0], 2)
 
 
-def test_heads_that_do_not_fit_compile_no_loop(target, drafter):
+def test_heads_that_do_not_fit_compile_no_loop(target):
     """Also where they were not opened from a folder."""
+    drafter = MedusaDrafter(init_medusa_params(target.params["lm_head"]["kernel"], HEADS), HEADS)
     with compilations() as names:
         with pytest.raises(ValueError, match=f"read states of width {WIDTH} and the target's are {VOCAB} wide"):
             generate(affine()[0], drafter, PROMPTS, 4)

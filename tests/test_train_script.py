@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import os
+import signal
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -9,6 +12,7 @@ from pathlib import Path
 import chex
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import specjax
@@ -80,13 +84,17 @@ def recipes(folder):
         (folder / "models" / name / "recipe.toml").write_text(text)
 
 
-def run(script, folder, name, runs="runs"):
+def run(script, folder, name, runs="runs", *options):
     places = ["--checkpoints", str(folder / "checkpoints"), "--runs", str(folder / runs), "--save-every", "2"]
-    return script.main([str(folder / "models" / name), *places])
+    return script.main([str(folder / "models" / name), *places, *options])
 
 
-def stopped(count):
-    """Returns ``training.fit`` that is interrupted behind so many steps, those of earlier stages included."""
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def stopped(count, stop=interrupt):
+    """Returns ``training.fit`` that calls ``stop`` behind so many steps, those of earlier stages included."""
     fit, calls = training.fit, []
 
     def fit_until(*args, on_step, **kwargs):
@@ -94,11 +102,52 @@ def stopped(count):
             on_step(done, loss)
             calls.append(done)
             if len(calls) == count:
-                raise KeyboardInterrupt
+                stop()
 
         return fit(*args, on_step=step, **kwargs)
 
     return fit_until
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = sys.argv[1:3]
+import test_train_script as test, train
+test.training.stdlib_modules = lambda: test.MODULES
+test.training.fit = test.stopped(int(sys.argv[5]), lambda: os.kill(os.getpid(), signal.SIGKILL))
+test.run(train, Path(sys.argv[3]), sys.argv[4], "others")
+"""
+
+
+def killed(folder, name, steps):
+    """Runs the script in a process that is killed behind so many steps; it compiles as this one does."""
+    argv = [sys.executable, "-c", KILLED, ROOT / "scripts", Path(__file__).parent, folder, name, str(steps)]
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    assert subprocess.run(argv, env=environment, capture_output=True).returncode == -signal.SIGKILL
+
+
+def saved(run):
+    """Returns what each stage saved last: parameters, the optimiser's state, and all losses."""
+    found = []
+    for folder in sorted(run.glob("stage-*")):
+        with ocp.CheckpointManager(folder) as manager:
+            parts = ocp.args.Composite(state=ocp.args.StandardRestore(), history=ocp.args.JsonRestore())
+            found.append(dict(manager.restore(manager.latest_step(), args=parts)))
+    return found
+
+
+def assert_same_bits(run, other):
+    """Asserts that two runs saved the same, in float32."""
+    for first, second in zip(saved(run), saved(other), strict=True):
+        assert {"params", "opt_state"} <= first["state"].keys() and len(set(first["history"]["losses"])) > 1
+        assert {str(leaf.dtype) for leaf in jax.tree.leaves(first["state"]["params"])} == {"float32"}
+        chex.assert_trees_all_equal_shapes_and_dtypes(first["state"], second["state"])
+        chex.assert_trees_all_equal(first["state"], second["state"])
+        assert first["history"] == second["history"]
 
 
 def test_a_pair_is_trained_resumed_and_guarded(script, tmp_path, monkeypatch, capsys):
@@ -111,14 +160,12 @@ def test_a_pair_is_trained_resumed_and_guarded(script, tmp_path, monkeypatch, ca
     for figures in metrics["held_out_acceptance"].values():
         assert len(figures["by_position"]) == figures["num_draft"] and 1 <= figures["emitted_per_round"] <= 6
     assert (tmp_path / "checkpoints" / "draft" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    draft = specjax.load(tmp_path / "checkpoints" / "draft", "float32").params
 
-    # Stopped in the second stage, the same command ends with the same bits.
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "fit", stopped(8))
-        assert run(script, tmp_path, "draft", "others") == 130
+    # Killed in the second stage, the same command goes on from the last save and ends with the same bits.
+    killed(tmp_path, "draft", 8)
+    assert [len(stage["history"]["losses"]) for stage in saved(tmp_path / "others" / "draft")] == [5, 2]
     assert run(script, tmp_path, "draft", "others") == 0
-    chex.assert_trees_all_equal(specjax.load(tmp_path / "checkpoints" / "draft", "float32").params, draft)
+    assert_same_bits(tmp_path / "runs" / "draft", tmp_path / "others" / "draft")
 
     # A run is not taken for that of a changed recipe.
     file = tmp_path / "models" / "draft" / "recipe.toml"
@@ -151,12 +198,15 @@ def test_a_head_is_trained_resumed_and_drafts(kind, script, tmp_path, monkeypatc
     np.testing.assert_array_equal(drafted.tokens_bs, specjax.generate(model, prompts, **greedy).tokens_bs)
     assert int(drafted.stats.drafted_b.sum()) > 0
 
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "fit", stopped(7))
-        assert run(script, tmp_path, "head", "others") == 130
+    if kind == "eagle":
+        killed(tmp_path, "head", 7)
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "fit", stopped(7))
+            assert run(script, tmp_path, "head", "others") == 130
+    assert [len(stage["history"]["losses"]) for stage in saved(tmp_path / "others" / "head")] == [4, 2]
     assert run(script, tmp_path, "head", "others") == 0
-    again = json.loads((folder / "metrics.json").read_text())
-    assert [stage["losses"] for stage in again["stages"]] == [stage["losses"] for stage in metrics["stages"]]
+    assert_same_bits(tmp_path / "runs" / "head", tmp_path / "others" / "head")
     chex.assert_trees_all_equal(getattr(specjax, f"open_{kind}")(folder, model, 3).params, opened.params)
 
 
@@ -207,6 +257,15 @@ def test_errors_are_one_line(script, tmp_path, capsys):
     assert run(script, tmp_path, "draft") == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert "recipe.toml does not exist" in lines[0] and "target is not a folder" in lines[1] and len(lines) == 2
+
+
+def test_options_of_a_mesh_that_cannot_be_are_refused(script, tmp_path, capsys):
+    recipes(tmp_path)
+    assert run(script, tmp_path, "target", "runs", "--fully-sharded") == 2
+    assert run(script, tmp_path, "target", "runs", "--mesh", f"data={jax.device_count() + 1}") == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "give --mesh data=N" in lines[0] and "make it smaller" in lines[1] and len(lines) == 2
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("name", sorted(folder.name for folder in (ROOT / "models").iterdir()))

@@ -9,11 +9,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from specjax.checkpoint import check_dtype, check_params, default_dtype, new_folder, read_params, write_json
+from specjax.checkpoint import check_dtype, check_params, default_dtype, new_folder, write_json
 from specjax.drafters.eagle import EagleHead, check_fit
 from specjax.drafters.feature import FeatureDrafter
-from specjax.heads.shared import is_targets_embedding
+from specjax.heads.shared import is_targets_embedding, read_onto
 from specjax.hf.eagle import (
     draft_vocabulary,
     eagle_fields,
@@ -24,6 +25,7 @@ from specjax.hf.eagle import (
 )
 from specjax.hf.keys import read_json
 from specjax.hf.safetensors import open_tensors, write_tensors
+from specjax.sharding import RULES, Rules
 from specjax.transformer.config import check_integer
 from specjax.types import LanguageModel
 
@@ -31,7 +33,12 @@ _LOG = logging.getLogger(__name__)
 
 
 def open_eagle(
-    path: str | os.PathLike, target: LanguageModel, num_draft: int = 4, dtype: jnp.dtype | str | None = None
+    path: str | os.PathLike,
+    target: LanguageModel,
+    num_draft: int = 4,
+    dtype: jnp.dtype | str | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules = RULES,
 ) -> FeatureDrafter:
     """Opens an EAGLE-1, EAGLE-2 or EAGLE-3 head as a drafter of chains.
 
@@ -43,11 +50,15 @@ def open_eagle(
       target: the model to draft for.
       num_draft: g, tokens proposed per round.
       dtype: of parameters and computation; None means ``specjax.default_dtype()``.
+      mesh: as for ``specjax.load``.
+      rules: as for ``specjax.shard``.
 
     Raises:
       ValueError: a file is missing, damaged or pickled; the config is of no EAGLE head, or has a key or value that is
         not known; a tensor is missing, of another shape, or unknown; the draft vocabulary is none of the target's; or
-        the head does not fit the target in width, vocabulary or number of layers.
+        the head does not fit the target in width, vocabulary or number of layers; or the mesh or the rules do not fit
+        the head.
+      TypeError: as ``specjax.shard``.
     """
     check_integer("num_draft", num_draft, 1)
     dtype = check_dtype(default_dtype() if dtype is None else dtype)
@@ -70,7 +81,7 @@ def open_eagle(
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     _LOG.info("%s: %s", path, head.describe())
-    return FeatureDrafter(read_params(params, head.abstract_params(dtype)), head, num_draft)
+    return read_onto(mesh, rules, FeatureDrafter(head.abstract_params(dtype), head, num_draft), params)
 
 
 def write_eagle(

@@ -7,38 +7,52 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from specjax.checkpoint import check_dtype, default_dtype, new_folder, read_params, write_json
+from specjax.checkpoint import check_dtype, default_dtype, new_folder, write_json
 from specjax.drafters.medusa import MedusaDrafter, check_medusa_fit
+from specjax.heads.shared import read_onto
 from specjax.hf.keys import read_json
-from specjax.hf.medusa import MEDUSA_FILE, medusa_parameters, medusa_tensors, open_medusa_tensors
+from specjax.hf.medusa import MEDUSA_FILE, lies_in_target, medusa_parameters, medusa_tensors, open_medusa_tensors
 from specjax.hf.safetensors import write_tensors
+from specjax.sharding import RULES, Rules
 from specjax.transformer.config import check_integer
 from specjax.types import LanguageModel
 
 
 def open_medusa(
-    path: str | os.PathLike, target: LanguageModel, num_draft: int = 4, dtype: jnp.dtype | str | None = None
+    path: str | os.PathLike,
+    target: LanguageModel,
+    num_draft: int = 4,
+    dtype: jnp.dtype | str | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules = RULES,
 ) -> MedusaDrafter:
-    """Opens Medusa heads as a drafter of chains. Heads past the first ``num_draft`` are not read.
+    """Opens Medusa heads as a drafter of chains (Cai et al. 2024, arXiv 2401.10774, section 2.1).
+
+    Heads past the first ``num_draft`` are not read.
 
     Args:
-      path: a folder with ``config.json`` and ``medusa_lm_head.safetensors`` (or ``model.safetensors``).
-      target: the model to draft for.
+      path: a folder with ``config.json`` and ``medusa_lm_head.safetensors`` (or ``model.safetensors``); or that of a
+        whole model, trained together with its heads (Medusa-2, section 2.2.2), among whose tensors they lie.
+      target: the model to draft for; heads of a whole model are for that model.
       num_draft: g, tokens proposed per round, at most one per head.
       dtype: of parameters and computation; None means ``specjax.default_dtype()``.
+      mesh: as for ``specjax.load``.
+      rules: as for ``specjax.shard``.
 
     Raises:
       ValueError: a file is missing, damaged or pickled; the config has a key or value that is not known; a tensor is
         missing, of another shape, or unknown; there are fewer heads than ``num_draft``; or the heads do not fit the
-        target in width or vocabulary.
+        target in width or vocabulary; or the mesh or the rules do not fit the heads.
+      TypeError: as ``specjax.shard``.
     """
     check_integer("num_draft", num_draft, 1)
     dtype = check_dtype(default_dtype() if dtype is None else dtype)
     path = Path(path).absolute()
     raw = read_json(path / "config.json")
     try:
-        params = medusa_parameters(raw, open_medusa_tensors(path))
+        params = medusa_parameters(raw, open_medusa_tensors(path, lies_in_target(raw)))
         vocab = params[0]["lm_head"]["kernel"].shape[1]
         if vocab != target.vocab_size:
             raise ValueError(
@@ -49,7 +63,7 @@ def open_medusa(
         raise ValueError(f"{path}: {error}") from None
     params = {i: params[i] for i in range(num_draft)}
     abstract = jax.tree.map(lambda parameter: jax.ShapeDtypeStruct(parameter.shape, dtype), params)
-    return MedusaDrafter(read_params(params, abstract), num_draft)
+    return read_onto(mesh, rules, MedusaDrafter(abstract, num_draft), params)
 
 
 def write_medusa(path: str | os.PathLike, params: Any, base_model: str = "") -> None:

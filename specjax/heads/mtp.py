@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from specjax.checkpoint import check_dtype, check_params, default_dtype, new_folder, read_params, write_json
+from specjax.checkpoint import check_dtype, check_params, default_dtype, new_folder, write_json
 from specjax.drafters.feature import FeatureDrafter
 from specjax.drafters.mtp import MTPConfig, MTPDrafter, MTPHead, abstract_mtp_params
-from specjax.heads.shared import is_targets_embedding, is_targets_head
+from specjax.heads.shared import is_targets_embedding, is_targets_head, read_onto
 from specjax.hf.keys import read_json
 from specjax.hf.mtp import MTPLayout, mtp_layout, mtp_parameters, mtp_tensors
 from specjax.hf.safetensors import open_tensors, write_tensors
+from specjax.sharding import RULES, Rules
 from specjax.transformer.config import check_integer
 from specjax.types import LanguageModel
 
@@ -24,6 +26,8 @@ def open_mtp(
     target: LanguageModel,
     num_draft: int = 4,
     dtype: jnp.dtype | str | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules = RULES,
     *,
     chained: bool = False,
     zero_first: bool = False,
@@ -38,6 +42,8 @@ def open_mtp(
       target: the model to draft for.
       num_draft: g, tokens proposed per round: any number where one module is chained, else at most one per module.
       dtype: of parameters and computation; None means ``specjax.default_dtype()``.
+      mesh: as for ``specjax.load``.
+      rules: as for ``specjax.shard``.
       chained: feed the first of several modules its own states, instead of one module per token. A single module is
         always chained.
       zero_first: take the embedding at position 0 for zero, as vLLM does and others do not.
@@ -45,7 +51,8 @@ def open_mtp(
     Raises:
       ValueError: a file is missing or damaged; the config is of no layout that is known, or has no modules; a tensor
         is missing, of another shape, or unknown; the modules do not fit the target in width, vocabulary or number of
-        layers; or ``num_draft`` is too high.
+        layers; ``num_draft`` is too high; or the mesh or the rules do not fit the modules.
+      TypeError: as ``specjax.shard``.
     """
     check_integer("num_draft", num_draft, 1)
     dtype = check_dtype(default_dtype() if dtype is None else dtype)
@@ -77,10 +84,10 @@ def open_mtp(
         raise ValueError(f"{path}: {error}") from None
     used = 1 if chained else num_draft
     config, params = _without_the_targets(config, {k: params[k] for k in range(used)}, target)
-    params = read_params(params, abstract_mtp_params(config, dtype))
+    abstract = abstract_mtp_params(config, dtype)
     if chained:
-        return FeatureDrafter(params, MTPHead(config), num_draft)
-    return MTPDrafter(params, config, num_draft)
+        return read_onto(mesh, rules, FeatureDrafter(abstract, MTPHead(config), num_draft), params)
+    return read_onto(mesh, rules, MTPDrafter(abstract, config, num_draft), params)
 
 
 def write_mtp(path: str | os.PathLike, config: Mapping[str, Any], params: Any) -> None:

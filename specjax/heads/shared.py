@@ -1,15 +1,33 @@
-"""Tables that a folder of draft heads repeats from its target."""
+"""What the folders of all heads share: how parameters are read, and tables that are repeated from the target."""
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from specjax.checkpoint import placed, read_params
 from specjax.hf.weights import Parameter
+from specjax.sharding import Rules, gathered
 from specjax.types import LanguageModel
 
 _COMPARED = 1024  # rows at a time
+D = TypeVar("D")
+
+
+def read_onto(mesh: Mesh | None, rules: Rules, drafter: D, params: Any) -> D:
+    """Returns the drafter with parameters that are read, by each process the parts that its devices hold.
+
+    Args:
+      mesh, rules: as for ``specjax.load``, errors too.
+      drafter: its parameters are shapes and dtypes.
+      params: a tree like them of ``Parameter``.
+    """
+    assert dataclasses.is_dataclass(drafter) and not isinstance(drafter, type)
+    return dataclasses.replace(drafter, params=read_params(params, placed(drafter, mesh, rules)))
 
 
 def is_targets_embedding(table_vd: Parameter, target: LanguageModel) -> bool:
@@ -40,6 +58,9 @@ def is_targets_head(kernel_dv: Parameter, target: LanguageModel) -> bool:
 
 def _equal(parameter: Parameter, rows: Callable[[int, int], jax.Array]) -> bool:
     """Returns whether a table equals the one whose rows from start to end ``rows`` returns."""
-    table = parameter.read(rows(0, 1).dtype)
-    starts = range(0, len(table), _COMPARED)
-    return all(np.array_equal(table[i : i + _COMPARED], rows(i, min(i + _COMPARED, len(table)))) for i in starts)
+    for start in range(0, parameter.shape[0], _COMPARED):
+        end = min(start + _COMPARED, parameter.shape[0])
+        known = gathered(rows(start, end))
+        if not np.array_equal(parameter.read(known.dtype, (slice(start, end),)), known):
+            return False
+    return True

@@ -42,7 +42,7 @@ IGNORED = (
     *("exponential_decay_length_penalty", "begin_suppress_tokens"),
     # What published checkpoints carry along.
     *("n_special", "predict_special_tokens", "_num_labels", "gradient_checkpointing", "unsloth_version"),
-    *("max_sequence_length", "output_past"),
+    *("max_sequence_length", "output_past", "medusa_num_heads", "medusa_num_layers"),
 )
 
 

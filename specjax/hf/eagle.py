@@ -227,8 +227,11 @@ def eagle_parameters(tensors: Mapping[str, Tensor], draft_of_v: np.ndarray | Non
     check_tensors(floats, wanted, None, _why_left_out)
     opened = parameters_of(floats, wanted)
     if draft_of_v is not None:
-        dtype = jnp.dtype("int32")
-        opened["draft_of_v"] = Parameter(draft_of_v.shape, dtype, lambda dtype: draft_of_v.astype(dtype))
+
+        def read(dtype: Any, index: tuple[slice, ...] = ()) -> np.ndarray:
+            return draft_of_v[index].astype(dtype)
+
+        opened["draft_of_v"] = Parameter(draft_of_v.shape, jnp.dtype("int32"), read)
     return opened
 
 

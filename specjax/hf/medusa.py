@@ -1,7 +1,9 @@
-"""Medusa heads in Hugging Face folders: ``config.json`` and ``medusa_lm_head.safetensors``.
+"""Medusa heads in Hugging Face folders, as FasterDecoding publishes them (https://github.com/FasterDecoding/Medusa).
 
 Head i is a torch ``Sequential`` of its blocks and its last layer: ``{i}.{k}.linear.weight``, ``{i}.{k}.linear.bias``
-and ``{i}.{blocks}.weight`` (https://github.com/FasterDecoding/Medusa).
+and ``{i}.{blocks}.weight``. Those of Medusa-1 have a folder of their own, with ``medusa_lm_head.safetensors``. Those of
+Medusa-2 were trained together with their target and lie in its folder: tensors ``medusa_head.{i}...`` among its own,
+``medusa_num_heads`` and ``medusa_num_layers`` in its ``config.json``.
 """
 
 import re
@@ -18,6 +20,7 @@ MEDUSA_FILE = "medusa_lm_head.safetensors"
 
 _PICKLE = "medusa_lm_head.pt"
 _PREFIX = "medusa_head."  # of heads that were saved as a part of their target
+_SIZES = ("hidden_size", "vocab_size")
 _MOST = 100  # heads, and blocks of each: names of tensors are made for all
 
 
@@ -30,32 +33,48 @@ def medusa_config(raw: Mapping[str, Any]) -> tuple[int, int, int | None, int | N
     keys = Keys(raw, "config.json")
     if "medusa_num_heads" not in keys:
         raise ValueError(
-            "config.json lacks the key 'medusa_num_heads'; give a folder in the layout of FasterDecoding/Medusa"
+            "config.json lacks the key 'medusa_num_heads'; give a folder in the layout of FasterDecoding/Medusa, or, "
+            "if the model does hold heads, add it to the config"
         )
-    keys.only("model_type", "medusa", "")
+    keys.only("model_type", "medusa", "", None)
     heads, blocks = keys.integer("medusa_num_heads", most=_MOST), keys.integer("medusa_num_layers", 1, most=_MOST)
-    sizes = [keys.integer(name, None, optional=True) for name in ("hidden_size", "vocab_size")]
+    sizes = [keys.integer(name, None, optional=True) for name in _SIZES]
     keys.ignore("architectures", "base_model_name_or_path", "dtype", "torch_dtype", "transformers_version", "version")
+    keys.ignore("decoding_strategy")  # how other engines choose among the heads' tokens
     keys.finish()
     return heads, blocks, sizes[0], sizes[1]
 
 
-def open_medusa_tensors(folder: Path) -> dict[str, Tensor]:
-    """Opens the tensors of a folder of heads, by their names without the prefix of a whole model.
+def lies_in_target(raw: Mapping[str, Any]) -> bool:
+    """Returns whether a ``config.json`` is that of a whole model."""
+    return isinstance(raw.get("model_type"), str) and raw["model_type"] not in ("", "medusa")
+
+
+def open_medusa_tensors(folder: Path, in_target: bool = False) -> dict[str, Tensor]:
+    """Opens the tensors of the heads in a folder, by their names without the prefix of a whole model.
+
+    Args:
+      folder: of the heads.
+      in_target: it is their target's, too: where names have the prefix, those without it are the target's.
 
     Raises:
-      ValueError: as for ``open_tensors``; or there is only a pickle, or two tensors come to have one name.
+      ValueError: as for ``open_tensors``; or there are only pickles, or two tensors come to have one name.
     """
+    pickles = _PICKLE if (folder / _PICKLE).is_file() else "pytorch_model*.bin" if in_target else ""
     if (folder / MEDUSA_FILE).is_file():
         found = {tensor.name: tensor for tensor in open_file(folder / MEDUSA_FILE)}
-    elif (folder / _PICKLE).is_file() and not list(folder.glob("*.safetensors")):
+    elif pickles and any(folder.glob(pickles)) and not any(folder.glob("*.safetensors")):
+        prefix = "" if pickles == _PICKLE else _PREFIX
         raise ValueError(
-            f"{folder} holds the pickle {_PICKLE}, which is never opened; convert it there: python -c 'import torch, "
-            f'safetensors.torch as s; s.save_file(torch.load("{_PICKLE}", map_location="cpu", weights_only=True), '
+            f"{folder} holds the pickle {pickles}, which is never opened; convert it there: python -c 'import glob, "
+            f'torch, safetensors.torch as s; s.save_file({{n: t for f in glob.glob("{pickles}") for n, t in '
+            f'torch.load(f, map_location="cpu", weights_only=True).items() if n.startswith("{prefix}")}}, '
             f'"{MEDUSA_FILE}")\''
         )
     else:
         found = open_tensors(folder)
+    if in_target and any(name.startswith(_PREFIX) for name in found):
+        found = {name: tensor for name, tensor in found.items() if name.startswith(_PREFIX)}
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in found.items()}
     if len(tensors) < len(found):
         raise ValueError(f"two tensors of {folder} have one name but for {_PREFIX!r}; save the heads again")
@@ -70,8 +89,11 @@ def medusa_parameters(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
       tensors: what ``open_medusa_tensors`` returned.
 
     Raises:
-      ValueError: as for ``medusa_config``; or a tensor is missing, unknown, of another shape, or no float.
+      ValueError: as for ``medusa_config``, but that other keys of a whole model's config are the model's; or a tensor
+        is missing, unknown, of another shape, or no float.
     """
+    if lies_in_target(raw):
+        raw = {key: raw[key] for key in raw if key.startswith("medusa_") or key in _SIZES}
     heads, blocks, width, vocab = medusa_config(raw)
     # Published configs may count fewer heads than there are: FasterDecoding's of Vicuna say 2 for 5.
     heads = max(heads, sum(bool(re.fullmatch(rf"\d+\.{blocks}\.weight", name)) for name in tensors))

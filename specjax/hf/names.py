@@ -194,6 +194,8 @@ def why_left_out(name: str, config: DecoderConfig, next_tokens: bool) -> str | N
         ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
     ):
         return "the vision part, of which text needs nothing"
+    if name.startswith("medusa_head."):
+        return "a Medusa head, no part of the decoder"
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     if next_tokens and layer and int(layer[1]) >= config.num_hidden_layers:
         return "a multi-token prediction layer, no part of the decoder"

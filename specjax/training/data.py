@@ -15,7 +15,10 @@ _SKIPPED = frozenset({"__pycache__", "site-packages", "test", "tests", "idle_tes
 
 
 def stdlib_modules() -> dict[str, str]:
-    """Returns the source of each standard-library module by dotted name, sorted by name."""
+    """Returns the source of each standard-library module of the running Python by dotted name, sorted by name.
+
+    Tests, tables and generated modules are left out.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     sources = {}
     for path in root.rglob("*.py"):
@@ -34,7 +37,11 @@ def is_held_out(module: str, percent: int = 5) -> bool:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Returns a byte-level byte-pair encoding (Sennrich et al. 2016), id 0 being the end of a text."""
+    """Returns a byte-level byte-pair encoding (Sennrich et al. 2016), id 0 being the end of a text.
+
+    It has at most ``vocab_size`` tokens, fewer where the texts have fewer pairs, and never fewer than 257: one for each
+    byte beside the end.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -51,9 +58,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
-    """Returns the int32 tokens of all texts in one row, each behind an end-of-text token."""
+    """Returns int32 ``[n]``, the tokens of all texts, each behind an end-of-text token, or what else the tokenizer puts
+    there.
+
+    Args:
+      tokenizer: of any kind; ``train_tokenizer``'s have the token ``END_OF_TEXT``.
+      texts: at least one.
+    """
     end = tokenizer.token_to_id(END_OF_TEXT)
-    pieces = [np.asarray([end, *encoding.ids], np.int32) for encoding in tokenizer.encode_batch(list(texts))]
+    first = [] if end is None else [end]  # other tokenizers put a token of their own before a text
+    pieces = [np.asarray([*first, *encoding.ids], np.int32) for encoding in tokenizer.encode_batch(list(texts))]
     return np.concatenate(pieces)
 
 
@@ -61,6 +75,15 @@ class Windows:
     """Batches of token windows; the batch of a step is a function of (seed, step), so training can resume anywhere.
 
     Each epoch visits every window once, in an order and from an offset of its own.
+
+    Args:
+      tokens: integers ``[n]``.
+      length: tokens in a window.
+      rows: windows in a batch.
+      seed: of orders and offsets, at least 0.
+
+    Raises:
+      ValueError: the tokens hold no whole batch.
     """
 
     def __init__(self, tokens: np.ndarray, length: int, rows: int, seed: int):
@@ -72,7 +95,7 @@ class Windows:
             )
 
     def batch(self, step: int) -> np.ndarray:
-        """Returns int32 ``[rows, length]``."""
+        """Returns ``[rows, length]``, the batch of a step from 0 on, in the dtype of the tokens."""
         epoch, index = divmod(step, self.batches_per_epoch)
         rng = np.random.default_rng((self.seed, epoch))
         offset = rng.integers(self.length)

@@ -24,7 +24,10 @@ def head_objective(loss: str, head: Head, steps: int) -> Objective:
       loss: "next_token", "kl" or "total_variation". One step of "next_token" is the loss of multi-token prediction
         (DeepSeek-AI 2024, DeepSeek-V3, section 2.2).
       head: the head.
-      steps: drafts of a chain that are trained, at least 1.
+      steps: drafts of a chain that are trained, at least 1; windows of text must be longer by 2 at least.
+
+    Returns:
+      A function whose call raises ValueError where there is no teacher, whose states the head reads.
     """
 
     def objective(params: Any, tokens_bt: Array, teacher: LanguageModel | None) -> Array:
@@ -56,7 +59,7 @@ def chain_logits(
       head: the head.
       params: its parameters.
       teacher: the target.
-      tokens_bt: int32 text.
+      tokens_bt: int32, text.
       features: the target's captured states ``[b, t, d]`` over the text.
       steps: how many, at least 1.
 
@@ -84,6 +87,9 @@ def medusa_objective(loss: str, num_heads: int) -> Objective:
     Args:
       loss: "next_token", "kl" or "total_variation".
       num_heads: heads; the windows of text must be longer by 2 at least.
+
+    Returns:
+      A function whose call raises ValueError where there is no teacher, whose states the heads read.
     """
 
     def objective(params: Any, tokens_bt: Array, teacher: LanguageModel | None) -> Array:

@@ -1,5 +1,6 @@
 """The optimiser loop: resumable to the bit, since a step depends on nothing but its number and the state."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from jax import Array
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from specjax.training.objectives import Objective
 from specjax.training.recipe import Stage
@@ -37,6 +40,21 @@ def make_optimizer(stage: Stage) -> optax.GradientTransformation:
     )
 
 
+def split_rows(mesh: Mesh, rows: int) -> NamedSharding:
+    """Returns how the rows of a batch are split: over the mesh's ``data`` axis, if it has one.
+
+    Raises:
+      ValueError: they do not divide over it.
+    """
+    count = mesh.shape.get("data", 1)
+    if rows % count:
+        raise ValueError(
+            f"batches of {rows} rows do not divide over the {count} parts of the mesh axis 'data'; give stages a "
+            f"multiple of {count}, or make that axis smaller"
+        )
+    return NamedSharding(mesh, PartitionSpec("data" if "data" in mesh.shape else None))
+
+
 def fit(
     objective: Objective,
     params: Any,
@@ -50,14 +68,19 @@ def fit(
 ) -> tuple[Any, list[float]]:
     """Runs one stage, continuing from the newest checkpoint in ``folder``.
 
+    With parameters on a mesh it runs over that mesh: they and the optimiser's state stay where they are, rows are split
+    over the axis ``data``, and each process makes only the rows of its devices. What is split over ``data`` itself, by
+    ``specjax.sharding.FULLY_SHARDED``, is gathered for each step. Several processes call it alike. A run may go on
+    over another mesh, or over none; its losses are then the same to rounding.
+
     Args:
       objective: what to minimise.
-      params: where a fresh run starts.
+      params: arrays, where a fresh run starts; on a mesh, as ``specjax.shard`` places them.
       stage: what to run.
       batch: ``batch(step)`` returns int32 ``[rows, sequence]``, a function of the step alone.
-      folder: of this stage's checkpoints; a run that was stopped goes on from there and computes the same losses,
-        to the last bit, as one that was not.
-      teacher: the model to imitate, if the objective wants one.
+      folder: of this stage's checkpoints, one that all processes see; a run that was stopped goes on from there and
+        computes the same losses, to the last bit, as one that was not.
+      teacher: the model to imitate, if the objective wants one, on the mesh of the parameters.
       on_step: called with the number of steps done and the loss of each step, those of an earlier run included.
       save_every: steps between checkpoints.
 
@@ -66,20 +89,30 @@ def fit(
 
     Raises:
       FloatingPointError: the loss is not finite.
+      ValueError: rows do not divide over the mesh, or parameters and teacher are not all on one mesh, or all on none.
     """
-    optimizer = make_optimizer(stage)
+    optimizer, mesh = make_optimizer(stage), _mesh(params, teacher)
+    params = jax.tree.map(jnp.array, params)  # a copy: updates donate it
+    places = jax.tree.map(lambda x: x.sharding, params)
+    everywhere = jax.tree.leaves(places)[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
+    state_places = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, place: place,
+        jax.eval_shape(optimizer.init, params),
+        places,
+        transform_non_params=lambda _: everywhere,
+    )
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(places, state_places, everywhere))
     def update(params, opt_state, tokens_bt, teacher):
-        loss, grads = jax.value_and_grad(objective)(params, tokens_bt, teacher)
+        loss, grads = jax.value_and_grad(lambda x: objective(_gathered(x, places), tokens_bt, teacher))(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, loss
 
-    params = jax.tree.map(jnp.array, params)  # a copy: updates donate it
-    opt_state = optimizer.init(params)
+    opt_state = jax.jit(optimizer.init, out_shardings=state_places)(params)
     history: list[float] = []
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
+    with ocp.CheckpointManager(folder.absolute(), options=options) as manager, _set(mesh):
         newest = manager.latest_step()
         if newest is not None:
             restored = manager.restore(
@@ -94,7 +127,7 @@ def fit(
         for step, loss in enumerate(history):
             on_step(step + 1, loss)
         for step in range(len(history), stage.steps):
-            params, opt_state, loss = update(params, opt_state, batch(step), teacher)
+            params, opt_state, loss = update(params, opt_state, _split(batch(step), mesh), teacher)
             history.append(float(loss))
             if not np.isfinite(history[-1]):
                 raise FloatingPointError(f"the loss is {history[-1]} at step {step}; lower peak_learning_rate")
@@ -108,3 +141,42 @@ def fit(
                     ),
                 )
     return params, history
+
+
+def _mesh(params: Any, teacher: LanguageModel | None) -> Mesh | None:
+    arrays = [leaf for leaf in jax.tree.leaves((params, teacher)) if isinstance(leaf, Array)]
+    places = [array.sharding for array in arrays]
+    meshes = {place.mesh if isinstance(place, NamedSharding) else None for place in places}
+    if len(meshes) > 1:
+        raise ValueError(
+            "parameters and teacher are not on the same devices; place both on one mesh with specjax.shard, or neither"
+        )
+    mesh = meshes.pop()
+    assert not isinstance(mesh, AbstractMesh), "arrays lie on devices"
+    return mesh
+
+
+def _set(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def _split(tokens_bt: np.ndarray, mesh: Mesh | None) -> Array | np.ndarray:
+    if mesh is None:
+        return tokens_bt
+    return jax.make_array_from_callback(tokens_bt.shape, split_rows(mesh, len(tokens_bt)), tokens_bt.__getitem__)
+
+
+def _gathered(params: Any, places: Any) -> Any:
+    """Returns the parameters whole along ``data``, as rows of a batch need them.
+
+    Left to itself the partitioner moves activations about between a split by rows and one by width: for a step of a
+    model of four layers 105 gathers and 46 exchanges, in place of one gather for each of 30 matrices.
+    """
+
+    def gather(x: Array, place: jax.sharding.Sharding) -> Array:
+        if not isinstance(place, NamedSharding) or "data" not in place.spec:
+            return x
+        spec = PartitionSpec(*(None if axis == "data" else axis for axis in place.spec))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(place.mesh, spec))
+
+    return jax.tree.map(gather, params, places)

@@ -12,7 +12,11 @@ from specjax.types import LanguageModel
 
 
 class Objective(Protocol):
-    """``objective(params, tokens_bt, teacher) -> scalar``, in nats or, for total variation, as a fraction."""
+    """``objective(params, tokens_bt, teacher) -> scalar``, in nats or, for total variation, as a fraction.
+
+    ``params`` are float32, ``tokens_bt`` int32, and the scalar float32. Raises ValueError if it needs a teacher and
+    there is none.
+    """
 
     def __call__(self, params: Any, tokens_bt: Array, teacher: LanguageModel | None) -> Array: ...
 
@@ -21,7 +25,16 @@ _IMITATION = {"kl": losses.kl, "total_variation": losses.total_variation}
 
 
 def make_objective(loss: str, config: DecoderConfig) -> Objective:
-    """Returns the objective of a loss named in ``Stage``; imitation needs a teacher of the same vocabulary."""
+    """Returns the objective of a model that is trained on text or to imitate a teacher.
+
+    Args:
+      loss: "next_token"; or "kl" or "total_variation", against a teacher of the same vocabulary
+        (``specjax.training.losses``).
+      config: of the model, whose parameters are those of ``specjax.transformer.init_params``.
+
+    Returns:
+      A function whose call raises ValueError where it imitates and there is no teacher.
+    """
 
     def logits(params: Any, tokens_bt: Array) -> Array:
         start_b = jnp.zeros((tokens_bt.shape[0],), jnp.int32)

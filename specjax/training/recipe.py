@@ -28,6 +28,9 @@ class Stage:
       peak_learning_rate: reached after ``warmup_steps`` and decayed linearly to zero.
       warmup_steps: steps of linear rise.
       weight_decay: AdamW's, on matrices only.
+
+    Raises:
+      ValueError: a name is unknown, or a number out of range: ``warmup_steps`` must be below ``steps``.
     """
 
     loss: str
@@ -67,7 +70,11 @@ class Recipe:
       sample_tokens: tokens drawn from that model for stages on samples.
       digest: hash of the recipe file.
       head: the kind of draft head that is trained, of ``HEADS``; None for a model.
-      chain_steps: drafts of a chain that a head is trained for.
+      chain_steps: drafts of a chain that a head is trained for, 1 for models.
+
+    Raises:
+      ValueError: a number is out of range or a name unknown; the architecture is of no supported model; a stage is
+        longer than the model's positions; or a head has no target.
     """
 
     name: str
@@ -102,10 +109,11 @@ class Recipe:
 
 
 def read_recipe(folder: Path) -> Recipe:
-    """Reads ``recipe.toml`` in a model's folder.
+    """Reads ``recipe.toml`` in a model's folder, whose name is the recipe's.
 
     Raises:
-      ValueError: the file is absent, not TOML, or has an unknown or missing key or value.
+      ValueError: the file is absent, not TOML, or has an unknown or missing key or value; or a stage wants a model to
+        imitate or text drawn from one, and there is none.
     """
     file = folder / "recipe.toml"
     try:

@@ -1,6 +1,7 @@
 """What a recipe trains: a model, or a draft head of the model whose states it reads."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from specjax.checkpoint import save, write_json
@@ -22,11 +24,12 @@ from specjax.heads.mtp import write_mtp
 from specjax.hf.config import decoder_config
 from specjax.hf.medusa import medusa_config
 from specjax.hf.mtp import mtp_layout
+from specjax.sharding import Rules, gathered, shardings
 from specjax.training.data import END_OF_TEXT
 from specjax.training.heads import head_objective, medusa_objective
 from specjax.training.objectives import Objective, make_objective
 from specjax.training.recipe import Recipe
-from specjax.transformer.decoder import decoder_model, init_params
+from specjax.transformer.decoder import abstract_params, decoder_model, init_params
 from specjax.types import Drafter, LanguageModel
 
 
@@ -35,14 +38,18 @@ class Trainee:
     """How to train, measure and write what a recipe describes.
 
     Attributes:
-      init: ``init(key)`` returns fresh float32 parameters; the key is consumed.
+      init: ``init(key, places=None)`` returns fresh float32 parameters, on the ``places`` if they are given, of which
+        each process makes only its own; the key is consumed.
+      places: ``places(mesh, rules)`` returns the parameters' shardings, and raises what ``specjax.shard`` does.
       objective: ``objective(loss)`` returns what to minimise.
       drafter: ``drafter(params, num_draft)`` returns the drafter that the parameters make.
       max_draft: the most tokens that it drafts, or None for any number.
-      write: ``write(folder, params, tokenizer, metrics)`` writes the checkpoint.
+      write: ``write(folder, params, tokenizer, metrics)`` writes the checkpoint; of several processes all call it, with
+        a folder that all see.
     """
 
-    init: Callable[[Array], Any]
+    init: Callable[..., Any]
+    places: Callable[[Mesh, Rules], Any]
     objective: Callable[[str], Objective]
     drafter: Callable[[Any, int], Drafter]
     max_draft: int | None
@@ -87,7 +94,8 @@ def _model(recipe: Recipe, teacher: LanguageModel | None) -> Trainee:
         save(folder, recipe.architecture | {"eos_token_id": stop, "torch_dtype": dtype}, params, tokenizer, metrics)
 
     return Trainee(
-        init=lambda key: init_params(config, key),
+        init=_drawn(functools.partial(init_params, config)),
+        places=lambda mesh, rules: shardings(decoder_model(config, abstract_params(config)), mesh, rules).params,
         objective=lambda loss: make_objective(loss, config),
         drafter=lambda params, num_draft: ModelDrafter(decoder_model(config, params), num_draft),
         max_draft=None,
@@ -95,10 +103,22 @@ def _model(recipe: Recipe, teacher: LanguageModel | None) -> Trainee:
     )
 
 
+def _drawn(init: Callable[[Array], Any]) -> Callable[..., Any]:
+    def placed(key: Array, places: Any = None) -> Any:
+        return init(key) if places is None else jax.jit(init, out_shardings=places)(key)
+
+    return placed
+
+
 def _chained(recipe: Recipe, head: Head, init: Callable[[Array], Any], write: Callable[[Path, Any], None]) -> Trainee:
     _check_sequences(recipe, recipe.chain_steps)
+
+    def places(mesh: Mesh, rules: Rules) -> Any:
+        return shardings(FeatureDrafter(jax.eval_shape(init, jax.random.key(0)), head, 1), mesh, rules).params
+
     return Trainee(
-        init=init,
+        init=_drawn(init),
+        places=places,
         objective=lambda loss: head_objective(loss, head, recipe.chain_steps),
         drafter=lambda params, num_draft: FeatureDrafter(params, head, num_draft),
         max_draft=None,
@@ -109,8 +129,10 @@ def _chained(recipe: Recipe, head: Head, init: Callable[[Array], Any], write: Ca
 def _with_metrics(write: Callable[[Path, Any], None]) -> Callable[[Path, Any, Tokenizer, dict[str, Any]], None]:
     def write_all(folder: Path, params: Any, tokenizer: Tokenizer, metrics: dict[str, Any]) -> None:
         del tokenizer  # the target's
-        write(folder, params)
-        write_json(folder / "metrics.json", metrics)
+        params = gathered(params)  # heads are small
+        if jax.process_index() == 0:
+            write(folder, params)
+            write_json(folder / "metrics.json", metrics)
 
     return write_all
 
@@ -157,9 +179,13 @@ def _with_constants(trainee: Trainee, constants: dict[str, Array]) -> Trainee:
         whole = trainee.objective(loss)
         return lambda params, tokens_bt, teacher: whole(params | constants, tokens_bt, teacher)
 
+    def trained(params: dict[str, Any]) -> dict[str, Any]:
+        return {name: leaf for name, leaf in params.items() if name not in constants}
+
     return dataclasses.replace(
         trainee,
-        init=lambda key: {name: leaf for name, leaf in trainee.init(key).items() if name not in constants},
+        init=_drawn(lambda key: trained(trainee.init(key))),
+        places=lambda mesh, rules: trained(trainee.places(mesh, rules)),
         objective=objective,
         drafter=lambda params, num_draft: trainee.drafter(params | constants, num_draft),
         write=lambda folder, params, tokenizer, metrics: trainee.write(folder, params | constants, tokenizer, metrics),
@@ -172,7 +198,9 @@ def _medusa(recipe: Recipe, teacher: LanguageModel) -> Trainee:
     _check_sequences(recipe, count)
     width = _check_lends(recipe, teacher)
 
-    def init(key: Array) -> Any:
+    begun = functools.partial(init_medusa_params, num_heads=count, num_blocks=blocks)
+
+    def init(key: Array, places: Any = None) -> Any:
         del key  # nothing is drawn
         assert teacher.unembed is not None
         one_dd = jnp.eye(width, dtype=jnp.float32)[None]
@@ -182,10 +210,15 @@ def _medusa(recipe: Recipe, teacher: LanguageModel) -> Trainee:
             raise ValueError(
                 f"the logits of {recipe.drafts_for} are capped; Medusa heads can begin as linear ones only"
             )
-        return init_medusa_params(kernel_dv, count, blocks)
+        return begun(kernel_dv) if places is None else jax.jit(begun, out_shardings=places)(kernel_dv)
+
+    def places(mesh: Mesh, rules: Rules) -> Any:
+        kernel_dv = jax.ShapeDtypeStruct((width, teacher.vocab_size), jnp.float32)
+        return shardings(MedusaDrafter(jax.eval_shape(begun, kernel_dv), count), mesh, rules).params
 
     return Trainee(
         init=init,
+        places=places,
         objective=lambda loss: medusa_objective(loss, count),
         drafter=lambda params, num_draft: MedusaDrafter(params, num_draft),
         max_draft=count,

@@ -1,0 +1,40 @@
+"""One of the processes that ``test_hosts.py`` starts: ``one_of_several.py NAME OPTIONS``, of a script or ``talk``."""
+
+import argparse
+import importlib
+import sys
+import time
+from pathlib import Path
+
+import conftest  # noqa: F401  (the suite's strictness, and its compilations)
+import jax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+import hosts
+
+
+def talk(argv):
+    """Talks with the others until one is gone or crashes, and leaves a file once it does."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--crashes", type=int, help="the process that does")
+    parser.add_argument("--come-within", type=int, default=hosts.START_S)
+    hosts.add_mesh_options(parser)
+    args = parser.parse_args(argv)
+    hosts.START_S, hosts.LOST_S = args.come_within, 8
+    with hosts.run(args) as mesh:
+        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+        numbers = np.arange(mesh.size, dtype=np.int32)
+        apart = jax.make_array_from_callback(numbers.shape, rows, numbers.__getitem__)
+        print(f"all of {hosts.gathered(apart).tolist()}", flush=True)
+        if args.process_id == args.crashes:
+            raise RuntimeError("the crash\nof one")
+        Path("talks").touch()
+        while True:
+            hosts.gathered(apart)
+            time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    name, *argv = sys.argv[1:]
+    talk(argv) if name == "talk" else importlib.import_module(name).main(argv)

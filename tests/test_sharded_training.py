@@ -1,0 +1,35 @@
+"""Training over eight devices, in a process of its own; see ``training_on_eight_devices.py``."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import training_on_eight_devices
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    """Runs all checks and returns what each has to say."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
+    }
+    file = Path(training_on_eight_devices.__file__)
+    done = subprocess.run(
+        [sys.executable, str(file)],
+        capture_output=True,
+        text=True,
+        cwd=file.parent.parent,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", training_on_eight_devices.CHECKS)
+def test_on_eight_devices(name, outcomes):
+    assert not outcomes[name], outcomes[name]
