@@ -71,7 +71,7 @@ def write(cache_bksh: Array, new_bkth: Array, start_b: Array) -> Array:
 
 
 def grow(cache: KVCache, slots: int) -> KVCache:
-    """Returns the cache with ``slots`` slots, the new ones empty; ``slots`` must not be less than it has."""
+    """Returns the cache with ``slots`` slots, the new ones empty; raises ValueError if it has more."""
     have = jax.tree.leaves(cache)[0].shape[2]
     if slots < have:
         raise ValueError(f"cannot shrink a cache from {have} to {slots} slots; ask for at least {have}")

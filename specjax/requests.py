@@ -41,7 +41,11 @@ class Request:
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns ragged prompts as int32 ``[b, t]``, right-padded with zeros, and their lengths ``[b]``."""
+    """Returns ragged prompts as int32 ``[b, t]``, right-padded with zeros, and their lengths, int32 ``[b]``.
+
+    Raises:
+      ValueError, TypeError: there is no prompt, one is empty or not flat, or its tokens are no integers of int32.
+    """
     if not isinstance(prompts, Sequence | np.ndarray | jax.Array):
         raise TypeError(f"prompts is {prompts!r}; give a sequence of prompts, each a sequence of token ids")
     rows = [np.asarray(_array(f"prompt {row}", prompt)) for row, prompt in enumerate(prompts)]

@@ -265,7 +265,7 @@ class Generation:
     Attributes:
       tokens_bs: int32; ``tokens_bs[i, :length_b[i]]`` is prompt i followed by what was emitted, a stop token
         included; zeros past it.
-      length_b: int32.
+      length_b: int32, tokens of each row, the prompt's included.
       prompt_length_b: int32.
       stats: per-row counts.
     """

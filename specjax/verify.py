@@ -39,7 +39,14 @@ def at_tokens(probs_bgv: Array, tokens_bg: Array) -> Array:
 
 
 def token_thresholds(tokens_bg: Array, p_bsv: Array, q_bgv: Array, length_b: Array) -> Thresholds:
-    """Rejection sampling: draft i succeeds with probability min(1, p / q)."""
+    """Rejection sampling: draft i succeeds with probability min(1, p / q) (Leviathan et al. 2023, section 2.3).
+
+    Args:
+      tokens_bg: int32, the drafts.
+      p_bsv: float32, the target's g + 1 distributions.
+      q_bgv: float32, those that the drafts were drawn from.
+      length_b: int32, how many of the g count.
+    """
     del length_b
     g = tokens_bg.shape[1]
     ones = jnp.ones((tokens_bg.shape[0], g + 1), p_bsv.dtype)
@@ -48,7 +55,8 @@ def token_thresholds(tokens_bg: Array, p_bsv: Array, q_bgv: Array, length_b: Arr
 
 def block_thresholds(tokens_bg: Array, p_bsv: Array, q_bgv: Array, length_b: Array) -> Thresholds:
     """Block verification: P_i = min(1, P_{i-1} p / q); draft i < g succeeds with probability S / (S + 1 - P_i),
-    S = sum_x max(P_i p_{i+1} - q_{i+1}, 0), and draft g with probability P_g."""
+    S = sum_x max(P_i p_{i+1} - q_{i+1}, 0), and draft g with probability P_g (Sun et al. 2025, arXiv 2403.10444).
+    The arguments are those of ``token_thresholds``."""
     rows, g = tokens_bg.shape
     p_at, q_at = at_tokens(p_bsv[:, :g], tokens_bg), at_tokens(q_bgv, tokens_bg)
     ratio = jnp.where(q_at > 0, p_at / jnp.where(q_at > 0, q_at, 1), 0)

@@ -22,7 +22,8 @@ from tokenizers.pre_tokenizers import Metaspace
 import specjax
 from specjax import MedusaDrafter, checkpoint
 from specjax.drafters.eagle import EagleHead
-from specjax.drafters.mtp import MTPHead
+from specjax.drafters.medusa import init_medusa_params
+from specjax.drafters.mtp import MTPConfig, MTPHead, init_mtp_params
 from specjax.hf.config import decoder_config
 from specjax.training.data import train_tokenizer
 from specjax.transformer.decoder import init_params
@@ -439,7 +440,7 @@ def no_stdin(monkeypatch):
 
 def test_coupled_gives_one_text_with_any_drafter(script, pair, tmp_path, no_stdin):
     texts = []
-    for drafter in (f"model:{pair / 'draft'}", "ngram", "early-exit:1", "cascade:ngram,early-exit:1", "none"):
+    for drafter in (f"model:{pair / 'draft'}", "ngram", "none"):
         argv = ["--target", pair / "target", "--drafter", drafter, "--verify", "coupled", "--temperature", 1]
         argv += ["--prompt", "f(x) f(x)", "--max-new-tokens", 40, "--num-draft", 2, "--json", tmp_path / "out.json"]
         out, _ = run(script, *argv)
@@ -448,6 +449,45 @@ def test_coupled_gives_one_text_with_any_drafter(script, pair, tmp_path, no_stdi
         assert "speedup" not in result
         assert (result["emitted_per_round"] == 1) == (drafter == "none" or result["prompts"][0]["accepted"] == 0)
     assert all(text == texts[0] for text in texts)
+
+
+@pytest.fixture(scope="module")
+def heads(pair):
+    """Freshly drawn heads of each kind for the target, in folders named after it."""
+    raw = json.loads((pair / "target" / "config.json").read_text(encoding="utf-8"))
+    layer = decoder_config(raw)
+    module = init_mtp_params(MTPConfig(layer), jax.random.key(2))
+    specjax.write_mtp(pair / "mtp", raw, module)
+    eagle = EagleHead(layer, (0, 1))
+    described = {
+        "speculators_model_type": "eagle3",
+        "draft_vocab_size": raw["vocab_size"],
+        "norm_before_residual": False,
+        "eagle_aux_hidden_state_layer_ids": [0, 1],
+        "transformer_layer_config": {
+            key: raw[key] for key in raw if key not in ("eos_token_id", "tie_word_embeddings")
+        },
+    }
+    specjax.write_eagle(pair / "eagle", described, eagle.init_params(jax.random.key(3)), specjax.load(pair / "target"))
+    kernel = specjax.load(pair / "target").params["embed_tokens"]["weight"].T
+    specjax.write_medusa(pair / "medusa", init_medusa_params(kernel, 2))
+    return pair
+
+
+GREEDY = ("none", "mtp:{0}/mtp", "eagle:{0}/eagle", "medusa:{0}/medusa", "early-exit:1", "cascade:ngram,early-exit:1")
+
+
+def test_greedy_text_is_the_same_with_every_drafter(script, heads, tmp_path, no_stdin):
+    """Of random heads, few drafts are accepted; the target's only layer drafts its own text."""
+    found = {}
+    for spec in GREEDY:
+        argv = ["--target", heads / "target", "--drafter", spec.format(heads), "--temperature", 0, "--num-draft", 2]
+        out, _ = run(script, *argv, "--prompt", "f(x) f(x)", "--max-new-tokens", 24, "--json", tmp_path / "out.json")
+        found[spec] = out, json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert len({out for out, _ in found.values()}) == 1
+    assert len({tuple(result["prompts"][0]["tokens"]) for _, result in found.values()}) == 1
+    assert all((result["drafted"] > 0) == (spec != "none") for spec, (_, result) in found.items())
+    assert found["early-exit:1"][1]["accepted"] == found["early-exit:1"][1]["drafted"]
 
 
 def test_a_draft_of_another_tokenizer_drafts_what_both_have(script, pair, tmp_path, no_stdin):

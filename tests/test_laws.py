@@ -25,6 +25,7 @@ from specjax import (
     FeatureDrafter,
     MedusaDrafter,
     ModelDrafter,
+    MTPDrafter,
     NGramDrafter,
     Proposal,
     Sampling,
@@ -102,6 +103,7 @@ def lively(params, scale):
 
 
 MTP = MTPConfig(DecoderConfig(VOCAB, 1, 2, 1, 1, 1, head_dim=2), own_embedding=True, own_head=True)
+TWO_MTP = dataclasses.replace(MTP, decoder=DecoderConfig(VOCAB, 1, 2, 2, 1, 1, head_dim=2))
 EAGLE = EagleHead(
     DecoderConfig(VOCAB, 8, 8, 1, 2, 1), (0, 1), target_hidden_size=1, draft_vocab_size=2, own_embedding=True
 )
@@ -162,7 +164,7 @@ def emitted(target, drafter, rule, settings, slots=SLOTS):
     prompt_bt, length_b = specjax.pad_prompts(PROMPTS * ROWS_PER_PROMPT)
 
     sampling = Sampling(seed=1000 + np.arange(len(length_b), dtype=np.uint32), **named)
-    run = in_batches if isinstance(drafter, FeatureDrafter) else all_at_once
+    run = in_batches if isinstance(drafter, FeatureDrafter | MTPDrafter) else all_at_once
     out = run(target, drafter, prompt_bt, length_b, sampling, rule=rule, slots=slots)
     assert (np.asarray(out.length_b) == length_b + TOKENS).all()
     assert (np.asarray(out.stats.rounds_b) >= 2).all()
@@ -215,6 +217,12 @@ def test_joint_law(drafter, rule, settings):
     p = p_value(emitted(TARGET, drafter, rule, settings), TARGET, settings)
     print(f"p = {p:.4f}")
     assert p > 1e-3
+
+
+def test_joint_law_of_several_mtp_modules():
+    """Under one rule and sampling, since it takes long to compile."""
+    drafter = MTPDrafter(lively(init_mtp_params(TWO_MTP, jax.random.key(1)), 50), TWO_MTP, DRAFTS)
+    assert p_value(emitted(TARGET, drafter, verify.block, FILTERED), TARGET, FILTERED) > 1e-3
 
 
 @pytest.mark.parametrize("settings", SAMPLINGS.values(), ids=SAMPLINGS)

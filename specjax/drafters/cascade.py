@@ -13,7 +13,7 @@ from specjax.types import Cache, Context, Drafter, Draw, Proposal, Verdict
 
 @struct.dataclass
 class CascadeState:
-    """What the two drafters remember between rounds."""
+    """What the two drafters remember between rounds, a pytree each."""
 
     first: Any
     second: Any

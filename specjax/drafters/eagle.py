@@ -40,6 +40,10 @@ class EagleHead:
       norm_before_fc: the fused states are normed together before ``fc``.
       fc_norm: they are normed one by one; not both.
       norm_output: the head goes on from its normed states (EAGLE-3.1).
+
+    Raises:
+      ValueError: a size is out of range, ``version`` is neither 1 nor 3, or fields contradict one another or the
+        version; the message names which.
     """
 
     decoder: DecoderConfig
@@ -145,7 +149,7 @@ class EagleHead:
     def run(
         self, params: Any, target: LanguageModel, tokens_bt: Array, states_btd: Array, cache: KVCache, start_b: Array
     ) -> tuple[Array, KVCache]:
-        """Feeds slots from ``start_b`` on; returns the head's states ``[b, t, d]``, fit to be fed, and the cache."""
+        """As ``specjax.drafters.feature.Head.run``."""
         module = self._bind(params)
         if self.own_embedding:
             embedded_btd = module.embed_tokens(tokens_bt)
@@ -155,7 +159,7 @@ class EagleHead:
         return module(embedded_btd.astype(states_btd.dtype), states_btd, cache, start_b)
 
     def logits(self, params: Any, target: LanguageModel, states_bd: Array) -> Array:
-        """Returns float32 ``[b, v]`` logits, -inf for tokens that are never drafted."""
+        """Returns float32 ``[b, v]`` logits of states ``[b, d]``, -inf for tokens that are never drafted."""
         module = self._bind(params)
         if isinstance(module, _Eagle3):
             return module.logits(states_bd)

@@ -18,6 +18,9 @@ class EarlyExitDrafter:
     Attributes:
       depth: layers to draft with, from 1 to the target's number.
       num_draft: g, tokens proposed per round.
+
+    Raises:
+      ValueError: ``depth`` is below 1.
     """
 
     depth: int = struct.field(pytree_node=False)

@@ -38,13 +38,26 @@ class Head(Protocol):
         ...
 
     def fuse(self, params: Any, features: tuple[Array, ...]) -> Array:
-        """Returns ``[b, t, d]``, the states of ``run``, from the target's captured ones."""
+        """Returns ``[b, t, d]``, the states of ``run``, from one ``[b, t, target's d]`` for each of ``capture``."""
         ...
 
     def run(
         self, params: Any, target: LanguageModel, tokens_bt: Array, states_btd: Array, cache: Cache, start_b: Array
     ) -> tuple[Array, Cache]:
-        """Feeds slots from ``start_b`` on; returns the head's states ``[b, t, d]``, fit to be fed, and the cache."""
+        """Feeds t slots of each row.
+
+        Args:
+          params: the head's parameters.
+          target: lends what the head shares with it.
+          tokens_bt: int32, at slot i token i + 1.
+          states_btd: at slot i the target's state at position i, as ``fuse`` returns it, or the head's own.
+          cache: the head's; slots from ``start_b`` on are written, and those before them are seen.
+          start_b: int32, the first slot of each row.
+
+        Returns:
+          The head's states ``[b, t, d]``, from which ``logits`` predicts token i + 2 and which can be fed in turn in
+          place of ``fuse``'s, and the cache.
+        """
         ...
 
     def logits(self, params: Any, target: LanguageModel, states_bd: Array) -> Array:
@@ -59,7 +72,7 @@ class FeatureState:
     Attributes:
       cache: the head's.
       states_btd: ``[b, g + 1, d]``, fused states of the target at the slots from ``start_b`` on.
-      start_b: int32.
+      start_b: int32 ``[b]``.
     """
 
     cache: Cache
@@ -69,7 +82,8 @@ class FeatureState:
 
 @struct.dataclass
 class FeatureDrafter:
-    """Drafts a chain with a head: after the first draft, the head goes on from its own states.
+    """Drafts a chain with a head: after the first draft, the head goes on from its own states (Li et al. 2024, EAGLE,
+    arXiv 2401.15077, section 4.1; with MTP modules, DeepSeek-V3, section 2.2, of which one is reused).
 
     What the chain wrote into the head's cache is overwritten from the target's true states in the next round. A row
     of one token drafts nothing: no state of the target is known yet.

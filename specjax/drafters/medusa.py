@@ -32,7 +32,7 @@ def init_medusa_params(kernel_dv: Array, num_heads: int, num_blocks: int = 1) ->
     """Returns heads to train: at first each is the target's own, its blocks being zero (section 2.1.1).
 
     Args:
-      kernel_dv: the kernel of the target's head.
+      kernel_dv: the kernel of the target's head; the heads have its dtype.
       num_heads: heads, the most drafts.
       num_blocks: residual blocks of each.
 
@@ -79,7 +79,7 @@ class MedusaDrafter:
         return {i: {**head, "lm_head": {"kernel": ("embed", "vocab")}} for i, head in axes.items()}
 
     def start(self, context: Context, features: tuple[Array, ...], slots: int) -> Array:
-        """Returns the last state known of each row, ``[b, d]``.
+        """Returns the last state known of each row, ``[b, d]`` in the target's dtype.
 
         Raises:
           ValueError: there are fewer heads than drafts, or they are of another width than the target.

@@ -31,6 +31,9 @@ class MTPConfig:
       zero_first: the embedding at slot 0 is zero, as vLLM has it.
       own_embedding: modules have their own embeddings, not the target's.
       own_head: modules have their own output heads, not the target's.
+
+    Raises:
+      ValueError: the decoder has LayerNorms or learned positions.
     """
 
     decoder: DecoderConfig
@@ -49,7 +52,10 @@ class MTPConfig:
 
 
 class MTPModule(nnx.Module):
-    """Joins states with embeddings of later tokens, for one decoder layer with a norm of its own behind it."""
+    """Joins states with embeddings of later tokens, for one decoder layer with a norm of its own behind it.
+
+    ``h' = norm(layer(eh_proj([enorm(embedding) ; hnorm(h)])))`` (DeepSeek-V3, section 2.2).
+    """
 
     def __init__(self, config: MTPConfig, layer: LayerConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         decoder = config.decoder
@@ -66,7 +72,22 @@ class MTPModule(nnx.Module):
     def __call__(
         self, target: LanguageModel, tokens_bt: Array, states_btd: Array, stored: Stored | None, start_b: Array
     ) -> tuple[Array, Stored]:
-        """Returns the module's states in the dtype of ``states_btd``, and what the layer keeps of its slots."""
+        """Feeds t slots of each row.
+
+        Args:
+          target: lends the embedding, where the module has none.
+          tokens_bt: int32, for each slot the token whose embedding is joined: for module k at slot i, token i + k.
+          states_btd: the states of the module before, or the target's; any floating dtype.
+          stored: what the layer keeps, of which the slots from ``start_b`` on are written; None lets the block stand
+            alone, as in training.
+          start_b: int32, the first slot of each row.
+
+        Returns:
+          ``[b, t, d]`` states in the dtype of ``states_btd``, and what the layer keeps with these slots.
+
+        Raises:
+          ValueError: the target does not lend its embedding, and the module has none.
+        """
         dtype = self.eh_proj.kernel[...].dtype
         position_bt = positions(start_b, tokens_bt.shape[1])
         embedded_btd = self._embed(target, tokens_bt).astype(dtype)
@@ -84,7 +105,7 @@ class MTPModule(nnx.Module):
         return x_btd * jnp.asarray(self.config.decoder.embedding_scale, x_btd.dtype)
 
     def logits(self, target: LanguageModel, states_bd: Array) -> Array:
-        """Returns ``[b, v]`` logits of states that the module returned."""
+        """Returns ``[b, v]`` logits of states ``[b, d]`` that the module returned; raises ValueError as a call does."""
         if self.lm_head is None:
             return _shared(target, "unembed")(target.params, states_bd[:, None])[:, 0]
         logits_bv = self.lm_head(states_bd.astype(self.lm_head.kernel[...].dtype))
@@ -115,7 +136,8 @@ class _MTP(nnx.Module):
 
 
 def init_mtp_params(config: MTPConfig, key: Array, dtype: jnp.dtype = jnp.dtype("float32")) -> Any:
-    """Returns freshly drawn parameters: nested dicts, with the modules under their numbers from 0; consumes ``key``."""
+    """Returns freshly drawn parameters of that dtype: nested dicts of arrays, with the modules under their numbers from
+    0; consumes ``key``."""
     _, state = nnx.split(_MTP(config, dtype, nnx.Rngs(params=key)))
     return nnx.to_pure_dict(state)["modules_"]
 
@@ -152,6 +174,9 @@ class MTPHead:
 
     Attributes:
       config: of a single module.
+
+    Raises:
+      ValueError: the config has several.
     """
 
     config: MTPConfig
@@ -192,13 +217,13 @@ class MTPHead:
         cache: KVCache | None,
         start_b: Array,
     ) -> tuple[Array, KVCache]:
-        """Feeds slots from ``start_b`` on; without a cache the block stands alone, as in training."""
+        """As ``specjax.drafters.feature.Head.run``; without a cache the block stands alone, as in training."""
         stored = None if cache is None else cache.layers[0]
         states_btd, stored = _bind(self.config, params)[0](target, tokens_bt, states_btd, stored, start_b)
         return states_btd, KVCache((stored,))
 
     def logits(self, params: Any, target: LanguageModel, states_bd: Array) -> Array:
-        """Returns ``[b, v]`` logits of states that ``run`` returned."""
+        """Returns ``[b, v]`` logits of states ``[b, d]`` that ``run`` returned."""
         return _bind(self.config, params)[0].logits(target, states_bd)
 
 
@@ -207,9 +232,10 @@ class MTPState:
     """What the modules remember between rounds.
 
     Attributes:
-      cache: one layer for each module in use.
-      states_btd: ``[b, 2g, d]``, the target's states at the slots from ``start_b`` on.
-      start_b: int32.
+      cache: one layer for each module in use, of the same slots.
+      states_btd: ``[b, 2g, d]`` in the target's dtype, its states behind the final norm at the slots from ``start_b``
+        on; those past the last known one hold what will be overwritten.
+      start_b: int32 ``[b]``, g slots before the row's end, and at least 0.
     """
 
     cache: Cache
@@ -219,7 +245,8 @@ class MTPState:
 
 @struct.dataclass
 class MTPDrafter:
-    """Drafts token k of a round with module k, all of them at the slot of the last state that the target gave.
+    """Drafts token k of a round with module k, all of them at the slot of the last state that the target gave
+    (DeepSeek-AI 2024, DeepSeek-V3, arXiv 2412.19437, section 2.2).
 
     With n tokens in a row, module k has the true embeddings of its slots up to n - 1 - k; those behind, up to n - 2,
     have embeddings of this round's drafts. The next round begins g slots before n, so that each module writes them
@@ -230,6 +257,9 @@ class MTPDrafter:
       params: the modules' parameters, by their numbers from 0.
       config: of the modules.
       num_draft: g, tokens proposed per round, at most one for each module.
+
+    Raises:
+      ValueError: ``num_draft`` is below 1, or there are fewer modules.
     """
 
     params: Any

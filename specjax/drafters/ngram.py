@@ -19,6 +19,9 @@ class NGramDrafter:
       num_draft: g, the most tokens proposed per round.
       min_n: shortest match.
       max_n: longest match looked for.
+
+    Raises:
+      ValueError: not 1 <= ``min_n`` <= ``max_n``, or one is no integer.
     """
 
     num_draft: int = struct.field(pytree_node=False, default=4)

@@ -134,6 +134,9 @@ class DecoderConfig:
       logit_softcap: the same for the logits.
       latent: multi-head latent attention in place of grouped-query attention.
       experts: the mixture of the layers that have one.
+
+    Raises:
+      ValueError: a number is out of range, a name unknown, or sizes do not go together; the message names which.
     """
 
     vocab_size: int

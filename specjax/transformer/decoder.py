@@ -96,9 +96,17 @@ class Decoder(nnx.Module):
         capture: tuple[int, ...] = (),
         depth: int | None = None,
     ) -> tuple[Array, tuple[Array, ...], KVCache]:
-        """Returns float32 logits, the captured states and the cache; without a cache the block stands alone.
+        """Feeds t slots of each row, as ``LanguageModel.forward`` says; without a cache the block stands alone.
 
-        ``depth`` leaves out the layers past the first so many.
+        Args:
+          tokens_bt: int32.
+          start_b: int32, the first slot of each row.
+          cache: of all layers, or None.
+          capture: hidden-state indices.
+          depth: leaves out the layers past the first so many.
+
+        Returns:
+          Float32 logits ``[b, t, v]``, one ``[b, t, d]`` state per captured index, and the cache.
         """
         config = self.config
         x_btd = self.embed(tokens_bt)
@@ -123,7 +131,7 @@ class Decoder(nnx.Module):
 
 
 def init_params(config: DecoderConfig, key: Array, dtype: jnp.dtype = jnp.dtype("float32")) -> Any:
-    """Returns freshly drawn parameters as a nested dict of arrays; ``key`` is consumed."""
+    """Returns freshly drawn parameters of that dtype as a nested dict of arrays; ``key`` is consumed."""
     _, state = nnx.split(Decoder(config, dtype, nnx.Rngs(params=key)))
     return nnx.to_pure_dict(state)
 
@@ -199,7 +207,7 @@ def _functions(config: DecoderConfig, dtype: jnp.dtype) -> _Functions:
 
 
 def decoder_model(config: DecoderConfig, params: Any) -> LanguageModel:
-    """Returns the decoder as a ``LanguageModel``; it computes in the dtype of ``params``."""
+    """Returns the decoder as a ``LanguageModel``; it computes in the dtype of its ``init_params``."""
     return LanguageModel(
         params=params,
         vocab_size=config.vocab_size,

@@ -1,0 +1,96 @@
+"""scripts/bench.py, run in this process on a tiny random model: each benchmark's rows and columns, never its times."""
+
+import contextlib
+import importlib
+import io
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import specjax
+from specjax import training
+from specjax.hf.config import decoder_config
+from specjax.transformer.decoder import init_params
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+TEXT = "".join(f"def f{i}(x):\n    return x + {i}\n\n\n" for i in range(200))
+COLUMNS = {
+    "width": "tokens | ms | ratio",
+    "round": "num_draft | temperature | round ms | drafter ms | target ms | in turn ms | round / (drafter + target) "
+    "| round / in turn",
+    "slots": "drafter | 512 slots, ms | 4096 slots, ms | ratio",
+    "speed": "batch | temperature | num_draft | tokens/s | plain tokens/s | speed-up | emitted per round "
+    "| accepted by position",
+    "drafters": "drafter | g | temperature | accepted by position | emitted per round | c | w | promised | speed-up",
+}
+ROWS = {
+    "width": [(t,) for t in range(1, 10)],
+    "round": [(1, 0.0), (1, 1.0)],
+    "slots": [("plain",), ("g = 1",)],
+    "speed": [(2, 0.0, 1), (2, 1.0, 1)],
+    "drafters": [("ngram", 1, 0.0), ("ngram", 1, 1.0)],
+}
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    """All benchmarks in one run, as small as may be; standard output, and what is written as JSON."""
+    folder, out = tmp_path_factory.mktemp("bench"), io.StringIO()
+    tokenizer = training.train_tokenizer([TEXT], 262)
+    raw = {"model_type": "llama", "vocab_size": tokenizer.get_vocab_size(), "max_position_embeddings": 512}
+    raw |= {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    for seed, name in enumerate(("target", "draft")):
+        params = init_params(decoder_config(raw), jax.random.key(seed))
+        specjax.save(folder / name, raw, params, tokenizer, {})
+    argv = ["--target", folder / "target", "--draft", folder / "draft", "--json", folder / "out.json"]
+    argv += ["--num-draft", 1, "--batch", 2, "--prompts", 1, "--new-tokens", 8, "--repeats", 1, "--drafters", "ngram"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPTS)
+        bench = importlib.import_module("bench")
+        patch.setattr(bench, "LOOP", 1)
+        patch.setattr(bench, "EXCERPTS", 1)
+        held_out = next(f"m{i}" for i in range(999) if training.is_held_out(f"m{i}"))
+        patch.setattr(training, "stdlib_modules", lambda: {held_out: TEXT})
+        with contextlib.redirect_stdout(out):
+            assert bench.main([str(value) for value in argv]) == 0
+    return out.getvalue().splitlines(), json.loads((folder / "out.json").read_text(encoding="utf-8"))
+
+
+def test_all_benchmarks_run_in_order(figures):
+    assert list(figures[1]) == list(COLUMNS)
+
+
+@pytest.mark.parametrize("what", COLUMNS)
+def test_a_benchmark_has_its_rows_and_columns(figures, what):
+    """In JSON and, in the same order, in a Markdown table; all figures are finite."""
+    out, written = figures
+    rows = written[what]
+    assert [" | ".join(row) for row in rows] == [COLUMNS[what]] * len(ROWS[what])
+    assert [tuple(row.values())[: len(key)] for row, key in zip(rows, ROWS[what], strict=True)] == ROWS[what]
+    numbers = [value for row in rows for value in row.values() if isinstance(value, float)]
+    assert numbers and all(map(math.isfinite, numbers))
+    top = out.index(f"| {COLUMNS[what]} |")
+    assert out[top + 1] == "| " + " | ".join(["---"] * len(rows[0])) + " |"
+    printed = [line.strip("| ").split(" | ") for line in out[top + 2 : top + 2 + len(rows)]]
+    assert [(len(line), line[0]) for line in printed] == [(len(rows[0]), str(key[0])) for key in ROWS[what]]
+
+
+def test_what_follows_from_others_does(figures):
+    """Ratios of the columns beside them, and shares that are shares."""
+    written = figures[1]
+    base = written["width"][0]["ms"]
+    np.testing.assert_allclose(
+        [row["ratio"] for row in written["width"]], [row["ms"] / base for row in written["width"]]
+    )
+    for row in written["round"]:
+        np.testing.assert_allclose(row["round / in turn"], row["round ms"] / row["in turn ms"])
+    for row in written["speed"]:
+        np.testing.assert_allclose(row["speed-up"], row["tokens/s"] / row["plain tokens/s"])
+        assert 1 <= row["emitted per round"] <= 2
+        assert all(0 <= float(share) <= 1 for share in row["accepted by position"].split())
+    for row in written["drafters"]:
+        np.testing.assert_allclose(row["promised"], row["emitted per round"] / (row["c"] + row["w"]))

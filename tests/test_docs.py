@@ -1,0 +1,102 @@
+"""Code in the pages for users runs as it stands, in a folder of tiny models by the names of the shipped ones."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import specjax
+from specjax import training
+from specjax.hf.config import decoder_config
+from specjax.transformer.decoder import init_params
+
+ROOT = Path(__file__).parent.parent
+TEXT = "".join(f"def f{i}(x):\n    return x + {i}\n\n\n" for i in range(40))
+SIZES = {
+    "vocab_size": 262,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "max_position_embeddings": 256,
+}
+RECIPE = """head = "mtp"
+drafts_for = "py-14m"
+chain_steps = 1
+[architecture]
+{sizes}
+[[stages]]
+loss = "kl"
+steps = 3
+rows = 2
+sequence = 16
+peak_learning_rate = 1e-2
+warmup_steps = 1
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with what the pages name, which is the current one; dtypes and ranks promote as they do for users."""
+    tokenizer = training.train_tokenizer([TEXT], SIZES["vocab_size"])
+    raw = {"model_type": "llama", **SIZES, "vocab_size": tokenizer.get_vocab_size()}
+    for seed, name in enumerate(("py-14m", "py-14m-draft")):
+        specjax.save(
+            tmp_path / "checkpoints" / name, raw, init_params(decoder_config(raw), jax.random.key(seed)), tokenizer, {}
+        )
+    (tmp_path / "models" / "py-14m-mtp").mkdir(parents=True)
+    sizes = "\n".join(f"{name} = {raw[name]}" for name in SIZES)
+    (tmp_path / "models" / "py-14m-mtp" / "recipe.toml").write_text(RECIPE.format(sizes=sizes))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "page.md").write_text(TEXT)
+    monkeypatch.chdir(tmp_path)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def run(page):
+    """Runs a page's blocks of Python one behind the other; returns their names and what they print."""
+    names, out = {"__name__": page}, io.StringIO()
+    with contextlib.redirect_stdout(out):
+        for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL):
+            exec(compile(block, page, "exec"), names)
+    return names, out.getvalue()
+
+
+def test_the_readme_generates(place):
+    """Both prompts are printed with their text, and the figure behind them is that of drafts which were made."""
+    names, out = run("README.md")
+    assert out.count("\n---") == 2 and all(prompt in out for prompt in names["prompts"])
+    stats = names["generation"].stats
+    assert stats.drafted_b.min() > 0 and out.endswith(f"{stats.emitted_b / stats.rounds_b}\n")
+
+
+def test_the_extensions_work(place):
+    """The page's drafter and the head that it trains have the same greedy text; its model runs."""
+    names, _ = run("docs/extending.md")
+    assert names["generation"].stats.emitted_b.tolist() == [64, 64]
+    assert len(names["losses"]) == 3 and np.isfinite(names["losses"]).all()
+    target, ids = names["target"], names["tokenizer"].encode(TEXT[:40]).ids
+    head = specjax.open_mtp("checkpoints/py-14m-docs", target, 1)
+    texts = []
+    for drafter in (names["BigramDrafter"](), head):
+        sampling = specjax.Sampling(temperature=0.0)
+        drafted = specjax.generate(target, np.asarray([ids]), drafter=drafter, sampling=sampling, max_new_tokens=24)
+        assert drafted.stats.drafted_b[0] > 0
+        texts.append(drafted.tokens_bs.tolist())
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("page", sorted(["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]))
+def test_commands_name_scripts_and_options_that_there_are(page):
+    sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "scripts").glob("*.py")}
+    text = (ROOT / page).read_text(encoding="utf-8")
+    commands = re.findall(r"python scripts/(\w+\.py)((?: [^`|#\n]*)?)", text)
+    for script, arguments in commands:
+        assert script in sources
+        for option in re.findall(r"(?<= )--[a-z][a-z-]*", arguments):
+            assert any(f'"{option}"' in source for source in sources.values()), (script, option)
