@@ -14,6 +14,7 @@ tokens, both in passes over one.
 import argparse
 import contextlib
 import functools
+import hashlib
 import json
 import platform
 import sys
@@ -57,7 +58,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--target", type=Path, default=CHECKPOINTS / "py-14m")
     parser.add_argument("--draft", type=Path, default=CHECKPOINTS / "py-14m-draft")
     parser.add_argument("--num-draft", type=int, nargs="+", default=[4], metavar="G")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8], metavar="B", help="for speed")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        nargs="+",
+        metavar="B",
+        help="for speed; default: 1 4 8, if they divide",
+    )
     parser.add_argument("--prompts", type=int, default=8, help="for speed; rounded up to whole batches")
     parser.add_argument("--new-tokens", type=int, default=192, help="for speed")
     parser.add_argument("--repeats", type=int, default=15, help="timings whose median is taken")
@@ -72,12 +79,15 @@ def main(argv: list[str] | None = None) -> int:
         try:
             mesh = stack.enter_context(hosts.run(args))
             chosen = args.what or (BENCHMARKS if mesh is None else ["speed"])
+            if args.batch is None:
+                parts = 1 if mesh is None else mesh.shape["data"]
+                args.batch = [batch for batch in (1, 4, 8) if batch % parts == 0] or [parts]
             check_mesh(mesh, chosen, args.batch)
             hosts.check_same_folders(args.target, args.draft)
             args.model = specjax.load(args.target, mesh=mesh)
-            args.drafts = {g: specjax.load_drafter(args.draft, args.model, g) for g in args.num_draft}
-            if mesh is not None:
-                args.drafts = {g: specjax.shard(draft, mesh, rules={}) for g, draft in args.drafts.items()}
+            args.drafts = {
+                g: specjax.load_drafter(args.draft, args.model, g, mesh=mesh, rules={}) for g in args.num_draft
+            }
         except ValueError as error:
             parser.error(hosts.label() + str(error))
         over = "" if mesh is None else f", mesh {dict(mesh.shape)}"
@@ -205,7 +215,9 @@ def held_out_tokens(tokenizer_folder: Path) -> np.ndarray:
 
 def held_out_excerpts(tokenizer_folder: Path, length: int, count: int) -> np.ndarray:
     """Returns ``count`` windows of ``length`` tokens from held-out modules."""
-    return training.Windows(held_out_tokens(tokenizer_folder), length, count, seed=0).batch(0)
+    excerpts = training.Windows(held_out_tokens(tokenizer_folder), length, count, seed=0).batch(0)
+    hosts.check_same({"the digest of the excerpts": hashlib.sha256(excerpts.tobytes()).hexdigest()[:8]})
+    return excerpts
 
 
 def bench_width(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -329,7 +341,7 @@ def speed(args: argparse.Namespace, drafter: Any, temperature: float, prompts: n
         }
         seconds = medians(calls, max(3, args.repeats // 5))
         speculative, plain = speculative + seconds["speculative"], plain + seconds["plain"]
-        stats.append(hosts.gathered(calls["speculative"]().stats))
+        stats.append(specjax.sharding.gathered(calls["speculative"]().stats))
     emitted = sum(int(s.emitted_b.sum()) for s in stats)
     accepted = sum(s.accepted_at_bg.sum(0) for s in stats) / sum(s.drafted_at_bg.sum(0) for s in stats)
     return {

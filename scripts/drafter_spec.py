@@ -5,14 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import hosts
+from jax.sharding import Mesh
 
 import specjax
 
 HEADS = {"mtp": specjax.open_mtp, "eagle": specjax.open_eagle, "medusa": specjax.open_medusa}
 
 
-def named_drafter(spec: str, target: specjax.LanguageModel, tokenizer: Any, num_draft: int) -> Any:
-    """Returns the drafter of a value other than none."""
+def named_drafter(
+    spec: str,
+    target: specjax.LanguageModel,
+    tokenizer: Any,
+    num_draft: int,
+    mesh: Mesh | None = None,
+    rules: specjax.sharding.Rules = specjax.sharding.RULES,
+) -> Any:
+    """Returns the drafter of a value other than none; ``mesh`` and ``rules`` are those of ``specjax.load_drafter``."""
     kind, _, value = spec.partition(":")
     if spec == "ngram":
         return specjax.NGramDrafter(num_draft=num_draft)
@@ -20,18 +28,20 @@ def named_drafter(spec: str, target: specjax.LanguageModel, tokenizer: Any, num_
         return specjax.EarlyExitDrafter(int(value), num_draft)
     parts = value.split(",")
     if kind == "cascade" and len(parts) > 1 and "none" not in parts:
-        return functools.reduce(specjax.Cascade, (named_drafter(part, target, tokenizer, num_draft) for part in parts))
+        return functools.reduce(
+            specjax.Cascade, (named_drafter(part, target, tokenizer, num_draft, mesh, rules) for part in parts)
+        )
     if kind not in ("model", *HEADS) or not value:
         raise ValueError(
             f"--drafter is {spec!r}; give model:DIR, ngram or none, a head as mtp:DIR, eagle:DIR or medusa:DIR, "
             "early-exit:LAYERS, or cascade:A,B, of which B drafts where A has nothing"
         )
     if kind in HEADS:
-        drafter = HEADS[kind](value, target, num_draft)
+        drafter = HEADS[kind](value, target, num_draft, mesh=mesh, rules=rules)
         if kind == "eagle":
             hosts.note(f"{value}: {drafter.head.describe()}\n")
         return drafter
-    drafter = specjax.load_drafter(value, target, num_draft, tokenizer=tokenizer)
+    drafter = specjax.load_drafter(value, target, num_draft, tokenizer=tokenizer, mesh=mesh, rules=rules)
     if isinstance(drafter, specjax.SharedVocabularyDrafter):
         shared = int((drafter.draft_of_v >= 0).sum())
         hosts.note(

@@ -126,6 +126,11 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
         "nothing (default: the shipped draft, or ngram)",
     )
     models.add_argument("--num-draft", type=int, default=4, metavar="N", help="tokens drafted per round (default: 4)")
+    models.add_argument(
+        "--shard-draft",
+        action="store_true",
+        help="over a mesh, split the drafter like the target (default: it is whole)",
+    )
     models.add_argument("--verify", choices=VERIFY, default="block", help="how drafts are verified (default: block)")
     draws = parser.add_argument_group("sampling")
     draws.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default: 0.8)")
@@ -171,14 +176,6 @@ def piped_text() -> str:
     return sys.stdin.read().removesuffix("\n")
 
 
-def open_drafter(spec: str, target: specjax.LanguageModel, tokenizer: Any, num_draft: int, mesh: Mesh | None):
-    """Returns the drafter of a ``--drafter`` value; on a mesh, each device has it whole."""
-    if spec == "none":
-        return None
-    drafter = named_drafter(spec, target, tokenizer, num_draft)
-    return drafter if mesh is None else specjax.shard(drafter, mesh, rules={})
-
-
 def compare(request: dict[str, Any], drafter: Any, rows: int) -> dict[str, float]:
     """Returns tokens per second with the drafter and without: medians of interleaved runs, one compiled loop each.
 
@@ -191,7 +188,7 @@ def compare(request: dict[str, Any], drafter: Any, rows: int) -> dict[str, float
             stats = jax.block_until_ready(specjax.generate(**request, drafter=proposer)).stats
             seconds = time.perf_counter() - start
             if run:  # the first compiles
-                rates[name].append(int(hosts.gathered(stats.emitted_b)[:rows].sum()) / seconds)
+                rates[name].append(int(specjax.sharding.gathered(stats.emitted_b)[:rows].sum()) / seconds)
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
@@ -318,7 +315,10 @@ def main(argv: list[str] | None = None) -> None:
             hosts.check_same_folders(args.target, *folders_of(spec))
             target = specjax.load(args.target, mesh=mesh)
             tokenizer = specjax.load_tokenizer(args.target)
-            drafter = open_drafter(spec, target, tokenizer, args.num_draft, mesh)
+            rules = specjax.sharding.RULES if args.shard_draft else {}
+            drafter = None
+            if spec != "none":
+                drafter = named_drafter(spec, target, tokenizer, args.num_draft, mesh, rules)
             if args.compare and drafter is None:
                 raise ValueError("--compare needs a drafter to compare with plain decoding; --drafter is none")
             if args.system is not None and not args.chat:

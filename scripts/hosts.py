@@ -30,14 +30,14 @@ from jax._src import distributed  # the store that processes share has no public
 from jax.sharding import Mesh
 
 import specjax
-from specjax.sharding import gathered as gathered
 
 AXES = ("data", "tensor", "expert")
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "tokenizers")
 START_S = 300  # within which all processes must come
 LOST_S = 20  # a process that gives no sign for so long is lost
+HEARTBEAT_S = 50  # the same for JAX, which finds out at half of it at the earliest: when the watch is cut off
 BEAT_S = 1
-END_S = 86400  # the first process may take its time over files
+END_S = 86400  # another may take its time over files or input; the watch sees to it that it lives
 SHOWN = 80  # characters of a value in a message
 # Errors of JAX's runtime that may be another process's end, seen from here.
 MAY_BE_ANOTHERS = re.compile(r"\b(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
@@ -88,9 +88,9 @@ def run(args: argparse.Namespace) -> Iterator[Mesh | None]:
     - standard output is the first process's alone; what native libraries print there goes to standard error;
     - leaving waits for all processes;
     - no exception comes out. The process in which it was raised prints it, with its traceback unless it is a
-      ValueError, TypeError or OSError, and ends, with status 2 for these and 1 for others; SystemExit keeps its status
-      and is taken for printed. The others print whose it was and what it says, and end with 1. They also do when one is
-      interrupted, killed, or gives no sign for ``LOST_S`` seconds.
+      ValueError, TypeError, OSError or FloatingPointError, and ends, with status 2 for these and 1 for others;
+      SystemExit keeps its status and is taken for printed. The others print whose it was and what it says, and end
+      with 1. They also do when one is interrupted, killed, or gives no sign for ``LOST_S`` seconds.
 
     Raises:
       ValueError: of one process, that there are too few devices; of several, that they cannot come together: the
@@ -142,7 +142,7 @@ def exchange(text: str) -> list[str]:
     _exchanges += 1
     keys = [f"specjax/exchange/{_exchanges}/{process}" for process in range(state.num_processes)]
     state.client.key_value_set(keys[state.process_id], text)
-    return [state.client.blocking_key_value_get(key, START_S * 1000) for key in keys]
+    return [state.client.blocking_key_value_get(key, END_S * 1000) for key in keys]
 
 
 def check_same(values: Mapping[str, str]) -> None:
@@ -236,8 +236,7 @@ def _come_together(args: argparse.Namespace) -> bool:
             args.num_processes,
             args.process_id,
             initialization_timeout=START_S,
-            # JAX finds a process dead after half of this at the earliest: behind the watch, unless that is cut off.
-            heartbeat_timeout_seconds=5 * LOST_S // 2,
+            heartbeat_timeout_seconds=HEARTBEAT_S,
         )
     except (ValueError, RuntimeError) as error:
         if not missing:
@@ -314,8 +313,9 @@ class _Watch:
         wakeup.setblocking(False)
         self._wakeup = wakeup  # kept open
         signal.set_wakeup_fd(wakeup.fileno())
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a closed pipe is an error to be told, like any other
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -352,7 +352,7 @@ class _Watch:
         if not said:
             _say(text)
         if self._me == 0:
-            time.sleep(3 * BEAT_S)  # what the others have yet to read lies here
+            time.sleep(5 * BEAT_S)  # what the others have yet to read lies here
         os._exit(status)
 
     def fail(self, error: BaseException) -> NoReturn:
@@ -364,7 +364,7 @@ class _Watch:
         reason = " ".join(str(cause).split()) or type(cause).__name__
         if MAY_BE_ANOTHERS.search(reason):
             time.sleep(LOST_S + 5 * BEAT_S)  # if it is, the watch ends this process and says whose
-        if isinstance(error, (ValueError, TypeError, OSError)):
+        if isinstance(error, (ValueError, TypeError, OSError, FloatingPointError)):
             status = 2
         elif not said:
             traceback.print_exception(error)

@@ -69,6 +69,7 @@ def train(
 ) -> None:
     """Runs all stages of a recipe and writes the checkpoint folder."""
     recipe = training.read_recipe(folder)
+    hosts.check_same({f"the digest of {folder}": recipe.digest})  # before sizes and steps follow from it
     if mesh is not None:
         for stage in recipe.stages:
             training.split_rows(mesh, stage.rows)
@@ -89,7 +90,7 @@ def train(
     print(f"{len(kept)} modules, {len(corpus):,} tokens; held out: {len(held)} modules, {len(held_out):,} tokens")
 
     texts = {"corpus": corpus}
-    if teacher is not None and any(stage.text != "corpus" for stage in recipe.stages):
+    if teacher is not None and any(stage.text in ("samples", "both") for stage in recipe.stages):
         texts["samples"] = draw_samples(teacher, corpus, recipe, run / "samples.npy")
 
     trainee = training.make_trainee(recipe, teacher, np.concatenate(list(texts.values())))
@@ -100,6 +101,9 @@ def train(
         shutil.rmtree(trial)
     history = []
     for number, stage in enumerate(recipe.stages):
+        if stage.text == "on_policy":
+            model = trainee.drafter(params, 1).model
+            texts["on_policy"] = draw_samples(model, corpus, recipe, run / f"on-policy-{number}.npy")
         with tqdm(
             total=stage.steps,
             desc=f"stage {number}: {stage.loss} on {stage.text}",
@@ -155,10 +159,11 @@ def start_run(run: Path, recipe: training.Recipe, teacher: specjax.LanguageModel
     """Writes down what the folder's checkpoints come from, or makes sure that it is what they came from."""
     digest = hashlib.sha256(corpus.tobytes())
     for leaf in jax.tree.leaves(None if teacher is None else teacher.params):
-        digest.update(hosts.gathered(leaf).tobytes())
+        digest.update(specjax.sharding.gathered(leaf).tobytes())
+    origin = {"recipe": recipe.digest, "text and target": digest.hexdigest()[:16]}
+    hosts.check_same({f"the digest of {name}": value for name, value in origin.items()})
     if not hosts.is_first():
         return
-    origin = {"recipe": recipe.digest, "text and target": digest.hexdigest()[:16]}
     file = run / "origin.json"
     if not file.is_file():
         if run.is_dir() and any(run.iterdir()):
@@ -184,13 +189,13 @@ def batches(stage: training.Stage, texts: dict[str, np.ndarray], seed: int) -> C
 
 
 def draw_samples(
-    teacher: specjax.LanguageModel, corpus: np.ndarray, recipe: training.Recipe, file: Path, rows: int = 64
+    model: specjax.LanguageModel, corpus: np.ndarray, recipe: training.Recipe, file: Path, rows: int = 64
 ) -> np.ndarray:
-    """Returns text drawn from the teacher behind openings from the corpus: half of the rows at temperature 1, half
+    """Returns text drawn from a model behind openings from the corpus: half of the rows at temperature 1, half
     greedily, since the draft will serve both. Drawn once, then read from ``file``."""
     if file.is_file():
         return np.load(file)
-    limit = min(recipe.architecture.get("max_position_embeddings", 2048), teacher.max_positions or sys.maxsize)
+    limit = min(recipe.architecture.get("max_position_embeddings", 2048), model.max_positions or sys.maxsize)
     openings = training.Windows(corpus, PROMPT_TOKENS, rows, recipe.seed)
     temperature = np.where(np.arange(rows) % 2, 0.0, 1.0).astype(np.float32)
     pieces: list[np.ndarray] = []
@@ -198,13 +203,13 @@ def draw_samples(
     with tqdm(total=recipe.sample_tokens, desc="samples", unit="token", disable=not hosts.is_first()) as bar:
         while drawn < recipe.sample_tokens:
             generation = specjax.generate(
-                teacher,
+                model,
                 openings.batch(len(pieces)),
                 drafter=specjax.NGramDrafter(num_draft=4),
                 sampling=specjax.Sampling(temperature=temperature, seed=recipe.seed + rows * len(pieces)),
                 max_new_tokens=limit - PROMPT_TOKENS,
             )
-            generation = hosts.gathered(generation)
+            generation = specjax.sharding.gathered(generation)
             pieces.append(generation.tokens_bs[:, :limit].reshape(-1))
             emitted = int(generation.stats.emitted_b.sum())
             drawn += emitted
@@ -249,7 +254,7 @@ def held_out_acceptance(
         sampling = specjax.Sampling(temperature=temperature)
         room = min(NEW_TOKENS, limit - length)
         generation = specjax.generate(target, prompts, drafter=drafter, sampling=sampling, max_new_tokens=room)
-        stats = jax.tree.map(lambda x: x[:HELD_OUT_PROMPTS], hosts.gathered(generation.stats))
+        stats = jax.tree.map(lambda x: x[:HELD_OUT_PROMPTS], specjax.sharding.gathered(generation.stats))
         by_position = stats.accepted_at_bg.sum(0) / stats.drafted_at_bg.sum(0)
         figures[f"temperature {temperature:g}"] = {
             "num_draft": drafter.num_draft,

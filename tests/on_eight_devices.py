@@ -314,15 +314,15 @@ def a_round_keeps_to_its_budget_of_collectives():
         prompt_bt, request, slots = lay_out(target, draft, PROMPT, None, Sampling(), NEW, (), SLOTS)
         static = {"classes": engine.classes_key(target, draft), "verify": verify.block, "slots": slots}
         hlo = engine._generate_jit.lower(target, prompt_bt, request, None, draft, **static).compile().as_text()
-    (body,) = outer_loops(hlo)
+    (body,) = (body for body in outer_loops(hlo) if collectives(body))  # XLA may make small loops of its own
     found, rows, layers = collectives(body), ROWS // data, DENSE.num_hidden_layers
 
     assert {kind for kind, _, _ in found} == {"all-reduce"}
     assert {groups for _, _, groups in found} == {"[2,4]<=[8]"}  # devices that share rows: none along the data axis
     lines, entry = computations(hlo)
-    (loop,) = (line for line in lines[entry] if " while(" in line)
-    condition = reachable(lines, re.search(r"condition=%?([\w.-]+)", loop)[1])
-    assert collectives(line for name in condition for line in lines[name]) == []
+    for loop in (line for line in lines[entry] if " while(" in line):
+        condition = reachable(lines, re.search(r"condition=%?([\w.-]+)", loop)[1])
+        assert collectives(line for name in condition for line in lines[name]) == []
     assert copies(body, SLOTS) == []
 
     # Models: hidden states behind the embedding, attention and MLP of each layer, in each pass.

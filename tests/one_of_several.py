@@ -9,6 +9,10 @@ from pathlib import Path
 import conftest  # noqa: F401  (the suite's strictness, and its compilations)
 import jax
 import numpy as np
+from test_train_script import MODULES
+
+import specjax
+from specjax import training
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import hosts
@@ -26,15 +30,25 @@ def talk(argv):
         rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
         numbers = np.arange(mesh.size, dtype=np.int32)
         apart = jax.make_array_from_callback(numbers.shape, rows, numbers.__getitem__)
-        print(f"all of {hosts.gathered(apart).tolist()}", flush=True)
+        print(f"all of {specjax.sharding.gathered(apart).tolist()}", flush=True)
         if args.process_id == args.crashes:
             raise RuntimeError("the crash\nof one")
         Path("talks").touch()
         while True:
-            hosts.gathered(apart)
+            specjax.sharding.gathered(apart)
             time.sleep(0.1)
+
+
+def train(argv):
+    """Trains on a small corpus; optax raises a decay rate to the power of a step count."""
+    training.stdlib_modules = lambda: MODULES
+    with jax.numpy_dtype_promotion("standard"):
+        sys.exit(importlib.import_module("train").main(argv))
 
 
 if __name__ == "__main__":
     name, *argv = sys.argv[1:]
-    talk(argv) if name == "talk" else importlib.import_module(name).main(argv)
+    if name in ("talk", "train"):
+        globals()[name](argv)
+    else:
+        importlib.import_module(name).main(argv)

@@ -42,7 +42,7 @@ class Job:
                 self.processes[process] = subprocess.Popen(command, env=environment, **files)
 
     def stop_one(self, process, number):
-        """Sends a signal to a process once all have talked with each other."""
+        """Sends a signal to a process once all have talked with each other; all must end within a minute."""
         began = time.monotonic()
         while not all((self.folder / str(each) / "talks").exists() for each in self.processes):
             ended = [child for child in self.processes.values() if child.poll() is not None]
@@ -50,7 +50,10 @@ class Job:
                 raise AssertionError(self.ends())
             time.sleep(0.1)
         self.processes[process].send_signal(number)
-        return self
+        signalled = time.monotonic()
+        ends = self.ends()
+        assert time.monotonic() - signalled < 60
+        return ends
 
     def ends(self):
         """Returns the status of each process, its standard output and the errors that it names."""
@@ -139,24 +142,60 @@ def test_processes_emit_the_tokens_of_one(count, target, plain, tmp_path):
         assert sorted(path.name for path in (tmp_path / str(process)).iterdir()) == ["target"]
 
 
+RECIPE = """
+[architecture]
+vocab_size = 262
+hidden_size = 16
+intermediate_size = 16
+num_hidden_layers = 1
+num_attention_heads = 1
+max_position_embeddings = 128
+[[stages]]
+loss = "next_token"
+steps = 3
+rows = 2
+sequence = 32
+peak_learning_rate = 1e-2
+warmup_steps = 1
+"""
+
+
+def test_processes_train_as_one(tmp_path):
+    """Fully sharded; all write what they hold, and one process opens it."""
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    (tmp_path / "models" / "tiny" / "recipe.toml").write_text(RECIPE)
+    losses, jobs = [], {1: (), 2: ("--fully-sharded",)}
+    for count, options in jobs.items():
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        places = ["--checkpoints", folder / "checkpoints", "--runs", folder / "runs"]
+        ends = Job(folder, count, "train", tmp_path / "models" / "tiny", *places, *options).ends()
+        assert [(status, errors) for status, _, errors in ends.values()] == [(0, [])] * count
+        metrics = json.loads((folder / "checkpoints" / "tiny" / "metrics.json").read_text())
+        losses.append([*metrics["stages"][0]["losses"], metrics["held_out_loss"]])
+        assert specjax.load(folder / "checkpoints" / "tiny").vocab_size == 262
+    assert len(set(losses[0])) == 4
+    np.testing.assert_allclose(*losses, atol=2e-4)  # metrics.json has four places
+
+
 # How they end.
 
 
 def test_a_killed_process_ends_the_others_and_is_named(tmp_path):
-    ends = Job(tmp_path, 3, "talk").stop_one(1, signal.SIGKILL).ends()
+    ends = Job(tmp_path, 3, "talk").stop_one(1, signal.SIGKILL)
     line = "error: process 1 of 3: no sign of it for 8 s; it was killed or cut off"
     assert ends == {0: (1, "all of [0, 1, 2]\n", [line]), 1: (-signal.SIGKILL, "", []), 2: (1, "", [line])}
 
 
 def test_when_the_first_is_killed_all_end_at_once(tmp_path):
     """JAX aborts them, since it is where they meet."""
-    job = Job(tmp_path, 2, "talk").stop_one(0, signal.SIGKILL)
-    assert job.ends()[1] == (1, "", ["error: process 1 of 2: it ends, since process 0 is gone"])
+    ends = Job(tmp_path, 2, "talk").stop_one(0, signal.SIGKILL)
+    assert ends[1] == (1, "", ["error: process 1 of 2: it ends, since process 0 is gone"])
 
 
 def test_an_interrupted_process_ends_the_others(tmp_path):
     """The first, which must not take along what the others have yet to read."""
-    ends = Job(tmp_path, 2, "talk").stop_one(0, signal.SIGINT).ends()
+    ends = Job(tmp_path, 2, "talk").stop_one(0, signal.SIGINT)
     line = "error: process 0 of 2: ended by SIGINT"
     assert ends == {0: (128 + signal.SIGINT, "all of [0, 1]\n", [line]), 1: (1, "", [line])}
 

@@ -25,6 +25,7 @@ def outcomes():
         cwd=file.parent.parent,
         env=environment,
         check=False,
+        timeout=1800,  # a collective that somebody misses waits for ever
     )
     assert done.returncode == 0, done.stderr[-4000:]
     *printed, last = done.stdout.splitlines()

@@ -18,7 +18,7 @@ import pytest
 import specjax
 from specjax import training
 from specjax.hf.config import decoder_config
-from specjax.transformer.decoder import init_params
+from specjax.transformer.decoder import decoder_model, init_params
 
 ROOT = Path(__file__).parent.parent
 MODULES = {f"m{i}": "".join(f"def f{j}(x):\n    return x + {i * j}\n\n\n" for j in range(30)) for i in range(80)}
@@ -46,6 +46,7 @@ DRAFT = (
     'seed = 1\ndrafts_for = "target"\nsample_tokens = 500\n'
     + TARGET
     + STAGE.format(loss="total_variation", text="both", steps=4)
+    + STAGE.format(loss="kl", text="on_policy", steps=2)
 )
 HEADS = {
     "mtp": "chain_steps = 2\n" + ARCHITECTURE,
@@ -127,7 +128,7 @@ def killed(folder, name, steps):
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    assert subprocess.run(argv, env=environment, capture_output=True).returncode == -signal.SIGKILL
+    assert subprocess.run(argv, env=environment, capture_output=True, timeout=900).returncode == -signal.SIGKILL
 
 
 def saved(run):
@@ -155,7 +156,7 @@ def test_a_pair_is_trained_resumed_and_guarded(script, tmp_path, monkeypatch, ca
     assert run(script, tmp_path, "target") == 0
     assert run(script, tmp_path, "draft") == 0
     metrics = json.loads((tmp_path / "checkpoints" / "draft" / "metrics.json").read_text())
-    assert [len(stage["losses"]) for stage in metrics["stages"]] == [5, 4]
+    assert [len(stage["losses"]) for stage in metrics["stages"]] == [5, 4, 2]
     assert np.isfinite(metrics["held_out_loss"])
     for figures in metrics["held_out_acceptance"].values():
         assert len(figures["by_position"]) == figures["num_draft"] and 1 <= figures["emitted_per_round"] <= 6
@@ -166,6 +167,17 @@ def test_a_pair_is_trained_resumed_and_guarded(script, tmp_path, monkeypatch, ca
     assert [len(stage["history"]["losses"]) for stage in saved(tmp_path / "others" / "draft")] == [5, 2]
     assert run(script, tmp_path, "draft", "others") == 0
     assert_same_bits(tmp_path / "runs" / "draft", tmp_path / "others" / "draft")
+
+    # Every second row of the text on policy is what the draft, as the second stage left it, says greedily.
+    rows = np.load(tmp_path / "runs" / "draft" / "on-policy-2.npy").reshape(-1, 272)[1:8:2]
+    state = saved(tmp_path / "runs" / "draft")[1]["state"]
+    config = decoder_config({"model_type": "llama", **tomllib.loads(DRAFT)["architecture"]})
+    tree = jax.tree.structure(init_params(config, jax.random.key(0)))  # Orbax makes strings of the layers' numbers
+    draft = decoder_model(config, jax.tree.unflatten(tree, jax.tree.leaves(state["params"])))
+    greedy = specjax.Sampling(temperature=0)
+    np.testing.assert_array_equal(
+        specjax.generate(draft, rows[:, :64], sampling=greedy, max_new_tokens=208).tokens_bs[:, :272], rows
+    )
 
     # A run is not taken for that of a changed recipe.
     file = tmp_path / "models" / "draft" / "recipe.toml"

@@ -433,7 +433,7 @@ BAD_RECIPES = {
     "an unknown stage key": ("rows = 4", "rows = 4\nbatch = 8", ["batch"]),
     "a missing stage key": ("rows = 4\nsequence = 32", "sequence = 32", ["rows", "missing"]),
     "an unknown loss": ('"next_token"', '"mse"', ["'mse'", "next_token", "kl", "total_variation"]),
-    "an unknown text": ('"both"', '"web"', ["'web'", "corpus", "samples", "both"]),
+    "an unknown text": ('"both"', '"web"', ["'web'", "corpus", "samples", "both", "on_policy"]),
     "no steps": ("steps = 100", "steps = 0", ["steps", "0", "at least 1"]),
     "no rows": ("rows = 4", "rows = 0", ["rows", "0", "at least 1"]),
     "steps in words": ("steps = 100", 'steps = "100"', ["steps", "'100'"]),
@@ -475,6 +475,22 @@ def test_bad_recipes_name_file_and_key(old, new, words, tmp_path):
     ids=["not text", "empty", "no stages", "an empty list of stages", "a number of stages", "a number of sizes"],
 )
 def test_recipes_that_are_not_whole(text, words, tmp_path):
+    assert_refused(write(tmp_path / "bad", text), words)
+
+
+BAD_HEADS = {
+    "of no kind": ('head = "hydra"\n' + RECIPE, ["'hydra'", "mtp", "eagle", "medusa"]),
+    "of no target": ('head = "mtp"\n' + RECIPE.replace('drafts_for = "big"\n', ""), ["'mtp'", "drafts_for"]),
+    "with text of its own": (
+        'head = "mtp"\n' + RECIPE.replace('"both"', '"on_policy"'),
+        ["'mtp'", "draws no text", "both"],
+    ),
+    "a model in chains": ("chain_steps = 2\n" + RECIPE, ["chain_steps is 2", "heads"]),
+}
+
+
+@pytest.mark.parametrize(("text", "words"), BAD_HEADS.values(), ids=BAD_HEADS.keys())
+def test_recipes_of_heads_that_cannot_be(text, words, tmp_path):
     assert_refused(write(tmp_path / "bad", text), words)
 
 

@@ -239,7 +239,7 @@ class _Eagle1(nnx.Module):
         self.head = head
         if head.own_embedding:
             self.embed_tokens = Embedding(head.vocab_size, width, dtype, rngs)
-        self.fc = Linear(2 * width, width, head.fc_bias, dtype, rngs)
+        self.fc = Linear(2 * width, width, head.fc_bias, dtype, rngs, (None, "embed"))
         first, *others = config.each_layer
         layers = [DecoderLayer(config, layer, dtype, rngs) for layer in others]
         self.layers = nnx.List([_BareLayer(config, first, dtype, rngs), *layers])
@@ -263,7 +263,7 @@ class _Eagle3(nnx.Module):
         self.input_norm = make_norm(config, head.states * target_width, dtype) if head.norm_before_fc else None
         norms = [make_norm(config, target_width, dtype) for _ in head.capture]
         self.fc_norm = nnx.List(norms) if head.fc_norm else None
-        self.fc = Linear(head.states * target_width, width, False, dtype, rngs)
+        self.fc = Linear(head.states * target_width, width, False, dtype, rngs, (None, "embed"))
         layers = [DecoderLayer(config, layer, dtype, rngs) for layer in config.each_layer[1:]]
         self.layers = nnx.List([_FusingLayer(head, dtype, rngs), *layers])
         self.norm = make_norm(config, width, dtype)

@@ -75,7 +75,7 @@ class MedusaDrafter:
 
     def axes(self) -> Any:
         """Returns what each parameter's dimensions stand for, in a tree like ``params``."""
-        axes = jax.tree.map(lambda array: (None,) * array.ndim, self.params)
+        axes = jax.tree.map(lambda array: (None, "embed")[-array.ndim :], self.params)
         return {i: {**head, "lm_head": {"kernel": ("embed", "vocab")}} for i, head in axes.items()}
 
     def start(self, context: Context, features: tuple[Array, ...], slots: int) -> Array:

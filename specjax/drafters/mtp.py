@@ -64,7 +64,7 @@ class MTPModule(nnx.Module):
         self.embed_tokens = Embedding(vocab, width, dtype, rngs) if config.own_embedding else None
         self.enorm = make_norm(decoder, width, dtype)
         self.hnorm = make_norm(decoder, width, dtype)
-        self.eh_proj = Linear(2 * width, width, False, dtype, rngs)
+        self.eh_proj = Linear(2 * width, width, False, dtype, rngs, (None, "embed"))
         self.layer = DecoderLayer(decoder, layer, dtype, rngs)
         self.norm = make_norm(decoder, width, dtype)
         self.lm_head = Linear(width, vocab, False, dtype, rngs, ("embed", "vocab")) if config.own_head else None

@@ -11,7 +11,7 @@ from specjax.hf.config import decoder_config
 from specjax.transformer.config import check_integer
 
 LOSSES = ("next_token", "kl", "total_variation")
-TEXTS = ("corpus", "samples", "both")
+TEXTS = ("corpus", "samples", "both", "on_policy")
 HEADS = ("mtp", "eagle", "medusa")
 
 
@@ -21,7 +21,9 @@ class Stage:
 
     Attributes:
       loss: ``next_token``; or ``kl`` or ``total_variation`` against the model that this one drafts for.
-      text: ``corpus``; ``samples`` drawn from that model; or ``both``, in turn.
+      text: ``corpus``; ``samples`` drawn from that model; ``both``, in turn; or ``on_policy``, drawn from the model
+        that is trained, as it is when the stage begins, so that several such stages draw anew (Agarwal et al. 2024,
+        arXiv 2306.13649; Zhou et al. 2024, DistillSpec, arXiv 2310.08461).
       steps: optimiser steps.
       rows: windows in a batch.
       sequence: tokens in a window.
@@ -67,7 +69,7 @@ class Recipe:
       architecture: what the ``config.json`` is to hold: Hugging Face's keys of a model, or of a head.
       stages: trained one after the other.
       drafts_for: the model that this one drafts for, or None. Its tokenizer is used.
-      sample_tokens: tokens drawn from that model for stages on samples.
+      sample_tokens: tokens drawn for stages on samples, and for each that is on policy.
       digest: hash of the recipe file.
       head: the kind of draft head that is trained, of ``HEADS``; None for a model.
       chain_steps: drafts of a chain that a head is trained for, 1 for models.
@@ -101,6 +103,8 @@ class Recipe:
             for stage in self.stages:
                 if stage.sequence > longest:
                     raise ValueError(f"stage sequence {stage.sequence} exceeds max_position_embeddings {longest}")
+        if self.head is not None and any(stage.text == "on_policy" for stage in self.stages):
+            raise ValueError(f"a head of kind {self.head!r} draws no text of its own; give 'both' for 'on_policy'")
         if self.head is None and self.chain_steps != 1:
             raise ValueError(f"chain_steps is {self.chain_steps}, but only heads are trained in chains")
         check_integer("sample_tokens", self.sample_tokens, 0)
