@@ -293,7 +293,6 @@ def test_a_row_does_not_depend_on_its_neighbours(pair):
     assert many.stats.accepted_at_bg[0].tolist() == one.stats.accepted_at_bg[0].tolist()
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize(("rows", "slots"), [(1, 128), (3, 1024)])
 def test_a_round_copies_no_cache(pair, rows, slots):
     """Neither the second's own nor the target's, though a round may pass the second by."""

@@ -54,7 +54,6 @@ def test_there_are_no_parameters():
     assert jax.tree.leaves(EarlyExitDrafter(2)) == []
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize(("rows", "slots"), [(1, 128), (3, 1024)])
 def test_a_round_copies_no_cache(target, rows, slots):
     args, static = arguments(rows, slots, target, EarlyExitDrafter(2, 3))
