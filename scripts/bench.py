@@ -141,13 +141,16 @@ def table(title: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-@functools.partial(jax.jit, static_argnames="width", donate_argnames="cache")
-def target_passes(target: specjax.LanguageModel, start_b: Array, cache: Any, *, width: int) -> Any:
-    """Runs ``LOOP`` target passes of ``width`` tokens, each fed the argmax of the last."""
+@functools.partial(jax.jit, static_argnames=("width", "depth"), donate_argnames="cache")
+def target_passes(target: specjax.LanguageModel, start_b: Array, cache: Any, *, width: int, depth: int = 0) -> Any:
+    """Runs ``LOOP`` target passes of ``width`` tokens past the first ``depth`` layers, each fed the last's argmax."""
 
     def one(_, carry):
         tokens_bt, cache = carry
-        output = target.forward(target.params, tokens_bt, cache, start_b)
+        if depth:  # whose states are of no matter here: embeddings have their shape
+            output = target.resume(target.params, target.embed(target.params, tokens_bt), cache, start_b, depth)
+        else:
+            output = target.forward(target.params, tokens_bt, cache, start_b)
         return jnp.argmax(output.logits_btv, -1).astype(jnp.int32), output.cache
 
     tokens_bt = jnp.ones((start_b.shape[0], width), jnp.int32)
@@ -316,13 +319,16 @@ def costs(args: argparse.Namespace, drafter: Any, temperature: float) -> tuple[f
     prompts = held_out_excerpts(args.target, 200, EXCERPTS)[:, None]
     states = [ready(args, drafter, temperature, prompt, 512) for prompt in prompts]
     caches = [state.cache for state in states]
+    context = specjax.Context(args.model, caches[0], states[0].tokens_bs, states[0].length_b)
+    proposal = jax.eval_shape(lambda: drafter.propose(states[0].draft, context, simple_draw(states[0]))[0])
 
-    def passes(width: int) -> Callable[[Any], Any]:
-        return lambda caches: [target_passes(args.model, jnp.asarray([199]), cache, width=width) for cache in caches]
+    def passes(width: int, depth: int = 0) -> Callable[[Any], Any]:
+        run = functools.partial(target_passes, args.model, jnp.asarray([199]), width=width, depth=depth)
+        return lambda caches: [run(cache) for cache in caches]
 
     calls = {
         "drafter": lambda states: [parts(args.model, drafter, state, with_target=False) for state in states],
-        "target": passes(drafter.num_draft + 1),
+        "target": passes(drafter.num_draft + 1, proposal.depth),
         "plain": passes(1),
     }
     seconds = medians(calls, args.repeats, {"drafter": states, "target": caches, "plain": caches})

@@ -20,7 +20,7 @@ from specjax import verify as rules
 from specjax.requests import Request, check_key, check_rule, lay_out
 from specjax.sampling import RoundDraws, Sampling
 from specjax.sharding import ROWS, WHOLE, by_rows, gathered
-from specjax.types import Cache, Context, Drafter, Draw, Generation, LanguageModel, Proposal, Stats, VerifyRule
+from specjax.types import Cache, Context, Drafter, Draw, Generation, LanguageModel, Output, Proposal, Stats, VerifyRule
 
 
 @struct.dataclass
@@ -141,16 +141,18 @@ def _step(target: LanguageModel, state: State, drafter: Drafter | None, verify: 
     _check("the drafter's length_b", proposal.length_b, (rows,), jnp.int32)
     if proposal.probs_bgv is not None:
         _check("the drafter's probs_bgv", proposal.probs_bgv, (rows, g, target.vocab_size), jnp.float32)
-    cache = state.cache if proposal.cache is None else proposal.cache
+    if proposal.states_btd is not None:
+        _check("the drafter's states_btd", proposal.states_btd, (rows, g + 1, *proposal.states_btd.shape[2:]))
     # A row with room for r more tokens can use r - 1 drafts; given no more, it ends at its limit exactly.
     room_b = jnp.where(state.done_b, 0, request.limit_b - state.length_b - 1)
-    proposal = dataclasses.replace(proposal, length_b=jnp.minimum(proposal.length_b, room_b), cache=None)
+    proposal = dataclasses.replace(proposal, length_b=jnp.minimum(proposal.length_b, room_b))
 
     start_b = state.length_b - 1
     fed_bt = jnp.concatenate(
         [jnp.take_along_axis(state.tokens_bs, start_b[:, None], axis=1), proposal.tokens_bg], axis=1
     )
-    output = target.forward(target.params, fed_bt, cache, start_b, drafter.capture)
+    output = target_pass(target, proposal, fed_bt, state.cache, start_b, drafter.capture)
+    proposal = dataclasses.replace(proposal, cache=None, states_btd=None)
     _check("the target's logits_btv", output.logits_btv, (rows, g + 1, target.vocab_size))
     verdict = verify(proposal, distributions(output.logits_btv, proposal.tokens_bg), draws)
 
@@ -167,6 +169,17 @@ def _step(target: LanguageModel, state: State, drafter: Drafter | None, verify: 
         draft=drafter.commit(draft, context, verdict, output.features),
         stats=_tally(state.stats, ~state.done_b, proposal.length_b, verdict.num_accepted_b, count_b),
     )
+
+
+def target_pass(
+    target: LanguageModel, proposal: Proposal, fed_bt: Array, cache: Cache, start_b: Array, capture: tuple[int, ...]
+) -> Output:
+    """Feeds [last token, g drafts] to the target, or to those of its layers that the drafter has not run over them."""
+    cache = cache if proposal.cache is None else proposal.cache
+    hidden = any(0 <= index < proposal.depth for index in capture)  # states that only those layers give
+    if proposal.states_btd is None or target.resume is None or hidden:
+        return target.forward(target.params, fed_bt, cache, start_b, capture)
+    return target.resume(target.params, proposal.states_btd, cache, start_b, proposal.depth, capture)
 
 
 def _check(name: str, array: Array, shape: tuple[int, ...], dtype: Any = None) -> None:

@@ -60,6 +60,14 @@ class EarlyExit(Protocol):
     def __call__(self, params: Any, tokens_bt: Array, cache: Cache, start_b: Array, depth: int) -> Output: ...
 
 
+class Resume(Protocol):
+    """Feeds states behind the first ``depth`` layers through the others; see ``LanguageModel.resume``."""
+
+    def __call__(
+        self, params: Any, x_btd: Array, cache: Cache, start_b: Array, depth: int, capture: tuple[int, ...] = ()
+    ) -> Output: ...
+
+
 def keep_cache(cache: Cache, start_b: Array, kept_b: Array) -> Cache:
     """The ``commit`` of attention caches: slots past a row's length are masked, so there is nothing to undo."""
     del start_b, kept_b
@@ -89,8 +97,12 @@ class LanguageModel:
         heads that share them; None if the model does not say.
       unembed: ``unembed(params, x_btd) -> logits_btv`` of states behind the final norm; None as for ``embed``.
       early_exit: ``early_exit(params, tokens_bt, cache, start_b, depth) -> Output``, a forward pass that leaves out
-        the layers past the first ``depth`` and leaves their part of the cache as it is; None as for ``embed``.
-      num_layers: how many layers there are for ``capture`` and ``early_exit``; None as for ``embed``.
+        the layers past the first ``depth`` and leaves their part of the cache as it is. Its one feature is the state
+        behind these layers. None as for ``embed``.
+      resume: ``resume(params, x_btd, cache, start_b, depth, capture=()) -> Output``, the rest of a forward pass whose
+        first ``depth`` layers are done, their states being ``x_btd`` and their part of the cache written; an index in
+        ``capture`` is -1 or at least ``depth``. With None, a target pass runs all layers.
+      num_layers: how many layers there are for ``capture``, ``early_exit`` and ``resume``; None as for ``embed``.
       axes: ``axes()``, a tree like ``params`` with a tuple in place of each array, one ``Axis`` per dimension, for
         ``specjax.shard``; None as for ``embed``.
     """
@@ -104,6 +116,7 @@ class LanguageModel:
     embed: Callable[[Any, Array], Array] | None = struct.field(pytree_node=False, default=None)
     unembed: Callable[[Any, Array], Array] | None = struct.field(pytree_node=False, default=None)
     early_exit: EarlyExit | None = struct.field(pytree_node=False, default=None)
+    resume: Resume | None = struct.field(pytree_node=False, default=None)
     num_layers: int | None = struct.field(pytree_node=False, default=None)
     axes: Callable[[], Any] | None = struct.field(pytree_node=False, default=None)
 
@@ -142,13 +155,18 @@ class Proposal:
         tokens are a deterministic function of the context: then q is one-hot.
       length_b: int32, how many of the g tokens row i proposes; the rest are ignored.
       cache: the target's cache, if the drafter wrote into it behind the rows' last tokens; the target's pass goes on
-        from it and overwrites that. None leaves it as it is.
+        from it and overwrites that, but for what ``states_btd`` stand for. None leaves it as it is.
+      states_btd: ``[b, g+1, d]``, the target's states behind its first ``depth`` layers over [last token, g drafts]
+        in every row, if the drafter ran these layers with ``cache``: the target's pass then runs only the others.
+      depth: of ``states_btd``.
     """
 
     tokens_bg: Array
     probs_bgv: Array | None
     length_b: Array
     cache: Cache = None
+    states_btd: Array | None = None
+    depth: int = struct.field(pytree_node=False, default=0)
 
 
 @struct.dataclass

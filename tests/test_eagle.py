@@ -784,6 +784,18 @@ def test_targets_that_do_not_fit_are_refused(target, message, tmp_path):
         open_eagle(folder, target, 3, "float32")
 
 
+@pytest.mark.parametrize("name", ["embed", "unembed"])
+def test_an_eagle_1_head_made_by_hand_needs_what_the_target_lends(name):
+    """Also one with an embedding, which uses the target's head in the dtype that the target embeds in."""
+    head = EagleHead(DecoderConfig(VOCAB, WIDTH, 20, 1, 4, 2), (-1,), version=1, own_embedding=True)
+    drafter = FeatureDrafter(head.init_params(jax.random.key(0)), head, 2)
+    prompt, length = specjax.pad_prompts([[1]])
+    with pytest.raises(
+        ValueError, match=f"the head uses the target's {name}, which it does not have; set LanguageModel"
+    ):
+        specjax.generate(dataclasses.replace(TARGET, **{name: None}), prompt, length, drafter=drafter, max_new_tokens=2)
+
+
 def test_other_bad_input(tmp_path):
     folder = write_folder(tmp_path / "head", SPECULATORS.config, published(SPECULATORS))
     with pytest.raises(ValueError, match="num_draft must be an integer of at least 1, got 0"):

@@ -1,20 +1,37 @@
-"""Early exit: all layers are the target itself, the cache is shared and never copied, and what cannot be is refused."""
+"""Early exit: all layers are the target itself, the cache is shared and never copied, no layer runs over a token
+twice, and what cannot be is refused."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import struct
 from test_compiled import arguments, compilations, copies, outer_loops
+from test_conversion import GPT2, LATENT, LLAMA
 
 import specjax
 from specjax import engine
 from specjax.drafters.early_exit import EarlyExitDrafter
+from specjax.hf import decoder_config
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import decoder_model, init_params
 
 VOCAB, LAYERS = 37, 3
 PROMPTS = [[3], [1, 5], [2, 4, 1, 0, 5, 3, 2]]
+GEMMA = {**LLAMA, "model_type": "gemma2", "num_hidden_layers": 3, "sliding_window": 4}
+FAMILIES = {"learned positions": GPT2, "windows": GEMMA, "latents, experts": LATENT}
+
+
+@struct.dataclass
+class Curious(specjax.NGramDrafter):
+    """Prompt lookup that asks for hidden states."""
+
+    wanted: tuple[int, ...] = struct.field(pytree_node=False, default=())
+
+    @property
+    def capture(self):
+        return self.wanted
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +67,93 @@ def test_some_layers_draft_what_a_model_of_these_layers_would(target):
     assert 0 < out.stats.accepted_b.sum() < out.stats.drafted_b.sum()
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_no_layer_runs_over_a_token_twice(target, depth):
+    """By what a round asks of the model."""
+    asked = []
+
+    def early_exit(params, tokens_bt, cache, start_b, depth):
+        asked.append(("the first", depth, tokens_bt.shape[1]))
+        return target.early_exit(params, tokens_bt, cache, start_b, depth)
+
+    def resume(params, x_btd, cache, start_b, depth, capture=()):
+        asked.append(("the others", depth, x_btd.shape[1]))
+        return target.resume(params, x_btd, cache, start_b, depth, capture)
+
+    def forward(params, tokens_bt, cache, start_b, capture=()):
+        asked.append(("all", tokens_bt.shape[1]))
+        return target.forward(params, tokens_bt, cache, start_b, capture)
+
+    watched = target.replace(forward=forward, early_exit=early_exit, resume=resume)
+    prompt, length = specjax.pad_prompts(PROMPTS)
+    drafter = EarlyExitDrafter(depth, 3)
+    state = specjax.prefill(watched, prompt, length, drafter=drafter, max_new_tokens=9)
+    asked.clear()
+    jax.eval_shape(lambda state: specjax.step(watched, state, drafter=drafter), state)
+    assert asked == [("the first", depth, 1)] * 4 + [("the others", depth, 4)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_layers_and_then_the_others_are_a_forward_pass(family):
+    """With learned positions, layers of two kinds, and latent caches with experts behind the first layer."""
+    config = decoder_config(FAMILIES[family])
+    model = decoder_model(config, init_params(config, jax.random.key(1)))
+    tokens_bt = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (2, 9)), jnp.int32)
+    start_b = jnp.asarray([5, 3], jnp.int32)
+    cache = model.forward(model.params, tokens_bt, model.init_cache(2, 24), jnp.zeros(2, jnp.int32)).cache
+    block_bt = tokens_bt[:, :4]
+    for depth in range(1, model.num_layers + 1):
+        capture = (depth, model.num_layers, -1)
+        wanted = model.forward(model.params, block_bt, cache, start_b, capture)
+        begun = model.early_exit(model.params, block_bt, cache, start_b, depth)
+        assert len(begun.features) == 1
+        chex.assert_trees_all_equal(begun.cache.layers[depth:], cache.layers[depth:])
+        found = model.resume(model.params, begun.features[0], begun.cache, start_b, depth, capture)
+        chex.assert_trees_all_close(found, wanted, atol=1e-6)
+
+
+def test_a_target_that_cannot_go_on_from_states_runs_all_its_layers(target):
+    drafter = EarlyExitDrafter(2, 3)
+    found, wanted = (generate(model, drafter, PROMPTS, 31, 1.0) for model in (target.replace(resume=None), target))
+    np.testing.assert_array_equal(found.tokens_bs, wanted.tokens_bs)
+
+
+def test_another_drafter_beside_it_may_read_states_of_the_first_layers(target):
+    """Which the rest of a pass would not give."""
+    seen = []
+
+    @struct.dataclass
+    class Reads(Curious):
+        def commit(self, state, context, verdict, features):
+            jax.debug.callback(lambda length_b, *states: seen.append((length_b, states)), context.length_b, *features)
+
+    drafter = specjax.Cascade(Reads(3, wanted=(1, 3)), EarlyExitDrafter(2, 3))
+    out = generate(target, drafter, [[1, 2, 3, 1, 2]], 9)
+    jax.effects_barrier()
+    cache, start_b = target.init_cache(1, out.tokens_bs.shape[1]), jnp.zeros(1, jnp.int32)
+    wanted = target.forward(target.params, out.tokens_bs, cache, start_b, (1, 3)).features
+    assert len(seen) >= 2
+    for length_b, states in seen:
+        for found_btd, wanted_btd in zip(states, wanted, strict=True):
+            np.testing.assert_allclose(found_btd[0, 0], wanted_btd[0, int(length_b[0]) - 1], atol=1e-5)
+
+
+@struct.dataclass
+class OneStateShort(EarlyExitDrafter):
+    """Forgets the last draft's."""
+
+    def propose(self, state, context, draw):
+        proposal, state = super().propose(state, context, draw)
+        return proposal.replace(states_btd=proposal.states_btd[:, :-1]), state
+
+
+def test_states_of_fewer_tokens_are_refused(target):
+    with pytest.raises(
+        ValueError, match=r"states_btd is \(3, 3, 16\) and float32; specjax.types asks for \(3, 4, 16\)"
+    ):
+        generate(target, OneStateShort(2, 3), PROMPTS, 4)
+
+
 def test_there_are_no_parameters():
     assert jax.tree.leaves(EarlyExitDrafter(2)) == []
 
@@ -78,17 +182,6 @@ def test_a_target_that_cannot_be_left_early_compiles_no_loop(target):
         with pytest.raises(ValueError, match="the target has no early_exit"):
             generate(table, EarlyExitDrafter(1), [[1]], 4)
     assert not [name for name in names if "generate" in str(name)]
-
-
-@struct.dataclass
-class Curious(specjax.NGramDrafter):
-    """Prompt lookup that asks for hidden states."""
-
-    wanted: tuple[int, ...] = struct.field(pytree_node=False, default=())
-
-    @property
-    def capture(self):
-        return self.wanted
 
 
 def test_hidden_states_that_the_target_does_not_have_are_refused(target):

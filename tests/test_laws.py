@@ -57,11 +57,24 @@ TABLE[0, 1, 2] = TABLE[2, 2, 0] = TABLE[1, 0, :2] = IMPOSSIBLE
 
 
 def leave_early(params, tokens_bt, cache, start_b, depth):
-    """Another law than the whole target's."""
-    return table_model(TABLE).forward(jnp.roll(params, 1, axis=-1), tokens_bt, cache, start_b)
+    """Another law than the whole target's. The states behind the first layer are the tokens."""
+    output = table_model(TABLE).forward(jnp.roll(params, 1, axis=-1), tokens_bt, cache, start_b)
+    return output._replace(features=(tokens_bt[..., None],))
 
 
-TARGET = table_model(TABLE).replace(early_exit=leave_early, num_layers=1)
+def resume(params, x_btd, cache, start_b, depth, capture=()):
+    return table_model(TABLE).forward(params, x_btd[..., 0], cache, start_b, capture)
+
+
+def embed(params, tokens_bt):
+    return jnp.asarray([[1.0], [-0.5], [0.3]])[tokens_bt]
+
+
+def unembed(params, x_btd):
+    return x_btd @ jnp.asarray([[1.0, -0.5, 0.5]])
+
+
+TARGET = table_model(TABLE).replace(embed=embed, unembed=unembed, early_exit=leave_early, resume=resume, num_layers=1)
 # Likes what the target does not, the impossible above all.
 AGAINST = np.where(TABLE == IMPOSSIBLE, 3, -2 * TABLE).astype(np.float32)
 
@@ -107,6 +120,7 @@ TWO_MTP = dataclasses.replace(MTP, decoder=DecoderConfig(VOCAB, 1, 2, 2, 1, 1, h
 EAGLE = EagleHead(
     DecoderConfig(VOCAB, 8, 8, 1, 2, 1), (0, 1), target_hidden_size=1, draft_vocab_size=2, own_embedding=True
 )
+EAGLE_1 = EagleHead(DecoderConfig(VOCAB, 1, 8, 1, 1, 1, head_dim=2), (-1,), version=1)
 RULES = {"token": verify.token, "block": verify.block, "coupled": verify.coupled}
 DRAFTERS = {
     "another model": ModelDrafter(table_model(random_table(1)), DRAFTS),
@@ -121,6 +135,10 @@ DRAFTERS = {
     "early exit": EarlyExitDrafter(1, DRAFTS),
     "n-gram, else a model": Cascade(NGramDrafter(DRAFTS, 1, 2), ModelDrafter(table_model(random_table(1)), DRAFTS)),
     "n-gram, else early exit": Cascade(NGramDrafter(DRAFTS, 2, 2), EarlyExitDrafter(1, DRAFTS)),
+}
+SLOW = {
+    "two mtp modules": MTPDrafter(lively(init_mtp_params(TWO_MTP, jax.random.key(1)), 50), TWO_MTP, DRAFTS),
+    "eagle-1": FeatureDrafter(lively(EAGLE_1.init_params(jax.random.key(1)), 30), EAGLE_1, DRAFTS),
 }
 PENALTIES = ("repetition", "presence", "frequency")
 PLAIN, FILTERED, PENALIZED = {}, {"temperature": 0.7, "top_k": 2, "top_p": 0.9}, {"repetition": 1.5, "frequency": 0.7}
@@ -219,9 +237,9 @@ def test_joint_law(drafter, rule, settings):
     assert p > 1e-3
 
 
-def test_joint_law_of_several_mtp_modules():
-    """Under one rule and sampling, since it takes long to compile."""
-    drafter = MTPDrafter(lively(init_mtp_params(TWO_MTP, jax.random.key(1)), 50), TWO_MTP, DRAFTS)
+@pytest.mark.parametrize("drafter", SLOW.values(), ids=SLOW)
+def test_joint_law_of_drafters_that_compile_slowly(drafter):
+    """Under one rule and sampling."""
     assert p_value(emitted(TARGET, drafter, verify.block, FILTERED), TARGET, FILTERED) > 1e-3
 
 

@@ -105,6 +105,8 @@ class Cascade:
             probs_bgv=probs_bgv,
             length_b=jnp.where(taken_b, first.length_b, second.length_b),
             cache=first.cache if second.cache is None else second.cache,
+            states_btd=second.states_btd,  # of all rows: where the first's drafts are taken, the second was led by them
+            depth=second.depth,
         )
         return proposal, CascadeState(first_state, second_state)
 
@@ -114,9 +116,13 @@ class Cascade:
         """Lets the second propose, unless no row needs it and it can follow without."""
 
         def propose(state: Any, cache: Cache) -> tuple[Proposal, Any]:
-            return self.second.propose(state, dataclasses.replace(context, cache=cache), led)
+            second, state = self.second.propose(state, dataclasses.replace(context, cache=cache), led)
+            if follows:
+                second = dataclasses.replace(second, states_btd=None)  # which a round that follows would not have
+            return second, state
 
-        if not hasattr(self.second, "follow"):
+        follows = hasattr(self.second, "follow")
+        if not follows:
             return propose(state, context.cache)
         shapes, _ = jax.eval_shape(propose, state, context.cache)
         writes = shapes.cache is not None

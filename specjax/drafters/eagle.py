@@ -132,7 +132,8 @@ class EagleHead:
             raise ValueError(
                 f"the head reads states {self.target_hidden_size} wide and the target's are {width}; {_CURE}"
             )
-        lent = {"embed": not self.own_embedding, "unembed": self.version == 1}
+        lends_head = self.version == 1  # in the dtype of the target's embeddings
+        lent = {"embed": lends_head or not self.own_embedding, "unembed": lends_head}
         if missing := [name for name, needed in lent.items() if needed and getattr(target, name) is None]:
             raise ValueError(
                 f"the head uses the target's {missing[0]}, which it does not have; set LanguageModel.{missing[0]}"

@@ -12,8 +12,9 @@ class EarlyExitDrafter:
     """Drafts with the target's first layers, its final norm and its head (Zhang et al. 2024, arXiv 2309.08168, which
     picks the layers to leave out; Elhoushi et al. 2024, arXiv 2404.16710, which trains targets for it).
 
-    The first layers' part of the target's cache serves both: it holds the row, and what drafting writes behind it the
-    target's pass overwrites. So there is no state, and nothing to fill at the start.
+    No layer runs over a token twice: drafting goes on from the first layers' part of the target's cache, which holds
+    the row, and the target's pass from the states and the cache that drafting leaves, if the target has ``resume``. So
+    there is no state of the drafter's own, and nothing to fill at the start.
 
     Attributes:
       depth: layers to draft with, from 1 to the target's number.
@@ -53,16 +54,25 @@ class EarlyExitDrafter:
         target, length_b = context.target, context.length_b
         assert target.early_exit is not None
         token_b = jnp.take_along_axis(context.tokens_bs, length_b[:, None] - 1, axis=1)[:, 0]
-        cache, tokens, probs = context.cache, [], []
-        for i in range(self.num_draft):
+        cache, tokens, probs, states = context.cache, [], [], []
+        for i in range(self.num_draft + 1):
             output = target.early_exit(target.params, token_b[:, None], cache, length_b + (i - 1), self.depth)
-            prefix_bi = jnp.stack(tokens, axis=1) if tokens else jnp.zeros((length_b.shape[0], 0), jnp.int32)
-            token_b, probs_bv = draw(output.logits_btv[:, 0], prefix_bi)
             cache = output.cache
-            tokens.append(token_b)
-            probs.append(probs_bv)
-        length = jnp.full_like(length_b, self.num_draft)
-        return Proposal(jnp.stack(tokens, axis=1), jnp.stack(probs, axis=1), length, cache), state
+            states.append(output.features[0])
+            if i < self.num_draft:  # the last draft only goes through the layers, for the target's pass
+                prefix_bi = jnp.stack(tokens, axis=1) if tokens else jnp.zeros((length_b.shape[0], 0), jnp.int32)
+                token_b, probs_bv = draw(output.logits_btv[:, 0], prefix_bi)
+                tokens.append(token_b)
+                probs.append(probs_bv)
+        proposal = Proposal(
+            tokens_bg=jnp.stack(tokens, axis=1),
+            probs_bgv=jnp.stack(probs, axis=1),
+            length_b=jnp.full_like(length_b, self.num_draft),
+            cache=cache,
+            states_btd=jnp.concatenate(states, axis=1),
+            depth=self.depth,
+        )
+        return proposal, state
 
     def commit(self, state: None, context: Context, verdict: Verdict, features: tuple) -> None:
         """Nothing to note."""

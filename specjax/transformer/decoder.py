@@ -24,7 +24,7 @@ from specjax.transformer.layers import (
     softcap,
 )
 from specjax.transformer.moe import MoE
-from specjax.types import EarlyExit, Forward, InitCache, LanguageModel, Output
+from specjax.types import EarlyExit, Forward, InitCache, LanguageModel, Output, Resume
 
 
 class DecoderLayer(nnx.Module):
@@ -55,9 +55,14 @@ RunLayer = Callable[[Array, Array, tuple[Array, Array] | None, Stored | None], t
 
 
 def run_layers(
-    layers: Iterable[RunLayer], config: DecoderConfig, x_btd: Array, cache: KVCache | None, start_b: Array
+    layers: Iterable[RunLayer],
+    config: DecoderConfig,
+    x_btd: Array,
+    cache: KVCache | None,
+    start_b: Array,
+    first: int = 0,
 ) -> tuple[list[Array], KVCache]:
-    """Feeds slots from ``start_b`` on to a config's layers, or to the first few; the cache of the others stays.
+    """Feeds slots from ``start_b`` on to a config's layers, or to some from ``first`` on; the others' cache stays.
 
     Returns:
       The residual stream ahead of the layers and behind each of them, and the cache.
@@ -66,13 +71,13 @@ def run_layers(
     ropes = dict.fromkeys(layer.rope for layer in config.each_layer)
     tables = {rope: rotary_tables(position_bt, rope) for rope in ropes}
     states, kept = [x_btd], []
-    for i, layer in enumerate(layers):
+    for i, layer in enumerate(layers, first):
         stored = None if cache is None else cache.layers[i]
         x_btd, stored = layer(x_btd, position_bt, tables[config.each_layer[i].rope], stored)
         states.append(x_btd)
         kept.append(stored)
-    others = () if cache is None else cache.layers[len(kept) :]
-    return states, KVCache((*kept, *others))
+    before, after = ((), ()) if cache is None else (cache.layers[:first], cache.layers[first + len(kept) :])
+    return states, KVCache((*before, *kept, *after))
 
 
 class Decoder(nnx.Module):
@@ -114,9 +119,19 @@ class Decoder(nnx.Module):
             last = config.max_position_embeddings - 1  # slots of padding may lie behind it
             x_btd = x_btd + self.embed_positions(jnp.minimum(positions(start_b, tokens_bt.shape[1]), last))
         states, cache = run_layers(self.layers[:depth], config, x_btd, cache, start_b)
-        normed_btd = self.norm(states[-1])
-        states.append(normed_btd)  # index -1
-        return self.unembed(normed_btd), tuple(states[i] for i in capture), cache
+        return *self._leave(states, capture), cache
+
+    def resume(
+        self, x_btd: Array, start_b: Array, cache: KVCache, capture: tuple[int, ...], depth: int
+    ) -> tuple[Array, tuple[Array, ...], KVCache]:
+        """Goes on from the states behind the first ``depth`` layers, as ``LanguageModel.resume`` says."""
+        states, cache = run_layers(self.layers[depth:], self.config, x_btd, cache, start_b, depth)
+        return *self._leave(states, tuple(i if i < 0 else i - depth for i in capture)), cache
+
+    def _leave(self, states: list[Array], capture: tuple[int, ...]) -> tuple[Array, tuple[Array, ...]]:
+        """Returns logits behind the last of the states, and those asked for."""
+        states = [*states, self.norm(states[-1])]  # index -1
+        return self.unembed(states[-1]), tuple(states[i] for i in capture)
 
     def embed(self, tokens_bt: Array) -> Array:
         """Returns the tokens' embeddings, scaled if the family does so."""
@@ -179,6 +194,7 @@ class _Functions(NamedTuple):
     embed: Callable[[Any, Array], Array]
     unembed: Callable[[Any, Array], Array]
     early_exit: EarlyExit
+    resume: Resume
     axes: Callable[[], Any]
 
 
@@ -198,12 +214,15 @@ def _functions(config: DecoderConfig, dtype: jnp.dtype) -> _Functions:
         return bind(config, params).unembed(normed_btd)
 
     def early_exit(params, tokens_bt, cache, start_b, depth):
-        return Output(*bind(config, params)(tokens_bt, start_b, cache, depth=depth))
+        return Output(*bind(config, params)(tokens_bt, start_b, cache, (depth,), depth))
+
+    def resume(params, x_btd, cache, start_b, depth, capture=()):
+        return Output(*bind(config, params).resume(x_btd, start_b, cache, capture, depth))
 
     def axes():
         return declared_axes(_graph(config, dtype)[1])
 
-    return _Functions(forward, init_cache, embed, unembed, early_exit, axes)
+    return _Functions(forward, init_cache, embed, unembed, early_exit, resume, axes)
 
 
 def decoder_model(config: DecoderConfig, params: Any) -> LanguageModel:
