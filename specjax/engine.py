@@ -151,7 +151,7 @@ def _step(target: LanguageModel, state: State, drafter: Drafter | None, verify: 
     fed_bt = jnp.concatenate(
         [jnp.take_along_axis(state.tokens_bs, start_b[:, None], axis=1), proposal.tokens_bg], axis=1
     )
-    output = target_pass(target, proposal, fed_bt, state.cache, start_b, drafter.capture)
+    output = _target_pass(target, proposal, fed_bt, state.cache, start_b, drafter.capture)
     proposal = dataclasses.replace(proposal, cache=None, states_btd=None)
     _check("the target's logits_btv", output.logits_btv, (rows, g + 1, target.vocab_size))
     verdict = verify(proposal, distributions(output.logits_btv, proposal.tokens_bg), draws)
@@ -171,7 +171,7 @@ def _step(target: LanguageModel, state: State, drafter: Drafter | None, verify: 
     )
 
 
-def target_pass(
+def _target_pass(
     target: LanguageModel, proposal: Proposal, fed_bt: Array, cache: Cache, start_b: Array, capture: tuple[int, ...]
 ) -> Output:
     """Feeds [last token, g drafts] to the target, or to those of its layers that the drafter has not run over them."""
