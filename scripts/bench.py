@@ -6,7 +6,7 @@ target pass, each alone, and against both in turn in one loop, where each finds 
 caches. ``slots``: a step with many slots allocated against few, equally many in use. ``speed``: text per second
 against plain decoding, on excerpts of held-out modules. ``drafters``: the same for every drafter, row by row, beside
 the speed-up that its acceptance and costs promise: emitted / (g c + w), with c one draft and w a pass over g + 1
-tokens, both in passes over one.
+tokens, or what early exit leaves of it, both in passes over one.
 
 ``speed`` also runs over a mesh, of one host or several (docs/distributed.md), the others on one device.
 """

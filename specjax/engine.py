@@ -143,6 +143,13 @@ def _step(target: LanguageModel, state: State, drafter: Drafter | None, verify: 
         _check("the drafter's probs_bgv", proposal.probs_bgv, (rows, g, target.vocab_size), jnp.float32)
     if proposal.states_btd is not None:
         _check("the drafter's states_btd", proposal.states_btd, (rows, g + 1, *proposal.states_btd.shape[2:]))
+        most = target.num_layers or proposal.depth
+        if proposal.cache is None or not 1 <= proposal.depth <= most:
+            given = "no cache" if proposal.cache is None else "a cache"
+            raise ValueError(
+                f"the drafter gives states_btd behind {proposal.depth} layers of {most} and {given}; give states "
+                "behind 1 layer or more, and the cache that these layers wrote"
+            )
     # A row with room for r more tokens can use r - 1 drafts; given no more, it ends at its limit exactly.
     room_b = jnp.where(state.done_b, 0, request.limit_b - state.length_b - 1)
     proposal = dataclasses.replace(proposal, length_b=jnp.minimum(proposal.length_b, room_b))

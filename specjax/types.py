@@ -91,7 +91,8 @@ class LanguageModel:
       init_cache: ``init_cache(rows, slots) -> cache`` of fixed shape.
       vocab_size: size v of the logits.
       commit: ``commit(cache, start_b, kept_b) -> cache``, called after verification: of the tokens written at
-        ``start_b``, the first ``kept_b[i]`` stay. Identity for attention caches.
+        ``start_b``, the first ``kept_b[i]`` stay; in layers that a drafter ran, it wrote them one by one. Identity for
+        attention caches.
       max_positions: the longest sequence the model can represent, or None.
       embed: ``embed(params, tokens_bt) -> [b, t, d]``, the tokens' embeddings as the first layer gets them, for draft
         heads that share them; None if the model does not say.
@@ -157,8 +158,9 @@ class Proposal:
       cache: the target's cache, if the drafter wrote into it behind the rows' last tokens; the target's pass goes on
         from it and overwrites that, but for what ``states_btd`` stand for. None leaves it as it is.
       states_btd: ``[b, g+1, d]``, the target's states behind its first ``depth`` layers over [last token, g drafts]
-        in every row, if the drafter ran these layers with ``cache``: the target's pass then runs only the others.
-      depth: of ``states_btd``.
+        in every row, if the drafter ran these layers and they wrote ``cache``: the target's pass then runs only the
+        others. The text is exact only if they are right. The tokens are those that ``draw`` returned.
+      depth: of ``states_btd``, at least 1; 0 without.
     """
 
     tokens_bg: Array

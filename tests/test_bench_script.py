@@ -32,7 +32,7 @@ ROWS = {
     "round": [(1, 0.0), (1, 1.0)],
     "slots": [("plain",), ("g = 1",)],
     "speed": [(2, 0.0, 1), (2, 1.0, 1)],
-    "drafters": [("ngram", 1, 0.0), ("ngram", 1, 1.0)],
+    "drafters": [(name, 1, temperature) for name in ("ngram", "first 1 layers") for temperature in (0.0, 1.0)],
 }
 
 
@@ -47,7 +47,8 @@ def figures(tmp_path_factory):
         params = init_params(decoder_config(raw), jax.random.key(seed))
         specjax.save(folder / name, raw, params, tokenizer, {})
     argv = ["--target", folder / "target", "--draft", folder / "draft", "--json", folder / "out.json"]
-    argv += ["--num-draft", 1, "--batch", 2, "--prompts", 1, "--new-tokens", 8, "--repeats", 1, "--drafters", "ngram"]
+    argv += ["--num-draft", 1, "--batch", 2, "--prompts", 1, "--new-tokens", 8, "--repeats", 1]
+    argv += ["--drafters", "ngram", "early-exit:1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(SCRIPTS)
         bench = importlib.import_module("bench")

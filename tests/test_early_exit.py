@@ -1,6 +1,8 @@
 """Early exit: all layers are the target itself, the cache is shared and never copied, no layer runs over a token
 twice, and what cannot be is refused."""
 
+from collections.abc import Callable
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -67,30 +69,35 @@ def test_some_layers_draft_what_a_model_of_these_layers_would(target):
     assert 0 < out.stats.accepted_b.sum() < out.stats.drafted_b.sum()
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_no_layer_runs_over_a_token_twice(target, depth):
-    """By what a round asks of the model."""
+def asked_of(target, drafter):
+    """Returns which layers a round asks the target to run, over how many tokens, in turn."""
     asked = []
 
     def early_exit(params, tokens_bt, cache, start_b, depth):
-        asked.append(("the first", depth, tokens_bt.shape[1]))
+        asked.append((f"the first {depth}", tokens_bt.shape[1]))
         return target.early_exit(params, tokens_bt, cache, start_b, depth)
 
     def resume(params, x_btd, cache, start_b, depth, capture=()):
-        asked.append(("the others", depth, x_btd.shape[1]))
+        asked.append((f"all but {depth}", x_btd.shape[1]))
         return target.resume(params, x_btd, cache, start_b, depth, capture)
 
     def forward(params, tokens_bt, cache, start_b, capture=()):
         asked.append(("all", tokens_bt.shape[1]))
         return target.forward(params, tokens_bt, cache, start_b, capture)
 
-    watched = target.replace(forward=forward, early_exit=early_exit, resume=resume)
+    watched = target.replace(forward=forward, early_exit=early_exit, resume=target.resume and resume)
     prompt, length = specjax.pad_prompts(PROMPTS)
-    drafter = EarlyExitDrafter(depth, 3)
     state = specjax.prefill(watched, prompt, length, drafter=drafter, max_new_tokens=9)
     asked.clear()
     jax.eval_shape(lambda state: specjax.step(watched, state, drafter=drafter), state)
-    assert asked == [("the first", depth, 1)] * 4 + [("the others", depth, 4)]
+    return asked
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_no_layer_runs_over_a_token_twice(target, depth):
+    wanted = [(f"the first {depth}", 1)] * 4 + [(f"all but {depth}", 4)]
+    assert asked_of(target, EarlyExitDrafter(depth, 3)) == wanted
+    assert asked_of(target, specjax.Cascade(specjax.NGramDrafter(3), EarlyExitDrafter(depth, 3))) == wanted
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -100,22 +107,51 @@ def test_the_first_layers_and_then_the_others_are_a_forward_pass(family):
     model = decoder_model(config, init_params(config, jax.random.key(1)))
     tokens_bt = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (2, 9)), jnp.int32)
     start_b = jnp.asarray([5, 3], jnp.int32)
-    cache = model.forward(model.params, tokens_bt, model.init_cache(2, 24), jnp.zeros(2, jnp.int32)).cache
+    cache = jax.jit(model.forward)(model.params, tokens_bt, model.init_cache(2, 24), jnp.zeros(2, jnp.int32)).cache
     block_bt = tokens_bt[:, :4]
     for depth in range(1, model.num_layers + 1):
         capture = (depth, model.num_layers, -1)
-        wanted = model.forward(model.params, block_bt, cache, start_b, capture)
-        begun = model.early_exit(model.params, block_bt, cache, start_b, depth)
-        assert len(begun.features) == 1
-        chex.assert_trees_all_equal(begun.cache.layers[depth:], cache.layers[depth:])
-        found = model.resume(model.params, begun.features[0], begun.cache, start_b, depth, capture)
+
+        @jax.jit
+        def passes(params, cache, depth=depth, capture=capture):
+            wanted = model.forward(params, block_bt, cache, start_b, capture)
+            begun = model.early_exit(params, block_bt, cache, start_b, depth)
+            assert len(begun.features) == 1
+            found = model.resume(params, begun.features[0], begun.cache, start_b, depth, capture)
+            return wanted, found, begun.cache
+
+        wanted, found, begun = passes(model.params, cache)
+        chex.assert_trees_all_equal(begun.layers[depth:], cache.layers[depth:])
         chex.assert_trees_all_close(found, wanted, atol=1e-6)
 
 
 def test_a_target_that_cannot_go_on_from_states_runs_all_its_layers(target):
-    drafter = EarlyExitDrafter(2, 3)
-    found, wanted = (generate(model, drafter, PROMPTS, 31, 1.0) for model in (target.replace(resume=None), target))
+    """And the first ones for no more than the drafts."""
+    cannot, drafter = target.replace(resume=None), EarlyExitDrafter(2, 3)
+    assert asked_of(cannot, drafter) == [("the first 2", 1)] * 3 + [("all", 4)]
+    found, wanted = (generate(model, drafter, PROMPTS, 31, 1.0) for model in (cannot, target))
     np.testing.assert_array_equal(found.tokens_bs, wanted.tokens_bs)
+
+
+@struct.dataclass
+class Likeliest(EarlyExitDrafter):
+    """Drafts without ``draw``, and so feeds itself its own drafts, whoever's are taken."""
+
+    def propose(self, state, context, draw):
+        def likeliest(logits_bv, prefix_bi):
+            return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32), logits_bv
+
+        proposal, state = super().propose(state, context, likeliest)
+        return proposal.replace(probs_bgv=None), state
+
+
+def test_states_of_drafts_that_a_cascade_does_not_take_are_not_gone_on_from(target):
+    prompts, wanted = [[1, 2, 3, 1, 2], [4, 4, 4, 4]], [("the first 2", 1)] * 4
+    alone, drafter = Likeliest(2, 3), specjax.Cascade(specjax.NGramDrafter(3, 1, 2), Likeliest(2, 3))
+    assert asked_of(target, alone) == [*wanted, ("all but 2", 4)]
+    assert asked_of(target, drafter) == [*wanted, ("all", 4)]
+    out = generate(target, drafter, prompts, 31)
+    np.testing.assert_array_equal(out.tokens_bs, generate(target, None, prompts, 31).tokens_bs)
 
 
 def test_another_drafter_beside_it_may_read_states_of_the_first_layers(target):
@@ -136,22 +172,6 @@ def test_another_drafter_beside_it_may_read_states_of_the_first_layers(target):
     for length_b, states in seen:
         for found_btd, wanted_btd in zip(states, wanted, strict=True):
             np.testing.assert_allclose(found_btd[0, 0], wanted_btd[0, int(length_b[0]) - 1], atol=1e-5)
-
-
-@struct.dataclass
-class OneStateShort(EarlyExitDrafter):
-    """Forgets the last draft's."""
-
-    def propose(self, state, context, draw):
-        proposal, state = super().propose(state, context, draw)
-        return proposal.replace(states_btd=proposal.states_btd[:, :-1]), state
-
-
-def test_states_of_fewer_tokens_are_refused(target):
-    with pytest.raises(
-        ValueError, match=r"states_btd is \(3, 3, 16\) and float32; specjax.types asks for \(3, 4, 16\)"
-    ):
-        generate(target, OneStateShort(2, 3), PROMPTS, 4)
 
 
 def test_there_are_no_parameters():
@@ -182,6 +202,42 @@ def test_a_target_that_cannot_be_left_early_compiles_no_loop(target):
         with pytest.raises(ValueError, match="the target has no early_exit"):
             generate(table, EarlyExitDrafter(1), [[1]], 4)
     assert not [name for name in names if "generate" in str(name)]
+
+
+@struct.dataclass
+class Faulty(EarlyExitDrafter):
+    """Hands something else on."""
+
+    change: Callable = struct.field(pytree_node=False, default=None)
+
+    def propose(self, state, context, draw):
+        proposal, state = super().propose(state, context, draw)
+        return self.change(proposal), state
+
+
+BAD_STATES = {
+    "one short": (
+        lambda p: p.replace(states_btd=p.states_btd[:, :-1]),
+        r"states_btd is \(3, 3, 16\) and float32; specjax.types asks for \(3, 4, 16\)",
+    ),
+    "depth forgotten": (lambda p: p.replace(depth=0), "states_btd behind 0 layers of 3 and a cache; give"),
+    "too deep": (lambda p: p.replace(depth=4), "states_btd behind 4 layers of 3 and a cache; give"),
+    "cache forgotten": (lambda p: p.replace(cache=None), "states_btd behind 2 layers of 3 and no cache; give"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_STATES.values(), ids=BAD_STATES)
+def test_states_that_cannot_be_right_are_refused(target, change, message):
+    with pytest.raises(ValueError, match=message):
+        generate(target, Faulty(2, 3, change), PROMPTS, 4)
+
+
+def test_a_target_that_keeps_its_states_to_itself_is_refused(target):
+    def early_exit(*args):
+        return target.early_exit(*args)._replace(features=())
+
+    with pytest.raises(ValueError, match="early_exit returns 0 features; it must return one"):
+        generate(target.replace(early_exit=early_exit), EarlyExitDrafter(2, 3), PROMPTS, 4)
 
 
 def test_hidden_states_that_the_target_does_not_have_are_refused(target):

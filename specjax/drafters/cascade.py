@@ -100,13 +100,16 @@ class Cascade:
             vocab = context.target.vocab_size
             first_bgv, second_bgv = (_probs(part, vocab) for part in (first, second))
             probs_bgv = jnp.where(taken_b[:, None, None], first_bgv, second_bgv)
+        # The second's states are of what is proposed in all rows, if it was led by the first's drafts where they are
+        # taken: not if it drafts without ``draw``, nor in a round in which it followed.
+        goes_on = second.probs_bgv is not None and not hasattr(self.second, "follow")
         proposal = Proposal(
             tokens_bg=jnp.where(taken_b[:, None], first.tokens_bg, second.tokens_bg),
             probs_bgv=probs_bgv,
             length_b=jnp.where(taken_b, first.length_b, second.length_b),
             cache=first.cache if second.cache is None else second.cache,
-            states_btd=second.states_btd,  # of all rows: where the first's drafts are taken, the second was led by them
-            depth=second.depth,
+            states_btd=second.states_btd if goes_on else None,
+            depth=second.depth if goes_on else 0,
         )
         return proposal, CascadeState(first_state, second_state)
 
@@ -116,13 +119,9 @@ class Cascade:
         """Lets the second propose, unless no row needs it and it can follow without."""
 
         def propose(state: Any, cache: Cache) -> tuple[Proposal, Any]:
-            second, state = self.second.propose(state, dataclasses.replace(context, cache=cache), led)
-            if follows:
-                second = dataclasses.replace(second, states_btd=None)  # which a round that follows would not have
-            return second, state
+            return self.second.propose(state, dataclasses.replace(context, cache=cache), led)
 
-        follows = hasattr(self.second, "follow")
-        if not follows:
+        if not hasattr(self.second, "follow"):
             return propose(state, context.cache)
         shapes, _ = jax.eval_shape(propose, state, context.cache)
         writes = shapes.cache is not None
