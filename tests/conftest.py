@@ -18,16 +18,18 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Compilation is most of the suite's time: half of it goes without LLVM's costly passes and XLA's new emitters.
+    """Compilation is most of the suite's time: half of it goes without LLVM's costly passes and XLA's new emitters, and
+    some more by handing LLVM each program in one piece.
 
     XLA's other passes all run. The environment is for the processes that tests start.
     """
     if not config.getoption("--optimized"):
         jax.config.update("jax_disable_most_optimizations", True)
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-        if jax.__version_info__ < (0, 11):  # later ones may not know the flag, which would be fatal
+        if jax.__version_info__ < (0, 11):  # later ones may not know a flag, which would be fatal
+            flags = ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
             given = os.environ.get("XLA_FLAGS", "").split()
-            os.environ["XLA_FLAGS"] = " ".join(dict.fromkeys([*given, "--xla_cpu_use_fusion_emitters=false"]))
+            os.environ["XLA_FLAGS"] = " ".join(dict.fromkeys([*given, *flags]))
 
 
 @pytest.fixture(autouse=True, scope="module")
