@@ -149,9 +149,6 @@ def proposes(length):
     return length % 3 != 1
 
 
-step = jax.jit(lambda target, state, drafter: specjax.step(target, state, drafter=drafter))
-
-
 def rounds(target, drafter, prompts, number):
     """Yields, for each row and round, whether the first proposes, and how many tokens were drafted and accepted."""
     prompt, length = specjax.pad_prompts(prompts)
@@ -159,8 +156,9 @@ def rounds(target, drafter, prompts, number):
     state = specjax.prefill(
         target, prompt, length, drafter=drafter, sampling=sampling, max_new_tokens=50, slots=SLOTS + 16
     )
+    step = jax.jit(functools.partial(specjax.step, drafter=drafter))  # shared, it might confuse classes: extending.md
     for _ in range(number):
-        before, state = state, step(target, state, drafter)
+        before, state = state, step(target, state)
         drafted, accepted = (
             np.asarray(getattr(state.stats, name) - getattr(before.stats, name)) for name in ("drafted_b", "accepted_b")
         )
