@@ -41,12 +41,12 @@ from specjax import (
     engine,
     verify,
 )
+from specjax.checkpoint.eagle import eagle_head
 from specjax.drafters.eagle import EagleHead
 from specjax.drafters.medusa import init_medusa_params
 from specjax.drafters.mtp import MTPConfig, init_mtp_params
-from specjax.heads.eagle import eagle_head
+from specjax.engine.request import lay_out
 from specjax.hf.config import decoder_config
-from specjax.requests import lay_out
 from specjax.sharding import RULES, make_mesh, shard, shardings
 from specjax.testing import table_model
 from specjax.transformer import moe

@@ -13,12 +13,13 @@ from test_compiled import arguments, copies, outer_loops
 from test_compiled import decoder as tiny_decoder
 
 import specjax
-from specjax import ModelDrafter, NGramDrafter, engine
+from specjax import ModelDrafter, NGramDrafter
 from specjax.drafters.cascade import Cascade
 from specjax.drafters.early_exit import EarlyExitDrafter
 from specjax.drafters.feature import FeatureDrafter
 from specjax.drafters.medusa import MedusaDrafter
 from specjax.drafters.shared_vocabulary import shared_vocabulary_drafter
+from specjax.engine import loop as engine
 from specjax.testing import table_logits, table_model
 from specjax.text.vocabulary import VocabularyMap
 

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer
 
 import specjax
-from specjax import checkpoint
+from specjax.checkpoint import models as checkpoint
 from specjax.hf import decoder_config
 from specjax.training import data
 from specjax.transformer.decoder import decoder_model, init_params

@@ -14,8 +14,9 @@ import pytest
 from jax import lax
 
 import specjax
-from specjax import ModelDrafter, NGramDrafter, Sampling, engine, verify
-from specjax.requests import lay_out
+from specjax import ModelDrafter, NGramDrafter, Sampling, verify
+from specjax.engine import loop as engine
+from specjax.engine.request import lay_out
 from specjax.testing import table_model
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import decoder_model, init_params

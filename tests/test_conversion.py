@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 import specjax
-from specjax import conversion
+from specjax.checkpoint import convert as conversion
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "checkpoints" / "py-14m"
@@ -378,7 +378,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete(llama, tmp_path)
     """Killed while it writes; the same command then succeeds."""
     code = (
         "import sys, time, specjax\n"
-        "from specjax import conversion\n"
+        "from specjax.checkpoint import convert as conversion\n"
         "def slow(folder, params):\n"
         "    print('writing', flush=True)\n"
         "    time.sleep(60)\n"

@@ -14,9 +14,9 @@ from test_drafters import step
 
 import specjax
 from specjax.cache import write
+from specjax.checkpoint.eagle import open_eagle, write_eagle
 from specjax.drafters.eagle import EagleHead
 from specjax.drafters.feature import FeatureDrafter, FeatureState
-from specjax.heads.eagle import open_eagle, write_eagle
 from specjax.hf.eagle import eagle_fields, speculators_config
 from specjax.hf.safetensors import TensorSpec, open_tensors, write_tensors
 from specjax.transformer.config import DecoderConfig

@@ -13,8 +13,8 @@ from test_compiled import arguments, compilations, copies, outer_loops
 from test_conversion import GPT2, LATENT, LLAMA
 
 import specjax
-from specjax import engine
 from specjax.drafters.early_exit import EarlyExitDrafter
+from specjax.engine import loop as engine
 from specjax.hf import decoder_config
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import decoder_model, init_params

@@ -19,8 +19,9 @@ from flax import struct
 from stateless import Stateless
 
 import specjax
-from specjax import Cascade, ModelDrafter, NGramDrafter, Proposal, Sampling, engine, verify
+from specjax import Cascade, ModelDrafter, NGramDrafter, Proposal, Sampling, verify
 from specjax import sampling as sampling_lib
+from specjax.engine import loop as engine
 from specjax.testing import table_model
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import bind, decoder_model, init_params

@@ -8,11 +8,11 @@ import numpy as np
 import optax
 import pytest
 
+from specjax.checkpoint.mtp import open_mtp
 from specjax.drafters.mtp import MTPConfig, MTPHead, init_mtp_params
-from specjax.heads.mtp import open_mtp
 from specjax.hf.config import decoder_config
 from specjax.training import losses
-from specjax.training.heads import chain_logits, head_objective
+from specjax.training.objectives import chain_logits, head_objective
 from specjax.training.recipe import Recipe, Stage
 from specjax.training.trainees import make_trainee, most_frequent
 from specjax.transformer.decoder import decoder_model, init_params

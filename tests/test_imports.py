@@ -82,10 +82,9 @@ def test_the_contracts_import_nothing_and_the_engine_knows_no_model():
     assert ALLOWED["types"] == set()
     for room in ("sampling", "sharding", "verify", "cache", "testing"):
         assert ALLOWED[room] == {"types"}
-    assert ALLOWED["requests"] == {"types", "sampling"}
-    assert ALLOWED["engine"] == {"types", "sampling", "sharding", "verify", "cache", "requests"}
+    assert ALLOWED["engine"] == {"types", "sampling", "sharding", "verify", "cache"}
     for room in ("transformer", "drafters", "checkpoint"):
-        assert ALLOWED[room].isdisjoint({"engine", "requests", "training"})
+        assert ALLOWED[room].isdisjoint({"engine", "training"})
 
 
 def test_the_table_has_no_cycles():

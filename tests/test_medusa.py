@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 from test_compiled import compilations
 
 import specjax
+from specjax.checkpoint.medusa import open_medusa, write_medusa
 from specjax.drafters.medusa import MedusaDrafter, head_logits, init_medusa_params
-from specjax.heads.medusa import open_medusa, write_medusa
 from specjax.hf.weights import tensors_of
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import decoder_model, init_params

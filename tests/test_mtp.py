@@ -12,9 +12,9 @@ import reference_mtp
 from flax import struct
 
 import specjax
+from specjax.checkpoint.mtp import open_mtp, write_mtp
 from specjax.drafters.feature import FeatureDrafter
 from specjax.drafters.mtp import MTPConfig, MTPDrafter, MTPHead, abstract_mtp_params, init_mtp_params
-from specjax.heads.mtp import open_mtp, write_mtp
 from specjax.hf.names import sources
 from specjax.hf.safetensors import TensorSpec, open_tensors, write_tensors
 from specjax.hf.weights import tensors_of

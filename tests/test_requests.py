@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import specjax
-from specjax.engine import _generate_jit
-from specjax.requests import bucket, lay_out
+from specjax.engine.loop import _generate_jit
+from specjax.engine.request import bucket, lay_out
 
 VOCAB = 8
 

@@ -11,8 +11,9 @@ import pytest
 from test_drafters import step
 
 import specjax
-from specjax import Sampling, engine
+from specjax import Sampling
 from specjax.drafters.shared_vocabulary import shared_vocabulary_drafter
+from specjax.engine import loop as engine
 from specjax.testing import table_model
 from specjax.text.vocabulary import VocabularyMap
 from specjax.transformer.config import DecoderConfig

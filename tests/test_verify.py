@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from scipy.special import chdtrc
 
 import specjax
-from specjax import engine, sampling, verify
+from specjax import sampling, verify
+from specjax.engine import loop as engine
 from specjax.sampling import RoundDraws, Sampling
 from specjax.types import Proposal
 

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import PartitionSpec
 
-from specjax.checkpoint import load_params, save_params
+from specjax.checkpoint.models import load_params, save_params
 from specjax.hf.config import decoder_config
 from specjax.sharding import FULLY_SHARDED, RULES, make_mesh, shard
 from specjax.training.loop import fit, split_rows

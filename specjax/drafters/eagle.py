@@ -11,8 +11,9 @@ from flax import nnx
 from jax import Array
 
 from specjax.cache import KVCache, Stored
+from specjax.checks import check_integer
 from specjax.transformer.attention import Attention
-from specjax.transformer.config import DecoderConfig, LayerConfig, check_integer
+from specjax.transformer.config import DecoderConfig, LayerConfig
 from specjax.transformer.decoder import DecoderLayer, empty_cache, run_layers
 from specjax.transformer.layers import MLP, Embedding, Linear, declared_axes, make_norm
 from specjax.types import LanguageModel

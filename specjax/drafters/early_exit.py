@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import struct
 
-from specjax.transformer.config import check_integer
+from specjax.checks import check_integer
 from specjax.types import Context, Draw, Proposal, Verdict
 
 

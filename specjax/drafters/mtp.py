@@ -14,7 +14,8 @@ from flax import nnx, struct
 from jax import Array
 
 from specjax.cache import KVCache, Stored
-from specjax.transformer.config import DecoderConfig, LayerConfig, check_integer
+from specjax.checks import check_integer
+from specjax.transformer.config import DecoderConfig, LayerConfig
 from specjax.transformer.decoder import DecoderLayer, empty_cache
 from specjax.transformer.layers import Embedding, Linear, declared_axes, make_norm, positions, rotary_tables, softcap
 from specjax.types import Cache, Context, Draw, LanguageModel, Proposal, Verdict

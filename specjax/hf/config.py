@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from specjax.checks import check_integer
 from specjax.hf.families import ARCHITECTURES, FAMILIES
 from specjax.hf.keys import Keys, read_json
-from specjax.transformer.config import DecoderConfig, check_integer
+from specjax.transformer.config import DecoderConfig
 
 # Keys that say nothing about the forward pass: names, training, and how Hugging Face's own code runs the model.
 IGNORED = (

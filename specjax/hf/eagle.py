@@ -12,12 +12,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from specjax.checks import check_integer
 from specjax.hf.config import decoder_config
 from specjax.hf.keys import Keys
 from specjax.hf.names import LINEAR, SAME, ParameterPath, Piece, Source, parameters
 from specjax.hf.safetensors import Tensor, TensorSpec
 from specjax.hf.weights import Parameter, check_tensors, parameters_of, tensors_of
-from specjax.transformer.config import DecoderConfig, check_integer
+from specjax.transformer.config import DecoderConfig
 
 VERSIONS = {"eagle": 1, "eagle3": 3}
 """``speculators_model_type`` and the EAGLE it names."""

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from specjax.checks import check_integer
 from specjax.hf.keys import Keys
 from specjax.hf.rope import attention_scale, read_rope, take_rope
 from specjax.transformer.config import (
@@ -15,7 +16,6 @@ from specjax.transformer.config import (
     ExpertsConfig,
     LatentConfig,
     LayerConfig,
-    check_integer,
 )
 
 _ACTIVATIONS: dict[str, Activation] = {

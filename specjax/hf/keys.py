@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from specjax.transformer.config import MAX_SIZE, check_integer, check_positive
+from specjax.checks import check_integer, check_positive
+from specjax.transformer.config import MAX_SIZE
 
 _REQUIRED = object()
 

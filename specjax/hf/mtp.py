@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from specjax.checks import check_integer
 from specjax.hf.config import IGNORED, decoder_config, quantization_block
 from specjax.hf.families import (
     FULL_ATTENTION,
@@ -24,7 +25,7 @@ from specjax.hf.names import DEEPSEEK_V3, LINEAR, QWEN3_MOE, SAME, TABLES, Table
 from specjax.hf.rope import take_rope
 from specjax.hf.safetensors import Tensor, TensorSpec
 from specjax.hf.weights import check_tensors, parameters_of, tensors_of
-from specjax.transformer.config import MAX_HEAD, MAX_LAYERS, DecoderConfig, ExpertsConfig, check_integer
+from specjax.transformer.config import MAX_HEAD, MAX_LAYERS, DecoderConfig, ExpertsConfig
 
 _LAYER = "model.layers.{i}."  # of a decoder's layer in the families' tables
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from specjax.checks import check_positive
 from specjax.hf.keys import Keys
-from specjax.transformer.config import MAX_SIZE, Rope, check_positive
+from specjax.transformer.config import MAX_SIZE, Rope
 
 TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 

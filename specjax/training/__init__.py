@@ -6,11 +6,11 @@ from specjax.training.data import encode_texts as encode_texts
 from specjax.training.data import is_held_out as is_held_out
 from specjax.training.data import stdlib_modules as stdlib_modules
 from specjax.training.data import train_tokenizer as train_tokenizer
-from specjax.training.heads import head_objective as head_objective
-from specjax.training.heads import medusa_objective as medusa_objective
 from specjax.training.loop import fit as fit
 from specjax.training.loop import split_rows as split_rows
+from specjax.training.objectives import head_objective as head_objective
 from specjax.training.objectives import make_objective as make_objective
+from specjax.training.objectives import medusa_objective as medusa_objective
 from specjax.training.recipe import Recipe as Recipe
 from specjax.training.recipe import Stage as Stage
 from specjax.training.recipe import read_recipe as read_recipe

@@ -2,9 +2,13 @@
 
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
+from specjax.cache import ChainCache, KVCache
+from specjax.drafters.feature import Head
+from specjax.drafters.medusa import MedusaDrafter, head_logits
 from specjax.training import losses
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import bind
@@ -53,3 +57,99 @@ def make_objective(loss: str, config: DecoderConfig) -> Objective:
         return _IMITATION[loss](logits(params, tokens_bt), taught.logits_btv)
 
     return next_token if loss == "next_token" else imitate
+
+
+DECAY = 0.8
+"""Weight of a step of the chain against the one before it: what is drafted later is needed less often."""
+
+
+def head_objective(loss: str, head: Head, steps: int) -> Objective:
+    """Returns the objective of a head that drafts a chain: the mean over steps, weighted by powers of ``DECAY``.
+
+    Args:
+      loss: "next_token", "kl" or "total_variation". One step of "next_token" is the loss of multi-token prediction
+        (DeepSeek-AI 2024, DeepSeek-V3, section 2.2).
+      head: the head.
+      steps: drafts of a chain that are trained, at least 1; windows of text must be longer by 2 at least.
+
+    Returns:
+      A function whose call raises ValueError where there is no teacher, whose states the head reads.
+    """
+
+    def objective(params: Any, tokens_bt: Array, teacher: LanguageModel | None) -> Array:
+        if teacher is None:
+            raise ValueError("a head needs the model whose states it reads; name it as drafts_for in the recipe")
+        rows, length = tokens_bt.shape
+        cache = teacher.init_cache(rows, length)
+        taught = teacher.forward(teacher.params, tokens_bt, cache, jnp.zeros((rows,), jnp.int32), head.capture)
+        drafts = chain_logits(head, params, teacher, tokens_bt, taught.features, steps)
+        total = jnp.float32(0)
+        for j, draft_btv in enumerate(drafts):
+            # Slot i predicts token i + 2, as the teacher does at position i + 1. Slots below j start no such chain.
+            value = losses.draft(loss, draft_btv[:, j:-1], taught.logits_btv[:, j + 1 : -1], tokens_bt[:, j + 2 :])
+            total += DECAY**j * value
+        return total / sum(DECAY**j for j in range(steps))
+
+    return objective
+
+
+def chain_logits(
+    head: Head, params: Any, teacher: LanguageModel, tokens_bt: Array, features: tuple[Array, ...], steps: int
+) -> list[Array]:
+    """Returns what a head drafts in each step of chains that start at every slot at once.
+
+    The head is run as it drafts (Li et al. 2025, EAGLE-3, section 3.2, "training-time test"): from the second step on
+    it is fed its own states, and sees the true ones before its chain and its own within.
+
+    Args:
+      head: the head.
+      params: its parameters.
+      teacher: the target.
+      tokens_bt: int32, text.
+      features: the target's captured states ``[b, t, d]`` over the text.
+      steps: how many, at least 1.
+
+    Returns:
+      Logits ``[b, t - 1, v]`` per step: at slot i those for token i + 2, of the chain that started j slots before.
+    """
+    rows = tokens_bt.shape[0]
+    zero_b = jnp.zeros((rows,), jnp.int32)
+    layers = jax.eval_shape(lambda: head.init_cache(params, rows, 1)).layers
+    cache = KVCache(tuple(ChainCache() for _ in layers))
+    states_btd = head.fuse(params, features)[:, :-1]
+    logits = []
+    for _ in range(steps):
+        states_btd, cache = head.run(params, teacher, tokens_bt[:, 1:], states_btd, cache, zero_b)
+        flat = head.logits(params, teacher, states_btd.reshape(-1, states_btd.shape[-1]))
+        logits.append(flat.reshape(rows, -1, flat.shape[-1]))
+        states_btd = jnp.pad(states_btd[:, :-1], ((0, 0), (1, 0), (0, 0)))  # the next step is one slot further on
+    return logits
+
+
+def medusa_objective(loss: str, num_heads: int) -> Objective:
+    """Returns the objective of Medusa heads: the mean over heads, weighted by powers of ``DECAY`` (Cai et al. 2024,
+    section 2.2.1).
+
+    Args:
+      loss: "next_token", "kl" or "total_variation".
+      num_heads: heads; the windows of text must be longer by 2 at least.
+
+    Returns:
+      A function whose call raises ValueError where there is no teacher, whose states the heads read.
+    """
+
+    def objective(params: Any, tokens_bt: Array, teacher: LanguageModel | None) -> Array:
+        if teacher is None:
+            raise ValueError("a head needs the model whose states it reads; name it as drafts_for in the recipe")
+        rows, length = tokens_bt.shape
+        cache, zero_b = teacher.init_cache(rows, length), jnp.zeros((rows,), jnp.int32)
+        taught = teacher.forward(teacher.params, tokens_bt, cache, zero_b, MedusaDrafter.capture)
+        total = jnp.float32(0)
+        for i in range(num_heads):
+            # Position s predicts token s + 2 + i, as the teacher does at position s + 1 + i.
+            draft_btv = head_logits(params[i], taught.features[0][:, : length - 2 - i])
+            value = losses.draft(loss, draft_btv, taught.logits_btv[:, i + 1 : -1], tokens_bt[:, i + 2 :])
+            total += DECAY**i * value
+        return total / sum(DECAY**i for i in range(num_heads))
+
+    return objective

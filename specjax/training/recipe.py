@@ -7,8 +7,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from specjax.checks import check_integer
 from specjax.hf.config import decoder_config
-from specjax.transformer.config import check_integer
 
 LOSSES = ("next_token", "kl", "total_variation")
 TEXTS = ("corpus", "samples", "both", "on_policy")

@@ -13,21 +13,20 @@ from jax import Array
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from specjax.checkpoint import save, write_json
+from specjax.checkpoint.eagle import eagle_head, write_eagle
+from specjax.checkpoint.medusa import write_medusa
+from specjax.checkpoint.models import save, write_json
+from specjax.checkpoint.mtp import write_mtp
 from specjax.drafters.feature import FeatureDrafter, Head
 from specjax.drafters.medusa import MedusaDrafter, init_medusa_params
 from specjax.drafters.model import ModelDrafter
 from specjax.drafters.mtp import MTPConfig, MTPHead, init_mtp_params
-from specjax.heads.eagle import eagle_head, write_eagle
-from specjax.heads.medusa import write_medusa
-from specjax.heads.mtp import write_mtp
 from specjax.hf.config import decoder_config
 from specjax.hf.medusa import medusa_config
 from specjax.hf.mtp import mtp_layout
 from specjax.sharding import Rules, gathered, shardings
 from specjax.training.data import END_OF_TEXT
-from specjax.training.heads import head_objective, medusa_objective
-from specjax.training.objectives import Objective, make_objective
+from specjax.training.objectives import Objective, head_objective, make_objective, medusa_objective
 from specjax.training.recipe import Recipe
 from specjax.transformer.decoder import abstract_params, decoder_model, init_params
 from specjax.types import Drafter, LanguageModel

@@ -1,7 +1,9 @@
 """What fixes a decoder's shapes and computation, whatever family it comes from."""
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
+
+from specjax.checks import check_integer, check_positive
 
 Norm = Literal["rms", "rms_one_plus", "layer"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
@@ -247,22 +249,6 @@ class DecoderConfig:
     def each_layer(self) -> tuple[LayerConfig, ...]:
         assert self.layers is not None
         return self.layers
-
-
-def check_integer(name: str, value: Any, least: int, most: int | None = None) -> None:
-    """Raises ValueError unless the value is an integer of at least ``least`` (and at most ``most``)."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    if most is not None and value > most:
-        raise ValueError(f"{name} must be an integer of at most {most}, got {value!r}")
-
-
-def check_positive(name: str, value: Any, optional: bool = False) -> None:
-    """Raises ValueError unless the value is a float32 number above 0 (or None, where that is allowed)."""
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 2.0**128:
-        raise ValueError(f"{name} must be a number above 0 that float32 holds, got {value!r}")
 
 
 _MOST = {

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from specjax import sampling as sampling_lib
 from specjax import verify as rules
-from specjax.requests import Request, check_key, check_rule, lay_out
+from specjax.engine.request import Request, check_key, check_rule, lay_out
 from specjax.sampling import RoundDraws, Sampling
 from specjax.sharding import ROWS, WHOLE, by_rows, gathered
 from specjax.types import Cache, Context, Drafter, Draw, Generation, LanguageModel, Output, Proposal, Stats, VerifyRule

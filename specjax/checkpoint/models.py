@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
+from specjax.checks import check_integer
 from specjax.drafters.model import ModelDrafter
 from specjax.drafters.shared_vocabulary import shared_vocabulary_drafter
 from specjax.hf.config import decoder_config, read_config
@@ -27,7 +28,7 @@ from specjax.hf.names import ParameterPath, parameters
 from specjax.hf.weights import Parameter, open_weights
 from specjax.sharding import RULES, Rules, shard, shardings
 from specjax.text.vocabulary import match_vocabularies
-from specjax.transformer.config import DecoderConfig, check_integer
+from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import abstract_params, decoder_model
 from specjax.types import Drafter, LanguageModel
 

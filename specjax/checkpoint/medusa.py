@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from specjax.checkpoint import check_dtype, default_dtype, new_folder, write_json
+from specjax.checkpoint.lent import read_onto
+from specjax.checkpoint.models import check_dtype, default_dtype, new_folder, write_json
+from specjax.checks import check_integer
 from specjax.drafters.medusa import MedusaDrafter, check_medusa_fit
-from specjax.heads.shared import read_onto
 from specjax.hf.keys import read_json
 from specjax.hf.medusa import MEDUSA_FILE, lies_in_target, medusa_parameters, medusa_tensors, open_medusa_tensors
 from specjax.hf.safetensors import write_tensors
 from specjax.sharding import RULES, Rules
-from specjax.transformer.config import check_integer
 from specjax.types import LanguageModel
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from specjax.checkpoint import (
+from specjax.checkpoint.models import (
     check_dtype,
     check_params,
     load_params,

@@ -9,15 +9,15 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from specjax.checkpoint import check_dtype, check_params, default_dtype, new_folder, write_json
+from specjax.checkpoint.lent import is_targets_embedding, is_targets_head, read_onto
+from specjax.checkpoint.models import check_dtype, check_params, default_dtype, new_folder, write_json
+from specjax.checks import check_integer
 from specjax.drafters.feature import FeatureDrafter
 from specjax.drafters.mtp import MTPConfig, MTPDrafter, MTPHead, abstract_mtp_params
-from specjax.heads.shared import is_targets_embedding, is_targets_head, read_onto
 from specjax.hf.keys import read_json
 from specjax.hf.mtp import MTPLayout, mtp_layout, mtp_parameters, mtp_tensors
 from specjax.hf.safetensors import open_tensors, write_tensors
 from specjax.sharding import RULES, Rules
-from specjax.transformer.config import check_integer
 from specjax.types import LanguageModel
 
 

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from specjax.checkpoint import check_dtype, check_params, default_dtype, new_folder, write_json
+from specjax.checkpoint.lent import is_targets_embedding, read_onto
+from specjax.checkpoint.models import check_dtype, check_params, default_dtype, new_folder, write_json
+from specjax.checks import check_integer
 from specjax.drafters.eagle import EagleHead, check_fit
 from specjax.drafters.feature import FeatureDrafter
-from specjax.heads.shared import is_targets_embedding, read_onto
 from specjax.hf.eagle import (
     draft_vocabulary,
     eagle_fields,
@@ -26,7 +27,6 @@ from specjax.hf.eagle import (
 from specjax.hf.keys import read_json
 from specjax.hf.safetensors import open_tensors, write_tensors
 from specjax.sharding import RULES, Rules
-from specjax.transformer.config import check_integer
 from specjax.types import LanguageModel
 
 _LOG = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from specjax.checkpoint import placed, read_params
+from specjax.checkpoint.models import placed, read_params
 from specjax.hf.weights import Parameter
 from specjax.sharding import Rules, gathered
 from specjax.types import LanguageModel

@@ -1,0 +1,1 @@
+"""The loop: requests, state, one round, and rounds until every row is done."""
