@@ -14,7 +14,7 @@ import numpy as np
 
 from specjax.checks import check_integer
 from specjax.hf.config import decoder_config
-from specjax.hf.keys import Keys
+from specjax.hf.keys import Keys, warn_unknown
 from specjax.hf.names import LINEAR, SAME, ParameterPath, Piece, Source, parameters
 from specjax.hf.safetensors import Tensor, TensorSpec
 from specjax.hf.weights import Parameter, check_tensors, parameters_of, tensors_of
@@ -106,7 +106,7 @@ def eagle_fields(config: Mapping[str, Any]) -> dict[str, Any]:
                 "norm_before_residual is missing; speculators takes it for false then, vLLM for true: give it"
             )
         fields |= {flag: keys.flag(flag, False) for flag in _FLAGS}
-    keys.finish()
+    warn_unknown("config.json", keys.switched_off())
     return fields
 
 
@@ -127,7 +127,7 @@ def _decoder(raw: Any) -> DecoderConfig:
     layer.pop("max_window_layers", None)
     if layer.get("use_sliding_window") is False:
         layer.pop("sliding_window", None)
-    return decoder_config(layer)
+    return decoder_config(layer, strict=True)
 
 
 def _from_original(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def _flat_options(layer: dict[str, Any], inner: Any) -> dict[str, Any]:
     inner.only("use_last_layernorm", True)
     inner.only("use_mtp_layernorm", False)
     inner.only("next_layer_regular", True)
-    inner.finish()
+    warn_unknown("eagle_config", inner.switched_off())
     outer.only("bias", False)  # engines differ in what has it
     for key in (*_FLAGS, *_SIZES, _LAYER_IDS, "bias", "target_model_type"):
         layer.pop(key, None)
@@ -321,7 +321,7 @@ def _spec(name: str, array: np.ndarray) -> TensorSpec:
 def _sources(params: Any) -> dict[str, Source]:
     """Returns the tensors of a head's weights by their names, which are the parameters' own."""
     found = {}
-    for path, leaf in parameters(params):
+    for path, leaf in parameters(params).items():
         if path != ("draft_of_v",):
             name = _name(path)
             layout = LINEAR if path[-1] == "kernel" else SAME

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from specjax.hf.keys import Keys
+from specjax.hf.keys import Keys, warn_unknown
 from specjax.hf.names import LINEAR, SAME, Piece, Source
 from specjax.hf.safetensors import Tensor, TensorSpec, open_file, open_tensors
 from specjax.hf.weights import check_tensors, parameters_of, tensors_of
@@ -41,7 +41,7 @@ def medusa_config(raw: Mapping[str, Any]) -> tuple[int, int, int | None, int | N
     sizes = [keys.integer(name, None, optional=True) for name in _SIZES]
     keys.ignore("architectures", "base_model_name_or_path", "dtype", "torch_dtype", "transformers_version", "version")
     keys.ignore("decoding_strategy")  # how other engines choose among the heads' tokens
-    keys.finish()
+    warn_unknown("config.json", keys.switched_off())
     return heads, blocks, sizes[0], sizes[1]
 
 
