@@ -31,18 +31,22 @@ def decoder_config(raw: Mapping[str, Any], strict: bool = False) -> DecoderConfi
       ValueError: the ``model_type`` is not supported; a key is missing; or a key that might change the forward pass
         has a value that the decoder does not compute.
     """
-    config, _, unknown = _read(raw, strict)
+    config, _, unknown = read_keys(raw, strict)
     warn_unknown("config.json", unknown)
     return config
 
 
-def _read(raw: Mapping[str, Any], strict: bool = False) -> tuple[DecoderConfig, dict[str, Any], tuple[str, ...]]:
-    """Returns the decoder of a config, the config of its text part, and the names of unknown keys."""
+def read_keys(raw: Mapping[str, Any], strict: bool = False) -> tuple[DecoderConfig, dict[str, Any], tuple[str, ...]]:
+    """Returns what ``decoder_config`` returns, the config of the text part, and unknown keys, of which nothing is said.
+
+    Raises:
+      ValueError: as for ``decoder_config``.
+    """
     # Multimodal Gemma 3 has a config in its config.
     if raw.get("model_type") == "gemma3":
         text, outer = _text_part(raw)
         try:
-            config, text, unknown = _read(text, strict)
+            config, text, unknown = read_keys(text, strict)
         except ValueError as error:
             raise ValueError(f"text_config: {error}") from None
         return config, text, (*outer, *unknown)
@@ -143,7 +147,7 @@ def read_config(path: Path, ignore_config_keys: Iterable[str] = ()) -> tuple[Dec
     if "model_type" not in raw:
         raise ValueError(f'{path} has no model_type; add that of the model, such as "llama"')
     try:
-        config, text, unknown = _read(raw)
+        config, text, unknown = read_keys(raw)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     except RecursionError:  # in the repr of a value for a message

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax.checks import check_integer
-from specjax.hf.config import decoder_config
+from specjax.hf.config import read_keys
 from specjax.hf.keys import Keys, warn_unknown
 from specjax.hf.names import LINEAR, SAME, ParameterPath, Piece, Source, parameters
 from specjax.hf.safetensors import Tensor, TensorSpec
@@ -89,7 +89,8 @@ def eagle_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(kind, str) or kind not in VERSIONS:
         raise ValueError(f"speculators_model_type is {kind!r}, no EAGLE head; supported: {', '.join(VERSIONS)}")
     keys.ignore(*_IGNORED)
-    fields: dict[str, Any] = {"version": VERSIONS[kind], "decoder": _decoder(keys.take("transformer_layer_config"))}
+    decoder, unknown = _decoder(keys.take("transformer_layer_config"))
+    fields: dict[str, Any] = {"version": VERSIONS[kind], "decoder": decoder}
     if kind == "eagle":
         keys.only("transformer_layer_architecture", "LlamaDecoderLayer")
         keys.only("layernorms", False)
@@ -106,7 +107,7 @@ def eagle_fields(config: Mapping[str, Any]) -> dict[str, Any]:
                 "norm_before_residual is missing; speculators takes it for false then, vLLM for true: give it"
             )
         fields |= {flag: keys.flag(flag, False) for flag in _FLAGS}
-    warn_unknown("config.json", keys.switched_off())
+    warn_unknown("config.json", (*keys.switched_off(), *unknown))
     return fields
 
 
@@ -118,7 +119,8 @@ def _indices(value: Any) -> list[int]:
     return list(value)
 
 
-def _decoder(raw: Any) -> DecoderConfig:
+def _decoder(raw: Any) -> tuple[DecoderConfig, tuple[str, ...]]:
+    """Returns the layers that a config describes, and the names of its unknown keys."""
     kind = raw.get("model_type", "llama") if isinstance(raw, Mapping) else None
     if not isinstance(kind, str) or kind not in _LAYERS:
         raise ValueError(f"the layers are of model_type {kind!r}; supported: {', '.join(_LAYERS)}")
@@ -127,7 +129,9 @@ def _decoder(raw: Any) -> DecoderConfig:
     layer.pop("max_window_layers", None)
     if layer.get("use_sliding_window") is False:
         layer.pop("sliding_window", None)
-    return decoder_config(layer, strict=True)
+    # Some layouts have the head's keys among the layer's.
+    config, _, unknown = read_keys(layer, strict=True)
+    return config, unknown
 
 
 def _from_original(raw: Mapping[str, Any]) -> dict[str, Any]:

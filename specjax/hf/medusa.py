@@ -64,12 +64,9 @@ def open_medusa_tensors(folder: Path, in_target: bool = False) -> dict[str, Tens
     if (folder / MEDUSA_FILE).is_file():
         found = {tensor.name: tensor for tensor in open_file(folder / MEDUSA_FILE)}
     elif pickles and any(folder.glob(pickles)) and not any(folder.glob("*.safetensors")):
-        prefix = "" if pickles == _PICKLE else _PREFIX
         raise ValueError(
-            f"{folder} holds the pickle {pickles}, which is never opened; convert it there: python -c 'import glob, "
-            f'torch, safetensors.torch as s; s.save_file({{n: t for f in glob.glob("{pickles}") for n, t in '
-            f'torch.load(f, map_location="cpu", weights_only=True).items() if n.startswith("{prefix}")}}, '
-            f'"{MEDUSA_FILE}")\''
+            f"{folder} holds the pickle {pickles}, which is never opened; convert it as "
+            "docs/huggingface.md#pickles says"
         )
     else:
         found = open_tensors(folder)

@@ -220,9 +220,7 @@ def mtp_tensors(layout: MTPLayout, params: Any) -> list[TensorSpec]:
 
 def _read_config(kind: Any, raw: Mapping[str, Any]) -> DecoderConfig:
     # transformers ignores the modules in an ordinary model, so its classes do not say which keys are theirs.
-    raw, modules = dict(raw), Keys({key: raw[key] for key in raw if _is_modules(key)}, "config.json")
-    for key in modules.switched_off():
-        del raw[key]
+    Keys({key: raw[key] for key in raw if _is_modules(key)}, "config.json").switched_off()
     if kind == "mimo":  # Qwen2 in all but the name
         if raw.get("attention_bias", True) is not True:
             raise ValueError(f"attention_bias is {raw['attention_bias']!r}; MiMo's layers have biases")
