@@ -124,7 +124,8 @@ def _decoder(raw: Any) -> tuple[DecoderConfig, tuple[str, ...]]:
     kind = raw.get("model_type", "llama") if isinstance(raw, Mapping) else None
     if not isinstance(kind, str) or kind not in _LAYERS:
         raise ValueError(f"the layers are of model_type {kind!r}; supported: {', '.join(_LAYERS)}")
-    layer = {key: value for key, value in raw.items() if key not in ("architectures", "tie_word_embeddings")}
+    others = ("architectures", "auto_map", "tie_word_embeddings")  # of the whole head, and read or ignored there
+    layer = {key: value for key, value in raw.items() if key not in others}
     # SpecForge's layers have no window, and its configs still have those of the target.
     layer.pop("max_window_layers", None)
     if layer.get("use_sliding_window") is False:
