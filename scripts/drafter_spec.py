@@ -1,6 +1,7 @@
 """Drafters by name, as ``--drafter`` takes them: ``model:DIR``, ``cascade:ngram,eagle:DIR`` and so on."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ def named_drafter(
     num_draft: int,
     mesh: Mesh | None = None,
     rules: specjax.sharding.Rules = specjax.sharding.RULES,
+    ignore_config_keys: Sequence[str] = (),
 ) -> Any:
     """Returns the drafter of a value other than none; ``mesh`` and ``rules`` are those of ``specjax.load_drafter``."""
     kind, _, value = spec.partition(":")
@@ -29,7 +31,8 @@ def named_drafter(
     parts = value.split(",")
     if kind == "cascade" and len(parts) > 1 and "none" not in parts:
         return functools.reduce(
-            specjax.Cascade, (named_drafter(part, target, tokenizer, num_draft, mesh, rules) for part in parts)
+            specjax.Cascade,
+            (named_drafter(part, target, tokenizer, num_draft, mesh, rules, ignore_config_keys) for part in parts),
         )
     if kind not in ("model", *HEADS) or not value:
         raise ValueError(
@@ -41,7 +44,9 @@ def named_drafter(
         if kind == "eagle":
             hosts.note(f"{value}: {drafter.head.describe()}\n")
         return drafter
-    drafter = specjax.load_drafter(value, target, num_draft, tokenizer=tokenizer, mesh=mesh, rules=rules)
+    drafter = specjax.load_drafter(
+        value, target, num_draft, tokenizer=tokenizer, mesh=mesh, rules=rules, ignore_config_keys=ignore_config_keys
+    )
     if isinstance(drafter, specjax.SharedVocabularyDrafter):
         shared = int((drafter.draft_of_v >= 0).sum())
         hosts.note(
