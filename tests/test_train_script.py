@@ -17,6 +17,7 @@ import pytest
 
 import specjax
 from specjax import training
+from specjax.checkpoint.models import load_tokenizer
 from specjax.hf.config import decoder_config
 from specjax.transformer.decoder import decoder_model, init_params
 
@@ -289,18 +290,18 @@ def test_the_shipped_checkpoints_are_those_of_their_recipes(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "open_drafter"),
+    ("name", "kind"),
     [
-        ("py-14m-draft", specjax.load_drafter),
-        ("py-14m-mtp", specjax.open_mtp),
-        ("py-14m-eagle", specjax.open_eagle),
-        ("py-14m-medusa", specjax.open_medusa),
+        ("py-14m-draft", "model"),
+        ("py-14m-mtp", "mtp"),
+        ("py-14m-eagle", "eagle"),
+        ("py-14m-medusa", "medusa"),
     ],
 )
-def test_the_shipped_drafts_draft_greedy_text_of_their_target(name, open_drafter):
+def test_the_shipped_drafts_draft_greedy_text_of_their_target(name, kind):
     target = specjax.load(ROOT / "checkpoints" / "py-14m")
-    tokenizer = specjax.load_tokenizer(ROOT / "checkpoints" / "py-14m")
-    drafter = open_drafter(ROOT / "checkpoints" / name, target)
+    tokenizer = load_tokenizer(ROOT / "checkpoints" / "py-14m")
+    drafter = specjax.load_drafter(f"{kind}:{ROOT / 'checkpoints' / name}", target)
     prompt_bt, length_b = specjax.pad_prompts([tokenizer.encode("def __init__(self, name):\n        self.").ids])
     greedy = {"sampling": specjax.Sampling(temperature=0), "max_new_tokens": 24}
     plain = specjax.generate(target, prompt_bt, length_b, **greedy)
