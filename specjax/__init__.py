@@ -4,8 +4,6 @@ Shape suffixes, everywhere: b rows, t query tokens, s cache slots, v vocabulary,
 k key/value heads, h head width, f MLP width, g draft tokens of a round.
 """
 
-from specjax import cache as cache
-from specjax import hf as hf
 from specjax import sharding as sharding
 from specjax import testing as testing
 from specjax import text as text
@@ -35,6 +33,8 @@ from specjax.engine.loop import step as step
 from specjax.engine.loop import stream as stream
 from specjax.engine.request import pad_prompts as pad_prompts
 from specjax.sampling import Sampling as Sampling
+from specjax.session import Completion as Completion
+from specjax.session import Session as Session
 from specjax.sharding import make_mesh as make_mesh
 from specjax.sharding import shard as shard
 from specjax.types import Context as Context
@@ -48,6 +48,7 @@ from specjax.types import Verdict as Verdict
 
 __all__ = [
     "Cascade",
+    "Completion",
     "Context",
     "Drafter",
     "EarlyExitDrafter",
@@ -62,16 +63,15 @@ __all__ = [
     "Output",
     "Proposal",
     "Sampling",
+    "Session",
     "SharedVocabularyDrafter",
     "State",
     "Stats",
     "Verdict",
-    "cache",
     "convert_hf",
     "default_dtype",
     "export_hf",
     "generate",
-    "hf",
     "load",
     "load_drafter",
     "make_mesh",

@@ -204,7 +204,7 @@ def test_a_head_is_trained_resumed_and_drafts(kind, script, tmp_path, monkeypatc
     metrics = json.loads((folder / "metrics.json").read_text())
     assert [len(stage["losses"]) for stage in metrics["stages"]] == [4, 4] and np.isfinite(metrics["held_out_loss"])
     model = specjax.load(tmp_path / "checkpoints" / "target")
-    opened = getattr(specjax, f"open_{kind}")(folder, model, 3)
+    opened = specjax.load_drafter(f"{kind}:{folder}", model, 3)
     prompts = np.random.default_rng(0).integers(0, 270, (2, 9)).astype(np.int32)
     greedy = {"sampling": specjax.Sampling(temperature=0), "max_new_tokens": 12}
     drafted = specjax.generate(model, prompts, drafter=opened, **greedy)
