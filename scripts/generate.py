@@ -188,7 +188,7 @@ def compare(request: dict[str, Any], drafter: Any, rows: int) -> dict[str, float
             stats = jax.block_until_ready(specjax.generate(**request, drafter=proposer)).stats
             seconds = time.perf_counter() - start
             if run:  # the first compiles
-                rates[name].append(int(specjax.sharding.gathered(stats.emitted_b)[:rows].sum()) / seconds)
+                rates[name].append(int(specjax.sharding.gathered(stats.emitted)[:rows].sum()) / seconds)
     return {name: statistics.median(values) for name, values in rates.items()}
 
 

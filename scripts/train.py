@@ -210,8 +210,8 @@ def draw_samples(
                 max_new_tokens=limit - PROMPT_TOKENS,
             )
             generation = specjax.sharding.gathered(generation)
-            pieces.append(generation.tokens_bs[:, :limit].reshape(-1))
-            emitted = int(generation.stats.emitted_b.sum())
+            pieces.append(generation.tokens[:, :limit].reshape(-1))
+            emitted = int(generation.stats.emitted.sum())
             drawn += emitted
             bar.update(emitted)
     samples = np.concatenate(pieces)
@@ -255,11 +255,11 @@ def held_out_acceptance(
         room = min(NEW_TOKENS, limit - length)
         generation = specjax.generate(target, prompts, drafter=drafter, sampling=sampling, max_new_tokens=room)
         stats = jax.tree.map(lambda x: x[:HELD_OUT_PROMPTS], specjax.sharding.gathered(generation.stats))
-        by_position = stats.accepted_at_bg.sum(0) / stats.drafted_at_bg.sum(0)
+        by_position = stats.accepted_at.sum(0) / stats.drafted_at.sum(0)
         figures[f"temperature {temperature:g}"] = {
             "num_draft": drafter.num_draft,
             "by_position": [round(float(x), 4) for x in by_position],
-            "emitted_per_round": round(float(stats.emitted_b.sum() / stats.rounds_b.sum()), 4),
+            "emitted_per_round": round(float(stats.emitted.sum() / stats.rounds.sum()), 4),
         }
     return figures
 

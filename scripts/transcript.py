@@ -62,7 +62,7 @@ class Transcript:
         before, self.counts = self.counts, counts_of(generation.stats, row)
         drafted, accepted = (self.counts[name] - before[name] for name in ("drafted", "accepted"))
         length = len(self.prompt_ids) + len(self.ids)
-        new = generation.tokens_bs[row, length : generation.length_b[row]].tolist()
+        new = generation.tokens[row, length : generation.lengths[row]].tolist()
         behind = "target" if not drafted else "bonus" if accepted == drafted else "corrected"
         tokens = []
         for place, token in enumerate(new):

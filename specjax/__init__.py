@@ -26,12 +26,16 @@ from specjax.drafters.model import ModelDrafter as ModelDrafter
 from specjax.drafters.mtp import MTPDrafter as MTPDrafter
 from specjax.drafters.ngram import NGramDrafter as NGramDrafter
 from specjax.drafters.shared_vocabulary import SharedVocabularyDrafter as SharedVocabularyDrafter
-from specjax.engine.loop import State as State
+from specjax.engine.loop import extend as extend
 from specjax.engine.loop import generate as generate
 from specjax.engine.loop import prefill as prefill
+from specjax.engine.loop import run as run
 from specjax.engine.loop import step as step
 from specjax.engine.loop import stream as stream
 from specjax.engine.request import pad_prompts as pad_prompts
+from specjax.engine.state import State as State
+from specjax.engine.state import insert as insert
+from specjax.engine.state import stop as stop
 from specjax.sampling import Sampling as Sampling
 from specjax.session import Completion as Completion
 from specjax.session import Session as Session
@@ -39,6 +43,8 @@ from specjax.sharding import make_mesh as make_mesh
 from specjax.sharding import shard as shard
 from specjax.types import Context as Context
 from specjax.types import Drafter as Drafter
+from specjax.types import Event as Event
+from specjax.types import Feed as Feed
 from specjax.types import Generation as Generation
 from specjax.types import LanguageModel as LanguageModel
 from specjax.types import Output as Output
@@ -52,7 +58,9 @@ __all__ = [
     "Context",
     "Drafter",
     "EarlyExitDrafter",
+    "Event",
     "FeatureDrafter",
+    "Feed",
     "Generation",
     "LanguageModel",
     "MTPDrafter",
@@ -71,18 +79,22 @@ __all__ = [
     "convert_hf",
     "default_dtype",
     "export_hf",
+    "extend",
     "generate",
+    "insert",
     "load",
     "load_drafter",
     "make_mesh",
     "open",
     "pad_prompts",
     "prefill",
+    "run",
     "save",
     "save_drafter",
     "shard",
     "sharding",
     "step",
+    "stop",
     "stream",
     "testing",
     "text",

@@ -1,6 +1,5 @@
 """A key/value cache of fixed shape, written at an offset of its own in each row."""
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
@@ -68,11 +67,3 @@ def write(cache_bksh: Array, new_bkth: Array, start_b: Array) -> Array:
         index = (jnp.full((), row, start_b.dtype), zero, start_b[row], zero)
         cache_bksh = lax.dynamic_update_slice(cache_bksh, new_bkth[row : row + 1], index)
     return cache_bksh
-
-
-def grow(cache: KVCache, slots: int) -> KVCache:
-    """Returns the cache with ``slots`` slots, the new ones empty; raises ValueError if it has more."""
-    have = jax.tree.leaves(cache)[0].shape[2]
-    if slots < have:
-        raise ValueError(f"cannot shrink a cache from {have} to {slots} slots; ask for at least {have}")
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots - have), (0, 0))), cache)

@@ -29,8 +29,8 @@ class Sampling:
         the output (Keskar et al. 2019).
       presence_penalty: subtracted from the logits of tokens that occur in the output.
       frequency_penalty: subtracted once for each time a token occurs in the output.
-      seed: int; a row's text depends on its own seed alone. One number s gives row i the seed s + i.
-      max_new_tokens: int; ends a row earlier than the call's ``max_new_tokens``. None does not.
+      seed: integers, or JAX keys, which are consumed. A row's text depends on its own seed alone. One integer s gives
+        row i the seed s + i; one key gives it that key folded with i.
       logit_bias: added to the logits, ``[v]`` or ``[b, v]``. None adds nothing; going from None to an array
         compiles anew.
     """
@@ -43,7 +43,6 @@ class Sampling:
     presence_penalty: ArrayLike = 0.0
     frequency_penalty: ArrayLike = 0.0
     seed: ArrayLike = 0
-    max_new_tokens: ArrayLike | None = None
     logit_bias: ArrayLike | None = None
 
     def per_row(self, rows: int) -> "Sampling":
@@ -52,11 +51,6 @@ class Sampling:
         def spread(value: ArrayLike, dtype: Any) -> Array:
             return jnp.broadcast_to(jnp.asarray(value, dtype), (rows,))
 
-        # By way of NumPy, since a Python int above 2**31 does not fit JAX's default integer.
-        seed = self.seed if isinstance(self.seed, jax.Array) else np.asarray(self.seed)
-        seed = jnp.asarray(seed.astype(jnp.uint32))
-        if seed.ndim == 0:
-            seed = seed + jnp.arange(rows, dtype=jnp.uint32)
         bias = self.logit_bias
         if bias is not None:
             bias = jnp.asarray(bias, jnp.float32)
@@ -69,10 +63,25 @@ class Sampling:
             repetition_penalty=spread(self.repetition_penalty, jnp.float32),
             presence_penalty=spread(self.presence_penalty, jnp.float32),
             frequency_penalty=spread(self.frequency_penalty, jnp.float32),
-            seed=spread(seed, jnp.uint32),
-            max_new_tokens=None if self.max_new_tokens is None else spread(self.max_new_tokens, jnp.int32),
+            seed=_seeds(self.seed, rows),
             logit_bias=bias,
         )
+
+
+def is_key(seed: Any) -> bool:
+    """Returns whether a seed is made of JAX keys of the new kind (``jax.random.key``)."""
+    return jnp.issubdtype(getattr(seed, "dtype", np.dtype(int)), jax.dtypes.prng_key)
+
+
+def _seeds(seed: Any, rows: int) -> Array:
+    """Returns one seed per row: uint32 ``[rows]``, or keys ``[rows]``."""
+    if is_key(seed):
+        row_b = jnp.arange(rows, dtype=jnp.uint32)
+        return seed if seed.ndim else jax.vmap(jax.random.fold_in, (None, 0))(seed, row_b)
+    # By way of NumPy, since a Python int above 2**31 does not fit JAX's default integer.
+    seed = seed if isinstance(seed, jax.Array) else np.asarray(seed)
+    seed = jnp.asarray(seed.astype(jnp.uint32))
+    return seed if seed.ndim else seed + jnp.arange(rows, dtype=jnp.uint32)
 
 
 def _column(value_b: ArrayLike) -> Array:
@@ -101,7 +110,7 @@ def _penalized(sampling: Sampling) -> Array:
     )
 
 
-def count(tokens_bs: Array, prompt_length_b: Array, length_b: Array, vocab: int, sampling: Sampling) -> Counts:
+def count_tokens(tokens_bs: Array, prompt_length_b: Array, length_b: Array, vocab: int, sampling: Sampling) -> Counts:
     """Counts the tokens of each row."""
     rows, slots = tokens_bs.shape
     slot_s = jnp.arange(slots, dtype=jnp.int32)[None]
@@ -118,23 +127,25 @@ def count(tokens_bs: Array, prompt_length_b: Array, length_b: Array, vocab: int,
     return lax.cond(_penalized(sampling), counted, lambda: Counts(empty, empty))
 
 
-def penalize(logits_btv: Array, sampling: Sampling, counts: Counts, drafts_bi: Array) -> Array:
+def penalize(logits_btv: Array, sampling: Sampling, counts: Counts, drafts_bg: Array, first: int | Array = 0) -> Array:
     """Adds the bias and applies the penalties.
 
-    A position behind drafts is penalised as if they had been emitted, which they have been if it is ever used.
+    Position j of a round counts drafts 0 .. j - 1 as emitted. If position j is used at all, they were accepted.
 
     Args:
-      logits_btv: float32, of the last t of the i + 1 positions before, between and behind the drafts.
+      logits_btv: float32, of t positions of the round from ``first`` on.
       sampling: per-row parameters.
       counts: of the tokens emitted before this round.
-      drafts_bi: int32, the round's drafts.
+      drafts_bg: int32, the round's drafts; those from the last position on are ignored.
+      first: position of the first of the logits, 0 .. g + 1 - t.
     """
     t, vocab = logits_btv.shape[1:]
     if sampling.logit_bias is not None:
         logits_btv = logits_btv + jnp.asarray(sampling.logit_bias)[:, None]
 
     def penalized() -> Array:
-        output_btv = counts.output_bv[:, None] + _prefix_counts(drafts_bi, vocab)[:, -t:]
+        drafted_btv = lax.dynamic_slice_in_dim(_prefix_counts(drafts_bg, vocab), first, t, axis=1)
+        output_btv = counts.output_bv[:, None] + drafted_btv
         occurs_btv = (output_btv > 0).astype(jnp.float32)
         seen_btv = (counts.prompt_bv[:, None] + output_btv) > 0
         factor = _column(sampling.repetition_penalty)
@@ -146,9 +157,9 @@ def penalize(logits_btv: Array, sampling: Sampling, counts: Counts, drafts_bi: A
     return lax.cond(_penalized(sampling), penalized, lambda: logits_btv)
 
 
-def _prefix_counts(drafts_bi: Array, vocab: int) -> Array:
-    """Returns int32 ``[b, i+1, v]``: at j, how often each token occurs among the first j drafts."""
-    one_hot = jax.nn.one_hot(drafts_bi, vocab, dtype=jnp.int32)
+def _prefix_counts(drafts_bg: Array, vocab: int) -> Array:
+    """Returns int32 ``[b, g+1, v]``: at j, how often each token occurs among the first j drafts."""
+    one_hot = jax.nn.one_hot(drafts_bg, vocab, dtype=jnp.int32)
     return jnp.pad(jnp.cumsum(one_hot, axis=1), ((0, 0), (1, 0), (0, 0)))
 
 
@@ -228,19 +239,15 @@ def _largest(probs_btv: Array, enough: Any) -> Array:
 _EMIT, _DRAFT, _ACCEPT = 0, 1, 2
 
 
-def row_keys(sampling: Sampling, key: Array | None) -> Array:
-    """Returns one key per row, from its seed and, if given, ``key``, which is consumed."""
-    base = jax.random.key(0, impl="threefry2x32") if key is None else _threefry_key(key)
-    return jax.vmap(jax.random.fold_in, (None, 0))(base, jnp.asarray(sampling.seed))
-
-
-def _threefry_key(key: Array) -> Array:
-    """Returns a key of any kind, old or new, as one of Threefry, for which ``random_bits`` is written."""
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    if str(jax.random.key_impl(key)) == "threefry2x32":
-        return key
-    return jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32")
+def row_keys(sampling: Sampling) -> Array:
+    """Returns one Threefry key per row, for which ``random_bits`` is written, from the rows' seeds."""
+    seed_b: Any = sampling.seed
+    if not is_key(seed_b):
+        return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0, impl="threefry2x32"), seed_b)
+    if str(jax.random.key_impl(seed_b)) == "threefry2x32":
+        return seed_b
+    bits = jax.vmap(lambda key: jax.random.bits(key, (2,), jnp.uint32))(seed_b)
+    return jax.random.wrap_key_data(bits, impl="threefry2x32")
 
 
 @struct.dataclass
@@ -249,7 +256,7 @@ class RoundDraws:
 
     Noise for the emitted token is keyed by (row, absolute position): a position is emitted once. Noise for drafts
     and acceptance is keyed by (row, where the round starts, place in the round). The absolute position would not
-    do: block verification decides from *all* of a round's drafts and uniforms, so those behind the cut are no
+    do: block verification decides from *all* of a round's drafts and uniforms, so those after the cut are no
     longer independent of what was kept, and the next round would visit their positions again.
 
     Attributes:
@@ -274,10 +281,10 @@ class RoundDraws:
         return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
 
     def emit(self, weights_bv: Array, offset_b: Array) -> Array:
-        """Draws the token to emit ``offset_b`` places behind the row's end."""
+        """Draws the token to emit ``offset_b`` places past the row's end."""
         return self._race(weights_bv, lambda: self._keys(_EMIT, self.length_b + offset_b))
 
-    def draft(self, weights_bv: Array, index: int) -> Array:
+    def draft(self, weights_bv: Array, index: int | Array) -> Array:
         """Draws the draft token ``index``, with noise of its own."""
         index_b = jnp.full_like(self.length_b, index)
         return self._race(weights_bv, lambda: self._keys(_DRAFT, self.length_b, index_b))

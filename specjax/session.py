@@ -110,7 +110,7 @@ class Session:
     def complete(self, prompts: str, max_new_tokens: Any = 200, **options: Any) -> Completion: ...
 
     @overload
-    def complete(self, prompts: Sequence[str], max_new_tokens: Any = 200, **options: Any) -> list[Completion]: ...
+    def complete(self, prompts: list[str], max_new_tokens: Any = 200, **options: Any) -> list[Completion]: ...
 
     def complete(self, prompts, max_new_tokens=200, *, stop=(), **sampling):
         """Continues texts.
@@ -344,7 +344,7 @@ class _Row:
     def ended(self) -> bool:
         return self._reason is not None
 
-    def add(self, generation: Generation, row: int, done: bool) -> str:
+    def add(self, generation: Generation, row: int, done: Any) -> str:
         """Takes the row's new tokens; returns the text that became certain with them."""
         if self.ended:
             return ""

@@ -18,18 +18,18 @@ def _functions(order: int):
     def init_cache(rows: int, slots: int) -> Array:
         return jnp.zeros((rows, slots), jnp.int32)
 
-    def forward(params, tokens_bt, cache, start_b, capture=()):
-        cache = jax.vmap(lambda row, new, at: lax.dynamic_update_slice(row, new, (at,)))(cache, tokens_bt, start_b)
-        position_bt = start_b[:, None] + jnp.arange(tokens_bt.shape[1], dtype=jnp.int32)[None]
-        logits_btv = table_logits(params, cache, position_bt, order)
-        features = tuple(jnp.zeros((*tokens_bt.shape, 1), jnp.float32) for _ in capture)
+    def forward(params, feed, cache, capture=()):
+        write = jax.vmap(lambda row, new, at: lax.dynamic_update_slice(row, new, (at,)))
+        cache = write(cache, feed.tokens_bt, feed.start_b)
+        logits_btv = table_logits(params, cache, feed.position_bt, order)
+        features = tuple(jnp.zeros((*feed.tokens_bt.shape, 1), jnp.float32) for _ in capture)
         return Output(logits_btv, features, cache)
 
     return init_cache, forward
 
 
 def table_logits(table: Array, cache: Array, position_bt: Array, order: int) -> Array:
-    """Looks up the logits behind each position: ``table[token at i - order + 1, .., token at i]``.
+    """Looks up the logits after each position: ``table[token at i - order + 1, .., token at i]``.
 
     Slots before the first token count as token 0.
     """

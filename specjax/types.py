@@ -2,6 +2,9 @@
 
 Shape suffixes follow the key in :mod:`specjax`: b rows, t query tokens, s cache slots, v vocabulary, g draft
 tokens. This module imports nothing else of the package.
+
+Rows come first: every array leaf of a model's cache and of a drafter's state has the rows as its first axis. The engine
+relies on it to replace rows (``specjax.insert``) and to split rows over devices.
 """
 
 from collections.abc import Callable
@@ -13,20 +16,58 @@ from flax import struct
 from jax import Array
 
 Cache = Any
-"""Whatever pytree a model's ``init_cache`` returns."""
+"""Whatever pytree a model's ``init_cache`` returns; rows first."""
 
 Axis = str | tuple[str, int] | None
 """What a dimension of a parameter stands for, by which it may be split over devices (``specjax.sharding.RULES``):
 "vocab"; ("heads", n), where it has n parts that stay whole; or None, never split."""
 
 
+@struct.dataclass
+class Feed:
+    """The input of one pass: t places per row, of which the first ``count_b[i]`` are real.
+
+    Place j of row i is written at slot ``start_b[i] + j``, which is also its position. A model keeps nothing of a place
+    that is not real: no later pass may depend on it. Such a place may still be computed, and its logits mean nothing.
+
+    Attributes:
+      tokens_bt: int32; past ``count_b``, any valid ids.
+      start_b: int32, the first slot of each row. ``start_b + t`` is at most the number of slots.
+      count_b: int32, 0 .. t, how many places are real; 0 is a row that rests.
+      parents_bt: int32, for trees: the place that each place follows. None is a chain: place j follows place j - 1.
+    """
+
+    tokens_bt: Array
+    start_b: Array
+    count_b: Array
+    parents_bt: Array | None = None
+
+    @property
+    def position_bt(self) -> Array:
+        """int32, the position of each place."""
+        return self.start_b[:, None] + jnp.arange(self.tokens_bt.shape[1], dtype=jnp.int32)[None]
+
+    @property
+    def real_bt(self) -> Array:
+        """bool, whether each place is real."""
+        return jnp.arange(self.tokens_bt.shape[1], dtype=jnp.int32)[None] < self.count_b[:, None]
+
+
+def whole_feed(tokens_bt: Array, start_b: Array | None = None) -> Feed:
+    """Returns a feed in which every place is real, by default from the first slot on."""
+    rows, width = tokens_bt.shape
+    start_b = jnp.zeros((rows,), jnp.int32) if start_b is None else start_b
+    return Feed(tokens_bt, start_b, jnp.full((rows,), width, jnp.int32))
+
+
 class Output(NamedTuple):
     """What one forward pass returns.
 
     Attributes:
-      logits_btv: next-token logits for each of the t input tokens, of any floating dtype; sampled in float32.
+      logits_btv: next-token logits for each of the t places, of any floating dtype; sampled in float32.
       features: one ``[b, t, d]`` hidden state per captured index, in the order asked for.
-      cache: the cache with the t tokens written.
+      cache: the cache with the real places written. If the model has ``commit``, this may be another pytree than
+        ``init_cache`` returns, such as one with a state per place; ``commit`` returns the cache proper.
     """
 
     logits_btv: Array
@@ -43,35 +84,19 @@ class InitCache(Protocol):
 class Forward(Protocol):
     """Feeds tokens through the model; see ``LanguageModel.forward``."""
 
-    def __call__(
-        self, params: Any, tokens_bt: Array, cache: Cache, start_b: Array, capture: tuple[int, ...] = ()
-    ) -> Output: ...
+    def __call__(self, params: Any, feed: Feed, cache: Cache, capture: tuple[int, ...] = ()) -> Output: ...
 
 
 class CommitCache(Protocol):
-    """Keeps the first ``kept_b[i]`` of the tokens that were written at ``start_b``."""
+    """Keeps the first ``kept_b[i]`` places of the last pass; see ``LanguageModel.commit``."""
 
-    def __call__(self, cache: Cache, start_b: Array, kept_b: Array) -> Cache: ...
+    def __call__(self, cache: Cache, feed: Feed, kept_b: Array) -> Cache: ...
 
 
 class EarlyExit(Protocol):
     """Feeds tokens through the first ``depth`` layers; see ``LanguageModel.early_exit``."""
 
-    def __call__(self, params: Any, tokens_bt: Array, cache: Cache, start_b: Array, depth: int) -> Output: ...
-
-
-class Resume(Protocol):
-    """Feeds states behind the first ``depth`` layers through the others; see ``LanguageModel.resume``."""
-
-    def __call__(
-        self, params: Any, x_btd: Array, cache: Cache, start_b: Array, depth: int, capture: tuple[int, ...] = ()
-    ) -> Output: ...
-
-
-def keep_cache(cache: Cache, start_b: Array, kept_b: Array) -> Cache:
-    """The ``commit`` of attention caches: slots past a row's length are masked, so there is nothing to undo."""
-    del start_b, kept_b
-    return cache
+    def __call__(self, params: Any, feed: Feed, cache: Cache, depth: int) -> Output: ...
 
 
 @struct.dataclass
@@ -80,30 +105,28 @@ class LanguageModel:
 
     Any JAX model fits by giving the functions. They are static: give the *same* function objects for the same
     architecture (module-level or cached functions), or each new model recompiles the loop.
+    ``specjax.check_model`` tests whether a model keeps this contract.
 
     Attributes:
       params: the parameters, the only leaves.
-      forward: ``forward(params, tokens_bt, cache, start_b, capture=()) -> Output``. Writes the t tokens of row i
-        at slots ``start_b[i] .. start_b[i] + t - 1`` and lets each attend to all slots up to its own. Slot equals
-        position. Slots past a row's length hold garbage that is masked now and overwritten later. ``capture`` is a
-        static tuple of hidden-state indices: 0 the embedding output, i the output of layer i, -1 the state after
-        the final norm.
-      init_cache: ``init_cache(rows, slots) -> cache`` of fixed shape.
+      forward: ``forward(params, feed, cache, capture=()) -> Output``. Writes the places of ``feed`` into the cache.
+        Each place attends to the slots up to its own. Slots past a row's end hold garbage: it is masked now and
+        overwritten later. ``capture`` is a static tuple of hidden-state indices: 0 the embedding output, i the output
+        of layer i, -1 the state after the final norm.
+      init_cache: ``init_cache(rows, slots) -> cache`` of fixed shape, rows first.
       vocab_size: size v of the logits.
-      commit: ``commit(cache, start_b, kept_b) -> cache``, called after verification: of the tokens written at
-        ``start_b``, the first ``kept_b[i]`` stay; in layers that a drafter ran, it wrote them one by one. Identity for
-        attention caches.
+      commit: ``commit(cache, feed, kept_b) -> cache``, called after every pass with that pass's ``feed`` and
+        ``Output.cache``: the first ``kept_b[i]`` places stay, 0 .. ``count_b[i]``, and the others are forgotten.
+        None if there is nothing to forget, as in attention caches: what lies past a row's end is never seen. Only
+        such a model may be fed the same slots several times.
       max_positions: the longest sequence the model can represent, or None.
       embed: ``embed(params, tokens_bt) -> [b, t, d]``, the tokens' embeddings as the first layer gets them, for draft
         heads that share them; None if the model does not say.
-      unembed: ``unembed(params, x_btd) -> logits_btv`` of states behind the final norm; None as for ``embed``.
-      early_exit: ``early_exit(params, tokens_bt, cache, start_b, depth) -> Output``, a forward pass that leaves out
-        the layers past the first ``depth`` and leaves their part of the cache as it is. Its one feature is the state
-        behind these layers. None as for ``embed``.
-      resume: ``resume(params, x_btd, cache, start_b, depth, capture=()) -> Output``, the rest of a forward pass whose
-        first ``depth`` layers are done, their states being ``x_btd`` and their part of the cache written; an index in
-        ``capture`` is -1 or at least ``depth``. With None, a target pass runs all layers.
-      num_layers: how many layers there are for ``capture``, ``early_exit`` and ``resume``; None as for ``embed``.
+      unembed: ``unembed(params, x_btd) -> logits_btv`` of states after the final norm; None as for ``embed``.
+      early_exit: ``early_exit(params, feed, cache, depth) -> Output``, a forward pass that leaves out the layers past
+        the first ``depth``. Their part of the cache stays as it is. None as for ``embed``; a model with ``commit`` has
+        none.
+      num_layers: how many layers there are for ``capture`` and ``early_exit``; None as for ``embed``.
       axes: ``axes()``, a tree like ``params`` with a tuple in place of each array, one ``Axis`` per dimension, for
         ``specjax.shard``; None as for ``embed``.
     """
@@ -112,18 +135,49 @@ class LanguageModel:
     forward: Forward = struct.field(pytree_node=False)
     init_cache: InitCache = struct.field(pytree_node=False)
     vocab_size: int = struct.field(pytree_node=False)
-    commit: CommitCache = struct.field(pytree_node=False, default=keep_cache)
+    commit: CommitCache | None = struct.field(pytree_node=False, default=None)
     max_positions: int | None = struct.field(pytree_node=False, default=None)
     embed: Callable[[Any, Array], Array] | None = struct.field(pytree_node=False, default=None)
     unembed: Callable[[Any, Array], Array] | None = struct.field(pytree_node=False, default=None)
     early_exit: EarlyExit | None = struct.field(pytree_node=False, default=None)
-    resume: Resume | None = struct.field(pytree_node=False, default=None)
     num_layers: int | None = struct.field(pytree_node=False, default=None)
     axes: Callable[[], Any] | None = struct.field(pytree_node=False, default=None)
 
+    def run(self, feed: Feed, cache: Cache) -> tuple[Array, Cache]:
+        """Runs a pass and keeps all its real places; returns the logits ``[b, t, v]`` and the cache."""
+        output = self.forward(self.params, feed, cache)
+        return output.logits_btv, self.keep(output.cache, feed, feed.count_b)
+
+    def keep(self, cache: Cache, feed: Feed, kept_b: Array) -> Cache:
+        """Returns the cache after a pass of which the first ``kept_b[i]`` places stay."""
+        return cache if self.commit is None else self.commit(cache, feed, kept_b)
+
+    def require(self, *names: str) -> None:
+        """Raises ValueError unless the model says each of the optional fields ``names``, such as "embed"."""
+        for name in names:
+            if getattr(self, name) is None:
+                raise ValueError(
+                    f"the target has no {name}, which the drafter needs; give LanguageModel({name}=...) or another "
+                    "drafter"
+                )
+
+    def state_specs(self, capture: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Returns shape ``[1, 1, d]`` and dtype of each captured hidden state; computes nothing."""
+
+        def states(params: Any) -> tuple[Array, ...]:
+            feed = whole_feed(jnp.zeros((1, 1), jnp.int32))
+            return self.forward(params, feed, self.init_cache(1, 1), capture).features
+
+        return jax.eval_shape(states, self.params)
+
     @property
-    def embedded(self) -> jax.ShapeDtypeStruct:
-        """Shape ``[1, 1, d]`` and dtype of one embedded token, for models that say how they embed; computes nothing."""
+    def embedding_spec(self) -> jax.ShapeDtypeStruct:
+        """Shape ``[1, 1, d]`` and dtype of one embedded token; computes nothing.
+
+        Raises:
+          ValueError: the model does not say how it embeds.
+        """
+        self.require("embed")
         assert self.embed is not None
         return jax.eval_shape(self.embed, self.params, jax.ShapeDtypeStruct((1, 1), jnp.int32))
 
@@ -135,15 +189,44 @@ class Context:
     Attributes:
       target: the target model.
       cache: the target's cache; row i holds its first ``length_b[i] - 1`` tokens.
-      tokens_bs: int32, prompt and emitted tokens; past a row's length, padding. In ``start``, the prompt's slots
-        only.
+      tokens_bs: int32, prompt and emitted tokens; past a row's length, padding.
       length_b: int32, tokens of each row, at least 1.
+      room_b: int32, how many drafts a row can still use: it may emit ``room_b + 1`` tokens more. -1 is a row that is
+        done; a drafter lets it rest.
     """
 
     target: LanguageModel
     cache: Cache
     tokens_bs: Array
     length_b: Array
+    room_b: Array
+
+    @property
+    def running_b(self) -> Array:
+        """bool, whether a row is not done."""
+        return self.room_b >= 0
+
+
+@struct.dataclass
+class Event:
+    """Tokens that became true: a chunk of a prompt, or what verification kept of a round.
+
+    Attributes:
+      feed: what the target was fed. In a round: [last token, g drafts].
+      features: the target's states ``[b, t, d]`` over the feed, one per index of the drafter's ``capture``.
+      kept_b: int32, how many of the feed's places are now true; 0 for a row that rests, whose state stays.
+      drafted: static, whether ``propose`` or ``follow`` ran since the event before.
+    """
+
+    feed: Feed
+    features: tuple[Array, ...]
+    kept_b: Array
+    drafted: bool = struct.field(pytree_node=False, default=False)
+
+    @property
+    def end_b(self) -> Array:
+        """int32, the slot after the kept places. Its token is known, too: it is the row's last one so far."""
+        return self.feed.start_b + self.kept_b
 
 
 @struct.dataclass
@@ -155,20 +238,21 @@ class Proposal:
       probs_bgv: the distribution each token was really drawn from (as returned by ``draw``), or None when the
         tokens are a deterministic function of the context: then q is one-hot.
       length_b: int32, how many of the g tokens row i proposes; the rest are ignored.
-      cache: the target's cache, if the drafter wrote into it behind the rows' last tokens; the target's pass goes on
-        from it and overwrites that, but for what ``states_btd`` stand for. None leaves it as it is.
-      states_btd: ``[b, g+1, d]``, the target's states behind its first ``depth`` layers over [last token, g drafts]
-        in every row, if the drafter ran these layers and they wrote ``cache``: the target's pass then runs only the
-        others. The text is exact only if they are right. The tokens are those that ``draw`` returned.
-      depth: of ``states_btd``, at least 1; 0 without.
+      cache: only for drafters that run the target's own layers: the target's cache with what the drafter wrote past
+        each row's end. The target's pass starts from it and overwrites those slots. None: the drafter did not touch
+        the cache.
     """
 
     tokens_bg: Array
     probs_bgv: Array | None
     length_b: Array
     cache: Cache = None
-    states_btd: Array | None = None
-    depth: int = struct.field(pytree_node=False, default=0)
+
+    def q(self, vocab_size: int) -> Array:
+        """Returns float32 ``[b, g, v]``, what the drafts were drawn from; one-hot for deterministic drafts."""
+        if self.probs_bgv is not None:
+            return self.probs_bgv
+        return jax.nn.one_hot(self.tokens_bg, vocab_size, dtype=jnp.float32)
 
 
 @struct.dataclass
@@ -192,15 +276,15 @@ class Draws(Protocol):
         ...
 
     def emit(self, weights_bv: Array, offset_b: Array) -> Array:
-        """Draws the token to emit ``offset_b`` places behind the row's end, with probability proportional to
+        """Draws the token to emit ``offset_b`` places past the row's end, with probability proportional to
         the weights. The same noise serves each row and absolute position, whatever the weights."""
         ...
 
 
 class VerifyRule(Protocol):
-    """Decides which draft tokens stay: ``rule(proposal, target_bsv, draws) -> Verdict``.
+    """Decides which draft tokens stay: ``rule(proposal, target_btv, draws) -> Verdict``.
 
-    ``target_bsv`` holds the target's g+1 warped distributions. A rule is hashable, being a static argument.
+    ``target_btv`` holds the target's g+1 warped distributions. A rule is hashable, being a static argument.
 
     Attributes:
       shares_noise: whether drafts are drawn with the noise that ``emit`` uses at their position.
@@ -209,26 +293,37 @@ class VerifyRule(Protocol):
     @property
     def shares_noise(self) -> bool: ...
 
-    def __call__(self, proposal: Proposal, target_bsv: Array, draws: Draws) -> Verdict: ...
+    def __call__(self, proposal: Proposal, target_btv: Array, draws: Draws) -> Verdict: ...
 
 
-Draw = Callable[[Array, Array], tuple[Array, Array]]
-"""``draw(logits_bv, prefix_bi) -> (token_b, probs_bv)``: warps the logits with the rows' sampling parameters and
-draws the next draft token. ``prefix_bi`` are the tokens drafted before it in this round (i = 0 .. g-1), from which
-position and penalties follow. ``probs_bv`` is the very distribution that was sampled."""
+class Draw(Protocol):
+    """Draws a draft token; made by the engine, which holds the rows' sampling parameters and keys.
+
+    ``draw(logits_bv, drafts_bg, index) -> (token_b, probs_bv)`` warps the logits and draws draft ``index`` of the
+    round, a Python integer or a traced int32 scalar from 0. So a drafter may draw in a loop on the device.
+    ``drafts_bg`` holds the drafts before it in its first ``index`` places, for penalties; the other places are ignored.
+    ``probs_bv`` is the very distribution that was sampled.
+    """
+
+    def __call__(self, logits_bv: Array, drafts_bg: Array, index: int | Array) -> tuple[Array, Array]: ...
 
 
 class Drafter(Protocol):
     """A source of draft tokens: a registered pytree with these static fields and pure methods.
 
-    A drafter with a cache of its own writes behind the rows' ends the tokens that ``draw`` returned, whatever they
-    are: in a cascade they may be another drafter's. It may also have ``follow(state, context, tokens_bg) -> state``,
-    which is called in place of ``propose`` in a round for which another drafted ``tokens_bg`` in all rows, and leaves
-    what ``propose`` would have left if its draws had been these; ``commit`` comes as always.
+    The order of events: ``init`` once; then ``observe`` for each chunk of the prompt; then each round ``propose`` and
+    ``observe``. More prompt may come later, and a round may come without ``propose``.
+
+    A drafter with its own cache must write the tokens that ``draw`` returned, even if it would have chosen others:
+    inside a ``Cascade``, ``draw`` may return another drafter's tokens.
+
+    Optional: ``follow(state, context, tokens_bg) -> state``. It replaces ``propose`` in rounds where every row uses
+    another drafter's ``tokens_bg``, and must return the state that ``propose`` would have returned had it drawn those
+    tokens. ``observe`` comes next as usual.
 
     Attributes:
       num_draft: g, the tokens proposed per round.
-      capture: hidden-state indices of the target that ``start`` and ``commit`` receive as ``features``.
+      capture: hidden-state indices of the target that ``observe`` receives as ``features``.
       vocab_size: the vocabulary drafted from, or None when it is the target's by construction.
       max_positions: the longest sequence it can draft for, or None.
     """
@@ -242,17 +337,24 @@ class Drafter(Protocol):
     @property
     def max_positions(self) -> int | None: ...
 
-    def start(self, context: Context, features: tuple[Array, ...], slots: int) -> Any:
-        """Builds the draft state from the prompt. ``features`` are ``[b, s', d]``, valid before ``length_b - 1``."""
+    def init(self, target: LanguageModel, rows: int, slots: int) -> Any:
+        """Returns the state of rows without text, rows first. ``slots`` is the most tokens that a row will have.
+
+        Raises:
+          ValueError: the drafter does not fit the target.
+        """
+        ...
+
+    def observe(self, state: Any, context: Context, event: Event) -> Any:
+        """Returns the state after ``event``, of one row or more.
+
+        ``context`` is that after the event: ``tokens_bs`` holds the kept tokens and the one after them, and the
+        target's cache holds the kept ones. Of a prompt, ``tokens_bs`` holds all from the start.
+        """
         ...
 
     def propose(self, state: Any, context: Context, draw: Draw) -> tuple[Proposal, Any]:
         """Proposes up to ``num_draft`` tokens to follow each row."""
-        ...
-
-    def commit(self, state: Any, context: Context, verdict: Verdict, features: tuple[Array, ...]) -> Any:
-        """Takes note of the verdict. ``context`` is that of ``propose``; ``features`` are the target's states
-        ``[b, g+1, d]`` over [last token, g drafts]."""
         ...
 
 
@@ -261,36 +363,69 @@ class Stats:
     """What happened, per row; all int32.
 
     Attributes:
-      rounds_b: target passes in which the row was still running.
-      drafted_b: draft tokens proposed.
-      accepted_b: draft tokens that verification kept, those behind a stop token included.
-      emitted_b: tokens emitted, the token after the accepted drafts included: ``emitted / rounds`` is the
-        figure to compare with 1 for plain decoding.
-      drafted_at_bg: rounds that proposed a token at draft position j.
-      accepted_at_bg: rounds that kept it.
+      rounds: ``[rows]``, target passes in which the row was still running.
+      drafted: ``[rows]``, draft tokens proposed.
+      accepted: ``[rows]``, draft tokens that verification kept, those after a stop token included.
+      emitted: ``[rows]``, tokens emitted, the token after the accepted drafts included.
+      drafted_at: ``[rows, g]``, rounds that proposed a token at draft position j.
+      accepted_at: ``[rows, g]``, rounds that kept it.
     """
 
-    rounds_b: Array
-    drafted_b: Array
-    accepted_b: Array
-    emitted_b: Array
-    drafted_at_bg: Array
-    accepted_at_bg: Array
+    rounds: Array
+    drafted: Array
+    accepted: Array
+    emitted: Array
+    drafted_at: Array
+    accepted_at: Array
+
+    @property
+    def tokens_per_round(self) -> Array:
+        """float32 scalar, tokens emitted per target pass over all rows; plain decoding has 1."""
+        return self.emitted.sum() / jnp.maximum(self.rounds.sum(), 1)
+
+    @property
+    def acceptance_rate(self) -> Array:
+        """float32 scalar, the share of drafts that verification kept, over all rows; 0 without drafts."""
+        return self.accepted.sum() / jnp.maximum(self.drafted.sum(), 1)
 
 
 @struct.dataclass
 class Generation:
-    """The result of ``generate``.
+    """The result of ``generate``, as JAX arrays; of ``stream``, as NumPy arrays.
 
     Attributes:
-      tokens_bs: int32; ``tokens_bs[i, :length_b[i]]`` is prompt i followed by what was emitted, a stop token
-        included; zeros past it.
-      length_b: int32, tokens of each row, the prompt's included.
-      prompt_length_b: int32.
+      tokens: int32 ``[rows, slots]``; ``tokens[i, :lengths[i]]`` is prompt i followed by what was emitted, a stop
+        token included; zeros past it.
+      lengths: int32 ``[rows]``, tokens of each row, the prompt's included.
+      prompt_lengths: int32 ``[rows]``.
       stats: per-row counts.
+      logprobs: float32 ``[rows, slots]``, the natural logarithm of each emitted token's probability under the target's
+        own distribution: temperature 1, no filter, penalty or bias. 0 at the prompt's places and past the end. None
+        unless asked for, and so the next three.
+      warped_logprobs: the same under the distribution that was sampled, after ``Sampling``. A greedy token has 0.
+      top_tokens: int32 ``[rows, slots, n]``, the n likeliest tokens of each place under the target's own distribution.
+      top_logprobs: float32 ``[rows, slots, n]``, their logarithms.
     """
 
-    tokens_bs: Array
-    length_b: Array
-    prompt_length_b: Array
+    tokens: Array
+    lengths: Array
+    prompt_lengths: Array
     stats: Stats
+    logprobs: Array | None = None
+    warped_logprobs: Array | None = None
+    top_tokens: Array | None = None
+    top_logprobs: Array | None = None
+
+    def to_host(self) -> "Generation":
+        """Returns the generation as NumPy arrays."""
+        return jax.device_get(self)
+
+    def rows(self) -> list[Any]:
+        """Returns each row's tokens, prompt and emitted, as NumPy arrays ``[length]``."""
+        host = self.to_host()
+        return [row[:length] for row, length in zip(host.tokens, host.lengths, strict=True)]
+
+    def new_tokens(self) -> list[Any]:
+        """Returns each row's emitted tokens as NumPy arrays, a stop token included."""
+        host = self.to_host()
+        return [row[start:] for row, start in zip(host.rows(), host.prompt_lengths, strict=True)]

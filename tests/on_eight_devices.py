@@ -110,7 +110,7 @@ def generate(target, draft, rule):
 @functools.cache
 def plainly(config):
     """Plain decoding on one device: greedily what any rule and drafter emit, and with noise what ``coupled`` does."""
-    return np.asarray(generate(decoder(config), None, verify.block).tokens_bs)
+    return np.asarray(generate(decoder(config), None, verify.block).tokens)
 
 
 # Half of the rows greedy, the others with filters; of 8 tokens, so that texts repeat themselves and n-grams are right.
@@ -189,8 +189,8 @@ def same_tokens(config, kinds, sizes, rules=RULES):
         out = generate(target, draft, EveryRule())
     turn_b, wanted_bs = PROMPT[:, 0] % len(kinds), plainly(config)
     for turn, kind in enumerate(kinds):
-        np.testing.assert_array_equal(out.tokens_bs[turn_b == turn], wanted_bs[turn_b == turn], kind)
-        drafted, accepted = (int(x[turn_b == turn].sum()) for x in (out.stats.drafted_b, out.stats.accepted_b))
+        np.testing.assert_array_equal(out.tokens[turn_b == turn], wanted_bs[turn_b == turn], kind)
+        drafted, accepted = (int(x[turn_b == turn].sum()) for x in (out.stats.drafted, out.stats.accepted))
         print(f"{kind}: {accepted} of {drafted} drafts accepted")
         assert accepted > 0, kind
 
@@ -215,7 +215,7 @@ def stream_keeps_caches_split_and_gives_the_same_tokens():
         assert state.length_b.sharding.spec == state.done_b.sharding.spec == PartitionSpec("data")
         *_, last = specjax.stream(target, PROMPT, rounds=5, verify=verify.coupled, **settings)
         state = jax.jit(specjax.step)(target, state)
-    np.testing.assert_array_equal(last.tokens_bs, plainly(DENSE))
+    np.testing.assert_array_equal(last.tokens, plainly(DENSE))
     np.testing.assert_array_equal(state.tokens_bs[:, :8], plainly(DENSE)[:, :8])
 
 
@@ -225,7 +225,7 @@ def data_parallel(wrap):
     def ask(params, prompt_bt, temperature_b, seed_b):
         settings = dataclasses.replace(SAMPLING, temperature=temperature_b, seed=seed_b)
         model = decoder_model(DENSE, params)
-        return specjax.generate(model, prompt_bt, sampling=settings, max_new_tokens=NEW).tokens_bs
+        return specjax.generate(model, prompt_bt, sampling=settings, max_new_tokens=NEW).tokens
 
     seed_b = np.arange(ROWS, dtype=np.uint32)
     tokens_bs = np.asarray(wrap(ask)(decoder(DENSE).params, PROMPT, SAMPLING.temperature, seed_b)).reshape(ROWS, -1)

@@ -245,7 +245,7 @@ def test_three_nest_on_the_left():
     inner = Cascade(NGramDrafter(DRAFTS, 2, 4), EarlyExitDrafter(1, DRAFTS))
     drafter = Cascade(inner, ModelDrafter(target(), DRAFTS))
     out = generate(target(), drafter, PROMPTS, 30)
-    np.testing.assert_array_equal(out.tokens_bs, generate(target(), None, PROMPTS, 30).tokens_bs)
+    np.testing.assert_array_equal(out.tokens, generate(target(), None, PROMPTS, 30).tokens)
 
 
 def test_both_get_the_hidden_states_that_they_ask_for():
@@ -300,8 +300,8 @@ def test_a_row_does_not_depend_on_its_neighbours(pair):
     prompt, length = specjax.pad_prompts([PROMPTS[3], *PROMPTS[:2]])
     sampling = specjax.Sampling(temperature=[1.0, 0.0, 1.5], seed=[0, 8, 9])
     many = specjax.generate(target, prompt, length, drafter=drafter, sampling=sampling, max_new_tokens=30)
-    assert many.tokens_bs[0].tolist() == one.tokens_bs[0].tolist()
-    assert many.stats.accepted_at_bg[0].tolist() == one.stats.accepted_at_bg[0].tolist()
+    assert many.tokens[0].tolist() == one.tokens[0].tolist()
+    assert many.stats.accepted_at[0].tolist() == one.stats.accepted_at[0].tolist()
 
 
 @pytest.mark.parametrize(("rows", "slots"), [(1, 128), (3, 1024)])

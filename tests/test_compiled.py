@@ -252,12 +252,12 @@ def test_bfloat16_differs_from_plain_decoding_only_at_near_ties():
     settings = {"sampling": Sampling(temperature=0), "max_new_tokens": new}
     plain = specjax.generate(target, prompt_bt, **settings)
     drafted = specjax.generate(target, prompt_bt, drafter=NGramDrafter(DRAFTS, min_n=1), **settings)
-    assert plain.tokens_bs.shape == drafted.tokens_bs.shape
-    cache = target.init_cache(*plain.tokens_bs.shape)
-    whole_pass = jax.jit(target.forward)(target.params, plain.tokens_bs, cache, jnp.zeros((rows,), jnp.int32))
-    assert drafted.stats.accepted_b.sum() > 0
+    assert plain.tokens.shape == drafted.tokens.shape
+    cache = target.init_cache(*plain.tokens.shape)
+    whole_pass = jax.jit(target.forward)(target.params, plain.tokens, cache, jnp.zeros((rows,), jnp.int32))
+    assert drafted.stats.accepted.sum() > 0
     for i in range(rows):
-        differs = np.flatnonzero(np.asarray(plain.tokens_bs[i] != drafted.tokens_bs[i]))
+        differs = np.flatnonzero(np.asarray(plain.tokens[i] != drafted.tokens[i]))
         if differs.size:
             logits_v = np.sort(whole_pass.logits_btv[i, differs[0] - 1])
             margin, size = logits_v[-1] - logits_v[-2], np.abs(logits_v).max()

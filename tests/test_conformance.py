@@ -102,7 +102,7 @@ def generate(drafter, rule=verify.block, order=(0, 1, 2, 3), temperature=(0.0, 1
 
 
 def texts(out):
-    return [row[:length].tolist() for row, length in zip(np.asarray(out.tokens_bs), out.length_b.tolist(), strict=True)]
+    return [row[:length].tolist() for row, length in zip(np.asarray(out.tokens), out.lengths.tolist(), strict=True)]
 
 
 @every_drafter
@@ -110,8 +110,8 @@ def test_text_is_that_of_plain_decoding(drafter):
     """Under ``coupled`` also where it is drawn; rows end at their limits."""
     out = generate(drafter, verify.coupled)
     assert texts(out) == texts(generate(None, verify.coupled))
-    assert out.length_b.tolist() == [len(p) + n for p, n in zip(PROMPTS, LIMITS, strict=True)]
-    assert 0 < out.stats.accepted_b.sum() < out.stats.drafted_b.sum()
+    assert out.lengths.tolist() == [len(p) + n for p, n in zip(PROMPTS, LIMITS, strict=True)]
+    assert 0 < out.stats.accepted.sum() < out.stats.drafted.sum()
 
 
 GREEDY = (0.0,) * 4
@@ -141,6 +141,6 @@ def test_a_row_does_not_depend_on_its_neighbours(drafter):
         jax.block_until_ready(run(trained))
     assert [name for name in names if "generate" in str(name)] == []
     assert texts(others)[0] == texts(together)[2]
-    np.testing.assert_array_equal(others.stats.accepted_at_bg[0], together.stats.accepted_at_bg[2])
-    np.testing.assert_array_equal(others.stats.drafted_at_bg[0], together.stats.drafted_at_bg[2])
+    np.testing.assert_array_equal(others.stats.accepted_at[0], together.stats.accepted_at[2])
+    np.testing.assert_array_equal(others.stats.drafted_at[0], together.stats.drafted_at[2])
     assert texts(others)[3] != texts(together)[0]

@@ -72,13 +72,13 @@ def test_the_readme_generates(place):
     names, out = run("README.md")
     assert out.count("\n---") == 2 and all(prompt in out for prompt in names["prompts"])
     stats = names["generation"].stats
-    assert stats.drafted_b.min() > 0 and out.endswith(f"{stats.emitted_b / stats.rounds_b}\n")
+    assert stats.drafted.min() > 0 and out.endswith(f"{stats.emitted / stats.rounds}\n")
 
 
 def test_the_extensions_work(place):
     """The page's drafter and the head that it trains have the same greedy text; its model runs."""
     names, _ = run("docs/extending.md")
-    assert names["generation"].stats.emitted_b.tolist() == [64, 64]
+    assert names["generation"].stats.emitted.tolist() == [64, 64]
     assert len(names["losses"]) == 3 and np.isfinite(names["losses"]).all()
     target, ids = names["target"], names["tokenizer"].encode(TEXT[:40]).ids
     head = specjax.load_drafter("mtp:checkpoints/py-14m-docs", target, 1)
@@ -86,8 +86,8 @@ def test_the_extensions_work(place):
     for drafter in (names["BigramDrafter"](), head):
         sampling = specjax.Sampling(temperature=0.0)
         drafted = specjax.generate(target, np.asarray([ids]), drafter=drafter, sampling=sampling, max_new_tokens=24)
-        assert drafted.stats.drafted_b[0] > 0
-        texts.append(drafted.tokens_bs.tolist())
+        assert drafted.stats.drafted[0] > 0
+        texts.append(drafted.tokens.tolist())
     assert texts[0] == texts[1]
 
 

@@ -199,9 +199,9 @@ def test_the_draft_cache_holds_every_token_of_the_row(own_draft):
         cache = np.asarray(fed(target, state, drafter))
         for row, length in enumerate(np.asarray(state.length_b)):
             np.testing.assert_array_equal(cache[row, :length], state.tokens_bs[row, :length])
-        before = np.asarray(state.stats.accepted_b)
+        before = np.asarray(state.stats.accepted)
         state, _ = step(target, state, drafter)
-        accepted.append(np.asarray(state.stats.accepted_b) - before)
+        accepted.append(np.asarray(state.stats.accepted) - before)
     if own_draft:
         assert (np.asarray(accepted) == DRAFTS).all()
     else:
@@ -220,7 +220,7 @@ def test_after_full_acceptance_a_decoders_cache_equals_a_fresh_prefill(decoder):
     state = prefilled(decoder, drafter, PROMPTS, specjax.Sampling(temperature=0.0))
     for _ in range(3):
         state, _ = step(decoder, state, drafter)
-    assert state.stats.accepted_b.tolist() == [3 * 2] * 3
+    assert state.stats.accepted.tolist() == [3 * 2] * 3
     cache = fed(decoder, state, drafter)
     fresh = jax.jit(lambda model, tokens: model.forward(
         model.params, tokens, model.init_cache(3, tokens.shape[1]), jnp.zeros(3, jnp.int32)

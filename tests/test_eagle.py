@@ -315,7 +315,7 @@ def test_each_round_drafts_from_the_targets_true_states(name, drafts, tmp_path):
                 np.testing.assert_allclose(
                     proposal.probs_bgv[row], weights / weights.sum(-1, keepdims=True), atol=1e-4, rtol=0
                 )
-        accepted |= set(np.asarray(after.stats.accepted_b - state.stats.accepted_b).tolist())
+        accepted |= set(np.asarray(after.stats.accepted - state.stats.accepted).tolist())
         state = after
     assert {0, 1} <= accepted, "some drafts should be accepted and some not"
 
@@ -397,9 +397,9 @@ def acceptance(target, drafter, temperature):
     prompt_bt, length_b = specjax.pad_prompts([PROMPTS[0], PROMPTS[1], LONG[:14], LONG[5:27], LONG])
     sampling = specjax.Sampling(temperature=temperature, seed=3)
     out = specjax.generate(target, prompt_bt, length_b, drafter=drafter, sampling=sampling, max_new_tokens=26)
-    drafted = np.asarray(out.stats.drafted_at_bg)
+    drafted = np.asarray(out.stats.drafted_at)
     assert (drafted > 0).all()
-    return np.asarray(out.stats.accepted_at_bg).sum(0) / drafted.sum(0)
+    return np.asarray(out.stats.accepted_at).sum(0) / drafted.sum(0)
 
 
 LONG = np.random.default_rng(5).integers(VOCAB, size=30).tolist()
@@ -512,9 +512,9 @@ def test_a_bias_may_ban_all_that_the_head_drafts(drafter, temperature):
     prompt_bt, length_b = specjax.pad_prompts(PROMPTS)
     request = {"sampling": specjax.Sampling(**settings), "max_new_tokens": 24, "verify": specjax.verify.coupled}
     out = specjax.generate(TARGET, prompt_bt, length_b, drafter=drafter, **request)
-    np.testing.assert_array_equal(out.tokens_bs, specjax.generate(TARGET, prompt_bt, length_b, **request).tokens_bs)
-    assert out.stats.accepted_b.sum() == 0
-    assert temperature == 0 or out.stats.drafted_b.sum() == 0
+    np.testing.assert_array_equal(out.tokens, specjax.generate(TARGET, prompt_bt, length_b, **request).tokens)
+    assert out.stats.accepted.sum() == 0
+    assert temperature == 0 or out.stats.drafted.sum() == 0
 
 
 # Which states, and which tokens.
@@ -560,7 +560,7 @@ def test_the_draft_vocabulary_is_read_as_offsets(drafter):
         assert draft_of_v[u + offset] == u
     assert (draft_of_v == -1).sum() == VOCAB - DRAFTED
     out = generated(drafter, PROMPTS, seed=2)
-    assert out.stats.drafted_b.sum() > 0
+    assert out.stats.drafted.sum() > 0
 
 
 def test_the_targets_own_embedding_is_not_kept(tmp_path):

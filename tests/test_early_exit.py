@@ -52,10 +52,10 @@ def generate(target, drafter, prompts, new, temperature=0.0, **settings):
 @pytest.mark.parametrize("g", range(1, 6))
 def test_all_layers_are_accepted_in_full(target, g):
     out = generate(target, EarlyExitDrafter(LAYERS, g), PROMPTS, 31)
-    assert (np.asarray(out.stats.drafted_at_bg) > 0).all()
-    np.testing.assert_array_equal(out.stats.accepted_at_bg, out.stats.drafted_at_bg)
-    assert out.stats.rounds_b.tolist() == [-(-31 // (g + 1))] * 3
-    np.testing.assert_array_equal(out.tokens_bs, generate(target, None, PROMPTS, 31).tokens_bs)
+    assert (np.asarray(out.stats.drafted_at) > 0).all()
+    np.testing.assert_array_equal(out.stats.accepted_at, out.stats.drafted_at)
+    assert out.stats.rounds.tolist() == [-(-31 // (g + 1))] * 3
+    np.testing.assert_array_equal(out.tokens, generate(target, None, PROMPTS, 31).tokens)
 
 
 def test_some_layers_draft_what_a_model_of_these_layers_would(target):
@@ -64,9 +64,9 @@ def test_some_layers_draft_what_a_model_of_these_layers_would(target):
     params = target.params | {"layers": {i: target.params["layers"][i] for i in range(2)}}
     copy = specjax.ModelDrafter(decoder_model(config, params), 3)
     out, wanted = (generate(target, drafter, PROMPTS, 31, 1.0) for drafter in (EarlyExitDrafter(2, 3), copy))
-    np.testing.assert_array_equal(out.tokens_bs, wanted.tokens_bs)
-    np.testing.assert_array_equal(out.stats.accepted_at_bg, wanted.stats.accepted_at_bg)
-    assert 0 < out.stats.accepted_b.sum() < out.stats.drafted_b.sum()
+    np.testing.assert_array_equal(out.tokens, wanted.tokens)
+    np.testing.assert_array_equal(out.stats.accepted_at, wanted.stats.accepted_at)
+    assert 0 < out.stats.accepted.sum() < out.stats.drafted.sum()
 
 
 def asked_of(target, drafter):
@@ -130,7 +130,7 @@ def test_a_target_that_cannot_go_on_from_states_runs_all_its_layers(target):
     cannot, drafter = target.replace(resume=None), EarlyExitDrafter(2, 3)
     assert asked_of(cannot, drafter) == [("the first 2", 1)] * 3 + [("all", 4)]
     found, wanted = (generate(model, drafter, PROMPTS, 31, 1.0) for model in (cannot, target))
-    np.testing.assert_array_equal(found.tokens_bs, wanted.tokens_bs)
+    np.testing.assert_array_equal(found.tokens, wanted.tokens)
 
 
 @struct.dataclass
@@ -151,7 +151,7 @@ def test_states_of_drafts_that_a_cascade_does_not_take_are_not_gone_on_from(targ
     assert asked_of(target, alone) == [*wanted, ("all but 2", 4)]
     assert asked_of(target, drafter) == [*wanted, ("all", 4)]
     out = generate(target, drafter, prompts, 31)
-    np.testing.assert_array_equal(out.tokens_bs, generate(target, None, prompts, 31).tokens_bs)
+    np.testing.assert_array_equal(out.tokens, generate(target, None, prompts, 31).tokens)
 
 
 def test_another_drafter_beside_it_may_read_states_of_the_first_layers(target):
@@ -166,8 +166,8 @@ def test_another_drafter_beside_it_may_read_states_of_the_first_layers(target):
     drafter = specjax.Cascade(Reads(3, wanted=(1, 3)), EarlyExitDrafter(2, 3))
     out = generate(target, drafter, [[1, 2, 3, 1, 2]], 9)
     jax.effects_barrier()
-    cache, start_b = target.init_cache(1, out.tokens_bs.shape[1]), jnp.zeros(1, jnp.int32)
-    wanted = target.forward(target.params, out.tokens_bs, cache, start_b, (1, 3)).features
+    cache, start_b = target.init_cache(1, out.tokens.shape[1]), jnp.zeros(1, jnp.int32)
+    wanted = target.forward(target.params, out.tokens, cache, start_b, (1, 3)).features
     assert len(seen) >= 2
     for length_b, states in seen:
         for found_btd, wanted_btd in zip(states, wanted, strict=True):

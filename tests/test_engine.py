@@ -85,7 +85,7 @@ def run(drafter=None, rule=verify.block, sampling=GREEDY, prompt=PROMPT, length=
 
 def texts(out):
     """Returns each row's tokens, prompt and all."""
-    return [out.tokens_bs[i, :n].tolist() for i, n in enumerate(out.length_b)]
+    return [out.tokens[i, :n].tolist() for i, n in enumerate(out.lengths)]
 
 
 def row_of(sampling, i):
@@ -171,7 +171,7 @@ def test_seed_decides_the_text(rule):
 
 
 def all_kept(stats):
-    return (stats.accepted_at_bg == stats.drafted_at_bg).all() and (stats.drafted_at_bg > 0).all()
+    return (stats.accepted_at == stats.drafted_at).all() and (stats.drafted_at > 0).all()
 
 
 @every_sampling
@@ -179,7 +179,7 @@ def all_kept(stats):
 def test_drafts_of_the_target_itself_are_all_kept(rule, sampling):
     out = run(DRAFTERS["the target itself"], rule, sampling)
     assert all_kept(out.stats)
-    assert (out.stats.rounds_b == NEW // (DRAFTS + 1)).all()
+    assert (out.stats.rounds == NEW // (DRAFTS + 1)).all()
 
 
 @struct.dataclass
@@ -255,7 +255,7 @@ def test_each_row_is_its_own_batch_of_one(rule):
     for i, prompt in enumerate(PROMPTS):
         alone = run(drafter, rule, row_of(MIXED, i), np.array([prompt]), np.array([len(prompt)]))
         assert texts(alone)[0] == texts(together)[i]
-        assert alone.stats.rounds_b[0] == together.stats.rounds_b[i]
+        assert alone.stats.rounds[0] == together.stats.rounds[i]
 
 
 @every_rule
@@ -273,8 +273,8 @@ def test_padding_is_not_read(rule):
 def test_each_row_emits_exactly_its_max_new_tokens(drafter, rule):
     most = np.array([1, NEW, 6, 2])
     out = run(drafter, rule, MIXED.replace(max_new_tokens=most))
-    assert (out.length_b - LENGTH == most).all()
-    assert (out.stats.emitted_b == most).all()
+    assert (out.lengths - LENGTH == most).all()
+    assert (out.stats.emitted == most).all()
     assert (run(drafter, rule, MIXED, max_new_tokens=1).length_b == LENGTH + 1).all()
 
 
@@ -292,7 +292,7 @@ def test_text_ends_with_the_first_stop_token(drafter, rule, sampling):
     for stop_tokens in [(0,), (3, 1)]:
         out = run(drafter, rule, sampling, stop_tokens=stop_tokens)
         assert texts(out) == [until(text, prompt, stop_tokens) for text, prompt in zip(free, PROMPTS, strict=True)]
-        assert (out.tokens_bs * (np.arange(out.tokens_bs.shape[1]) >= out.length_b[:, None]) == 0).all()
+        assert (out.tokens * (np.arange(out.tokens.shape[1]) >= out.lengths[:, None]) == 0).all()
 
 
 def test_a_stop_token_inside_an_accepted_block_cuts_it_there():
@@ -303,9 +303,9 @@ def test_a_stop_token_inside_an_accepted_block_cuts_it_there():
     # draft of the second round.
     assert texts(out) == [[0, 1, 2], [1, 2], [4, 0, 1, 2], [3, 4, 0, 1, 2]]
     stats = out.stats
-    assert stats.rounds_b.tolist() == [1, 1, 1, 2]
-    assert stats.emitted_b.tolist() == [2, 1, 3, 4]
-    assert stats.accepted_b.tolist() == stats.drafted_b.tolist() == [2, 2, 2, 4]
+    assert stats.rounds.tolist() == [1, 1, 1, 2]
+    assert stats.emitted.tolist() == [2, 1, 3, 4]
+    assert stats.accepted.tolist() == stats.drafted.tolist() == [2, 2, 2, 4]
 
 
 # Shapes, and the ways to call it.
@@ -315,7 +315,7 @@ def test_the_fewest_slots_give_the_same_text():
     drafter = DRAFTERS["another model"]
     fewest = int(LENGTH.max()) + NEW + DRAFTS + 1
     out = run(drafter, verify.block, MIXED, slots=fewest)
-    assert out.tokens_bs.shape == (ROWS, fewest)
+    assert out.tokens.shape == (ROWS, fewest)
     assert texts(out) == texts(run(drafter, verify.block, MIXED))
     with pytest.raises(ValueError, match="slots"):
         run(drafter, verify.block, MIXED, slots=fewest - 1)
@@ -325,12 +325,12 @@ def test_inside_the_callers_jit():
     @jax.jit
     def program(target, drafter, prompt, length, sampling):
         out = specjax.generate(target, prompt, length, drafter=drafter, sampling=sampling, max_new_tokens=NEW)
-        return out.tokens_bs, out.length_b, out.stats
+        return out.tokens, out.lengths, out.stats
 
     out = run(DRAFTERS["another model"], verify.block, MIXED)
     tokens, length, stats = program(TARGET, DRAFTERS["another model"], PROMPT, LENGTH, MIXED)
-    np.testing.assert_array_equal(length, out.length_b)
-    np.testing.assert_array_equal(tokens, out.tokens_bs[:, : tokens.shape[1]])
+    np.testing.assert_array_equal(length, out.lengths)
+    np.testing.assert_array_equal(tokens, out.tokens[:, : tokens.shape[1]])
     chex.assert_trees_all_equal(stats, out.stats)
 
 
@@ -351,11 +351,11 @@ def test_stream_ends_as_generate_does(rounds):
         )
     )
     chex.assert_trees_all_equal(parts[-1], whole)
-    assert len(parts) == -(-whole.stats.rounds_b.max() // rounds)
+    assert len(parts) == -(-whole.stats.rounds.max() // rounds)
     shown = list(PROMPTS)
     for part in parts:
         assert all(text[: len(seen)] == seen for seen, text in zip(shown, texts(part), strict=True))
-        assert (part.length_b - LENGTH == part.stats.emitted_b).all()
+        assert (part.lengths - LENGTH == part.stats.emitted).all()
         shown = texts(part)
 
 
@@ -368,8 +368,8 @@ def test_rounds_by_hand():
         state = step(TARGET, state=state, drafter=drafter)
         rounds += 1
     whole = run(drafter, verify.block, MIXED)
-    np.testing.assert_array_equal(state.tokens_bs, whole.tokens_bs)
-    assert rounds == whole.stats.rounds_b.max()
+    np.testing.assert_array_equal(state.tokens_bs, whole.tokens)
+    assert rounds == whole.stats.rounds.max()
 
 
 # A model with attention.
@@ -423,8 +423,8 @@ def whole_pass(tokens_bs):
 @pytest.mark.parametrize("drafter", [None, *DECODER_DRAFTERS.values()], ids=["plain", *DECODER_DRAFTERS])
 def test_greedy_text_of_a_transformer(drafter):
     out = decode(drafter)
-    assert (out.length_b == LENGTH + DECODER_NEW).all()
-    likeliest_bs = whole_pass(out.tokens_bs)
+    assert (out.lengths == LENGTH + DECODER_NEW).all()
+    likeliest_bs = whole_pass(out.tokens)
     for i, (text, start) in enumerate(zip(texts(out), LENGTH, strict=True)):
         assert text[start:] == likeliest_bs[i, start - 1 : len(text) - 1].tolist()
         assert len(set(text[start:])) > 8  # not a cycle that any drafter would continue rightly
@@ -478,29 +478,29 @@ def test_any_configuration(drafter, rule, sampling, prompts, stop_tokens):
     plain = run(None, verify.coupled, sampling, prompt, length, stop_tokens=stop_tokens)
     stats = out.stats
     chex.assert_type(jax.tree.leaves(out), jnp.int32)
-    chex.assert_shape([out.length_b, out.prompt_length_b, stats.rounds_b, stats.drafted_b, stats.emitted_b], (ROWS,))
-    chex.assert_shape([stats.drafted_at_bg, stats.accepted_at_bg], (ROWS, drafter.num_draft))
+    chex.assert_shape([out.lengths, out.prompt_lengths, stats.rounds, stats.drafted, stats.emitted], (ROWS,))
+    chex.assert_shape([stats.drafted_at, stats.accepted_at], (ROWS, drafter.num_draft))
     for i, (text, start) in enumerate(zip(texts(out), length, strict=True)):
         new = text[start:]
         assert text[:start] == prompts[i]
         assert all(0 <= token < VOCAB for token in new)
         assert not set(new[:-1]) & set(stop_tokens)
         assert new[-1] in stop_tokens or len(new) == min(NEW, sampling.max_new_tokens[i])
-        assert stats.emitted_b[i] == len(new)
+        assert stats.emitted[i] == len(new)
         if new[-1] not in stop_tokens:
-            assert len(new) == stats.accepted_b[i] + stats.rounds_b[i]
+            assert len(new) == stats.accepted[i] + stats.rounds[i]
         if sampling.temperature[i] == 0 or rule is verify.coupled:
             assert text == texts(plain)[i]
-    assert (out.prompt_length_b == length).all()
-    assert not (out.tokens_bs * (np.arange(out.tokens_bs.shape[1]) >= out.length_b[:, None])).any()
-    assert (stats.drafted_at_bg.sum(-1) == stats.drafted_b).all()
-    assert (stats.accepted_at_bg.sum(-1) == stats.accepted_b).all()
-    assert (stats.accepted_at_bg <= stats.drafted_at_bg).all()
-    assert (np.diff(stats.accepted_at_bg) <= 0).all() and (np.diff(stats.drafted_at_bg) <= 0).all()
-    assert (stats.drafted_at_bg[:, 0] <= stats.rounds_b).all()
-    assert (stats.emitted_b <= stats.accepted_b + stats.rounds_b).all()
-    assert (stats.rounds_b <= stats.emitted_b).all()
-    assert (plain.stats.rounds_b == plain.stats.emitted_b).all() and not plain.stats.drafted_b.any()
+    assert (out.prompt_lengths == length).all()
+    assert not (out.tokens * (np.arange(out.tokens.shape[1]) >= out.lengths[:, None])).any()
+    assert (stats.drafted_at.sum(-1) == stats.drafted).all()
+    assert (stats.accepted_at.sum(-1) == stats.accepted).all()
+    assert (stats.accepted_at <= stats.drafted_at).all()
+    assert (np.diff(stats.accepted_at) <= 0).all() and (np.diff(stats.drafted_at) <= 0).all()
+    assert (stats.drafted_at[:, 0] <= stats.rounds).all()
+    assert (stats.emitted <= stats.accepted + stats.rounds).all()
+    assert (stats.rounds <= stats.emitted).all()
+    assert (plain.stats.rounds == plain.stats.emitted).all() and not plain.stats.drafted.any()
 
 
 # Programs.
@@ -522,7 +522,7 @@ def test_classes_with_equal_fields_have_programs_of_their_own():
     assert engine.classes_key(TARGET, one) != engine.classes_key(TARGET, other)
     assert engine.classes_key(TARGET, Cascade(one, model)) != engine.classes_key(TARGET, Cascade(other, model))
     assert engine.classes_key(TARGET, one) == engine.classes_key(TARGET, NGramDrafter(DRAFTS))
-    assert run(one).stats.drafted_b.any() and not run(other).stats.drafted_b.any()
+    assert run(one).stats.drafted.any() and not run(other).stats.drafted.any()
 
 
 # What a model or drafter of the caller's breaks.

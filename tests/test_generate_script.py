@@ -139,12 +139,12 @@ def test_json_agrees_with_the_library_and_with_itself(batch, pair):
     )
     assert [prompt["prompt"] for prompt in result["prompts"]] == list(PROMPTS)
     for row, prompt in enumerate(result["prompts"]):
-        text = np.asarray(expected.tokens_bs[row, len(ids[row]) : expected.length_b[row]]).tolist()
+        text = np.asarray(expected.tokens[row, len(ids[row]) : expected.lengths[row]]).tolist()
         assert prompt["tokens"] == text
         assert prompt["text"] == tokenizer.decode(text)
         for name in ("rounds", "drafted", "accepted", "emitted"):
             assert prompt[name] == getattr(expected.stats, f"{name}_b")[row], name
-        assert prompt["accepted_at"] == expected.stats.accepted_at_bg[row].tolist()
+        assert prompt["accepted_at"] == expected.stats.accepted_at[row].tolist()
         assert prompt["emitted"] == len(prompt["tokens"])
         assert prompt["accepted"] == sum(prompt["accepted_at"]) and len(prompt["accepted_at"]) == 2
         assert prompt["drafted"] == sum(prompt["drafted_at"])
@@ -419,7 +419,7 @@ def test_chat_answers_messages(script, chat, tmp_path, system):
         max_new_tokens=20,
         stop_tokens=load_stop_tokens(chat),
     )
-    assert result["tokens"] == expected.tokens_bs[0, len(ids) : expected.length_b[0]].tolist()
+    assert result["tokens"] == expected.tokens[0, len(ids) : expected.lengths[0]].tolist()
     answer = tokenizer.decode(result["tokens"])
     assert out == f"Hi\n{answer}" + ("" if answer.endswith("\n") else "\n")
     page = Page((tmp_path / "out.html").read_text(encoding="utf-8"))

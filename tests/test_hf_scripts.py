@@ -53,7 +53,7 @@ def test_transformers_writes_the_same_text(exported):
         sampling=specjax.Sampling(temperature=0.0),
         max_new_tokens=NEW_TOKENS,
     )
-    ours = np.asarray(generation.tokens_bs)[:, : PROMPT_TOKENS + NEW_TOKENS]
+    ours = np.asarray(generation.tokens)[:, : PROMPT_TOKENS + NEW_TOKENS]
     model = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     theirs = model.generate(
         torch.tensor(prompts, dtype=torch.long),

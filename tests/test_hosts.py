@@ -111,9 +111,7 @@ def plain(target):
     tokenizer, model = load_tokenizer(target), specjax.load(target)
     prompt_bt, length_b = specjax.pad_prompts([tokenizer.encode(prompt).ids for prompt in PROMPTS])
     sampling = specjax.Sampling(temperature=1.0, seed=3)
-    tokens_bs = np.asarray(
-        specjax.generate(model, prompt_bt, length_b, sampling=sampling, max_new_tokens=NEW).tokens_bs
-    )
+    tokens_bs = np.asarray(specjax.generate(model, prompt_bt, length_b, sampling=sampling, max_new_tokens=NEW).tokens)
     return [tokens_bs[row, length : length + NEW].tolist() for row, length in enumerate(length_b)]
 
 

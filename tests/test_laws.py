@@ -184,9 +184,9 @@ def emitted(target, drafter, rule, settings, slots=SLOTS):
     sampling = Sampling(seed=1000 + np.arange(len(length_b), dtype=np.uint32), **named)
     run = in_batches if isinstance(drafter, FeatureDrafter | MTPDrafter) else all_at_once
     out = run(target, drafter, prompt_bt, length_b, sampling, rule=rule, slots=slots)
-    assert (np.asarray(out.length_b) == length_b + TOKENS).all()
-    assert (np.asarray(out.stats.rounds_b) >= 2).all()
-    new_bt = np.take_along_axis(np.asarray(out.tokens_bs), length_b[:, None] + np.arange(TOKENS), axis=1)
+    assert (np.asarray(out.lengths) == length_b + TOKENS).all()
+    assert (np.asarray(out.stats.rounds) >= 2).all()
+    new_bt = np.take_along_axis(np.asarray(out.tokens), length_b[:, None] + np.arange(TOKENS), axis=1)
     return new_bt.reshape(ROWS_PER_PROMPT, len(PROMPTS), TOKENS).swapaxes(0, 1)
 
 
@@ -338,7 +338,7 @@ def bonus_from_last_draft(proposal, target_bsv, draws):
 for rule in (uniforms_by_row, uniforms_by_position, uniforms_of_drafts, residual_from_p, bonus_from_last_draft):
     rule.shares_noise = False
 
-breaks_in_block = verify.ChainRule(verify.block_thresholds, verify.leading)
+breaks_in_block = verify.ChainRule(verify.block_thresholds, verify.leading_successes)
 
 
 def _write_once(params, tokens_bt, cache, start_b, capture=()):

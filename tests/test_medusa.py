@@ -118,7 +118,7 @@ def test_only_the_heads_that_draft_are_kept_in_the_dtype_asked_for(target, tmp_p
     assert set(drafter.params) == {0, 1}
     assert {leaf.dtype for leaf in jax.tree.leaves(drafter.params)} == {jnp.dtype("bfloat16")}
     out = generate(target, drafter, PROMPTS, 20)
-    assert out.tokens_bs.tolist() == generate(target, None, PROMPTS, 20).tokens_bs.tolist()
+    assert out.tokens.tolist() == generate(target, None, PROMPTS, 20).tokens.tolist()
 
 
 def test_a_config_may_count_fewer_heads_than_there_are(target, tmp_path):
@@ -265,12 +265,12 @@ def test_perfect_heads_are_accepted_in_full(g, temperature):
     prompts = [walk(following, token, length) for token, length in ((3, 1), (8, 2), (2, 7))]
     out = generate(target, MedusaDrafter(perfect(following, g), g), prompts, 31, temperature)
     stats = out.stats
-    assert (np.asarray(stats.drafted_at_bg) > 0).all()
-    np.testing.assert_array_equal(stats.accepted_at_bg, stats.drafted_at_bg)
+    assert (np.asarray(stats.drafted_at) > 0).all()
+    np.testing.assert_array_equal(stats.accepted_at, stats.drafted_at)
     # All rounds emit g + 1 tokens, but for the first of a row of one token, and the last.
-    assert stats.rounds_b.tolist() == [1 + -(-30 // (g + 1)), -(-31 // (g + 1)), -(-31 // (g + 1))]
+    assert stats.rounds.tolist() == [1 + -(-30 // (g + 1)), -(-31 // (g + 1)), -(-31 // (g + 1))]
     for row, prompt in enumerate(prompts):
-        assert out.tokens_bs[row, : out.length_b[row]].tolist() == walk(following, prompt[0], len(prompt) + 31)
+        assert out.tokens[row, : out.lengths[row]].tolist() == walk(following, prompt[0], len(prompt) + 31)
 
 
 def test_heads_one_place_off_are_rejected():
@@ -279,7 +279,7 @@ def test_heads_one_place_off_are_rejected():
     heads = perfect(following, 4)
     drafter = MedusaDrafter({i: heads[i + 1] for i in range(3)}, 3)
     stats = generate(target, drafter, [walk(following, 2, length) for length in (1, 2, 7)], 31).stats
-    assert 5 * stats.accepted_b.sum() < stats.drafted_b.sum()
+    assert 5 * stats.accepted.sum() < stats.drafted.sum()
 
 
 # Bad input.

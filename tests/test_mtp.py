@@ -473,7 +473,7 @@ def expected_counts(g, period):
 
 
 def counts(out):
-    return np.asarray(out.stats.drafted_at_bg), np.asarray(out.stats.accepted_at_bg)
+    return np.asarray(out.stats.drafted_at), np.asarray(out.stats.accepted_at)
 
 
 @pytest.mark.parametrize("g", [1, 2, 3, 4, 5])
@@ -486,7 +486,7 @@ def test_a_perfect_head_is_accepted_everywhere(make, g):
         out = generate(target, drafter)
         for got, wanted in zip(counts(out), expected_counts(g, period), strict=True):
             np.testing.assert_array_equal(got, wanted)
-        np.testing.assert_array_equal(out.tokens_bs, generate(target, None).tokens_bs)
+        np.testing.assert_array_equal(out.tokens, generate(target, None).tokens)
     drafted, accepted = counts(generate(knowable_target(), drafter, temperature=1.0))
     assert (drafted > 0).all()
     np.testing.assert_array_equal(accepted, drafted)
@@ -569,7 +569,7 @@ def test_faulty_wiring_is_seen(fault):
     for period in (NEVER, 4):
         target = knowable_target(period)
         out = generate(target, drafter)
-        np.testing.assert_array_equal(out.tokens_bs, generate(target, None).tokens_bs)
+        np.testing.assert_array_equal(out.tokens, generate(target, None).tokens)
         drafted, accepted = expected_counts(drafter.num_draft, period)
         lost += int(np.sum(accepted)) * np.sum(counts(out)[0]) - int(np.sum(counts(out)[1])) * np.sum(drafted)
     assert lost > 0
@@ -581,7 +581,7 @@ def test_caches_that_just_fit(make):
     target, drafter, prompts = knowable_target(), make(5), [[3], [1, 4]]
     out = generate(target, drafter, prompts, max_new_tokens=2, slots=2 + 2 + 5 + 1)
     plain = generate(target, None, prompts, max_new_tokens=2, slots=2 + 2 + 5 + 1)
-    np.testing.assert_array_equal(out.tokens_bs, plain.tokens_bs)
+    np.testing.assert_array_equal(out.tokens, plain.tokens)
 
 
 # Folders.
@@ -626,7 +626,7 @@ def test_a_folder_is_replaced_and_read_in_another_dtype(tmp_path):
     half = open_mtp(tmp_path / "head", make_target(), 3, "bfloat16").params
     assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype("bfloat16")}
     generation = generate(make_target(), FeatureDrafter(half, MTPHead(config), 3), [[1, 2, 3]], max_new_tokens=4)
-    assert int(generation.length_b[0]) == 7
+    assert int(generation.lengths[0]) == 7
 
 
 def whole_folder(folder, changes=lambda tensors: None):
@@ -651,7 +651,7 @@ def test_a_whole_model_lends_its_embedding_and_head(tmp_path):
     alone = write_folder(tmp_path / "alone", CONFIGS["deepseek_v3"], random_tensors("deepseek_v3"))
     assert_same(drafter.params, open_mtp(alone, target, 2, "float32").params)
     out = generate(target, drafter, [[1, 2, 3], [4]], max_new_tokens=8)
-    np.testing.assert_array_equal(out.tokens_bs, generate(target, None, [[1, 2, 3], [4]], max_new_tokens=8).tokens_bs)
+    np.testing.assert_array_equal(out.tokens, generate(target, None, [[1, 2, 3], [4]], max_new_tokens=8).tokens)
 
 
 def test_an_embedding_or_head_that_differs_is_the_modules_own(tmp_path):

@@ -98,7 +98,7 @@ def heads(opened, tmp_path_factory):
 def test_each_kind_is_opened_by_its_name(opened, folder, heads):
     kinds = {
         f"model:{folder}": specjax.ModelDrafter,
-        f"mtp:{heads}/mtp": specjax.FeatureDrafter,
+        f"mtp:{heads}/mtp": specjax.MTPDrafter,
         f"medusa:{heads}/medusa": specjax.MedusaDrafter,
         "ngram": specjax.NGramDrafter,
         "early-exit:1": specjax.EarlyExitDrafter,
@@ -108,6 +108,8 @@ def test_each_kind_is_opened_by_its_name(opened, folder, heads):
             drafter = specjax.load_drafter(spec, target, 2)
             assert isinstance(drafter, kind) and drafter.num_draft == 2
     assert specjax.load_drafter("early-exit:1", opened).depth == 1
+    chained = specjax.load_drafter(f"cascade:ngram,mtp:{heads}/mtp", opened, 3, chained=True).second
+    assert isinstance(chained, specjax.FeatureDrafter) and chained.num_draft == 3
 
 
 def test_a_cascade_is_nested_to_the_left(opened, folder):

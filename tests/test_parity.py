@@ -243,7 +243,7 @@ def test_greedy_text_is_equal(case):
         sampling=specjax.Sampling(temperature=0.0),
         max_new_tokens=NEW_TOKENS,
     )
-    assert np.asarray(generation.tokens_bs)[0, : int(generation.length_b[0])].tolist() == tokens
+    assert np.asarray(generation.tokens)[0, : int(generation.lengths[0])].tolist() == tokens
 
 
 def test_multimodal_gemma_3_is_its_text_part_and_exports_as_that(tmp_path):

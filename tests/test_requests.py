@@ -318,7 +318,7 @@ def test_bad_shapes_and_dtypes_are_found_inside_jit(changed, words):
 )
 def test_values_known_inside_jit_are_checked(changed, words):
     with pytest.raises(ValueError) as caught:
-        jax.eval_shape(lambda prompt_bt: call(specjax.generate, prompt_bt=prompt_bt, **changed), PROMPT)
+        jax.eval_shape(lambda prompt_bt: call(specjax.generate, prompts=prompt_bt, **changed), PROMPT)
     assert_says(caught.value, words)
 
 
@@ -328,7 +328,7 @@ def test_values_known_inside_jit_are_checked(changed, words):
 def tokens(**changed):
     generation = call(specjax.generate, **changed)
     return [
-        np.asarray(row)[:length].tolist() for row, length in zip(generation.tokens_bs, generation.length_b, strict=True)
+        np.asarray(row)[:length].tolist() for row, length in zip(generation.tokens, generation.lengths, strict=True)
     ]
 
 
@@ -415,8 +415,8 @@ def test_another_call_of_the_same_bucket_compiles_nothing():
     prompt_bt, length_b = specjax.pad_prompts([[7, 6, 5, 4, 3, 2, 1, 0, 1, 2], [1]])
     tokens(
         target=another,
-        prompt_bt=prompt_bt,
-        prompt_length_b=length_b,
+        prompts=prompt_bt,
+        lengths=length_b,
         max_new_tokens=50,
         stop_tokens=(1, 2, 3),
         sampling=sampling,

@@ -187,7 +187,7 @@ def test_rows_are_warped_alone():
 @jax.jit
 def window(logits_btv, tokens_bs, prompt_length_b, length_b, drafts_bg, params):
     """The logits of a round's last t positions, penalised."""
-    counts = sampling.count(tokens_bs, prompt_length_b, length_b, VOCAB, params)
+    counts = sampling.count_tokens(tokens_bs, prompt_length_b, length_b, VOCAB, params)
     return sampling.penalize(logits_btv, params, counts, drafts_bg)
 
 
@@ -263,9 +263,9 @@ def test_rows_are_penalised_alone():
 
 def test_counts_are_zero_without_penalties():
     tokens, length = np.ones((ROWS, 5), np.int32), np.full(ROWS, 4, np.int32)
-    counts = sampling.count(tokens, length - 2, length, VOCAB, fill())
+    counts = sampling.count_tokens(tokens, length - 2, length, VOCAB, fill())
     assert not np.any(counts.prompt_bv) and not np.any(counts.output_bv)
-    counts = sampling.count(tokens, length - 2, length, VOCAB, fill(presence_penalty=[0, 0, 0, 1.0]))
+    counts = sampling.count_tokens(tokens, length - 2, length, VOCAB, fill(presence_penalty=[0, 0, 0, 1.0]))
     np.testing.assert_array_equal(counts.prompt_bv[:, 1], 2)
     np.testing.assert_array_equal(counts.output_bv[:, 1], 2)
 

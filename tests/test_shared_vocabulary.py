@@ -87,11 +87,11 @@ def test_proposals_follow_the_twin(drafts):
     seen, emitted_behind_all = set(), set()
     for _ in range(7):
         before, before_b = np.asarray(state.tokens_bs), np.asarray(state.length_b)
-        kept_b = np.asarray(state.stats.accepted_b)
+        kept_b = np.asarray(state.stats.accepted)
         running_b = ~np.asarray(state.done_b)
         state, proposal = step(target, state, drafter)
         proposal = jax.tree.map(np.asarray, proposal)
-        kept_b = np.asarray(state.stats.accepted_b) - kept_b
+        kept_b = np.asarray(state.stats.accepted) - kept_b
         for row in np.flatnonzero(running_b):
             text = before[row, : before_b[row]].tolist()
             room = 20 + len(PROMPTS[row % len(PROMPTS)]) - len(text) - 1
@@ -132,13 +132,13 @@ def test_the_target_under_other_ids_is_accepted_in_full(decoder, drafts):
     lengths = np.asarray([1, 2, 17, 40])
     settings = {"sampling": Sampling(temperature=0), "max_new_tokens": 31}
     out = specjax.generate(decoder, prompt_bt, lengths, drafter=drafter, **settings)
-    np.testing.assert_array_equal(out.stats.accepted_at_bg, out.stats.drafted_at_bg)
+    np.testing.assert_array_equal(out.stats.accepted_at, out.stats.drafted_at)
     rounds = -(-31 // (drafts + 1))
-    assert out.stats.rounds_b.tolist() == [rounds] * 4
-    assert (np.asarray(out.stats.drafted_at_bg[:, 0]) >= rounds - 1).all()
+    assert out.stats.rounds.tolist() == [rounds] * 4
+    assert (np.asarray(out.stats.drafted_at[:, 0]) >= rounds - 1).all()
     plain = specjax.generate(decoder, prompt_bt, lengths, **settings)
-    for row, length in enumerate(np.asarray(plain.length_b)):
-        np.testing.assert_array_equal(out.tokens_bs[row, :length], plain.tokens_bs[row, :length])
+    for row, length in enumerate(np.asarray(plain.lengths)):
+        np.testing.assert_array_equal(out.tokens[row, :length], plain.tokens[row, :length])
 
 
 @jax.jit
@@ -220,7 +220,7 @@ def test_a_row_that_outgrows_the_draft_goes_on_without_drafts():
     plain = prefilled(TARGET, None, prompts, sampling, new)
     while not np.asarray(plain.done_b).all():
         plain = jax.jit(specjax.step)(TARGET, plain)
-    np.testing.assert_array_equal(state.tokens_bs, plain.tokens_bs)
+    np.testing.assert_array_equal(state.tokens_bs, plain.tokens)
 
 
 @pytest.mark.parametrize("positions", [7, 12, 100])
@@ -243,7 +243,7 @@ def test_the_draft_models_positions_are_kept(positions):
             assert proposal.length_b[row] == (min(3, room) if fits else 0)
             if fits:
                 assert proposal.tokens_bg[row, 0] == np.argmax(draft_law(np.asarray(DRAFT.params), text[row]))
-    assert (state.stats.drafted_b[1] > 0) == (positions == 100)
+    assert (state.stats.drafted[1] > 0) == (positions == 100)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -262,12 +262,12 @@ def test_a_bias_may_ban_all_shared_tokens(only, temperature):
     for rule in (specjax.verify.coupled, specjax.verify.block):
         out = specjax.generate(TARGET, prompt_bt, length_b, drafter=drafter, verify=rule, **settings)
         for row, length in enumerate(length_b):
-            new = np.asarray(out.tokens_bs[row, length : length + 12]).tolist()
+            new = np.asarray(out.tokens[row, length : length + 12]).tolist()
             assert set(new) <= set(only)
         if rule == specjax.verify.coupled or not temperature:
-            np.testing.assert_array_equal(out.tokens_bs, plain.tokens_bs)
+            np.testing.assert_array_equal(out.tokens, plain.tokens)
         if temperature:
-            assert (out.stats.drafted_b[0] > 0) == (0 in only)
+            assert (out.stats.drafted[0] > 0) == (0 in only)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -279,8 +279,8 @@ def test_banned_tokens_are_not_proposed(temperature):
     bias[0] = 0
     settings = {"sampling": Sampling(temperature=temperature, logit_bias=bias), "max_new_tokens": 6}
     out = specjax.generate(TARGET, [[1, 2]], drafter=drafter, **settings)
-    assert out.tokens_bs[0, 2:8].tolist() == [0] * 6
-    assert out.stats.drafted_b.tolist() == [0]
+    assert out.tokens[0, 2:8].tolist() == [0] * 6
+    assert out.stats.drafted.tolist() == [0]
 
 
 def test_a_token_of_many_pieces_fits_a_short_cache():
@@ -288,8 +288,8 @@ def test_a_token_of_many_pieces_fits_a_short_cache():
     drafter = shared_vocabulary_drafter(DRAFT, mapped([*SPELLED[:-1], [3, 4] * 6]), 1)
     settings = {"sampling": Sampling(temperature=0), "max_new_tokens": 2, "slots": 5}
     out = specjax.generate(TARGET, [[7]], drafter=drafter, **settings)
-    np.testing.assert_array_equal(out.tokens_bs, specjax.generate(TARGET, [[7]], **settings).tokens_bs)
-    assert out.stats.drafted_b.tolist() == [1]
+    np.testing.assert_array_equal(out.tokens, specjax.generate(TARGET, [[7]], **settings).tokens)
+    assert out.stats.drafted.tolist() == [1]
 
 
 # No text depends on it.
@@ -303,9 +303,9 @@ def test_greedy_text_is_that_of_plain_decoding(drafts, rule):
     plain = specjax.generate(TARGET, prompt_bt, length_b, **settings)
     drafter = shared_vocabulary_drafter(DRAFT, MAP, drafts)
     out = specjax.generate(TARGET, prompt_bt, length_b, drafter=drafter, verify=rule, **settings)
-    np.testing.assert_array_equal(out.length_b, plain.length_b)
-    np.testing.assert_array_equal(out.tokens_bs, plain.tokens_bs)
-    assert len(set(np.asarray(plain.length_b - length_b).tolist())) > 1, "some rows should meet the stop token"
+    np.testing.assert_array_equal(out.lengths, plain.lengths)
+    np.testing.assert_array_equal(out.tokens, plain.tokens)
+    assert len(set(np.asarray(plain.lengths - length_b).tolist())) > 1, "some rows should meet the stop token"
 
 
 def test_a_seed_gives_one_text_under_coupled_draws():
@@ -314,8 +314,8 @@ def test_a_seed_gives_one_text_under_coupled_draws():
     plain = specjax.generate(TARGET, prompt_bt, length_b, **settings)
     drafter = shared_vocabulary_drafter(DRAFT, MAP, DRAFTS)
     out = specjax.generate(TARGET, prompt_bt, length_b, drafter=drafter, verify=specjax.verify.coupled, **settings)
-    np.testing.assert_array_equal(out.tokens_bs, plain.tokens_bs)
-    assert out.stats.accepted_b.sum() > 0
+    np.testing.assert_array_equal(out.tokens, plain.tokens)
+    assert out.stats.accepted.sum() > 0
 
 
 def test_a_row_does_not_depend_on_its_neighbours(decoder):

@@ -177,7 +177,7 @@ def test_a_pair_is_trained_resumed_and_guarded(script, tmp_path, monkeypatch, ca
     draft = decoder_model(config, jax.tree.unflatten(tree, jax.tree.leaves(state["params"])))
     greedy = specjax.Sampling(temperature=0)
     np.testing.assert_array_equal(
-        specjax.generate(draft, rows[:, :64], sampling=greedy, max_new_tokens=208).tokens_bs[:, :272], rows
+        specjax.generate(draft, rows[:, :64], sampling=greedy, max_new_tokens=208).tokens[:, :272], rows
     )
 
     # A run is not taken for that of a changed recipe.
@@ -208,8 +208,8 @@ def test_a_head_is_trained_resumed_and_drafts(kind, script, tmp_path, monkeypatc
     prompts = np.random.default_rng(0).integers(0, 270, (2, 9)).astype(np.int32)
     greedy = {"sampling": specjax.Sampling(temperature=0), "max_new_tokens": 12}
     drafted = specjax.generate(model, prompts, drafter=opened, **greedy)
-    np.testing.assert_array_equal(drafted.tokens_bs, specjax.generate(model, prompts, **greedy).tokens_bs)
-    assert int(drafted.stats.drafted_b.sum()) > 0
+    np.testing.assert_array_equal(drafted.tokens, specjax.generate(model, prompts, **greedy).tokens)
+    assert int(drafted.stats.drafted.sum()) > 0
 
     if kind == "eagle":
         killed(tmp_path, "head", 7)
@@ -306,6 +306,6 @@ def test_the_shipped_drafts_draft_greedy_text_of_their_target(name, kind):
     greedy = {"sampling": specjax.Sampling(temperature=0), "max_new_tokens": 24}
     plain = specjax.generate(target, prompt_bt, length_b, **greedy)
     drafted = specjax.generate(target, prompt_bt, length_b, drafter=drafter, **greedy)
-    np.testing.assert_array_equal(drafted.tokens_bs, plain.tokens_bs)
-    assert drafted.stats.rounds_b[0] < 24
-    assert tokenizer.decode(drafted.tokens_bs[0, length_b[0] :].tolist()).startswith("name")
+    np.testing.assert_array_equal(drafted.tokens, plain.tokens)
+    assert drafted.stats.rounds[0] < 24
+    assert tokenizer.decode(drafted.tokens[0, length_b[0] :].tolist()).startswith("name")

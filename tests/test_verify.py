@@ -523,10 +523,10 @@ def assert_caught(fault, rule, p, q, length=2, **choices):
 def test_control_break_in_block():
     """Block verification that stops at the first failure keeps too few, with the wrong residual behind them."""
     p, q = fault_tables(30)
-    faulty = verify.ChainRule(verify.block_thresholds, verify.leading)
+    faulty = verify.ChainRule(verify.block_thresholds, verify.leading_successes)
     assert_caught("break in block", faulty, p, q, told=q)
     # The reverse, token chances without the break, is as wrong.
-    faulty = verify.ChainRule(verify.token_thresholds, verify.last)
+    faulty = verify.ChainRule(verify.token_thresholds, verify.last_success)
     assert_caught("token without its break", faulty, p, q, told=q)
 
 
@@ -548,7 +548,7 @@ def test_control_block_residual_without_scale():
     def unscaled(*arguments):
         return verify.block_thresholds(*arguments)._replace(scale_bs=jnp.ones_like(arguments[1][..., 0]))
 
-    faulty = verify.ChainRule(unscaled, verify.last)
+    faulty = verify.ChainRule(unscaled, verify.last_success)
     assert_caught("block residual without its scale", faulty, p, q, told=q)
 
 
@@ -604,7 +604,7 @@ def test_control_epsilon_in_the_ratio():
         thresholds = verify.token_thresholds(*arguments)
         return thresholds._replace(denominator_bg=thresholds.denominator_bg + 0.05)
 
-    faulty = verify.ChainRule(padded, verify.leading)
+    faulty = verify.ChainRule(padded, verify.leading_successes)
     assert_caught("p / (q + eps)", faulty, p, q, told=q)
 
 
@@ -869,7 +869,7 @@ def test_production_rounds_follow_the_law(draws, monkeypatch):
             0, new, lambda _, state: specjax.step(target, state, drafter=drafter, verify=verify.block), state
         )
     )
-    tokens = np.asarray(rounds(state).tokens_bs[:, 1 : new + 1])
+    tokens = np.asarray(rounds(state).tokens[:, 1 : new + 1])
     seen = np.bincount((tokens * 2 ** np.arange(new)[::-1]).sum(1), minlength=2**new)
     expected = rows * joint(after_zero(KEY_TARGET, new))[0]
     statistic = ((seen - expected) ** 2 / expected).sum()

@@ -4,7 +4,7 @@ import json
 import string
 
 import jax
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import specjax
 from specjax.hf.config import decoder_config
@@ -15,6 +15,7 @@ TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+SPACE = "\u0120"  # the byte-level name of a space
 LETTERS = string.ascii_lowercase + " "
 CONFIG = {
     "model_type": "llama",
@@ -30,10 +31,11 @@ CONFIG = {
 
 def spelling_tokenizer(letters=LETTERS):
     """Text and tokens stand for each other one to one, so encoding a text again gives its tokens."""
-    vocab = {token: i for i, token in enumerate([*SPECIAL, *letters])}
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *letters.replace(" ", SPACE)])}
     tokenizer = Tokenizer(models.BPE(vocab, []))
     tokenizer.add_special_tokens(list(SPECIAL))
-    tokenizer.decoder = decoders.Fuse()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 

@@ -57,7 +57,7 @@ def is_targets_head(kernel_dv: Parameter, target: LanguageModel) -> bool:
     The target has ``embed`` and ``unembed``. Rows of its kernel are the logits of unit vectors.
     """
     assert target.unembed is not None
-    unembed, like = target.unembed, target.embedded
+    unembed, like = target.unembed, target.embedding_spec
 
     def rows(start: int, end: int) -> jax.Array:
         unit_bd = jax.nn.one_hot(jnp.arange(start, end), like.shape[-1], dtype=like.dtype)

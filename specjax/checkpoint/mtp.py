@@ -107,7 +107,7 @@ def _check_fits(layout: MTPLayout, target: LanguageModel) -> None:
                 f"MTP modules share the target's {name}, which it does not have; give it LanguageModel.{name}"
             )
     sizes = {
-        "hidden_size": (layout.decoder.hidden_size, target.embedded.shape[-1]),
+        "hidden_size": (layout.decoder.hidden_size, target.embedding_spec.shape[-1]),
         "vocab_size": (layout.decoder.vocab_size, target.vocab_size),
         "num_hidden_layers": (layout.num_hidden_layers, target.num_layers),
     }

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
 
-from specjax.types import Cache, Context, Drafter, Draw, Proposal, Verdict
+from specjax.types import Cache, Context, Drafter, Draw, Event, LanguageModel, Proposal
 
 
 @struct.dataclass
@@ -23,10 +23,10 @@ class CascadeState:
 class Cascade:
     """Takes the first drafter's proposal for each row in which it makes one, and the second's for the others.
 
-    Made for a drafter that costs nothing and often has nothing, such as ``NGramDrafter``, before one that always has
-    something. Where the first's drafts are taken, the second is *led*: its ``draw`` returns them, so that it feeds
-    itself what is verified, and is left as if it had drafted them. If they are taken in all rows, a second with
-    ``follow`` is told them by it and drafts nothing. More than two nest on the left: ``Cascade(Cascade(a, b), c)``.
+    The first should cost nothing and may often have nothing, such as ``NGramDrafter``; the second should always have
+    something. Where the first's drafts are taken, the second's ``draw`` returns them, so the second writes them into
+    its cache as if it had drafted them. If they are taken in all rows, a second with ``follow`` gets them by that and
+    drafts nothing. More than two nest on the left: ``Cascade(Cascade(a, b), c)``.
 
     Whether the first proposes anything must not depend on what it draws, since the second draws with the same noise.
 
@@ -76,11 +76,15 @@ class Cascade:
         limits = {part.max_positions for part in (self.first, self.second)} - {None}
         return min(limits, default=None)
 
-    def start(self, context: Context, features: tuple[Array, ...], slots: int) -> CascadeState:
-        """Starts both."""
+    def init(self, target: LanguageModel, rows: int, slots: int) -> CascadeState:
+        """Returns both drafters' empty states."""
+        return CascadeState(self.first.init(target, rows, slots), self.second.init(target, rows, slots))
+
+    def observe(self, state: CascadeState, context: Context, event: Event) -> CascadeState:
+        """Lets both take note."""
         return CascadeState(
-            self.first.start(context, self._of(self.first, features), slots),
-            self.second.start(context, self._of(self.second, features), slots),
+            self.first.observe(state.first, context, self._event(self.first, event)),
+            self.second.observe(state.second, context, self._event(self.second, event)),
         )
 
     def propose(self, state: CascadeState, context: Context, draw: Draw) -> tuple[Proposal, CascadeState]:
@@ -90,36 +94,32 @@ class Cascade:
             context = dataclasses.replace(context, cache=first.cache)
         taken_b = first.length_b > 0
 
-        def led(logits_bv: Array, prefix_bi: Array) -> tuple[Array, Array]:
-            token_b, probs_bv = draw(logits_bv, prefix_bi)
-            return jnp.where(taken_b, first.tokens_bg[:, prefix_bi.shape[1]], token_b), probs_bv
+        def draw_first(logits_bv: Array, drafts_bg: Array, index: int | Array) -> tuple[Array, Array]:
+            token_b, probs_bv = draw(logits_bv, drafts_bg, index)
+            first_b = lax.dynamic_index_in_dim(first.tokens_bg, index, axis=1, keepdims=False)
+            return jnp.where(taken_b, first_b, token_b), probs_bv
 
-        second, second_state = self._second(state.second, context, led, first.tokens_bg, taken_b)
+        second, second_state = self._second(state.second, context, draw_first, first.tokens_bg, taken_b)
         probs_bgv = None
         if first.probs_bgv is not None or second.probs_bgv is not None:
             vocab = context.target.vocab_size
-            first_bgv, second_bgv = (_probs(part, vocab) for part in (first, second))
+            first_bgv, second_bgv = first.q(vocab), second.q(vocab)
             probs_bgv = jnp.where(taken_b[:, None, None], first_bgv, second_bgv)
-        # The second's states are of what is proposed in all rows, if it was led by the first's drafts where they are
-        # taken: not if it drafts without ``draw``, nor in a round in which it followed.
-        goes_on = second.probs_bgv is not None and not hasattr(self.second, "follow")
         proposal = Proposal(
             tokens_bg=jnp.where(taken_b[:, None], first.tokens_bg, second.tokens_bg),
             probs_bgv=probs_bgv,
             length_b=jnp.where(taken_b, first.length_b, second.length_b),
             cache=first.cache if second.cache is None else second.cache,
-            states_btd=second.states_btd if goes_on else None,
-            depth=second.depth if goes_on else 0,
         )
         return proposal, CascadeState(first_state, second_state)
 
     def _second(
-        self, state: Any, context: Context, led: Draw, tokens_bg: Array, taken_b: Array
+        self, state: Any, context: Context, draw: Draw, tokens_bg: Array, taken_b: Array
     ) -> tuple[Proposal, Any]:
         """Lets the second propose, unless no row needs it and it can follow without."""
 
         def propose(state: Any, cache: Cache) -> tuple[Proposal, Any]:
-            return self.second.propose(state, dataclasses.replace(context, cache=cache), led)
+            return self.second.propose(state, dataclasses.replace(context, cache=cache), draw)
 
         if not hasattr(self.second, "follow"):
             return propose(state, context.cache)
@@ -137,22 +137,7 @@ class Cascade:
         state = lax.fori_loop(jnp.int32(0), 1 - turns, lambda _, x: self.second.follow(x, context, tokens_bg), state)
         return second, state
 
-    def commit(
-        self, state: CascadeState, context: Context, verdict: Verdict, features: tuple[Array, ...]
-    ) -> CascadeState:
-        """Tells both the verdict."""
-        return CascadeState(
-            self.first.commit(state.first, context, verdict, self._of(self.first, features)),
-            self.second.commit(state.second, context, verdict, self._of(self.second, features)),
-        )
-
-    def _of(self, part: Drafter, features: tuple[Array, ...]) -> tuple[Array, ...]:
-        """Returns the features that one of the two asked for."""
-        return tuple(features[self.capture.index(index)] for index in part.capture)
-
-
-def _probs(proposal: Proposal, vocab: int) -> Array:
-    """Returns q ``[b, g, v]``, one-hot for deterministic drafts."""
-    if proposal.probs_bgv is not None:
-        return proposal.probs_bgv
-    return jax.nn.one_hot(proposal.tokens_bg, vocab, dtype=jnp.float32)
+    def _event(self, part: Drafter, event: Event) -> Event:
+        """Returns the event with the features that one of the two asked for."""
+        features = tuple(event.features[self.capture.index(index)] for index in part.capture)
+        return dataclasses.replace(event, features=features)

@@ -5,7 +5,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -15,8 +14,9 @@ from specjax.checks import check_integer
 from specjax.transformer.attention import Attention
 from specjax.transformer.config import DecoderConfig, LayerConfig
 from specjax.transformer.decoder import DecoderLayer, empty_cache, run_layers
-from specjax.transformer.layers import MLP, Embedding, Linear, declared_axes, make_norm
-from specjax.types import LanguageModel
+from specjax.transformer.functional import Functional
+from specjax.transformer.layers import MLP, Embedding, Linear, make_norm
+from specjax.types import Feed, LanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ class EagleHead:
     def describe(self) -> str:
         """Returns a line for people: which of the target's states are read, above all."""
         layers, width = self.decoder.num_hidden_layers, self.decoder.hidden_size
-        size = f"EAGLE-{self.version} head, {layers} layer{'s' * (layers > 1)} of width {width}"
+        size = f"EAGLE-{self.version} head, {layers} layer{'s' if layers > 1 else ''} of width {width}"
         if self.version == 1:
             return f"{size}: reads the target's state after the final norm"
         states = ", ".join(map(str, self.capture))
@@ -116,29 +116,27 @@ class EagleHead:
         A reduced draft vocabulary, ``draft_of_v`` int32 ``[v]``, holds the draft's id of each of the target's tokens,
         and -1 for those that are never drafted; here it is the target's first ``draft_vocab_size`` tokens.
         """
-        return nnx.to_pure_dict(nnx.split(_module(self, dtype, nnx.Rngs(params=key)))[1])
+        return _EAGLE.init(self, key, dtype)
 
     def abstract_params(self, dtype: jnp.dtype = jnp.dtype("float32")) -> Any:
         """Returns the parameters' shapes and dtypes without computing them."""
-        return jax.eval_shape(lambda: self.init_params(jax.random.key(0), dtype))
+        return _EAGLE.abstract(self, dtype)
 
     def axes(self, params: Any) -> Any:
         """Returns what each parameter's dimensions stand for, in a tree like ``params``."""
-        return declared_axes(_graph(self, _dtype_of(params))[1])
+        return _EAGLE.axes(self, _dtype_of(params))
 
     def check_fit(self, target: LanguageModel, width: int) -> None:
-        """Raises ValueError unless the target's states are ``width`` wide as the head reads them, and it embeds tokens
-        and, for EAGLE-1, unembeds states."""
+        """Raises ValueError unless the target's states are ``width`` wide as the head reads them, and the target embeds
+        tokens and, for EAGLE-1, unembeds states."""
         if self.target_hidden_size != width:
             raise ValueError(
                 f"the head reads states {self.target_hidden_size} wide and the target's are {width}; {_CURE}"
             )
-        lends_head = self.version == 1  # in the dtype of the target's embeddings
-        lent = {"embed": lends_head or not self.own_embedding, "unembed": lends_head}
-        if missing := [name for name, needed in lent.items() if needed and getattr(target, name) is None]:
-            raise ValueError(
-                f"the head uses the target's {missing[0]}, which it does not have; set LanguageModel.{missing[0]}"
-            )
+        if self.version == 1:  # reads logits from states in the dtype of the target's embeddings
+            target.require("embed", "unembed")
+        elif not self.own_embedding:
+            target.require("embed")
 
     def init_cache(self, params: Any, rows: int, slots: int) -> KVCache:
         """Makes an empty cache."""
@@ -149,16 +147,16 @@ class EagleHead:
         return self._bind(params).fuse([x.astype(_dtype_of(params)) for x in features])
 
     def run(
-        self, params: Any, target: LanguageModel, tokens_bt: Array, states_btd: Array, cache: KVCache, start_b: Array
+        self, params: Any, target: LanguageModel, feed: Feed, states_btd: Array, cache: KVCache
     ) -> tuple[Array, KVCache]:
         """As ``specjax.drafters.feature.Head.run``."""
         module = self._bind(params)
         if self.own_embedding:
-            embedded_btd = module.embed_tokens(tokens_bt)
+            embedded_btd = module.embed_tokens(feed.tokens_bt)
         else:
             assert target.embed is not None
-            embedded_btd = target.embed(target.params, tokens_bt)
-        return module(embedded_btd.astype(states_btd.dtype), states_btd, cache, start_b)
+            embedded_btd = target.embed(target.params, feed.tokens_bt)
+        return module(embedded_btd.astype(states_btd.dtype), states_btd, cache, feed)
 
     def logits(self, params: Any, target: LanguageModel, states_bd: Array) -> Array:
         """Returns float32 ``[b, v]`` logits of states ``[b, d]``, -inf for tokens that are never drafted."""
@@ -166,13 +164,12 @@ class EagleHead:
         if isinstance(module, _Eagle3):
             return module.logits(states_bd)
         assert target.unembed is not None
-        return target.unembed(target.params, states_bd[:, None].astype(target.embedded.dtype))[:, 0].astype(jnp.float32)
+        return target.unembed(target.params, states_bd[:, None].astype(target.embedding_spec.dtype))[:, 0].astype(
+            jnp.float32
+        )
 
     def _bind(self, params: Any) -> "_Eagle1 | _Eagle3":
-        graph, state = _graph(self, _dtype_of(params))
-        state = jax.tree.map(lambda x: x, state)
-        nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(graph, state)
+        return _EAGLE.bind(self, params, _dtype_of(params))
 
 
 _CURE = "give the head's own target, or a head made for this one"
@@ -181,9 +178,9 @@ _OF_EAGLE_3 = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output
 
 def check_fit(head: EagleHead, target: LanguageModel) -> None:
     """Raises ValueError unless the head is made for a target of this width, vocabulary and number of layers."""
-    if target.embed is None or target.unembed is None or target.num_layers is None:
-        raise ValueError("the target has no embed, unembed or num_layers, which an EAGLE head needs; set them")
-    head.check_fit(target, target.embedded.shape[-1])
+    target.require("embed", "unembed", "num_layers")
+    assert target.num_layers is not None
+    head.check_fit(target, target.embedding_spec.shape[-1])
     if head.vocab_size != target.vocab_size:
         raise ValueError(f"the head is for {head.vocab_size} tokens and the target has {target.vocab_size}; {_CURE}")
     if max(head.capture) > target.num_layers:
@@ -194,16 +191,16 @@ def check_fit(head: EagleHead, target: LanguageModel) -> None:
 
 
 class _BareLayer(DecoderLayer):
-    """EAGLE-1's first layer: nothing is normed ahead of its attention."""
+    """EAGLE-1's first layer: nothing is normed before its attention."""
 
     def __init__(self, config: DecoderConfig, layer: LayerConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         super().__init__(config, layer, dtype, rngs)
         del self.input_layernorm
 
     def __call__(
-        self, x_btd: Array, position_bt: Array, tables: tuple[Array, Array] | None, stored: Stored | None
+        self, x_btd: Array, feed: Feed, tables: tuple[Array, Array] | None, stored: Stored | None
     ) -> tuple[Array, Stored]:
-        y_btd, stored = self.self_attn(x_btd, position_bt, tables, stored)
+        y_btd, stored = self.self_attn(x_btd, feed, tables, stored)
         x_btd = x_btd + y_btd
         return x_btd + self.mlp(self.post_attention_layernorm(x_btd)), stored
 
@@ -224,13 +221,13 @@ class _FusingLayer(nnx.Module):
         self,
         embedded_btd: Array,
         x_btd: Array,
-        position_bt: Array,
+        feed: Feed,
         tables: tuple[Array, Array] | None,
         stored: Stored | None,
     ) -> tuple[Array, Stored]:
         normed_btd = self.hidden_norm(x_btd)
         both = jnp.concatenate([self.input_layernorm(embedded_btd), normed_btd], axis=-1)
-        y_btd, stored = self.self_attn(both, position_bt, tables, stored)
+        y_btd, stored = self.self_attn(both, feed, tables, stored)
         x_btd = y_btd + (normed_btd if self.norm_before_residual else x_btd)
         return x_btd + self.mlp(self.post_attention_layernorm(x_btd)), stored
 
@@ -249,9 +246,9 @@ class _Eagle1(nnx.Module):
     def fuse(self, features: Sequence[Array]) -> Array:
         return features[0]
 
-    def __call__(self, embedded_btd: Array, x_btd: Array, cache: KVCache, start_b: Array) -> tuple[Array, KVCache]:
+    def __call__(self, embedded_btd: Array, x_btd: Array, cache: KVCache, feed: Feed) -> tuple[Array, KVCache]:
         x_btd = self.fc(jnp.concatenate([embedded_btd, x_btd], axis=-1))
-        states, cache = run_layers(self.layers, self.head.decoder, x_btd, cache, start_b)
+        states, cache = run_layers(self.layers, self.head.decoder, x_btd, cache, feed)
         return states[-1], cache
 
 
@@ -282,10 +279,10 @@ class _Eagle3(nnx.Module):
         fused = jnp.concatenate(features, axis=-1)
         return self.fc(fused if self.input_norm is None else self.input_norm(fused))
 
-    def __call__(self, embedded_btd: Array, x_btd: Array, cache: KVCache, start_b: Array) -> tuple[Array, KVCache]:
+    def __call__(self, embedded_btd: Array, x_btd: Array, cache: KVCache, feed: Feed) -> tuple[Array, KVCache]:
         first, *others = self.layers
         layers = [functools.partial(first, embedded_btd), *others]
-        states, cache = run_layers(layers, self.head.decoder, x_btd, cache, start_b)
+        states, cache = run_layers(layers, self.head.decoder, x_btd, cache, feed)
         return (self.norm(states[-1]) if self.head.norm_output else states[-1]), cache
 
     def logits(self, x_bd: Array) -> Array:
@@ -300,9 +297,7 @@ def _module(head: EagleHead, dtype: jnp.dtype, rngs: nnx.Rngs) -> _Eagle1 | _Eag
     return (_Eagle1 if head.version == 1 else _Eagle3)(head, dtype, rngs)
 
 
-@functools.cache
-def _graph(head: EagleHead, dtype: jnp.dtype):
-    return nnx.split(nnx.eval_shape(lambda: _module(head, dtype, nnx.Rngs(0))))
+_EAGLE = Functional(_module)
 
 
 def _dtype_of(params: Any) -> jnp.dtype:

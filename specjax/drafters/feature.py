@@ -1,13 +1,14 @@
 """Drafting with a head that reads the target's hidden states: what MTP and EAGLE heads share."""
 
-import dataclasses
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from specjax.types import Cache, Context, Draw, LanguageModel, Proposal, Verdict
+from specjax.drafters.chain import Chain, place, repeat, text_at
+from specjax.types import Cache, Context, Draw, Event, Feed, LanguageModel, Proposal
 
 
 class Head(Protocol):
@@ -42,21 +43,20 @@ class Head(Protocol):
         ...
 
     def run(
-        self, params: Any, target: LanguageModel, tokens_bt: Array, states_btd: Array, cache: Cache, start_b: Array
+        self, params: Any, target: LanguageModel, feed: Feed, states_btd: Array, cache: Cache
     ) -> tuple[Array, Cache]:
-        """Feeds t slots of each row.
+        """Runs one pass over t slots of each row.
 
         Args:
           params: the head's parameters.
-          target: lends what the head shares with it.
-          tokens_bt: int32, at slot i token i + 1.
-          states_btd: at slot i the target's state at position i, as ``fuse`` returns it, or the head's own.
-          cache: the head's; slots from ``start_b`` on are written, and those before them are seen.
-          start_b: int32, the first slot of each row.
+          target: has what the head shares with it.
+          feed: at slot i, token i + 1.
+          states_btd: at slot i, the target's state at position i, as ``fuse`` returns it, or the head's own.
+          cache: the head's; the feed's places are written.
 
         Returns:
-          The head's states ``[b, t, d]``, from which ``logits`` predicts token i + 2 and which can be fed in turn in
-          place of ``fuse``'s, and the cache.
+          The head's states ``[b, t, d]`` and the cache. From the states ``logits`` predicts token i + 2, and they can
+          be fed in turn in place of ``fuse``'s.
         """
         ...
 
@@ -67,17 +67,15 @@ class Head(Protocol):
 
 @struct.dataclass
 class FeatureState:
-    """What a head remembers between rounds.
+    """What a head remembers between rounds. In a row of n tokens, its last slot with a known state is n - 2.
 
     Attributes:
-      cache: the head's.
-      states_btd: ``[b, g + 1, d]``, fused states of the target at the slots from ``start_b`` on.
-      start_b: int32 ``[b]``.
+      cache: the head's, right up to that slot.
+      state_bd: ``[b, d]``, the head's state at that slot, from which the first draft is drawn.
     """
 
     cache: Cache
-    states_btd: Array
-    start_b: Array
+    state_bd: Array
 
 
 @struct.dataclass
@@ -85,18 +83,22 @@ class FeatureDrafter:
     """Drafts a chain with a head: after the first draft, the head goes on from its own states (Li et al. 2024, EAGLE,
     arXiv 2401.15077, section 4.1; with MTP modules, DeepSeek-V3, section 2.2, of which one is reused).
 
-    What the chain wrote into the head's cache is overwritten from the target's true states in the next round. A row
-    of one token drafts nothing: no state of the target is known yet.
+    After each round, ``observe`` overwrites what the chain wrote into the head's cache, from the target's true states.
+    Example, a row of n = 10 tokens: the target's states are known up to position 8. Slot 8 takes token 9 and state 8,
+    and predicts token 10, the first draft. Slot 9 takes that draft and the head's own state of slot 8. A row of one
+    token drafts nothing: no state of the target is known yet.
 
     Attributes:
       params: the head's parameters.
       head: the head.
       num_draft: g, tokens proposed per round.
+      unrolled: as for ``ModelDrafter``.
     """
 
     params: Any
     head: Head = struct.field(pytree_node=False)
     num_draft: int = struct.field(pytree_node=False, default=4)
+    unrolled: bool = struct.field(pytree_node=False, default=True)
 
     max_positions = None
 
@@ -112,64 +114,52 @@ class FeatureDrafter:
         """Returns what each parameter's dimensions stand for, in a tree like ``params``."""
         return self.head.axes(self.params)
 
-    def start(self, context: Context, features: tuple[Array, ...], slots: int) -> FeatureState:
-        """Fills the head's cache from the prompt.
+    def init(self, target: LanguageModel, rows: int, slots: int) -> FeatureState:
+        """Returns an empty cache.
 
         Raises:
-          ValueError: the head was made for a target of another width, or for one that lends more.
+          ValueError: the head was made for a target of another width, or needs more of the target.
         """
-        self.head.check_fit(context.target, features[0].shape[-1])
-        rows, width = context.tokens_bs.shape
-        states_btd = self.head.fuse(self.params, features)
-        shifted_bt = jnp.pad(context.tokens_bs[:, 1:], ((0, 0), (0, 1)))
-        zero_b = jnp.zeros((rows,), jnp.int32)
+        specs = target.state_specs(self.capture)
+        self.head.check_fit(target, specs[0].shape[-1])
+        spec = jax.eval_shape(self.head.fuse, self.params, specs)
         cache = self.head.init_cache(self.params, rows, slots)
-        _, cache = self.head.run(self.params, context.target, shifted_bt, states_btd, cache, zero_b)
-        start_b = jnp.maximum(context.length_b - 2 - self.num_draft, 0)
-        place_t = jnp.arange(self.num_draft + 1, dtype=jnp.int32)[None]
-        at_bt1 = jnp.minimum(start_b[:, None] + place_t, width - 1)[:, :, None]
-        return FeatureState(cache, jnp.take_along_axis(states_btd, at_bt1, axis=1), start_b)
+        return FeatureState(cache, jnp.zeros((rows, spec.shape[-1]), spec.dtype))
+
+    def observe(self, state: FeatureState, context: Context, event: Event) -> FeatureState:
+        """Writes the head's cache from the target's true states."""
+        given, width = event.feed, event.feed.tokens_bt.shape[1]
+        feed = Feed(text_at(context.tokens_bs, given.start_b + 1, width), given.start_b, event.kept_b)
+        fused_btd = self.head.fuse(self.params, event.features)
+        states_btd, cache = self.head.run(self.params, context.target, feed, fused_btd, state.cache)
+        last_bd = place(states_btd, jnp.maximum(event.kept_b - 1, 0))
+        return FeatureState(cache, jnp.where(event.kept_b[:, None] > 0, last_bd, state.state_bd))
 
     def propose(self, state: FeatureState, context: Context, draw: Draw) -> tuple[Proposal, FeatureState]:
-        """Samples a chain of ``num_draft`` tokens."""
-        length_b = context.length_b
-        states_btd, cache = self._rewritten(state, context)
-        last_b11 = jnp.maximum(length_b - 2 - state.start_b, 0)[:, None, None]
-        state_bd = jnp.take_along_axis(states_btd, last_b11, axis=1)[:, 0]
-        tokens, probs = [], []
-        drafting_b, drafted_b = length_b >= 2, jnp.zeros_like(length_b)
-        for i in range(self.num_draft):
-            prefix_bi = jnp.stack(tokens, axis=1) if tokens else jnp.zeros((length_b.shape[0], 0), jnp.int32)
-            token_b, probs_bv = draw(self.head.logits(self.params, context.target, state_bd), prefix_bi)
-            # Where a bias bans all tokens that the head drafts, what is drawn has no law.
-            drafting_b &= jnp.take_along_axis(probs_bv, token_b[:, None], axis=1)[:, 0] > 0
-            drafted_b += drafting_b.astype(jnp.int32)
-            tokens.append(token_b)
-            probs.append(probs_bv)
-            if i + 1 < self.num_draft:
-                states_btd, cache = self.head.run(
-                    self.params, context.target, token_b[:, None], state_bd[:, None], cache, length_b + (i - 1)
-                )
-                state_bd = states_btd[:, 0]
-        proposal = Proposal(jnp.stack(tokens, axis=1), jnp.stack(probs, axis=1), drafted_b)
-        return proposal, dataclasses.replace(state, cache=cache)
+        """Samples a chain of ``num_draft`` tokens; the head goes on from its own states."""
+        target, length_b, g = context.target, context.length_b, self.num_draft
+        running_b = context.running_b.astype(jnp.int32)
+
+        # A row proposes no more where a bias bans all tokens that the head can draft.
+        def add(i: int | Array, chain: Chain, drafting_b: Array, state_bd: Array) -> tuple[Chain, Array, Array]:
+            chain, token_b = chain.add(draw, self.head.logits(self.params, target, state_bd), i)
+            return chain, drafting_b & chain.lawful(i), token_b
+
+        def advance(i: int | Array, carry: Any) -> Any:
+            chain, drafting_b, drafted_b, token_b, state_bd, cache = carry
+            feed = Feed(token_b[:, None], length_b + (i - 2), running_b)
+            states_btd, cache = self.head.run(self.params, target, feed, state_bd[:, None], cache)
+            state_bd = states_btd[:, 0]
+            chain, drafting_b, token_b = add(i, chain, drafting_b, state_bd)
+            return chain, drafting_b, drafted_b + drafting_b.astype(jnp.int32), token_b, state_bd, cache
+
+        chain = Chain.empty(length_b.shape[0], g, target.vocab_size)
+        chain, drafting_b, token_b = add(0, chain, length_b >= 2, state.state_bd)
+        carry = (chain, drafting_b, drafting_b.astype(jnp.int32), token_b, state.state_bd, state.cache)
+        chain, _, drafted_b, _, _, cache = repeat(1, g, advance, carry, self.unrolled)
+        return chain.propose(drafted_b), FeatureState(cache, state.state_bd)
 
     def follow(self, state: FeatureState, context: Context, tokens_bg: Array) -> FeatureState:
-        """Writes the true states. Those of the tokens drafted elsewhere will be true when they are written."""
-        del tokens_bg
-        return dataclasses.replace(state, cache=self._rewritten(state, context)[1])
-
-    def _rewritten(self, state: FeatureState, context: Context) -> tuple[Array, Cache]:
-        """Feeds the true states of the last round; returns the head's, and its cache."""
-        place_t = jnp.arange(self.num_draft + 1, dtype=jnp.int32)[None]
-        at_bt = jnp.minimum(state.start_b[:, None] + 1 + place_t, context.tokens_bs.shape[1] - 1)
-        # What lies past the row's last token fills slots behind the last good one, which are written before they count.
-        fed_bt = jnp.take_along_axis(context.tokens_bs, at_bt, axis=1)
-        return self.head.run(self.params, context.target, fed_bt, state.states_btd, state.cache, state.start_b)
-
-    def commit(
-        self, state: FeatureState, context: Context, verdict: Verdict, features: tuple[Array, ...]
-    ) -> FeatureState:
-        """Keeps the target's states for the next round to write; those of rejected drafts will lie past the end."""
-        del verdict
-        return FeatureState(state.cache, self.head.fuse(self.params, features), context.length_b - 1)
+        """Nothing to do: ``observe`` writes the true states, whoever drafted."""
+        del context, tokens_bg
+        return state

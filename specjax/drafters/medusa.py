@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from specjax.types import Context, Draw, Proposal, Verdict
+from specjax.drafters.chain import Chain, place
+from specjax.types import Context, Draw, Event, LanguageModel, Proposal
 
 
 def head_logits(params: Any, states: Array) -> Array:
@@ -15,7 +16,7 @@ def head_logits(params: Any, states: Array) -> Array:
 
     Args:
       params: ``{"blocks": {k: {"kernel": [d, d], "bias": [d]}}, "lm_head": {"kernel": [d, v]}}``.
-      states: ``[.., d]``, the target's behind its final norm.
+      states: ``[.., d]``, the target's after its final norm.
 
     Returns:
       ``[.., v]`` in the dtype of ``params``.
@@ -78,36 +79,34 @@ class MedusaDrafter:
         axes = jax.tree.map(lambda array: (None, "embed")[-array.ndim :], self.params)
         return {i: {**head, "lm_head": {"kernel": ("embed", "vocab")}} for i, head in axes.items()}
 
-    def start(self, context: Context, features: tuple[Array, ...], slots: int) -> Array:
-        """Returns the last state known of each row, ``[b, d]`` in the target's dtype.
+    def init(self, target: LanguageModel, rows: int, slots: int) -> Array:
+        """Returns ``[b, d]`` in the target's dtype, for the last state known of each row.
 
         Raises:
           ValueError: there are fewer heads than drafts, or they are of another width than the target.
         """
         del slots
-        check_medusa_fit(self.params, self.num_draft, features[0].shape[-1])
-        return _at(features[0], jnp.maximum(context.length_b - 2, 0))
+        (spec,) = target.state_specs(self.capture)
+        check_medusa_fit(self.params, self.num_draft, spec.shape[-1])
+        return jnp.zeros((rows, spec.shape[-1]), spec.dtype)
+
+    def observe(self, state: Array, context: Context, event: Event) -> Array:
+        """Returns the state at the last place that was kept."""
+        del context
+        last_bd = place(event.features[0], jnp.maximum(event.kept_b - 1, 0))
+        return jnp.where(event.kept_b[:, None] > 0, last_bd, state)
 
     def propose(self, state: Array, context: Context, draw: Draw) -> tuple[Proposal, Array]:
         """Samples one token from each of the first ``num_draft`` heads."""
-        tokens, probs = [], []
+        chain = Chain.empty(state.shape[0], self.num_draft, context.target.vocab_size)
         for i in range(self.num_draft):
-            prefix_bi = jnp.stack(tokens, axis=1) if tokens else jnp.zeros((state.shape[0], 0), jnp.int32)
-            token_b, probs_bv = draw(head_logits(self.params[i], state), prefix_bi)
-            tokens.append(token_b)
-            probs.append(probs_bv)
-        length_b = jnp.where(context.length_b >= 2, self.num_draft, 0).astype(jnp.int32)
-        return Proposal(jnp.stack(tokens, axis=1), jnp.stack(probs, axis=1), length_b), state
+            chain, _ = chain.add(draw, head_logits(self.params[i], state), i)
+        return chain.propose(jnp.where(context.length_b >= 2, self.num_draft, 0).astype(jnp.int32)), state
 
     def follow(self, state: Array, context: Context, tokens_bg: Array) -> Array:
         """Nothing to do: the next state comes from the target, whoever drafted."""
         del context, tokens_bg
         return state
-
-    def commit(self, state: Array, context: Context, verdict: Verdict, features: tuple[Array, ...]) -> Array:
-        """Returns the state at the last accepted draft, or at the row's last token where none was accepted."""
-        del state, context
-        return _at(features[0], verdict.num_accepted_b)
 
 
 def check_medusa_fit(params: Any, num_draft: int, width: int) -> None:
@@ -117,7 +116,3 @@ def check_medusa_fit(params: Any, num_draft: int, width: int) -> None:
     own = params[0]["lm_head"]["kernel"].shape[0]
     if own != width:
         raise ValueError(f"the Medusa heads read states of width {own} and the target's are {width} wide; give its own")
-
-
-def _at(states_btd: Array, place_b: Array) -> Array:
-    return jnp.take_along_axis(states_btd, place_b[:, None, None], axis=1)[:, 0]

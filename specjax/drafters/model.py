@@ -1,12 +1,25 @@
 """A smaller language model as drafter."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from specjax.types import Cache, Context, Draw, LanguageModel, Proposal, Verdict
+from specjax.drafters.chain import Chain, place, repeat, text_at
+from specjax.types import Cache, Context, Draw, Event, Feed, LanguageModel, Proposal
+
+
+@struct.dataclass
+class ModelState:
+    """What the draft model has read.
+
+    Attributes:
+      cache: the draft model's.
+      fed_b: int32, how many of the row's tokens the cache holds. All but the last few: see ``ModelDrafter._window``.
+        After ``propose`` the drafts that were fed count, too, until ``observe`` cuts them.
+    """
+
+    cache: Cache
+    fed_b: Array
 
 
 @struct.dataclass
@@ -16,10 +29,13 @@ class ModelDrafter:
     Attributes:
       model: the draft model.
       num_draft: g, tokens proposed per round.
+      unrolled: compile g passes one after another, in place of one pass in a loop on the device. A long loop compiles
+        faster and runs a little slower (docs/performance.md).
     """
 
     model: LanguageModel
     num_draft: int = struct.field(pytree_node=False, default=4)
+    unrolled: bool = struct.field(pytree_node=False, default=True)
 
     @property
     def capture(self) -> tuple[int, ...]:
@@ -33,56 +49,78 @@ class ModelDrafter:
     def max_positions(self) -> int | None:
         return self.model.max_positions
 
-    def start(self, context: Context, features: Any, slots: int) -> Cache:
-        """Returns the draft model's cache, filled with the prompt."""
-        del features
-        rows = context.tokens_bs.shape[0]
-        cache = self.model.init_cache(rows, slots)
-        return self.model.forward(self.model.params, context.tokens_bs, cache, jnp.zeros((rows,), jnp.int32)).cache
+    @property
+    def _rolls_back(self) -> bool:
+        """Whether the model's cache has to be told what to forget, as of recurrent layers."""
+        return self.model.commit is not None
 
-    def propose(self, state: Cache, context: Context, draw: Draw) -> tuple[Proposal, Cache]:
-        """Samples a chain of ``num_draft`` tokens.
+    @property
+    def _window(self) -> int:
+        """The most tokens of a row that are fed before the first draft.
 
-        The first pass feeds the last *two* tokens: after a round whose drafts were all accepted, the last of these
-        was never fed. Feeding a token again writes what is there already.
+        An attention cache keeps the drafts that were fed and accepted. Only the last draft is never fed, so two tokens
+        are missing where all were accepted: that draft and the token after it. A cache that must be rolled back is
+        kept as it was before the drafts, so all g + 1 tokens of a round may be missing.
         """
-        length_b = context.length_b
-        start_b, two_b2 = _last_two(context)
-        output = self.model.forward(self.model.params, two_b2, state, start_b)
-        at_b11 = (length_b - 1 - start_b)[:, None, None]
-        logits_bv = jnp.take_along_axis(output.logits_btv, at_b11, axis=1)[:, 0]
-        tokens, probs = [], []
-        for i in range(self.num_draft):
-            if i:
-                output = self.model.forward(self.model.params, tokens[-1][:, None], output.cache, length_b + (i - 1))
-                logits_bv = output.logits_btv[:, 0]
-            prefix_bi = jnp.stack(tokens, axis=1) if tokens else jnp.zeros((length_b.shape[0], 0), jnp.int32)
-            token_b, probs_bv = draw(logits_bv, prefix_bi)
-            tokens.append(token_b)
-            probs.append(probs_bv)
-        length = jnp.full_like(length_b, self.num_draft)
-        return Proposal(jnp.stack(tokens, axis=1), jnp.stack(probs, axis=1), length), output.cache
+        return self.num_draft + 1 if self._rolls_back else 2
 
-    def follow(self, state: Cache, context: Context, tokens_bg: Array) -> Cache:
+    def init(self, target: LanguageModel, rows: int, slots: int) -> ModelState:
+        """Returns an empty cache."""
+        del target
+        return ModelState(self.model.init_cache(rows, slots), jnp.zeros((rows,), jnp.int32))
+
+    def observe(self, state: ModelState, context: Context, event: Event) -> ModelState:
+        """Feeds a prompt. Of a round, it only notes which drafts stay: ``propose`` feeds the rest."""
+        if event.drafted:
+            fed_b = jnp.where(event.kept_b > 0, jnp.minimum(state.fed_b, event.end_b), state.fed_b)
+            return ModelState(state.cache, fed_b)
+        # Tokens that were missing before come first, and as many are missing afterwards.
+        width = event.feed.tokens_bt.shape[1]
+        missing_b = jnp.where(event.kept_b > 0, event.end_b - state.fed_b, 0)
+        feed = Feed(text_at(context.tokens_bs, state.fed_b, width), state.fed_b, jnp.clip(missing_b, 0, width))
+        _, cache = self.model.run(feed, state.cache)
+        return ModelState(cache, state.fed_b + feed.count_b)
+
+    def propose(self, state: ModelState, context: Context, draw: Draw) -> tuple[Proposal, ModelState]:
+        """Samples a chain of ``num_draft`` tokens."""
+        length_b, running_b = context.length_b, context.running_b.astype(jnp.int32)
+        # 1. Feed what the cache lacks of the row, which gives the first draft's logits.
+        feed = self._missing(state, context, self._window)
+        logits_btv, cache = self.model.run(feed, state.cache)
+        rows, g, vocab = length_b.shape[0], self.num_draft, logits_btv.shape[-1]
+        logits_bv = place(logits_btv, jnp.maximum(feed.count_b - 1, 0))
+        chain, token_b = Chain.empty(rows, g, vocab).add(draw, logits_bv, 0)
+        read = ModelState(cache, jnp.where(context.running_b, length_b, state.fed_b))
+
+        # 2. Feed each draft for the next.
+        def advance(i: int | Array, carry: tuple[Chain, Array, Cache]) -> tuple[Chain, Array, Cache]:
+            chain, token_b, cache = carry
+            logits_btv, cache = self.model.run(Feed(token_b[:, None], length_b + (i - 1), running_b), cache)
+            return *chain.add(draw, logits_btv[:, 0], i), cache
+
+        chain, _, cache = repeat(1, g, advance, (chain, token_b, cache), self.unrolled)
+        # 3. Keep the drafts in the cache if those that are rejected do no harm there.
+        ahead = ModelState(cache, read.fed_b + running_b * (g - 1))
+        return chain.propose(jnp.full_like(length_b, g)), read if self._rolls_back else ahead
+
+    def follow(self, state: ModelState, context: Context, tokens_bg: Array) -> ModelState:
         """Feeds in one pass what ``propose`` would have, had it drafted these tokens."""
-        start_b, two_b2 = _last_two(context)
-        known_b1 = (context.length_b - start_b)[:, None]  # a row of one token has no second, and drafts come sooner
+        running_b = context.running_b
+        if self._rolls_back:
+            feed = self._missing(state, context, self._window)
+            _, cache = self.model.run(feed, state.cache)
+            return ModelState(cache, jnp.where(running_b, context.length_b, state.fed_b))
+        feed = self._missing(state, context, self.num_draft + 1)
         place_t = jnp.arange(self.num_draft + 1, dtype=jnp.int32)[None]
-        drafts_bt = jnp.take_along_axis(tokens_bg, jnp.clip(place_t - known_b1, 0, self.num_draft - 1), axis=1)
-        two_bt = jnp.pad(two_b2, ((0, 0), (0, self.num_draft - 1)))
-        fed_bt = jnp.where(place_t < known_b1, two_bt, drafts_bt)
-        return self.model.forward(self.model.params, fed_bt, state, start_b).cache
+        # Where one token was missing, the last place is not real: the last draft is not fed.
+        draft_bt = jnp.clip(place_t - feed.count_b[:, None], 0, self.num_draft - 1)
+        drafts_bt = jnp.take_along_axis(tokens_bg, draft_bt, axis=1)
+        tokens_bt = jnp.where(feed.real_bt, feed.tokens_bt, drafts_bt)
+        count_b = jnp.where(running_b, feed.count_b + (self.num_draft - 1), 0)
+        _, cache = self.model.run(Feed(tokens_bt, feed.start_b, count_b), state.cache)
+        return ModelState(cache, state.fed_b + count_b)
 
-    def commit(self, state: Cache, context: Context, verdict: Verdict, features: Any) -> Cache:
-        """Tells the draft model which of the tokens it was fed stay: all before the row's end, then the accepted."""
-        del features
-        start_b = jnp.maximum(context.length_b - 2, 0)
-        fed_drafts_b = jnp.minimum(verdict.num_accepted_b, self.num_draft - 1)
-        return self.model.commit(state, start_b, context.length_b - start_b + fed_drafts_b)
-
-
-def _last_two(context: Context) -> tuple[Array, Array]:
-    """Returns the first slot to feed, and the last two tokens; of a row of one token, it and the padding behind it."""
-    start_b = jnp.maximum(context.length_b - 2, 0)
-    slot_b2 = start_b[:, None] + jnp.arange(2, dtype=jnp.int32)[None]
-    return start_b, jnp.take_along_axis(context.tokens_bs, slot_b2, axis=1)
+    def _missing(self, state: ModelState, context: Context, width: int) -> Feed:
+        """Returns the tokens of running rows that the cache lacks."""
+        count_b = jnp.where(context.running_b, context.length_b - state.fed_b, 0)
+        return Feed(text_at(context.tokens_bs, state.fed_b, width), state.fed_b, count_b)

@@ -5,20 +5,20 @@ token i + k, and predicts token i + k + 1.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 from jax import Array
 
 from specjax.cache import KVCache, Stored
 from specjax.checks import check_integer
+from specjax.drafters.chain import Chain, place, text_at
 from specjax.transformer.config import DecoderConfig, LayerConfig
 from specjax.transformer.decoder import DecoderLayer, empty_cache
-from specjax.transformer.layers import Embedding, Linear, declared_axes, make_norm, positions, rotary_tables, softcap
-from specjax.types import Cache, Context, Draw, LanguageModel, Proposal, Verdict
+from specjax.transformer.functional import Functional
+from specjax.transformer.layers import Embedding, Linear, make_norm, rotary_tables, softcap
+from specjax.types import Cache, Context, Draw, Event, Feed, LanguageModel, Proposal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,44 +71,47 @@ class MTPModule(nnx.Module):
         self.lm_head = Linear(width, vocab, False, dtype, rngs, ("embed", "vocab")) if config.own_head else None
 
     def __call__(
-        self, target: LanguageModel, tokens_bt: Array, states_btd: Array, stored: Stored | None, start_b: Array
+        self, target: LanguageModel, feed: Feed, states_btd: Array, stored: Stored | None
     ) -> tuple[Array, Stored]:
-        """Feeds t slots of each row.
+        """Runs one pass over t slots of each row.
 
         Args:
-          target: lends the embedding, where the module has none.
-          tokens_bt: int32, for each slot the token whose embedding is joined: for module k at slot i, token i + k.
+          target: embeds tokens, where the module does not.
+          feed: for each slot the token whose embedding is joined: for module k at slot i, token i + k.
           states_btd: the states of the module before, or the target's; any floating dtype.
-          stored: what the layer keeps, of which the slots from ``start_b`` on are written; None lets the block stand
-            alone, as in training.
-          start_b: int32, the first slot of each row.
+          stored: what the layer keeps, into which the feed's places are written; None lets the block stand alone, as
+            in training.
 
         Returns:
           ``[b, t, d]`` states in the dtype of ``states_btd``, and what the layer keeps with these slots.
 
         Raises:
-          ValueError: the target does not lend its embedding, and the module has none.
+          ValueError: neither the module nor the target embeds tokens.
         """
         dtype = self.eh_proj.kernel[...].dtype
-        position_bt = positions(start_b, tokens_bt.shape[1])
-        embedded_btd = self._embed(target, tokens_bt).astype(dtype)
+        position_bt = feed.position_bt
+        embedded_btd = self._embed(target, feed.tokens_bt).astype(dtype)
         if self.config.zero_first:
             embedded_btd = jnp.where(position_bt[:, :, None] == 0, 0, embedded_btd)
         pair = self.enorm(embedded_btd), self.hnorm(states_btd.astype(dtype))
         x_btd = self.eh_proj(jnp.concatenate(pair[::-1] if self.config.hidden_first else pair, axis=-1))
-        x_btd, stored = self.layer(x_btd, position_bt, rotary_tables(position_bt, self.rope), stored)
+        x_btd, stored = self.layer(x_btd, feed, rotary_tables(position_bt, self.rope), stored)
         return self.norm(x_btd).astype(states_btd.dtype), stored
 
     def _embed(self, target: LanguageModel, tokens_bt: Array) -> Array:
         if self.embed_tokens is None:
-            return _shared(target, "embed")(target.params, tokens_bt)
+            target.require("embed")
+            assert target.embed is not None
+            return target.embed(target.params, tokens_bt)
         x_btd = self.embed_tokens(tokens_bt)
         return x_btd * jnp.asarray(self.config.decoder.embedding_scale, x_btd.dtype)
 
     def logits(self, target: LanguageModel, states_bd: Array) -> Array:
         """Returns ``[b, v]`` logits of states ``[b, d]`` that the module returned; raises ValueError as a call does."""
         if self.lm_head is None:
-            return _shared(target, "unembed")(target.params, states_bd[:, None])[:, 0]
+            target.require("unembed")
+            assert target.unembed is not None
+            return target.unembed(target.params, states_bd[:, None])[:, 0]
         logits_bv = self.lm_head(states_bd.astype(self.lm_head.kernel[...].dtype))
         return softcap(logits_bv.astype(jnp.float32), self.config.decoder.logit_softcap)
 
@@ -119,16 +122,10 @@ def _check_fit(config: MTPConfig, target: LanguageModel, width: int) -> None:
             f"the MTP modules are {config.decoder.hidden_size} wide and the target's states {width}; give their own "
             "target, or modules made for this one"
         )
-    for name, own in (("embed", config.own_embedding), ("unembed", config.own_head)):
-        if not own:
-            _shared(target, name)
-
-
-def _shared(target: LanguageModel, name: str) -> Any:
-    function = getattr(target, name)
-    if function is None:
-        raise ValueError(f"the head uses the target's {name}, which it does not have; give LanguageModel({name}=...)")
-    return function
+    if not config.own_embedding:
+        target.require("embed")
+    if not config.own_head:
+        target.require("unembed")
 
 
 class _MTP(nnx.Module):
@@ -136,26 +133,23 @@ class _MTP(nnx.Module):
         self.modules_ = nnx.List([MTPModule(config, layer, dtype, rngs) for layer in config.decoder.each_layer])
 
 
+_MODULES = Functional(_MTP)
+
+
 def init_mtp_params(config: MTPConfig, key: Array, dtype: jnp.dtype = jnp.dtype("float32")) -> Any:
     """Returns freshly drawn parameters of that dtype: nested dicts of arrays, with the modules under their numbers from
     0; consumes ``key``."""
-    _, state = nnx.split(_MTP(config, dtype, nnx.Rngs(params=key)))
-    return nnx.to_pure_dict(state)["modules_"]
+    return _MODULES.init(config, key, dtype)["modules_"]
 
 
 def abstract_mtp_params(config: MTPConfig, dtype: jnp.dtype = jnp.dtype("float32")) -> Any:
     """Returns the parameters' shapes and dtypes without computing them."""
-    return jax.eval_shape(lambda: init_mtp_params(config, jax.random.key(0), dtype))
-
-
-@functools.cache
-def _graph(config: MTPConfig, dtype: jnp.dtype):
-    return nnx.split(nnx.eval_shape(lambda: _MTP(config, dtype, nnx.Rngs(0))))
+    return _MODULES.abstract(config, dtype)["modules_"]
 
 
 def _axes(config: MTPConfig, params: Any) -> Any:
     """Returns what each parameter's dimensions stand for, in a tree like ``params``."""
-    return declared_axes(_graph(config, _dtype_of(params))[1])["modules_"]
+    return _MODULES.axes(config, _dtype_of(params))["modules_"]
 
 
 def _dtype_of(params: Any) -> jnp.dtype:
@@ -163,10 +157,7 @@ def _dtype_of(params: Any) -> jnp.dtype:
 
 
 def _bind(config: MTPConfig, params: Any) -> list[MTPModule]:
-    graph, state = _graph(config, _dtype_of(params))
-    state = jax.tree.map(lambda x: x, state)
-    nnx.replace_by_pure_dict(state, {"modules_": params})
-    return list(nnx.merge(graph, state).modules_)
+    return list(_MODULES.bind(config, {"modules_": params}, _dtype_of(params)).modules_)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +184,7 @@ class MTPHead:
         return self.config.decoder.vocab_size
 
     def check_fit(self, target: LanguageModel, width: int) -> None:
-        """Raises ValueError unless ``width`` is the module's, and the target lends what is shared."""
+        """Raises ValueError unless ``width`` is the module's, and the target has what is shared."""
         _check_fit(self.config, target, width)
 
     def init_cache(self, params: Any, rows: int, slots: int) -> KVCache:
@@ -205,22 +196,16 @@ class MTPHead:
         return _axes(self.config, params)
 
     def fuse(self, params: Any, features: tuple[Array, ...]) -> Array:
-        """Returns the target's states behind its final norm."""
+        """Returns the target's states after its final norm."""
         del params
         return features[0]
 
     def run(
-        self,
-        params: Any,
-        target: LanguageModel,
-        tokens_bt: Array,
-        states_btd: Array,
-        cache: KVCache | None,
-        start_b: Array,
+        self, params: Any, target: LanguageModel, feed: Feed, states_btd: Array, cache: KVCache | None
     ) -> tuple[Array, KVCache]:
         """As ``specjax.drafters.feature.Head.run``; without a cache the block stands alone, as in training."""
         stored = None if cache is None else cache.layers[0]
-        states_btd, stored = _bind(self.config, params)[0](target, tokens_bt, states_btd, stored, start_b)
+        states_btd, stored = _bind(self.config, params)[0](target, feed, states_btd, stored)
         return states_btd, KVCache((stored,))
 
     def logits(self, params: Any, target: LanguageModel, states_bd: Array) -> Array:
@@ -233,10 +218,10 @@ class MTPState:
     """What the modules remember between rounds.
 
     Attributes:
-      cache: one layer for each module in use, of the same slots.
-      states_btd: ``[b, 2g, d]`` in the target's dtype, its states behind the final norm at the slots from ``start_b``
-        on; those past the last known one hold what will be overwritten.
-      start_b: int32 ``[b]``, g slots before the row's end, and at least 0.
+      cache: one layer for each module in use.
+      states_btd: ``[b, 2g, d]`` in the target's dtype, its states after the final norm at slots ``start_b`` and later.
+        Of a row of n tokens they are known up to slot n - 2; the others hold anything.
+      start_b: int32 ``[b]``. The slots before it are final in the cache; those from it on have to be written again.
     """
 
     cache: Cache
@@ -249,10 +234,12 @@ class MTPDrafter:
     """Drafts token k of a round with module k, all of them at the slot of the last state that the target gave
     (DeepSeek-AI 2024, DeepSeek-V3, arXiv 2412.19437, section 2.2).
 
-    With n tokens in a row, module k has the true embeddings of its slots up to n - 1 - k; those behind, up to n - 2,
-    have embeddings of this round's drafts. The next round begins g slots before n, so that each module writes them
-    again. Modules past the first ``num_draft`` are not used. A row of one token drafts nothing: no state of the target
-    is known yet.
+    Module k needs token i + k at slot i, which may be a draft of this round. Example, n = 10 tokens, g = 3: module 2
+    has true tokens in its slots 0 to 7. Slot 8 embeds a draft of this round, which may be rejected. So the next round
+    starts g slots before n and writes those slots again.
+
+    Modules past the first ``num_draft`` are not used. A row of one token drafts nothing: no state of the target is
+    known yet.
 
     Attributes:
       params: the modules' parameters, by their numbers from 0.
@@ -286,58 +273,65 @@ class MTPDrafter:
         """Returns what each parameter's dimensions stand for, in a tree like ``params``."""
         return _axes(self.config, self.params)
 
-    def start(self, context: Context, features: tuple[Array, ...], slots: int) -> MTPState:
-        """Fills each module's cache from the prompt.
+    def init(self, target: LanguageModel, rows: int, slots: int) -> MTPState:
+        """Returns an empty cache.
 
         Raises:
-          ValueError: the modules were made for a target of another width, or for one that lends more.
+          ValueError: the modules were made for a target of another width, or need more of the target.
         """
-        _check_fit(self.config, context.target, features[0].shape[-1])
-        rows, width = context.tokens_bs.shape
+        (spec,) = target.state_specs(self.capture)
+        _check_fit(self.config, target, spec.shape[-1])
         g = self.num_draft
-        cache = empty_cache(self.config.decoder, rows, max(slots, 2 * g), _dtype_of(self.params))
-        states_btd, zero_b, kept = features[0], jnp.zeros((rows,), jnp.int32), []
-        padded_bt = jnp.pad(context.tokens_bs, ((0, 0), (0, g)))
-        for k, module in enumerate(_bind(self.config, self.params)[:g], start=1):
-            fed_bt = padded_bt[:, k : k + width]
-            states_btd, stored = module(context.target, fed_bt, states_btd, cache.layers[k - 1], zero_b)
-            kept.append(stored)
-        start_b = jnp.maximum(context.length_b - 1 - g, 0)
-        at_bt = jnp.minimum(start_b[:, None] + jnp.arange(2 * g, dtype=jnp.int32)[None], width - 1)
-        return MTPState(KVCache(tuple(kept)), _gather(features[0], at_bt), start_b)
+        # A pass over a prompt's chunk also covers up to 2g slots that are written again.
+        cache = empty_cache(self.config.decoder, rows, slots + 2 * g, _dtype_of(self.params))
+        states_btd = jnp.zeros((rows, 2 * g, spec.shape[-1]), spec.dtype)
+        return MTPState(KVCache(cache.layers[:g]), states_btd, jnp.zeros((rows,), jnp.int32))
+
+    def observe(self, state: MTPState, context: Context, event: Event) -> MTPState:
+        """Feeds a prompt. Of a round, the states are only kept: ``propose`` feeds them."""
+        g, kept_b1 = self.num_draft, event.kept_b[:, None] > 0
+        first_b1 = event.feed.start_b[:, None]
+
+        def known(start_b: Array, width: int) -> Array:
+            """Returns the states of ``width`` slots, from those remembered or from the event."""
+            slot_bt = start_b[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
+            at_bt = jnp.where(slot_bt < first_b1, slot_bt - state.start_b[:, None], slot_bt - first_b1 + 2 * g)
+            both_btd = jnp.concatenate([state.states_btd, event.features[0]], axis=1)
+            return jnp.take_along_axis(both_btd, jnp.clip(at_bt, 0, both_btd.shape[1] - 1)[:, :, None], axis=1)
+
+        cache, final_b = state.cache, event.feed.start_b + 1  # propose had true tokens up to the row's end
+        if not event.drafted:
+            width = event.feed.tokens_bt.shape[1] + 2 * g
+            count_b = jnp.where(kept_b1[:, 0], event.end_b - state.start_b, 0)
+            states_btd, kept = known(state.start_b, width), []
+            for k, module in enumerate(self._modules, start=1):
+                tokens_bt = text_at(context.tokens_bs, state.start_b + k, width)
+                feed = Feed(tokens_bt, state.start_b, count_b)
+                states_btd, stored = module(context.target, feed, states_btd, cache.layers[k - 1])
+                kept.append(stored)
+            cache, final_b = KVCache(tuple(kept)), event.end_b + 1
+        start_b = jnp.maximum(final_b - g, 0)
+        states_btd = jnp.where(kept_b1[:, :, None], known(start_b, 2 * g), state.states_btd)
+        return MTPState(cache, states_btd, jnp.where(kept_b1[:, 0], start_b, state.start_b))
 
     def propose(self, state: MTPState, context: Context, draw: Draw) -> tuple[Proposal, MTPState]:
         """Draws one token from each module, the next of which sees it."""
         g, length_b, target = self.num_draft, context.length_b, context.target
-        at_bt = state.start_b[:, None] + jnp.arange(3 * g, dtype=jnp.int32)[None]
-        # What lies past the last slot with a state fills slots that are written before they count.
-        tokens_bt = jnp.take_along_axis(context.tokens_bs, jnp.minimum(at_bt, context.tokens_bs.shape[1] - 1), axis=1)
-        last_b1 = jnp.maximum(length_b - 2 - state.start_b, 0)[:, None]
-        states_btd, kept, tokens, probs = state.states_btd, [], [], []
-        for k, module in enumerate(_bind(self.config, self.params)[:g], start=1):
-            fed_bt = tokens_bt[:, k : k + 2 * g]
-            states_btd, stored = module(target, fed_bt, states_btd, state.cache.layers[k - 1], state.start_b)
+        slot_bt = state.start_b[:, None] + jnp.arange(3 * g, dtype=jnp.int32)[None]
+        tokens_bt = text_at(context.tokens_bs, state.start_b, 3 * g)
+        count_b = jnp.where(context.running_b, jnp.maximum(length_b - 1 - state.start_b, 0), 0)
+        last_b = jnp.maximum(count_b - 1, 0)  # the slot of the last state that the target gave
+        chain = Chain.empty(length_b.shape[0], g, target.vocab_size)
+        states_btd, kept = state.states_btd, []
+        for k, module in enumerate(self._modules, start=1):
+            feed = Feed(tokens_bt[:, k : k + 2 * g], state.start_b, count_b)
+            states_btd, stored = module(target, feed, states_btd, state.cache.layers[k - 1])
             kept.append(stored)
-            prefix_bi = jnp.stack(tokens, axis=1) if tokens else jnp.zeros((length_b.shape[0], 0), jnp.int32)
-            token_b, probs_bv = draw(module.logits(target, _gather(states_btd, last_b1)[:, 0]), prefix_bi)
-            tokens_bt = jnp.where(at_bt == (length_b + (k - 1))[:, None], token_b[:, None], tokens_bt)
-            tokens.append(token_b)
-            probs.append(probs_bv)
+            chain, token_b = chain.add(draw, module.logits(target, place(states_btd, last_b)), k - 1)
+            tokens_bt = jnp.where(slot_bt == (length_b + (k - 1))[:, None], token_b[:, None], tokens_bt)
         drafted_b = jnp.where(length_b >= 2, g, 0).astype(jnp.int32)
-        proposal = Proposal(jnp.stack(tokens, axis=1), jnp.stack(probs, axis=1), drafted_b)
-        return proposal, dataclasses.replace(state, cache=KVCache(tuple(kept)))
+        return chain.propose(drafted_b), dataclasses.replace(state, cache=KVCache(tuple(kept)))
 
-    def commit(self, state: MTPState, context: Context, verdict: Verdict, features: tuple[Array, ...]) -> MTPState:
-        """Keeps the target's states for the next round to write; those of rejected drafts will lie past the end."""
-        del verdict
-        g, first_b1 = self.num_draft, (context.length_b - 1)[:, None]  # the first of ``features`` is at slot n - 1
-        start_b = jnp.maximum(context.length_b - g, 0)
-        slot_bt = start_b[:, None] + jnp.arange(2 * g, dtype=jnp.int32)[None]
-        at_bt = jnp.where(slot_bt < first_b1, slot_bt - state.start_b[:, None], slot_bt - first_b1 + 2 * g)
-        known_btd = jnp.concatenate([state.states_btd, features[0]], axis=1)
-        return MTPState(state.cache, _gather(known_btd, jnp.minimum(at_bt, 3 * g)), start_b)
-
-
-def _gather(x_btd: Array, at_bt: Array) -> Array:
-    """Returns the states of each row at the given places."""
-    return jnp.take_along_axis(x_btd, at_bt[:, :, None], axis=1)
+    @property
+    def _modules(self) -> list[MTPModule]:
+        return _bind(self.config, self.params)[: self.num_draft]

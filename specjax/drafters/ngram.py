@@ -1,11 +1,9 @@
 """Prompt lookup: drafts copied from an earlier place in the row itself."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from flax import struct
 
-from specjax.types import Context, Draw, Proposal, Verdict
+from specjax.types import Context, Draw, Event, LanguageModel, Proposal
 
 
 @struct.dataclass
@@ -42,12 +40,16 @@ class NGramDrafter:
     def capture(self) -> tuple[int, ...]:
         return ()
 
-    def start(self, context: Context, features: Any, slots: int) -> None:
+    def init(self, target: LanguageModel, rows: int, slots: int) -> None:
         """There is no state: the row's tokens are all it takes."""
-        del context, features, slots
+        del target, rows, slots
+
+    def observe(self, state: None, context: Context, event: Event) -> None:
+        """Nothing to note."""
+        del state, context, event
 
     def propose(self, state: None, context: Context, draw: Draw) -> tuple[Proposal, None]:
-        """Returns the tokens behind the best match; they are certain, so there are no probabilities."""
+        """Returns the tokens after the best match; they are certain, so there are no probabilities."""
         del draw
         tokens_bs, length_b = context.tokens_bs, context.length_b
         rows, slots = tokens_bs.shape
@@ -68,7 +70,3 @@ class NGramDrafter:
         source_bg = best_b[:, None] + 1 + jnp.arange(self.num_draft, dtype=jnp.int32)[None] % period_b1
         drafts_bg = jnp.take_along_axis(tokens_bs, jnp.clip(source_bg, 0, slots - 1), axis=1)
         return Proposal(drafts_bg, None, jnp.where(found_b, self.num_draft, 0).astype(jnp.int32)), state
-
-    def commit(self, state: None, context: Context, verdict: Verdict, features: Any) -> None:
-        """Nothing to note."""
-        del state, context, verdict, features

@@ -7,8 +7,11 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
 
+from specjax.drafters.chain import Chain, place, repeat, text_at
 from specjax.text.vocabulary import VocabularyMap
-from specjax.types import Cache, Context, Draw, LanguageModel, Proposal, Verdict
+from specjax.types import Cache, Context, Draw, Event, Feed, LanguageModel, Proposal
+
+_CHUNK = 256  # draft tokens of a prompt that are fed at a time
 
 
 @struct.dataclass
@@ -17,15 +20,17 @@ class SharedVocabularyState:
 
     Attributes:
       cache: the draft model's.
-      tokens_bs: int32, the text's tokens; zeros behind them.
+      tokens_bs: int32, the text's tokens; zeros past them.
       length_b: int32, how many they are, those included that found no room.
       taken_b: int32, how many of the target's tokens they spell.
+      fed_b: int32, how many of the text's tokens the cache holds, as in ``ModelState``.
     """
 
     cache: Cache
     tokens_bs: Array
     length_b: Array
     taken_b: Array
+    fed_b: Array
 
 
 @struct.dataclass
@@ -45,6 +50,7 @@ class SharedVocabularyDrafter:
       pieces_vp: int32 ``[v, p]``, each token in draft tokens; for a shared one, its id alone.
       num_pieces_v: int32 ``[v]``, how many of the p count.
       num_draft: g, tokens proposed per round.
+      unrolled: as for ``ModelDrafter``.
     """
 
     model: LanguageModel
@@ -52,6 +58,7 @@ class SharedVocabularyDrafter:
     pieces_vp: Array
     num_pieces_v: Array
     num_draft: int = struct.field(pytree_node=False, default=4)
+    unrolled: bool = struct.field(pytree_node=False, default=True)
 
     max_positions = None  # a text too long for the draft is no error: the row goes on without drafts
 
@@ -64,79 +71,86 @@ class SharedVocabularyDrafter:
         return self.draft_of_v.shape[0]
 
     @property
-    def _window(self) -> int:
-        """Tokens to feed before drafting. A round leaves at most p + 1 unfed: its last draft, which never is fed, and
-        the pieces of the token emitted behind it."""
-        return self.pieces_vp.shape[1] + 1
+    def _rolls_back(self) -> bool:
+        return self.model.commit is not None
 
-    def start(self, context: Context, features: Any, slots: int) -> SharedVocabularyState:
-        """Returns the prompt in draft tokens, and the draft's cache filled with it."""
-        del features
-        rows, width = context.tokens_bs.shape
+    @property
+    def _window(self) -> int:
+        """The most draft tokens of a row that are fed before the first draft, as in ``ModelDrafter``.
+
+        Of a round, the token after the accepted drafts has up to p pieces. A cache that keeps the drafts lacks one
+        more, the last draft, which is never fed. A cache that must be rolled back lacks all of them.
+        """
+        return self.pieces_vp.shape[1] + (self.num_draft if self._rolls_back else 1)
+
+    def init(self, target: LanguageModel, rows: int, slots: int) -> SharedVocabularyState:
+        """Returns empty texts and an empty cache."""
+        del target
         # Between vocabularies of one kind a text is seldom twice as long; p times would fit all, and cost as much.
         slots = max(2 * slots, self._window + self.num_draft)
         if self.model.max_positions is not None:
             slots = min(slots, self.model.max_positions)
+        # A prompt's chunk may start at any slot, so the cache has room for one past the text.
+        cache = self.model.init_cache(rows, slots + max(_CHUNK, self._window))
         zero_b = jnp.zeros((rows,), jnp.int32)
-        state = SharedVocabularyState(
-            self.model.init_cache(rows, slots), jnp.zeros((rows, slots), jnp.int32), zero_b, zero_b
-        )
-        state = self._extended(state, context.tokens_bs, context.length_b)
-        chunk = min(width, slots)
-        last_start = jnp.int32(slots - chunk)  # an overlap feeds some tokens again, which writes what is there
+        return SharedVocabularyState(cache, jnp.zeros((rows, slots), jnp.int32), zero_b, zero_b, zero_b)
 
-        def feed(i: Array, cache: Cache) -> Cache:
-            start = jnp.minimum(i * chunk, last_start)
-            tokens_bt = lax.dynamic_slice_in_dim(state.tokens_bs, start, chunk, axis=1)
-            return self.model.forward(self.model.params, tokens_bt, cache, zero_b + start).cache
+    def observe(self, state: SharedVocabularyState, context: Context, event: Event) -> SharedVocabularyState:
+        """Spells the tokens that are new, and feeds a prompt. A round's are fed by ``propose``."""
+        # 1. Spell all tokens up to the one after those that were kept.
+        new_b = jnp.where(event.kept_b > 0, event.end_b + 1 - state.taken_b, 0)
+        new_bt = text_at(context.tokens_bs, state.taken_b, event.feed.tokens_bt.shape[1] + 1)
+        if event.drafted:
+            # 2. An accepted draft is one draft token, and what was fed of the rejected ones is forgotten.
+            accepted_b = jnp.maximum(event.kept_b - 1, 0)
+            kept_b = jnp.minimum(state.fed_b, state.length_b + accepted_b)
+            state = dataclasses.replace(state, fed_b=jnp.where(event.kept_b > 0, kept_b, state.fed_b))
+            return self._extended(state, new_bt, new_b)
+        state = self._extended(state, new_bt, new_b)
 
-        # The cost follows the longest text: mostly one chunk, since prompts are padded.
-        chunks = (jnp.max(self._end(state)) + (chunk - 1)) // chunk
-        return dataclasses.replace(state, cache=lax.fori_loop(jnp.int32(0), chunks, feed, state.cache))
+        # 3. Feed a prompt: of its last token nothing is needed before the first draft.
+        def feed(_: Array, state: SharedVocabularyState) -> SharedVocabularyState:
+            count_b = jnp.clip(self._end(state) - 1 - state.fed_b, 0, _CHUNK)
+            chunk = Feed(text_at(state.tokens_bs, state.fed_b, _CHUNK), state.fed_b, count_b)
+            _, cache = self.model.run(chunk, state.cache)
+            return dataclasses.replace(state, cache=cache, fed_b=state.fed_b + count_b)
+
+        most = jnp.max(self._end(state) - 1 - state.fed_b)
+        return lax.fori_loop(jnp.int32(0), (most + (_CHUNK - 1)) // _CHUNK, feed, state)
 
     def propose(self, state: SharedVocabularyState, context: Context, draw: Draw) -> tuple[Proposal, Any]:
         """Samples a chain of ``num_draft`` shared tokens."""
-        place_t = jnp.arange(self.num_draft + 1, dtype=jnp.int32)[None]  # a round emits no more
-        new_bt = jnp.take_along_axis(context.tokens_bs, state.taken_b[:, None] + place_t, axis=1)
-        state = self._extended(state, new_bt, context.length_b - state.taken_b)
+        end_b, g = self._end(state), self.num_draft
+        running_b = context.running_b & (end_b > 0)
+        # 1. Feed what the cache lacks of the text.
+        count_b = jnp.where(running_b, end_b - state.fed_b, 0)
+        feed = Feed(text_at(state.tokens_bs, state.fed_b, self._window), state.fed_b, count_b)
+        logits_btu, cache = self.model.run(feed, state.cache)
+        read = dataclasses.replace(state, cache=cache, fed_b=state.fed_b + count_b)
+        fed_b = running_b.astype(jnp.int32)
 
-        end_b = self._end(state)
-        start_b = jnp.maximum(end_b - self._window, 0)
-        place_w = jnp.arange(self._window, dtype=jnp.int32)[None]
-        fed_bw = jnp.take_along_axis(state.tokens_bs, start_b[:, None] + place_w, axis=1)
-        output = self.model.forward(self.model.params, fed_bw, state.cache, start_b)
-        at_b11 = jnp.maximum(end_b - 1 - start_b, 0)[:, None, None]
-        logits_bu = jnp.take_along_axis(output.logits_btv, at_b11, axis=1)[:, 0]
-
-        tokens, probs = [], []
-        proposing_b, length_b, draft_b = end_b > 0, jnp.zeros_like(end_b), jnp.zeros_like(end_b)
-        for i in range(self.num_draft):
-            if i:
-                output = self.model.forward(self.model.params, draft_b[:, None], output.cache, end_b + (i - 1))
-                logits_bu = output.logits_btv[:, 0]
-            prefix_bi = jnp.stack(tokens, axis=1) if tokens else jnp.zeros((end_b.shape[0], 0), jnp.int32)
-            token_b, probs_bv = draw(self._restricted(logits_bu), prefix_bi)
+        # 2. Draw, and feed each draft for the next. A row ends where it draws a token that is not shared.
+        def add(chain: Chain, logits_bu: Array, proposing_b: Array, i: int | Array) -> tuple[Chain, Array, Array]:
+            chain, token_b = chain.add(draw, self._restricted(logits_bu), i)
             draft_b = self.draft_of_v[token_b]
-            # Where a bias bans all shared tokens, what is drawn has no law, or is not shared.
-            drawn_b = jnp.take_along_axis(probs_bv, token_b[:, None], axis=1)[:, 0]
-            proposing_b &= (drawn_b > 0) & (draft_b >= 0)
-            length_b += proposing_b.astype(jnp.int32)
-            draft_b = jnp.maximum(draft_b, 0)
-            tokens.append(token_b)
-            probs.append(probs_bv)
-        proposal = Proposal(jnp.stack(tokens, axis=1), jnp.stack(probs, axis=1), length_b)
-        return proposal, dataclasses.replace(state, cache=output.cache)
+            return chain, proposing_b & chain.lawful(i) & (draft_b >= 0), jnp.maximum(draft_b, 0)
 
-    def commit(self, state: SharedVocabularyState, context: Context, verdict: Verdict, features: Any) -> Any:
-        """Tells the draft model which of the tokens it was fed stay. An accepted draft is one draft token."""
-        del context, features
-        end_b = self._end(state)
-        start_b = jnp.maximum(end_b - self._window, 0)
-        fed_drafts_b = jnp.minimum(verdict.num_accepted_b, self.num_draft - 1)
-        return dataclasses.replace(state, cache=self.model.commit(state.cache, start_b, end_b - start_b + fed_drafts_b))
+        def advance(i: int | Array, carry: Any) -> Any:
+            chain, proposing_b, draft_b, length_b, cache = carry
+            logits_btu, cache = self.model.run(Feed(draft_b[:, None], end_b + (i - 1), fed_b), cache)
+            chain, proposing_b, draft_b = add(chain, logits_btu[:, 0], proposing_b, i)
+            return chain, proposing_b, draft_b, length_b + proposing_b.astype(jnp.int32), cache
+
+        chain = Chain.empty(end_b.shape[0], g, self.vocab_size)
+        logits_bu = place(logits_btu, jnp.maximum(count_b - 1, 0))
+        chain, proposing_b, draft_b = add(chain, logits_bu, running_b, 0)
+        carry = (chain, proposing_b, draft_b, proposing_b.astype(jnp.int32), cache)
+        chain, _, _, length_b, cache = repeat(1, g, advance, carry, self.unrolled)
+        ahead = dataclasses.replace(read, cache=cache, fed_b=read.fed_b + fed_b * (g - 1))
+        return chain.propose(length_b), read if self._rolls_back else ahead
 
     def _extended(self, state: SharedVocabularyState, new_bt: Array, count_b: Array) -> SharedVocabularyState:
-        """Spells the first ``count_b`` of the tokens behind each row's end; what finds no room is dropped."""
+        """Spells the first ``count_b`` of the tokens past each row's end; what finds no room is dropped."""
         place_t = jnp.arange(new_bt.shape[1], dtype=jnp.int32)[None]
         place_p = jnp.arange(self.pieces_vp.shape[1], dtype=jnp.int32)[None, None]
         number_bt = jnp.where(place_t < count_b[:, None], self.num_pieces_v[new_bt], 0)
@@ -148,10 +162,9 @@ class SharedVocabularyDrafter:
         return dataclasses.replace(state, tokens_bs=tokens_bs, length_b=end_bt[:, -1], taken_b=state.taken_b + count_b)
 
     def _end(self, state: SharedVocabularyState) -> Array:
-        """Returns the length of each row's text, 0 for one that leaves no room to draft behind it.
+        """Returns the length of each row's text, 0 for one that leaves no room to draft after it.
 
-        Such a row never drafts again, since its text only grows; so what its passes write at the first slots harms
-        nothing, and widens no window of attention.
+        Such a row never drafts again, since its text only grows.
         """
         room = state.tokens_bs.shape[1] - (self.num_draft - 1)
         return jnp.where(state.length_b <= room, state.length_b, 0)

@@ -3,7 +3,6 @@
 Values are checked whenever they are known, that is outside ``jit``; under ``jit`` only shapes and dtypes are.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,36 +14,46 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from specjax.sampling import Sampling
+from specjax.sampling import Sampling, is_key
 from specjax.types import Drafter, LanguageModel
+
+CHUNK = 256
+"""The most tokens of a prompt that are read in one pass."""
 
 _SMALLEST_PROMPT = 16
 _SMALLEST_SLOTS = 128
 _STOP_TOKENS = 8
 
+Prompts = ArrayLike | Sequence[Sequence[int]]
+"""Token ids: a sequence of prompts of any lengths, or integers ``[rows, width]``, right-padded."""
+
 
 @struct.dataclass
 class Request:
-    """The part of the loop's state that does not change.
+    """The part of the loop's state that does not change in rounds.
 
     Attributes:
       prompt_length_b: int32.
       limit_b: int32, the length at which a row ends.
-      stop_tokens_k: int32, ids that end a row; -1 is none.
+      stop_tokens_bk: int32, ids that end a row; -1 is none.
       sampling: per-row parameters.
     """
 
     prompt_length_b: Array
     limit_b: Array
-    stop_tokens_k: Array
+    stop_tokens_bk: Array
     sampling: Sampling
 
 
-def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def pad_prompts(prompts: Sequence[Sequence[int]], least: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Returns ragged prompts as int32 ``[b, t]``, right-padded with zeros, and their lengths, int32 ``[b]``.
 
+    Args:
+      prompts: token ids.
+      least: the least length of a prompt, 0 or 1.
+
     Raises:
-      ValueError, TypeError: there is no prompt, one is empty or not flat, or its tokens are no integers of int32.
+      ValueError, TypeError: there is no prompt, one is too short or not flat, or its tokens are no integers of int32.
     """
     if not isinstance(prompts, Sequence | np.ndarray | jax.Array):
         raise TypeError(f"prompts is {prompts!r}; give a sequence of prompts, each a sequence of token ids")
@@ -57,9 +66,9 @@ def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarra
         if tokens.size and tokens.max() >= 2**31:
             raise ValueError(f"prompt {row} holds token {tokens.max()}; ids are below 2**31")
     length_b = np.asarray([len(tokens) for tokens in rows], np.int32)
-    if not rows or not length_b.min():
+    if not rows or length_b.min() < least:
         raise ValueError(f"prompts have lengths {length_b.tolist()}; give at least one, each of at least one token")
-    prompt_bt = np.zeros((len(rows), length_b.max()), np.int32)
+    prompt_bt = np.zeros((len(rows), max(length_b.max(), 1)), np.int32)
     for row, tokens in enumerate(rows):
         prompt_bt[row, : len(tokens)] = tokens
     return prompt_bt, length_b
@@ -73,78 +82,186 @@ def bucket(size: int, smallest: int) -> int:
 def lay_out(
     target: LanguageModel,
     drafter: Drafter | None,
-    prompt: ArrayLike,
-    prompt_length: ArrayLike | None,
+    prompts: Prompts,
+    lengths: ArrayLike | None,
     sampling: Sampling,
-    max_new_tokens: int,
+    max_new_tokens: ArrayLike,
     stop_tokens: Any,
     slots: int | None,
-) -> tuple[Array, Request, int]:
-    """Checks the arguments of ``generate`` and returns the prompt, the request and the slots per row.
+    logprobs: bool = False,
+    top_logprobs: int = 0,
+) -> tuple[Array, Request, dict[str, Any]]:
+    """Checks the arguments of ``generate`` and lays them out.
 
-    With known values the prompt's width, the slots and the stop tokens are padded to buckets.
+    Returns:
+      The prompts, int32 ``[rows, slots]``; the request; and the static arguments of the compiled programs. With known
+      values, slots and the number of stop tokens are rounded up to buckets, and so is the width of short prompts.
 
     Raises:
-      ValueError, TypeError: an argument is out of its range; the message names value, limit and cure.
+      ValueError, TypeError: an argument is out of its range.
     """
+    # 1. Each argument by itself.
     _check_model("target", target)
-    prompt_bt = _array("prompt_bt", prompt)
-    if prompt_bt.size:
-        _check_integers("prompt_bt", prompt_bt)
-    if prompt_bt.ndim != 2 or 0 in prompt_bt.shape:
-        raise ValueError(
-            f"prompt_bt has shape {prompt_bt.shape}; give [rows, tokens], neither of them 0 (see specjax.pad_prompts)"
-        )
+    prompt_bt, length_b = _prompts(prompts, lengths, least=1)
     rows, width = prompt_bt.shape
-    prompt_length_b = _integers(
-        "prompt_length_b", np.full((rows,), width, np.int32) if prompt_length is None else prompt_length
-    )
-    if prompt_length_b.shape != (rows,):
-        raise ValueError(f"prompt_length_b has shape {prompt_length_b.shape}; give ({rows},), one length per prompt")
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
-        raise ValueError(
-            f"max_new_tokens is {max_new_tokens!r}; give an integer of at least 1 (per row: Sampling.max_new_tokens)"
-        )
-    max_new_tokens = int(max_new_tokens)
-    if slots is not None and (isinstance(slots, bool) or not isinstance(slots, (int, np.integer))):
-        raise TypeError(f"slots is {slots!r}; give an integer, or None for what fits")
+    new_b = _limits(max_new_tokens, rows)
     g = _check_drafter(target, drafter)
     _check_sampling(sampling, rows, target.vocab_size)
-    stop_tokens_k = _stop_tokens(stop_tokens, target.vocab_size)
+    stop_tokens_bk = _stop_tokens(stop_tokens, rows, target.vocab_size)
+    top = _check_logprobs(logprobs, top_logprobs, target.vocab_size)
 
-    known = _is_known((prompt_bt, prompt_length_b))
-    if known:
-        _check_prompt(np.asarray(prompt_bt), np.asarray(prompt_length_b), target.vocab_size)
-    longest = int(np.max(np.asarray(prompt_length_b))) if known else width
+    # 2. How many slots a row needs. Values that are traced are taken to be the most that their shapes allow.
+    if is_known((prompt_bt, length_b)):
+        _check_tokens(np.asarray(prompt_bt), np.asarray(length_b), target.vocab_size)
+    longest_b = np.asarray(length_b) if is_known(length_b) else np.full((rows,), width)
+    needed = None
+    if is_known(new_b):
+        final = int(np.max(longest_b + np.asarray(new_b)))
+        _check_positions(target, drafter, int(longest_b.max()), final)
+        needed = max(final + g + 1, width)
+    allocated = _allocate(slots, needed, width, is_known((prompt_bt, length_b)), g)
+
+    # 3. Pad the prompts to the slots. A chunk is as wide as all of a short prompt.
+    chunk = width
+    if is_known((prompt_bt, length_b)):
+        chunk = bucket(width, _SMALLEST_PROMPT)
+    chunk = min(chunk, CHUNK, allocated)
+    pad = np if is_known(prompt_bt) else jnp
+    prompt_bs = pad.pad(prompt_bt, ((0, 0), (0, allocated - width)))
+    length_b = _int32(length_b)
+    limit_b = length_b + _int32(new_b)
+    request = Request(length_b, limit_b, _int32(stop_tokens_bk), sampling.per_row(rows))
+    return _int32(prompt_bs), request, {"chunk": chunk, "logprobs": bool(logprobs), "top_logprobs": top}
+
+
+def lay_out_more(
+    target: LanguageModel,
+    drafter: Drafter | None,
+    state: Any,
+    tokens: Prompts,
+    lengths: ArrayLike | None,
+    max_new_tokens: ArrayLike,
+) -> tuple[Array, Array, Array, int]:
+    """Checks the arguments of ``extend`` and lays them out.
+
+    Returns:
+      The new tokens, int32 ``[rows, t]``; how many count, int32 ``[rows]``; the new limits, int32 ``[rows]``; and the
+      width of a chunk.
+
+    Raises:
+      ValueError, TypeError: an argument is out of its range.
+    """
+    # 1. Each argument by itself.
+    _check_model("target", target)
+    new_bt, count_b = _prompts(tokens, lengths, least=0)
+    rows, slots = state.tokens_bs.shape
+    if new_bt.shape[0] != rows:
+        raise ValueError(f"tokens has {new_bt.shape[0]} rows and the state {rows}; give one for each, empty ones too")
+    limit_b = _limits(max_new_tokens, rows)
+    g = _check_drafter(target, drafter)
+    if g != state.num_draft:
+        raise ValueError(f"the drafter proposes {g} tokens and the state was made for {state.num_draft}: give the same")
+    width = new_bt.shape[1]
+    if not is_known((new_bt, count_b, limit_b, state.length_b)):
+        return _int32(new_bt), _int32(count_b), _int32(limit_b), min(width, CHUNK)
+
+    # 2. Whether it fits.
+    _check_tokens(np.asarray(new_bt), np.asarray(count_b), target.vocab_size, "tokens")
+    old_b, count_b = np.asarray(state.length_b), np.asarray(count_b)
+    extended_b = count_b > 0
+    final_b = np.where(extended_b, old_b + count_b + np.asarray(limit_b), 0)
+    row = int(np.argmax(final_b))
+    if extended_b.any():
+        _check_positions(target, drafter, int((old_b + count_b)[row]), int(final_b[row]))
+    if final_b[row] + g + 1 > slots:
+        raise ValueError(
+            f"row {row} has {old_b[row]} tokens; {count_b[row]} more, max_new_tokens {np.asarray(limit_b)[row]} and "
+            f"{g} drafts need {final_b[row] + g + 1} slots, and the state has {slots}: prefill with more slots="
+        )
+
+    # 3. A chunk must fit after the last token of every row, also of those that rest.
+    width = bucket(width, _SMALLEST_PROMPT)
+    new_bt = np.pad(np.asarray(new_bt), ((0, 0), (0, width - new_bt.shape[1])))
+    chunk = min(width, CHUNK)
+    while old_b.max() - 1 + chunk > slots:
+        chunk //= 2
+    return _int32(new_bt), _int32(count_b), _int32(limit_b), chunk
+
+
+def _prompts(prompts: Any, lengths: Any, least: int) -> tuple[Any, Any]:
+    """Returns integers ``[rows, width]`` and their lengths ``[rows]``; ragged prompts are padded."""
+    ragged = lengths is None and isinstance(prompts, Sequence) and not isinstance(prompts, str)
+    if ragged:
+        return pad_prompts(prompts, least)
+    prompt_bt = _array("prompts", prompts)
+    if prompt_bt.size:
+        _check_integers("prompts", prompt_bt)
+    if prompt_bt.ndim != 2 or 0 in prompt_bt.shape:
+        raise ValueError(f"prompts has shape {prompt_bt.shape}; give [rows, width], neither of them 0, or ragged lists")
+    rows, width = prompt_bt.shape
+    length_b = _integers("lengths", np.full((rows,), width, np.int32) if lengths is None else lengths)
+    if length_b.shape != (rows,):
+        raise ValueError(f"lengths has shape {length_b.shape}; give ({rows},), one length per prompt")
+    if is_known(length_b):
+        values_b = np.asarray(length_b)
+        outside = np.flatnonzero((values_b < least) | (values_b > width))
+        if outside.size:
+            row = outside[0]
+            raise ValueError(f"prompt {row} has length {values_b[row]}; give {least} to {width}, the width of prompts")
+    return prompt_bt, length_b
+
+
+def _limits(max_new_tokens: Any, rows: int) -> Any:
+    """Returns ``max_new_tokens`` as integers ``[rows]``."""
+    holds, wanted = (lambda x: (x >= 1) & (x < 2**31)), "an integer of at least 1 and below 2**31, or one per row"
+    array = _array("max_new_tokens", max_new_tokens)
+    if array.dtype == bool or not jnp.issubdtype(array.dtype, jnp.integer) or array.shape not in ((), (rows,)):
+        raise ValueError(f"max_new_tokens is {max_new_tokens!r}; give {wanted}: ({rows},)")
+    if is_known(array) and not np.all(holds(np.asarray(array))):
+        raise ValueError(f"max_new_tokens is {max_new_tokens!r}; give {wanted}")
+    return jnp.broadcast_to(array, (rows,)) if not is_known(array) else np.broadcast_to(np.asarray(array), (rows,))
+
+
+def _check_positions(target: LanguageModel, drafter: Drafter | None, prompt: int, final: int) -> None:
     limits = {"target": target.max_positions, "drafter": None if drafter is None else drafter.max_positions}
     for name, limit in limits.items():
-        if limit is not None and longest + max_new_tokens > limit:
+        if limit is not None and final > limit:
             raise ValueError(
-                f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} need {longest + max_new_tokens} "
-                f"positions; the {name} has {limit}: shorten the prompt or ask for fewer tokens"
+                f"a prompt of {prompt} tokens and max_new_tokens {final - prompt} need {final} positions; the {name} "
+                f"has {limit}: shorten the prompt or ask for fewer tokens"
             )
-    needed = max(longest + max_new_tokens + g + 1, width)
+
+
+def _allocate(slots: Any, needed: int | None, width: int, known: bool, g: int) -> int:
+    """Returns the slots per row: those asked for, or what fits, in a bucket if values are known."""
+    if slots is not None and (isinstance(slots, bool) or not isinstance(slots, (int, np.integer))):
+        raise TypeError(f"slots is {slots!r}; give an integer, or None for what fits")
+    if needed is None:
+        if slots is None:
+            raise ValueError("max_new_tokens is traced and slots is None; give slots=, since shapes must be known")
+        needed = width
     if needed > 2**30:
         raise ValueError(
-            f"max_new_tokens is {max_new_tokens}; with the prompt it needs {needed} slots and 2**30 is the most: ask "
-            "for fewer tokens"
+            f"max_new_tokens needs {needed} slots with the prompt and 2**30 is the most: ask for fewer tokens"
         )
-    fitting = bucket(needed, _SMALLEST_SLOTS) if known else needed
-    allocated = fitting if slots is None else int(slots)
-    if allocated < needed:
+    if slots is None:
+        return bucket(needed, _SMALLEST_SLOTS) if known else needed
+    if slots < needed:
         raise ValueError(
-            f"slots is {allocated}; a prompt of {longest} tokens (padded to {width}), max_new_tokens {max_new_tokens} "
-            f"and {g} drafts need {needed}: allocate more slots or ask for fewer tokens"
+            f"slots is {slots}; the prompt (padded to {width}), max_new_tokens and {g} drafts need {needed}: allocate "
+            "more slots or ask for fewer tokens"
         )
-    if known:
-        padded = min(bucket(width, _SMALLEST_PROMPT), allocated)
-        prompt_bt = np.pad(np.asarray(prompt_bt), ((0, 0), (0, padded - width)))
+    return int(slots)
 
-    own = max_new_tokens if sampling.max_new_tokens is None else sampling.max_new_tokens
-    sampling = dataclasses.replace(sampling, max_new_tokens=own).per_row(rows)  # None would be another loop
-    prompt_length_b = _int32(prompt_length_b)
-    limit_b = prompt_length_b + jnp.minimum(jnp.asarray(sampling.max_new_tokens), max_new_tokens)
-    return _int32(prompt_bt), Request(prompt_length_b, limit_b, _int32(stop_tokens_k), sampling), allocated
+
+def _check_logprobs(logprobs: Any, top: Any, vocab: int) -> int:
+    if not isinstance(logprobs, bool):
+        raise TypeError(f"logprobs is {logprobs!r}; give True or False, and the number of alternatives as top_logprobs")
+    if isinstance(top, bool) or not isinstance(top, int) or not 0 <= top <= vocab:
+        raise ValueError(f"top_logprobs is {top!r}; give an integer from 0 to {vocab}, the size of the vocabulary")
+    if top and not logprobs:
+        raise ValueError(f"top_logprobs is {top} and logprobs is False; give logprobs=True, too")
+    return top
 
 
 def _int32(array: Any) -> Array:
@@ -152,7 +269,8 @@ def _int32(array: Any) -> Array:
     return jnp.asarray(array.astype(np.int32))
 
 
-def _is_known(tree: Any) -> bool:
+def is_known(tree: Any) -> bool:
+    """Returns whether no array of the tree is traced."""
     return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
@@ -196,16 +314,7 @@ def check_rule(verify: Any) -> None:
         raise TypeError(f"verify is {verify!r}; give a rule, such as specjax.verify.block")
 
 
-def check_key(key: Any) -> None:
-    """Raises TypeError unless ``key`` is None or one key, of the new kind or the old."""
-    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
-    raw = dtype == np.uint32 and shape in ((2,), (4,))
-    if key is not None and not typed and not raw:
-        raise TypeError(f"key is {key!r}; give one key, as jax.random.key(seed) makes it, or None")
-
-
-_DRAFTER = ("num_draft", "capture", "vocab_size", "max_positions", "start", "propose", "commit")
+_DRAFTER = ("num_draft", "capture", "vocab_size", "max_positions", "init", "observe", "propose")
 
 
 def _check_drafter(target: LanguageModel, drafter: Drafter | None) -> int:
@@ -235,34 +344,36 @@ def _check_drafter(target: LanguageModel, drafter: Drafter | None) -> int:
     return g
 
 
-def _check_prompt(prompt_bt: np.ndarray, prompt_length_b: np.ndarray, vocab: int) -> None:
-    rows, width = prompt_bt.shape
-    for row in range(rows):
-        length = int(prompt_length_b[row])
-        if not 1 <= length <= width:
-            raise ValueError(f"prompt {row} has length {length}; give 1 to {width}, the width of prompt_bt")
-        tokens = prompt_bt[row, :length]
-        outside = tokens[(tokens < 0) | (tokens >= vocab)]
-        if outside.size:
-            raise ValueError(
-                f"prompt {row} holds token {int(outside[0])}; the target's ids are 0 to {vocab - 1}: "
-                "encode it with the target's tokenizer"
-            )
+def _check_tokens(prompt_bt: np.ndarray, length_b: np.ndarray, vocab: int, name: str = "prompt") -> None:
+    """Raises ValueError unless all tokens before the rows' ends are the target's."""
+    inside_bt = np.arange(prompt_bt.shape[1])[None] < length_b[:, None]
+    wrong = np.argwhere(inside_bt & ((prompt_bt < 0) | (prompt_bt >= vocab)))
+    if wrong.size:
+        row, place = wrong[0]
+        raise ValueError(
+            f"{name} {row} holds token {prompt_bt[row, place]}; the target's ids are 0 to {vocab - 1}: encode it with "
+            "the target's tokenizer"
+        )
 
 
-def _stop_tokens(stop_tokens: Any, vocab: int) -> Any:
-    """Returns the ids, padded with -1 to a bucket if they are known."""
+def _stop_tokens(stop_tokens: Any, rows: int, vocab: int) -> Any:
+    """Returns the ids ``[rows, k]``, padded with -1 to a bucket if they are known."""
     array = _integers("stop_tokens", stop_tokens if np.size(stop_tokens) else np.zeros((0,), np.int32))
-    if array.ndim > 1:
-        raise ValueError(f"stop_tokens has shape {array.shape}; give a flat sequence of token ids")
-    array = array.reshape(-1)
-    if not _is_known(array):
-        return array
+    if array.ndim > 2 or (array.ndim == 2 and array.shape[0] != rows):
+        raise ValueError(
+            f"stop_tokens has shape {array.shape}; give a flat sequence of token ids, or [{rows}, k], -1 being none"
+        )
+    per_row = array.ndim == 2
+    if not is_known(array):
+        return array if per_row else jnp.broadcast_to(array.reshape(1, -1), (rows, array.size))
     array = np.asarray(array)
-    if array.size and not (0 <= array.min() and array.max() < vocab):
+    if array.size and not ((-1 if per_row else 0) <= array.min() and array.max() < vocab):
         raise ValueError(f"stop_tokens are {array.tolist()}; the target's ids are 0 to {vocab - 1}")
-    padded = bucket(max(array.size, 1), _STOP_TOKENS)
-    return np.pad(array.astype(np.int32), (0, padded - array.size), constant_values=-1)
+    array_bk = np.broadcast_to(
+        np.atleast_2d(array) if array.ndim < 2 else array, (rows, array.shape[-1] if array.ndim else 1)
+    )
+    padded = bucket(max(array_bk.shape[1], 1), _STOP_TOKENS)
+    return np.pad(array_bk.astype(np.int32), ((0, 0), (0, padded - array_bk.shape[1])), constant_values=-1)
 
 
 # name -> (holds for all values, what the values must be)
@@ -275,9 +386,8 @@ _RANGES = {
     "presence_penalty": (np.isfinite, "finite (0 is none)"),
     "frequency_penalty": (np.isfinite, "finite (0 is none)"),
     "seed": (lambda x: (x >= 0) & (x < 2**32), "from 0 to 2**32 - 1"),
-    "max_new_tokens": (lambda x: (x >= 1) & (x < 2**31), "at least 1 and below 2**31"),
 }
-_INTEGER = ("top_k", "seed", "max_new_tokens")
+_INTEGER = ("top_k", "seed")
 
 
 def _check_sampling(sampling: Sampling, rows: int, vocab: int) -> None:
@@ -285,19 +395,21 @@ def _check_sampling(sampling: Sampling, rows: int, vocab: int) -> None:
         raise TypeError(f"sampling is a {type(sampling).__name__}; give a specjax.Sampling")
     for name, (holds, wanted) in _RANGES.items():
         value = getattr(sampling, name)
-        if value is None and name == "max_new_tokens":
+        if name == "seed" and is_key(value):
+            if value.shape not in ((), (rows,)):
+                raise ValueError(f"seed has shape {value.shape}; give one key, or one per row: ({rows},)")
             continue
         array = _integers(name, value) if name in _INTEGER else _numbers(name, value)
         if array.shape not in ((), (rows,)):
             raise ValueError(f"{name} has shape {array.shape}; give one number, or one per row: ({rows},)")
-        if _is_known(array) and not np.all(holds(_as_sampled(name, array))):
+        if is_known(array) and not np.all(holds(_as_sampled(name, array))):
             raise ValueError(f"{name} is {np.asarray(array).tolist()}; it must be {wanted}")
     if sampling.logit_bias is None:
         return
     bias = _numbers("logit_bias", sampling.logit_bias)
     if bias.shape not in ((vocab,), (rows, vocab)):
         raise ValueError(f"logit_bias has shape {bias.shape}; give ({vocab},) or ({rows}, {vocab})")
-    if _is_known(bias):
+    if is_known(bias):
         bias = np.atleast_2d(_as_sampled("logit_bias", bias))
         if np.isnan(bias).any() or np.isposinf(bias).any() or np.isneginf(bias).all(-1).any():
             raise ValueError("logit_bias holds nan, +inf, or -inf for every token; -inf may ban some tokens, not all")

@@ -12,7 +12,7 @@ from specjax.drafters.medusa import MedusaDrafter, head_logits
 from specjax.training import losses
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import bind
-from specjax.types import LanguageModel
+from specjax.types import LanguageModel, whole_feed
 
 
 class Objective(Protocol):
@@ -41,8 +41,7 @@ def make_objective(loss: str, config: DecoderConfig) -> Objective:
     """
 
     def logits(params: Any, tokens_bt: Array) -> Array:
-        start_b = jnp.zeros((tokens_bt.shape[0],), jnp.int32)
-        return bind(config, params)(tokens_bt, start_b, None)[0]
+        return bind(config, params)(whole_feed(tokens_bt), None)[0]
 
     def next_token(params: Any, tokens_bt: Array, teacher: LanguageModel | None) -> Array:
         del teacher
@@ -51,9 +50,8 @@ def make_objective(loss: str, config: DecoderConfig) -> Objective:
     def imitate(params: Any, tokens_bt: Array, teacher: LanguageModel | None) -> Array:
         if teacher is None:
             raise ValueError(f"loss {loss!r} needs a teacher; name it as drafts_for in the recipe")
-        rows, length = tokens_bt.shape
-        start_b = jnp.zeros((rows,), jnp.int32)
-        taught = teacher.forward(teacher.params, tokens_bt, teacher.init_cache(rows, length), start_b)
+        cache = teacher.init_cache(*tokens_bt.shape)
+        taught = teacher.forward(teacher.params, whole_feed(tokens_bt), cache)
         return _IMITATION[loss](logits(params, tokens_bt), taught.logits_btv)
 
     return next_token if loss == "next_token" else imitate
@@ -79,9 +77,8 @@ def head_objective(loss: str, head: Head, steps: int) -> Objective:
     def objective(params: Any, tokens_bt: Array, teacher: LanguageModel | None) -> Array:
         if teacher is None:
             raise ValueError("a head needs the model whose states it reads; name it as drafts_for in the recipe")
-        rows, length = tokens_bt.shape
-        cache = teacher.init_cache(rows, length)
-        taught = teacher.forward(teacher.params, tokens_bt, cache, jnp.zeros((rows,), jnp.int32), head.capture)
+        cache = teacher.init_cache(*tokens_bt.shape)
+        taught = teacher.forward(teacher.params, whole_feed(tokens_bt), cache, head.capture)
         drafts = chain_logits(head, params, teacher, tokens_bt, taught.features, steps)
         total = jnp.float32(0)
         for j, draft_btv in enumerate(drafts):
@@ -113,13 +110,13 @@ def chain_logits(
       Logits ``[b, t - 1, v]`` per step: at slot i those for token i + 2, of the chain that started j slots before.
     """
     rows = tokens_bt.shape[0]
-    zero_b = jnp.zeros((rows,), jnp.int32)
+    feed = whole_feed(tokens_bt[:, 1:])
     layers = jax.eval_shape(lambda: head.init_cache(params, rows, 1)).layers
     cache = KVCache(tuple(ChainCache() for _ in layers))
     states_btd = head.fuse(params, features)[:, :-1]
     logits = []
     for _ in range(steps):
-        states_btd, cache = head.run(params, teacher, tokens_bt[:, 1:], states_btd, cache, zero_b)
+        states_btd, cache = head.run(params, teacher, feed, states_btd, cache)
         flat = head.logits(params, teacher, states_btd.reshape(-1, states_btd.shape[-1]))
         logits.append(flat.reshape(rows, -1, flat.shape[-1]))
         states_btd = jnp.pad(states_btd[:, :-1], ((0, 0), (1, 0), (0, 0)))  # the next step is one slot further on
@@ -142,8 +139,8 @@ def medusa_objective(loss: str, num_heads: int) -> Objective:
         if teacher is None:
             raise ValueError("a head needs the model whose states it reads; name it as drafts_for in the recipe")
         rows, length = tokens_bt.shape
-        cache, zero_b = teacher.init_cache(rows, length), jnp.zeros((rows,), jnp.int32)
-        taught = teacher.forward(teacher.params, tokens_bt, cache, zero_b, MedusaDrafter.capture)
+        cache = teacher.init_cache(rows, length)
+        taught = teacher.forward(teacher.params, whole_feed(tokens_bt), cache, MedusaDrafter.capture)
         total = jnp.float32(0)
         for i in range(num_heads):
             # Position s predicts token s + 2 + i, as the teacher does at position s + 1 + i.

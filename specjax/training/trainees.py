@@ -231,7 +231,7 @@ def _check_lends(recipe: Recipe, teacher: LanguageModel) -> int:
     """Returns the width of the teacher's states."""
     if teacher.embed is None or teacher.unembed is None or teacher.num_layers is None:
         raise ValueError(f"{recipe.drafts_for} does not say how it embeds and unembeds, or how many layers it has")
-    return teacher.embedded.shape[-1]
+    return teacher.embedding_spec.shape[-1]
 
 
 def _check_width(recipe: Recipe, teacher: LanguageModel, width: int, vocab: int) -> None:

@@ -12,6 +12,7 @@ from jax import Array, lax
 from specjax.cache import ChainCache, Stored, update
 from specjax.transformer.config import DecoderConfig, LayerConfig
 from specjax.transformer.layers import Linear, RMSNorm, declare, make_norm, normal, rotate, softcap
+from specjax.types import Feed
 
 SMALLEST_WINDOW = 256
 LATENT_EPS = 1e-6  # of the norms of latents, whatever the config says of the others
@@ -21,7 +22,7 @@ def attend(
     query_bnth: Array,
     keys_bksh: Array,
     values_bksh: Array | None,
-    position_bt: Array,
+    feed: Feed,
     *,
     scale: float,
     window: int | None = None,
@@ -30,27 +31,29 @@ def attend(
 ) -> Array:
     """Attends from each query to the slots up to its position.
 
-    The n / k query heads that share a key head are folded into the query axis, so that each key and value is read
-    once and the product is one matrix product per row and key head.
+    The n / k query heads that share a key head are folded into the query axis. So each key and value is read once, and
+    the product is one matrix product per row and key head.
 
     Args:
       query_bnth: queries.
       keys_bksh: keys.
       values_bksh: values; None means the first ``value_width`` entries of the keys.
-      position_bt: int32, the position of each query.
+      feed: the places of the queries. What is returned for places that are not real means nothing, but is finite.
       scale: multiplies the products.
       window: how many slots a query sees, its own included; None for all.
       cap: soft cap of the scaled products, or None.
       value_width: see ``values_bksh``.
 
     Returns:
-      ``[b, n, t, values' h]``. Equal to attention over all s slots; computed over the smallest window of slots that
-      holds every position, so the cost follows the longest row in use.
+      ``[b, n, t, values' h]``. Equal to attention over all s slots, but computed over the smallest window of slots
+      that holds every real place. So the cost follows the longest row that does not rest.
     """
     b, n, t, h = query_bnth.shape
     k, slots = keys_bksh.shape[1:3]
     query = query_bnth.reshape(b, k, n // k * t, h) * jnp.asarray(scale, query_bnth.dtype)
     stored = (keys_bksh,) if values_bksh is None else (keys_bksh, values_bksh)
+    # A place that is not real sees slot 0: with none at all its softmax would be NaN, and the cache would keep that.
+    position_bt = jnp.where(feed.real_bt, feed.position_bt, 0)
 
     def over(used: int, query: Array, stored: tuple[Array, ...], position_bt: Array) -> Array:
         keys, values = stored[0][:, :, :used], stored[-1][:, :, :used, :value_width]
@@ -148,7 +151,7 @@ class Attention(nnx.Module):
         self.scale = config.attention_scale or 1 / math.sqrt(self.h)
         self.layer, self.cap, self.gated = layer, config.attention_softcap, config.output_gate
         heads, kv_heads = ("heads", self.n), ("kv_heads", self.k)
-        self.q_proj = Linear(inputs, self.n * self.h * (1 + self.gated), bias, dtype, rngs, ("embed", heads))
+        self.q_proj = Linear(inputs, self.n * self.h * (2 if self.gated else 1), bias, dtype, rngs, ("embed", heads))
         self.k_proj = Linear(inputs, self.k * self.h, bias, dtype, rngs, ("embed", kv_heads))
         self.v_proj = Linear(inputs, self.k * self.h, bias, dtype, rngs, ("embed", kv_heads))
         self.o_proj = Linear(self.n * self.h, width, config.output_bias, dtype, rngs, (heads, "embed"))
@@ -156,7 +159,7 @@ class Attention(nnx.Module):
         self.k_norm = make_norm(config, self.h, dtype) if config.query_key_norm else None
 
     def __call__(
-        self, x_btd: Array, position_bt: Array, tables: tuple[Array, Array] | None, stored: Stored | None
+        self, x_btd: Array, feed: Feed, tables: tuple[Array, Array] | None, stored: Stored | None
     ) -> tuple[Array, Stored]:
         """Returns the output and this layer's keys and values; without ``stored`` the block attends to itself."""
         b, t, _ = x_btd.shape
@@ -176,8 +179,8 @@ class Attention(nnx.Module):
             stored = ChainCache((*stored.steps, (keys, values)))
             out = attend_along_chains(query, stored, cap=self.cap, **options)
         else:
-            keys, values = stored = update(stored, (keys, values), position_bt[:, 0])
-            out = attend(query, keys, values, position_bt, cap=self.cap, **options)
+            keys, values = stored = update(stored, (keys, values), feed.start_b)
+            out = attend(query, keys, values, feed, cap=self.cap, **options)
         out = out.transpose(0, 2, 1, 3)
         out = out if gate is None else out * jax.nn.sigmoid(gate)
         return self.o_proj(out.reshape(b, t, self.n * self.h)), stored
@@ -212,7 +215,7 @@ class LatentAttention(nnx.Module):
         self.o_proj = Linear(self.n * latent.value_width, width, config.output_bias, dtype, rngs, (heads, "embed"))
 
     def __call__(
-        self, x_btd: Array, position_bt: Array, tables: tuple[Array, Array] | None, stored: Stored | None
+        self, x_btd: Array, feed: Feed, tables: tuple[Array, Array] | None, stored: Stored | None
     ) -> tuple[Array, Stored]:
         """Returns the output and this layer's latents; without ``stored`` the block attends to itself."""
         b, t, _ = x_btd.shape
@@ -233,7 +236,7 @@ class LatentAttention(nnx.Module):
             stored = ChainCache((*stored.steps, (keys,)))
             out = attend_along_chains(query, stored, **options)
         else:
-            stored = update(stored, (keys,), position_bt[:, 0])
-            out = attend(query, stored[0], None, position_bt, **options)
+            stored = update(stored, (keys,), feed.start_b)
+            out = attend(query, stored[0], None, feed, **options)
         out = jnp.einsum("bntr,nhr->btnh", out, self.v_up[...])
         return self.o_proj(out.reshape(b, t, self.n * latent.value_width)), stored

@@ -13,18 +13,17 @@ from jax import Array
 from specjax.cache import KVCache, Stored, allocate
 from specjax.transformer.attention import Attention, LatentAttention
 from specjax.transformer.config import DecoderConfig, LayerConfig
+from specjax.transformer.functional import Functional
 from specjax.transformer.layers import (
     MLP,
     Embedding,
     Linear,
-    declared_axes,
     make_norm,
-    positions,
     rotary_tables,
     softcap,
 )
 from specjax.transformer.moe import MoE
-from specjax.types import EarlyExit, Forward, InitCache, LanguageModel, Output, Resume
+from specjax.types import EarlyExit, Feed, Forward, InitCache, LanguageModel, Output
 
 
 class DecoderLayer(nnx.Module):
@@ -41,16 +40,16 @@ class DecoderLayer(nnx.Module):
         self.mlp_post_norm = make_norm(config, width, dtype) if sandwich else None
 
     def __call__(
-        self, x_btd: Array, position_bt: Array, tables: tuple[Array, Array] | None, stored: Stored | None
+        self, x_btd: Array, feed: Feed, tables: tuple[Array, Array] | None, stored: Stored | None
     ) -> tuple[Array, Stored]:
-        """Returns the residual stream behind the layer, and what the layer keeps of its tokens."""
-        y_btd, stored = self.self_attn(self.input_layernorm(x_btd), position_bt, tables, stored)
+        """Returns the residual stream after the layer, and what the layer keeps of its tokens."""
+        y_btd, stored = self.self_attn(self.input_layernorm(x_btd), feed, tables, stored)
         x_btd = x_btd + (y_btd if self.attention_post_norm is None else self.attention_post_norm(y_btd))
         y_btd = self.mlp(self.post_attention_layernorm(x_btd))
         return x_btd + (y_btd if self.mlp_post_norm is None else self.mlp_post_norm(y_btd)), stored
 
 
-RunLayer = Callable[[Array, Array, tuple[Array, Array] | None, Stored | None], tuple[Array, Stored]]
+RunLayer = Callable[[Array, Feed, tuple[Array, Array] | None, Stored | None], tuple[Array, Stored]]
 """What a ``DecoderLayer`` is called with, and what it returns."""
 
 
@@ -59,25 +58,24 @@ def run_layers(
     config: DecoderConfig,
     x_btd: Array,
     cache: KVCache | None,
-    start_b: Array,
-    first: int = 0,
+    feed: Feed,
 ) -> tuple[list[Array], KVCache]:
-    """Feeds slots from ``start_b`` on to a config's layers, or to some from ``first`` on; the others' cache stays.
+    """Runs a config's layers, or the first few of them, over the places of a feed; the other layers' cache stays.
 
     Returns:
-      The residual stream ahead of the layers and behind each of them, and the cache.
+      The residual stream before the layers and after each of them, and the cache.
     """
-    position_bt = positions(start_b, x_btd.shape[1])
+    position_bt = feed.position_bt
     ropes = dict.fromkeys(layer.rope for layer in config.each_layer)
     tables = {rope: rotary_tables(position_bt, rope) for rope in ropes}
     states, kept = [x_btd], []
-    for i, layer in enumerate(layers, first):
+    for i, layer in enumerate(layers):
         stored = None if cache is None else cache.layers[i]
-        x_btd, stored = layer(x_btd, position_bt, tables[config.each_layer[i].rope], stored)
+        x_btd, stored = layer(x_btd, feed, tables[config.each_layer[i].rope], stored)
         states.append(x_btd)
         kept.append(stored)
-    before, after = ((), ()) if cache is None else (cache.layers[:first], cache.layers[first + len(kept) :])
-    return states, KVCache((*before, *kept, *after))
+    untouched = () if cache is None else cache.layers[len(kept) :]
+    return states, KVCache((*kept, *untouched))
 
 
 class Decoder(nnx.Module):
@@ -95,17 +93,15 @@ class Decoder(nnx.Module):
 
     def __call__(
         self,
-        tokens_bt: Array,
-        start_b: Array,
+        feed: Feed,
         cache: KVCache | None,
         capture: tuple[int, ...] = (),
         depth: int | None = None,
     ) -> tuple[Array, tuple[Array, ...], KVCache]:
-        """Feeds t slots of each row, as ``LanguageModel.forward`` says; without a cache the block stands alone.
+        """Runs one pass, as ``LanguageModel.forward`` says; without a cache the block stands alone.
 
         Args:
-          tokens_bt: int32.
-          start_b: int32, the first slot of each row.
+          feed: the places.
           cache: of all layers, or None.
           capture: hidden-state indices.
           depth: leaves out the layers past the first so many.
@@ -114,24 +110,13 @@ class Decoder(nnx.Module):
           Float32 logits ``[b, t, v]``, one ``[b, t, d]`` state per captured index, and the cache.
         """
         config = self.config
-        x_btd = self.embed(tokens_bt)
+        x_btd = self.embed(feed.tokens_bt)
         if config.learned_positions:
-            last = config.max_position_embeddings - 1  # slots of padding may lie behind it
-            x_btd = x_btd + self.embed_positions(jnp.minimum(positions(start_b, tokens_bt.shape[1]), last))
-        states, cache = run_layers(self.layers[:depth], config, x_btd, cache, start_b)
-        return *self._leave(states, capture), cache
-
-    def resume(
-        self, x_btd: Array, start_b: Array, cache: KVCache, capture: tuple[int, ...], depth: int
-    ) -> tuple[Array, tuple[Array, ...], KVCache]:
-        """Goes on from the states behind the first ``depth`` layers, as ``LanguageModel.resume`` says."""
-        states, cache = run_layers(self.layers[depth:], self.config, x_btd, cache, start_b, depth)
-        return *self._leave(states, tuple(i if i < 0 else i - depth for i in capture)), cache
-
-    def _leave(self, states: list[Array], capture: tuple[int, ...]) -> tuple[Array, tuple[Array, ...]]:
-        """Returns logits behind the last of the states, and those asked for."""
-        states = [*states, self.norm(states[-1])]  # index -1
-        return self.unembed(states[-1]), tuple(states[i] for i in capture)
+            last = config.max_position_embeddings - 1  # places that are not real may lie past it
+            x_btd = x_btd + self.embed_positions(jnp.minimum(feed.position_bt, last))
+        states, cache = run_layers(self.layers[:depth], config, x_btd, cache, feed)
+        states.append(self.norm(states[-1]))  # index -1
+        return self.unembed(states[-1]), tuple(states[i] for i in capture), cache
 
     def embed(self, tokens_bt: Array) -> Array:
         """Returns the tokens' embeddings, scaled if the family does so."""
@@ -140,15 +125,17 @@ class Decoder(nnx.Module):
         return x_btd if scale == 1 else x_btd * jnp.asarray(scale, x_btd.dtype)
 
     def unembed(self, normed_btd: Array) -> Array:
-        """Returns float32 logits of states behind the final norm."""
+        """Returns float32 logits of states after the final norm."""
         head = self.embed_tokens.logits if self.config.tie_word_embeddings else self.lm_head
         return softcap(head(normed_btd).astype(jnp.float32), self.config.logit_softcap)
 
 
+_DECODER = Functional(Decoder)
+
+
 def init_params(config: DecoderConfig, key: Array, dtype: jnp.dtype = jnp.dtype("float32")) -> Any:
     """Returns freshly drawn parameters of that dtype as a nested dict of arrays; ``key`` is consumed."""
-    _, state = nnx.split(Decoder(config, dtype, nnx.Rngs(params=key)))
-    return nnx.to_pure_dict(state)
+    return _DECODER.init(config, key, dtype)
 
 
 @functools.cache
@@ -175,17 +162,9 @@ def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtype) 
     return allocate(config.num_hidden_layers, rows, slots, heads, widths, dtype)
 
 
-@functools.cache
-def _graph(config: DecoderConfig, dtype: jnp.dtype):
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype, nnx.Rngs(0))))
-
-
 def bind(config: DecoderConfig, params: Any) -> Decoder:
     """Returns the module over ``params``, for calls inside a traced function."""
-    graph, state = _graph(config, dtype_of(params))
-    state = jax.tree.map(lambda x: x, state)
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graph, state)
+    return _DECODER.bind(config, params, dtype_of(params))
 
 
 class _Functions(NamedTuple):
@@ -194,15 +173,14 @@ class _Functions(NamedTuple):
     embed: Callable[[Any, Array], Array]
     unembed: Callable[[Any, Array], Array]
     early_exit: EarlyExit
-    resume: Resume
     axes: Callable[[], Any]
 
 
 @functools.cache
 def _functions(config: DecoderConfig, dtype: jnp.dtype) -> _Functions:
     # Cached, so that two models of one architecture share their static functions and hence their compilations.
-    def forward(params, tokens_bt, cache, start_b, capture=()):
-        return Output(*bind(config, params)(tokens_bt, start_b, cache, capture))
+    def forward(params, feed, cache, capture=()):
+        return Output(*bind(config, params)(feed, cache, capture))
 
     def init_cache(rows, slots):
         return empty_cache(config, rows, slots, dtype)
@@ -213,16 +191,13 @@ def _functions(config: DecoderConfig, dtype: jnp.dtype) -> _Functions:
     def unembed(params, normed_btd):
         return bind(config, params).unembed(normed_btd)
 
-    def early_exit(params, tokens_bt, cache, start_b, depth):
-        return Output(*bind(config, params)(tokens_bt, start_b, cache, (depth,), depth))
-
-    def resume(params, x_btd, cache, start_b, depth, capture=()):
-        return Output(*bind(config, params).resume(x_btd, start_b, cache, capture, depth))
+    def early_exit(params, feed, cache, depth):
+        return Output(*bind(config, params)(feed, cache, depth=depth))
 
     def axes():
-        return declared_axes(_graph(config, dtype)[1])
+        return _DECODER.axes(config, dtype)
 
-    return _Functions(forward, init_cache, embed, unembed, early_exit, resume, axes)
+    return _Functions(forward, init_cache, embed, unembed, early_exit, axes)
 
 
 def decoder_model(config: DecoderConfig, params: Any) -> LanguageModel:
