@@ -4,6 +4,7 @@ Shape suffixes, everywhere: b rows, t query tokens, s cache slots, v vocabulary,
 k key/value heads, h head width, f MLP width, g draft tokens of a round.
 """
 
+from specjax import hf as hf
 from specjax import sharding as sharding
 from specjax import testing as testing
 from specjax import text as text
@@ -81,6 +82,7 @@ __all__ = [
     "export_hf",
     "extend",
     "generate",
+    "hf",
     "insert",
     "load",
     "load_drafter",

@@ -39,10 +39,11 @@ def spelling_tokenizer(letters=LETTERS):
     return tokenizer
 
 
-def save_tiny(path, seed=0, template=TEMPLATE):
-    """Writes a checkpoint folder; embeddings are large, so that texts differ."""
+def save_tiny(path, seed=3, template=TEMPLATE):
+    """Writes a checkpoint folder; weights are large, so that greedy texts depend on all that came before."""
     params = init_params(decoder_config(CONFIG), jax.random.key(seed))
     params["embed_tokens"]["weight"] *= 10.0
+    params["layers"] = jax.tree.map(lambda x: 20.0 * x if x.ndim > 1 else x, params["layers"])
     specjax.save(path, CONFIG, params, spelling_tokenizer())
     if template is not None:
         (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
