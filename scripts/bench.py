@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
             hosts.check_same_folders(args.target, args.draft)
             args.model = specjax.load(args.target, mesh=mesh)
             args.drafts = {
-                g: specjax.load_drafter(args.draft, args.model, g, mesh=mesh, rules={}) for g in args.num_draft
+                g: specjax.load_drafter(f"model:{args.draft}", args.model, g, mesh=mesh) for g in args.num_draft
             }
         except ValueError as error:
             parser.error(hosts.label() + str(error))
@@ -211,7 +211,7 @@ def ready(args: argparse.Namespace, drafter: Any, temperature: float, prompt: np
 @functools.cache
 def held_out_tokens(tokenizer_folder: Path) -> np.ndarray:
     """Returns the tokens of the standard-library modules kept from training."""
-    tokenizer = specjax.load_tokenizer(tokenizer_folder)
+    tokenizer = specjax.open(tokenizer_folder).tokenizer
     texts = [text for name, text in training.stdlib_modules().items() if training.is_held_out(name)]
     return training.encode_texts(tokenizer, texts)
 
@@ -289,7 +289,7 @@ def bench_speed(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def bench_drafters(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every drafter: acceptance, costs, the speed-up they promise and the one there is."""
-    tokenizer = specjax.load_tokenizer(args.target)
+    tokenizer = specjax.open(args.target).tokenizer
     prompts = held_out_excerpts(args.target, 64, args.prompts)[:, None]
     try:
         opened = [

@@ -1,6 +1,5 @@
 """Drafters by name, as ``--drafter`` takes them: ``model:DIR``, ``cascade:ngram,eagle:DIR`` and so on."""
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from jax.sharding import Mesh
 
 import specjax
 
-HEADS = {"mtp": specjax.open_mtp, "eagle": specjax.open_eagle, "medusa": specjax.open_medusa}
+HEADS = ("mtp", "eagle", "medusa")
 
 
 def named_drafter(
@@ -23,36 +22,24 @@ def named_drafter(
     ignore_config_keys: Sequence[str] = (),
 ) -> Any:
     """Returns the drafter of a value other than none; ``mesh`` and ``rules`` are those of ``specjax.load_drafter``."""
-    kind, _, value = spec.partition(":")
-    if spec == "ngram":
-        return specjax.NGramDrafter(num_draft=num_draft)
-    if kind == "early-exit" and value.isascii() and value.isdecimal():
-        return specjax.EarlyExitDrafter(int(value), num_draft)
-    parts = value.split(",")
-    if kind == "cascade" and len(parts) > 1 and "none" not in parts:
-        return functools.reduce(
-            specjax.Cascade,
-            (named_drafter(part, target, tokenizer, num_draft, mesh, rules, ignore_config_keys) for part in parts),
-        )
-    if kind not in ("model", *HEADS) or not value:
-        raise ValueError(
-            f"--drafter is {spec!r}; give model:DIR, ngram or none, a head as mtp:DIR, eagle:DIR or medusa:DIR, "
-            "early-exit:LAYERS, or cascade:A,B, of which B drafts where A has nothing"
-        )
-    if kind in HEADS:
-        drafter = HEADS[kind](value, target, num_draft, mesh=mesh, rules=rules)
-        if kind == "eagle":
-            hosts.note(f"{value}: {drafter.head.describe()}\n")
-        return drafter
     drafter = specjax.load_drafter(
-        value, target, num_draft, tokenizer=tokenizer, mesh=mesh, rules=rules, ignore_config_keys=ignore_config_keys
+        spec, target, num_draft, tokenizer=tokenizer, mesh=mesh, rules=rules, ignore_config_keys=ignore_config_keys
     )
-    if isinstance(drafter, specjax.SharedVocabularyDrafter):
-        shared = int((drafter.draft_of_v >= 0).sum())
-        hosts.note(
-            f"{value} has another tokenizer: it drafts the {shared} of {target.vocab_size} tokens that both have\n"
-        )
+    for part in parts_of(drafter):
+        if hasattr(part, "head") and hasattr(part.head, "describe"):
+            hosts.note(f"{spec}: {part.head.describe()}\n")
+        if isinstance(part, specjax.SharedVocabularyDrafter):
+            shared = int((part.draft_of_v >= 0).sum())
+            hosts.note(
+                f"{spec} has another tokenizer: it drafts the {shared} of {target.vocab_size} tokens that both have\n"
+            )
     return drafter
+
+
+def parts_of(drafter: Any) -> list[Any]:
+    if isinstance(drafter, specjax.Cascade):
+        return parts_of(drafter.first) + parts_of(drafter.second)
+    return [drafter]
 
 
 def folders_of(spec: str) -> list[Path]:

@@ -321,8 +321,10 @@ def main(argv: list[str] | None = None) -> None:
             default = f"model:{SHIPPED_DRAFT}" if args.target.resolve() == SHIPPED else "ngram"
             spec = default if args.drafter is None else args.drafter
             hosts.check_same_folders(args.target, *folders_of(spec))
-            target = specjax.load(args.target, mesh=mesh, ignore_config_keys=args.ignore_config_keys)
-            tokenizer = specjax.load_tokenizer(args.target)
+            opened = specjax.open(args.target, mesh=mesh, ignore_config_keys=args.ignore_config_keys)
+            target, tokenizer = opened.model, opened.tokenizer
+            if tokenizer is None:
+                raise ValueError(f"{opened.path} has no tokenizer.json; add the model's")
             rules = specjax.sharding.RULES if args.shard_draft else {}
             drafter = None
             if spec != "none":
@@ -332,7 +334,7 @@ def main(argv: list[str] | None = None) -> None:
             if args.system is not None and not args.chat:
                 raise ValueError("--system is given without --chat; give both, or neither")
             template = specjax.text.load_chat_template(args.target) if args.chat else None
-            stop_tokens = specjax.load_stop_tokens(args.target)
+            stop_tokens = opened.stop_tokens
             transcripts = [
                 Transcript(tokenizer, prompt, args.max_new_tokens, stop_tokens, args.stop, template, args.system)
                 for prompt in prompts

@@ -81,8 +81,8 @@ def train(
         teacher, tokenizer = None, training.train_tokenizer(kept, recipe.architecture["vocab_size"])
     else:
         hosts.check_same_folders(checkpoints / recipe.drafts_for)
-        teacher = specjax.load(checkpoints / recipe.drafts_for, mesh=mesh, rules=rules)
-        tokenizer = specjax.load_tokenizer(checkpoints / recipe.drafts_for)
+        opened = specjax.open(checkpoints / recipe.drafts_for, mesh=mesh, rules=rules)
+        teacher, tokenizer = opened.model, opened.tokenizer
     corpus, held_out = training.encode_texts(tokenizer, kept), training.encode_texts(tokenizer, held)
     start_run(run, recipe, teacher, corpus)
     hosts.exchange("the first process has written what the run is of")

@@ -4,7 +4,6 @@ Shape suffixes, everywhere: b rows, t query tokens, s cache slots, v vocabulary,
 k key/value heads, h head width, f MLP width, g draft tokens of a round.
 """
 
-from specjax import cache as cache
 from specjax import hf as hf
 from specjax import sharding as sharding
 from specjax import testing as testing
@@ -13,18 +12,13 @@ from specjax import transformer as transformer
 from specjax import verify as verify
 from specjax.checkpoint.convert import convert_hf as convert_hf
 from specjax.checkpoint.convert import export_hf as export_hf
-from specjax.checkpoint.eagle import open_eagle as open_eagle
-from specjax.checkpoint.eagle import write_eagle as write_eagle
-from specjax.checkpoint.medusa import open_medusa as open_medusa
-from specjax.checkpoint.medusa import write_medusa as write_medusa
+from specjax.checkpoint.drafters import load_drafter as load_drafter
+from specjax.checkpoint.drafters import save_drafter as save_drafter
 from specjax.checkpoint.models import default_dtype as default_dtype
 from specjax.checkpoint.models import load as load
-from specjax.checkpoint.models import load_drafter as load_drafter
-from specjax.checkpoint.models import load_stop_tokens as load_stop_tokens
-from specjax.checkpoint.models import load_tokenizer as load_tokenizer
 from specjax.checkpoint.models import save as save
-from specjax.checkpoint.mtp import open_mtp as open_mtp
-from specjax.checkpoint.mtp import write_mtp as write_mtp
+from specjax.checkpoint.opened import Opened as Opened
+from specjax.checkpoint.opened import open as open
 from specjax.drafters.cascade import Cascade as Cascade
 from specjax.drafters.early_exit import EarlyExitDrafter as EarlyExitDrafter
 from specjax.drafters.feature import FeatureDrafter as FeatureDrafter
@@ -33,7 +27,6 @@ from specjax.drafters.model import ModelDrafter as ModelDrafter
 from specjax.drafters.mtp import MTPDrafter as MTPDrafter
 from specjax.drafters.ngram import NGramDrafter as NGramDrafter
 from specjax.drafters.shared_vocabulary import SharedVocabularyDrafter as SharedVocabularyDrafter
-from specjax.drafters.shared_vocabulary import shared_vocabulary_drafter as shared_vocabulary_drafter
 from specjax.engine.loop import extend as extend
 from specjax.engine.loop import generate as generate
 from specjax.engine.loop import prefill as prefill
@@ -45,6 +38,8 @@ from specjax.engine.state import State as State
 from specjax.engine.state import insert as insert
 from specjax.engine.state import stop as stop
 from specjax.sampling import Sampling as Sampling
+from specjax.session import Completion as Completion
+from specjax.session import Session as Session
 from specjax.sharding import make_mesh as make_mesh
 from specjax.sharding import shard as shard
 from specjax.types import Context as Context
@@ -60,6 +55,7 @@ from specjax.types import Verdict as Verdict
 
 __all__ = [
     "Cascade",
+    "Completion",
     "Context",
     "Drafter",
     "EarlyExitDrafter",
@@ -72,14 +68,15 @@ __all__ = [
     "MedusaDrafter",
     "ModelDrafter",
     "NGramDrafter",
+    "Opened",
     "Output",
     "Proposal",
     "Sampling",
+    "Session",
     "SharedVocabularyDrafter",
     "State",
     "Stats",
     "Verdict",
-    "cache",
     "convert_hf",
     "default_dtype",
     "export_hf",
@@ -89,19 +86,15 @@ __all__ = [
     "insert",
     "load",
     "load_drafter",
-    "load_stop_tokens",
-    "load_tokenizer",
     "make_mesh",
-    "open_eagle",
-    "open_medusa",
-    "open_mtp",
+    "open",
     "pad_prompts",
     "prefill",
     "run",
     "save",
+    "save_drafter",
     "shard",
     "sharding",
-    "shared_vocabulary_drafter",
     "step",
     "stop",
     "stream",
@@ -109,8 +102,5 @@ __all__ = [
     "text",
     "transformer",
     "verify",
-    "write_eagle",
-    "write_medusa",
-    "write_mtp",
 ]
 __version__ = "0.1.0"

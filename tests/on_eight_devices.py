@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draft_heads import write_eagle, write_medusa, write_mtp
 from flax import struct
 from jax.sharding import AxisType, PartitionSpec
 from test_compiled import computations, copies, outer_loops, reachable
@@ -461,13 +462,15 @@ def drafters_load_onto_the_mesh():
     }
     eagle = {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 16}
     eagle |= raw | {"eagle_aux_hidden_state_layer_ids": [0, 1]}
-    kinds = {
-        "model": specjax.load_drafter,
-        "another vocabulary": functools.partial(specjax.load_drafter, tokenizer=letters(-1)),
-        "mtp": specjax.open_mtp,
-        "eagle": specjax.open_eagle,
-        "medusa": specjax.open_medusa,
-    }
+
+    def opener(kind, **options):
+        def open_drafter(path, target, num_draft, rules=RULES, **on):
+            return specjax.load_drafter(f"{kind}:{path}", target, num_draft, rules=rules, **on, **options)
+
+        return open_drafter
+
+    kinds = {kind: opener(kind) for kind in ("model", "mtp", "eagle", "medusa")}
+    kinds["another vocabulary"] = opener("model", tokenizer=letters(-1))
     with tempfile.TemporaryDirectory() as folder:
         paths = {kind: f"{folder}/{'model' if kind == 'another vocabulary' else kind}" for kind in kinds}
         params = init_params(decoder_config(raw), key)
@@ -475,9 +478,9 @@ def drafters_load_onto_the_mesh():
         alone, apart = specjax.load(paths["model"]), specjax.load(paths["model"], mesh=mesh)
         modules = MTPConfig(decoder_config(raw))
         shared = {"embed_tokens": params["embed_tokens"], "lm_head": params["lm_head"]}  # which the target lends
-        specjax.write_mtp(paths["mtp"], raw, {0: init_mtp_params(modules, key)[0] | shared})
-        specjax.write_eagle(paths["eagle"], eagle, eagle_head(eagle, alone).init_params(key), alone)
-        specjax.write_medusa(paths["medusa"], init_medusa_params(params["lm_head"]["kernel"], 1))
+        write_mtp(paths["mtp"], raw, {0: init_mtp_params(modules, key)[0] | shared})
+        write_eagle(paths["eagle"], eagle, eagle_head(eagle, alone).init_params(key), alone)
+        write_medusa(paths["medusa"], init_medusa_params(params["lm_head"]["kernel"], 1))
 
         for kind, open_drafter in kinds.items():
             whole = open_drafter(paths[kind], alone, 1)

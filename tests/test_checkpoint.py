@@ -111,7 +111,7 @@ def test_the_folder_holds_config_metrics_and_tokenizer(folder, tokenizer):
     assert json.loads((folder / "config.json").read_text()) == RAW
     assert json.loads((folder / "metrics.json").read_text()) == METRICS
     text = "def g(y):\n    return y"
-    again = specjax.load_tokenizer(folder)
+    again = checkpoint.load_tokenizer(folder)
     assert again.encode(text).ids == tokenizer.encode(text).ids
     assert again.decode(again.encode(text).ids) == text
     assert sorted(x.name for x in folder.iterdir()) == ["config.json", "metrics.json", "params", "tokenizer.json"]
@@ -121,7 +121,10 @@ def test_the_folder_holds_config_metrics_and_tokenizer(folder, tokenizer):
 def test_paths_may_be_text_and_relative(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     assert specjax.load(folder.name).vocab_size == specjax.load(str(folder)).vocab_size == 300
-    assert specjax.load_tokenizer(folder.name).get_vocab_size() == specjax.load_tokenizer(str(folder)).get_vocab_size()
+    assert (
+        checkpoint.load_tokenizer(folder.name).get_vocab_size()
+        == checkpoint.load_tokenizer(str(folder)).get_vocab_size()
+    )
 
 
 def test_a_save_replaces_what_was_there(copy, params, tokenizer):
@@ -212,7 +215,7 @@ def test_metrics_that_are_not_json_leave_the_old_checkpoint(metrics, copy, param
 def test_a_folder_that_is_not_there(tmp_path):
     assert_refused(lambda: specjax.load(tmp_path / "nowhere"), tmp_path / "nowhere", "config.json and params/")
     file = tmp_path / "nowhere" / "tokenizer.json"
-    assert_refused(lambda: specjax.load_tokenizer(tmp_path / "nowhere"), file, "must hold one")
+    assert_refused(lambda: checkpoint.load_tokenizer(tmp_path / "nowhere"), file, "must hold one")
 
 
 def test_a_file_instead_of_a_folder(copy):
@@ -253,7 +256,9 @@ def test_folders_that_are_neither_checkpoints_nor_of_hugging_face(fill, file, re
     folder.mkdir()
     fill(folder)
     assert_refused(lambda: specjax.load(folder), folder / file, reason)
-    assert_refused(lambda: specjax.load_drafter(folder, decoder_model(CONFIG, params)), folder / file, reason)
+    assert_refused(
+        lambda: specjax.load_drafter(f"model:{folder}", decoder_model(CONFIG, params)), folder / file, reason
+    )
 
 
 DAMAGE = {
@@ -280,14 +285,14 @@ def test_a_config_that_describes_no_model(text, copy):
 def test_a_damaged_tokenizer(damage, copy):
     file = copy / "tokenizer.json"
     damage(file)
-    assert_refused(lambda: specjax.load_tokenizer(copy), file, "copy it again" if file.exists() else "must hold one")
+    assert_refused(lambda: checkpoint.load_tokenizer(copy), file, "copy it again" if file.exists() else "must hold one")
     specjax.load(copy)  # the model does not need it
 
 
 @pytest.mark.parametrize("text", [b"{}", b"[]", b'{"version": "1.0"}', b"\xff\xfe\x00"])
 def test_a_tokenizer_file_that_holds_none(text, copy):
     (copy / "tokenizer.json").write_bytes(text)
-    assert_refused(lambda: specjax.load_tokenizer(copy), copy / "tokenizer.json", "copy it again")
+    assert_refused(lambda: checkpoint.load_tokenizer(copy), copy / "tokenizer.json", "copy it again")
 
 
 def test_no_parameters(copy):
@@ -353,7 +358,10 @@ def test_the_dtypes_that_parameters_may_have(dtype, folder, params):
 @pytest.mark.parametrize("dtype", ["int8", "float999", 3, jnp.int32, "complex64", "float8_e4m3fn", [], ""], ids=repr)
 def test_a_dtype_that_holds_no_parameters(dtype, folder, params):
     target = decoder_model(CONFIG, params)
-    for load in (specjax.load, lambda *arguments, **named: specjax.load_drafter(arguments[0], target, **named)):
+    for load in (
+        specjax.load,
+        lambda *arguments, **named: specjax.load_drafter(f"model:{arguments[0]}", target, **named),
+    ):
         with pytest.raises(ValueError, match=r"dtype is .*; give float32, bfloat16 or float16"):
             load(folder, dtype=dtype)
 
@@ -363,28 +371,30 @@ def test_a_dtype_that_holds_no_parameters(dtype, folder, params):
 
 def test_a_checkpoint_opens_as_a_drafter(folder, params):
     target = decoder_model(CONFIG, params)
-    drafter = specjax.load_drafter(folder, target, num_draft=3, dtype="float32")
+    drafter = specjax.load_drafter(f"model:{folder}", target, num_draft=3, dtype="float32")
     assert isinstance(drafter, specjax.ModelDrafter)
     assert (drafter.num_draft, drafter.vocab_size, drafter.max_positions) == (3, 300, 64)
     assert same_bits(drafter.model.params, params)
-    assert jax.tree.leaves(specjax.load_drafter(folder, target, dtype="bfloat16"))[0].dtype == jnp.bfloat16
+    assert jax.tree.leaves(specjax.load_drafter(f"model:{folder}", target, dtype="bfloat16"))[0].dtype == jnp.bfloat16
 
 
 def test_a_drafter_of_another_vocabulary(folder):
     target = specjax.testing.table_model(np.zeros((8, 8)))
-    assert_refused(lambda: specjax.load_drafter(folder, target), folder, "300", "8", "tokenizer")
+    assert_refused(lambda: specjax.load_drafter(f"model:{folder}", target), folder, "300", "8", "tokenizer")
 
 
 @pytest.mark.parametrize("num_draft", [0, -1, 1.5, True, None])
 def test_a_drafter_that_drafts_nothing(num_draft, folder, params):
     target = decoder_model(CONFIG, params)
     with pytest.raises((ValueError, TypeError), match=rf"num_draft.*{num_draft}"):
-        specjax.load_drafter(folder, target, num_draft)
+        specjax.load_drafter(f"model:{folder}", target, num_draft)
 
 
 def test_a_drafter_folder_that_is_not_whole(copy, params):
     shutil.rmtree(copy / "params")
-    assert_refused(lambda: specjax.load_drafter(copy, decoder_model(CONFIG, params)), copy / "params", "incomplete")
+    assert_refused(
+        lambda: specjax.load_drafter(f"model:{copy}", decoder_model(CONFIG, params)), copy / "params", "incomplete"
+    )
 
 
 def test_tokenizer_files_are_plain(folder):

@@ -16,6 +16,7 @@ from tokenizers.models import WordLevel
 
 import specjax
 from specjax.checkpoint import convert as conversion
+from specjax.checkpoint.models import load_stop_tokens
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "checkpoints" / "py-14m"
@@ -98,7 +99,7 @@ def test_convert_and_export_give_back_every_bit(family, dtype, tmp_path):
     assert same(direct.params, converted.params)
     assert direct.forward is converted.forward
     for folder in (source, tmp_path / "ours", tmp_path / "back"):
-        assert specjax.load_stop_tokens(folder) == (3, 5)
+        assert load_stop_tokens(folder) == (3, 5)
 
 
 def test_shards_and_one_file_hold_the_same(llama, tmp_path):

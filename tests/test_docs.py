@@ -81,7 +81,7 @@ def test_the_extensions_work(place):
     assert names["generation"].stats.emitted.tolist() == [64, 64]
     assert len(names["losses"]) == 3 and np.isfinite(names["losses"]).all()
     target, ids = names["target"], names["tokenizer"].encode(TEXT[:40]).ids
-    head = specjax.open_mtp("checkpoints/py-14m-docs", target, 1)
+    head = specjax.load_drafter("mtp:checkpoints/py-14m-docs", target, 1)
     texts = []
     for drafter in (names["BigramDrafter"](), head):
         sampling = specjax.Sampling(temperature=0.0)

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_eagle
+from draft_heads import open_eagle, write_eagle
 from flax import struct
 from test_compiled import compilations
 from test_drafters import step
 
 import specjax
 from specjax.cache import write
-from specjax.checkpoint.eagle import open_eagle, write_eagle
 from specjax.drafters.eagle import EagleHead
 from specjax.drafters.feature import FeatureDrafter, FeatureState
 from specjax.hf.eagle import eagle_fields, speculators_config
@@ -585,7 +585,7 @@ def test_what_is_written_is_read_back_bit_for_bit(name, dtype, tmp_path):
             write_eagle(tmp_path / "out", case.config, first.params, target)
         assert not (tmp_path / "out").exists()
         return
-    write_eagle(tmp_path / "out", case.config, first.params, target, verifier="some/target")
+    write_eagle(tmp_path / "out", case.config, first.params, target, target_name="some/target")
     again = open_eagle(tmp_path / "out", target, 3, dtype)
     assert again.head == first.head
     assert jax.tree.structure(again) == jax.tree.structure(first)

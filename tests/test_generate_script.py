@@ -15,12 +15,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from draft_heads import write_eagle, write_medusa, write_mtp
 from tokenizers import Tokenizer, processors
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Metaspace
 
 import specjax
 from specjax import MedusaDrafter, checkpoint
+from specjax.checkpoint.models import load_stop_tokens, load_tokenizer
 from specjax.drafters.eagle import EagleHead
 from specjax.drafters.medusa import init_medusa_params
 from specjax.drafters.mtp import MTPConfig, MTPHead, init_mtp_params
@@ -124,13 +126,13 @@ def batch(script, pair, tmp_path_factory):
 
 def test_json_agrees_with_the_library_and_with_itself(batch, pair):
     result = batch[2]
-    target, tokenizer = specjax.load(pair / "target"), specjax.load_tokenizer(pair / "target")
+    target, tokenizer = specjax.load(pair / "target"), load_tokenizer(pair / "target")
     ids = [tokenizer.encode(prompt).ids for prompt in PROMPTS]
     stop = tokenizer.token_to_id(STOP)
     expected = specjax.generate(
         target,
         *specjax.pad_prompts(ids),
-        drafter=specjax.load_drafter(pair / "draft", target, num_draft=2),
+        drafter=specjax.load_drafter(f"model:{pair / 'draft'}", target, num_draft=2),
         sampling=specjax.Sampling(seed=5),
         max_new_tokens=60,
         stop_tokens=(stop,),
@@ -218,7 +220,7 @@ def pictures(text):
 def test_trace_page_holds_every_token_once_with_its_origin(batch, pair):
     _, _, result, text = batch
     page = Page(text)
-    stop = specjax.load_tokenizer(pair / "target").token_to_id(STOP)
+    stop = load_tokenizer(pair / "target").token_to_id(STOP)
     seen = set()
     assert not page.open and len(page.texts) == 3
     for row, prompt in enumerate(result["prompts"]):
@@ -284,7 +286,7 @@ def streamed(transcripts, tokenizer, prompt, new, **how):
 
 
 def test_streaming_never_splits_a_character(transcripts, pair):
-    tokenizer = specjax.load_tokenizer(pair / "target")
+    tokenizer = load_tokenizer(pair / "target")
     text = "é日本🙂!"
     new = tokenizer.encode(text).ids
     assert len(new) == len(text.encode())  # a token for each byte
@@ -294,7 +296,7 @@ def test_streaming_never_splits_a_character(transcripts, pair):
 
 
 def test_streaming_shows_broken_bytes_once_they_are_known_to_be_broken(transcripts, pair):
-    tokenizer = specjax.load_tokenizer(pair / "target")
+    tokenizer = load_tokenizer(pair / "target")
     lead, middle = tokenizer.encode("日").ids[:2]
     letter = tokenizer.encode("!").ids[0]
     out, gains = streamed(transcripts, tokenizer, "# ", [lead, letter, lead, middle])
@@ -303,7 +305,7 @@ def test_streaming_shows_broken_bytes_once_they_are_known_to_be_broken(transcrip
 
 
 def test_broken_bytes_before_the_stop_token_are_part_of_the_text(transcripts, pair):
-    tokenizer = specjax.load_tokenizer(pair / "target")
+    tokenizer = load_tokenizer(pair / "target")
     lead, stop = tokenizer.encode("日").ids[0], tokenizer.token_to_id(STOP)
     out, gains = streamed(transcripts, tokenizer, "# ", [lead, stop], stop_tokens=(stop,))
     assert gains == ["", "\ufffd\n"]
@@ -311,7 +313,7 @@ def test_broken_bytes_before_the_stop_token_are_part_of_the_text(transcripts, pa
 
 
 def test_text_that_may_become_a_stop_string_waits(transcripts, pair):
-    tokenizer = specjax.load_tokenizer(pair / "target")
+    tokenizer = load_tokenizer(pair / "target")
     out, gains = streamed(transcripts, tokenizer, "#", tokenizer.encode("é!?é!").ids, stop=("!!", "é!.", "?é!"))
     assert gains == ["", "", "", "é!", "", "", "\n"] and out == "#é!\n"
     out, gains = streamed(transcripts, tokenizer, "#", tokenizer.encode("a!?").ids, stop=("!?.",))
@@ -364,7 +366,7 @@ def test_stop_strings_end_rows_and_then_the_run(script, plain, tmp_path, monkeyp
 
 def test_each_of_several_stop_tokens_ends_a_row_and_is_not_printed(script, pair, plain, tmp_path):
     argv, _, free = plain
-    tokenizer = specjax.load_tokenizer(pair / "target")
+    tokenizer = load_tokenizer(pair / "target")
     ends = [prompt["tokens"][place] for prompt, place in zip(free["prompts"], (9, 14), strict=True)]
     shutil.copytree(pair / "target", tmp_path / "target")
     stop_at(tmp_path / "target", *ends)
@@ -390,7 +392,7 @@ def chat(pair, tmp_path_factory):
     """A target with a chat template, and a tokenizer that puts the stop token first where it is let."""
     folder = tmp_path_factory.mktemp("chat") / "target"
     shutil.copytree(pair / "target", folder)
-    tokenizer = specjax.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     special = [(STOP, tokenizer.token_to_id(STOP))]
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{STOP} $A", special_tokens=special)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -407,7 +409,7 @@ def test_chat_answers_messages(script, chat, tmp_path, system):
     text = f"{STOP}(user) Hi\n(me) " if system is None else f"{STOP}(system) Brief\n\n(user) Hi\n(me) "
     messages = [{"role": "system", "content": system}, {"role": "user", "content": "Hi"}]
     assert (result["prompt"], result["messages"]) == (text, messages[system is None :])
-    tokenizer = specjax.load_tokenizer(chat)
+    tokenizer = load_tokenizer(chat)
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     assert ids.count(tokenizer.token_to_id(STOP)) == 1 and len(tokenizer.encode(text).ids) == len(ids) + 1
     expected = specjax.generate(
@@ -415,7 +417,7 @@ def test_chat_answers_messages(script, chat, tmp_path, system):
         np.asarray([ids]),
         sampling=specjax.Sampling(temperature=0.0),
         max_new_tokens=20,
-        stop_tokens=specjax.load_stop_tokens(chat),
+        stop_tokens=load_stop_tokens(chat),
     )
     assert result["tokens"] == expected.tokens[0, len(ids) : expected.lengths[0]].tolist()
     answer = tokenizer.decode(result["tokens"])
@@ -425,7 +427,7 @@ def test_chat_answers_messages(script, chat, tmp_path, system):
 
 
 def test_prompts_get_the_tokenizers_special_tokens_without_chat(transcripts, chat):
-    tokenizer = specjax.load_tokenizer(chat)
+    tokenizer = load_tokenizer(chat)
     transcript = transcripts.Transcript(tokenizer, "Hi", 5)
     assert transcript.prompt_ids == tokenizer.encode("Hi").ids
     assert transcript.prompt_ids[0] == tokenizer.token_to_id(STOP) and transcript.messages is None
@@ -457,7 +459,7 @@ def heads(pair):
     raw = json.loads((pair / "target" / "config.json").read_text(encoding="utf-8"))
     layer = decoder_config(raw)
     module = init_mtp_params(MTPConfig(layer), jax.random.key(2))
-    specjax.write_mtp(pair / "mtp", raw, module)
+    write_mtp(pair / "mtp", raw, module)
     eagle = EagleHead(layer, (0, 1))
     described = {
         "speculators_model_type": "eagle3",
@@ -468,9 +470,9 @@ def heads(pair):
             key: raw[key] for key in raw if key not in ("eos_token_id", "tie_word_embeddings")
         },
     }
-    specjax.write_eagle(pair / "eagle", described, eagle.init_params(jax.random.key(3)), specjax.load(pair / "target"))
+    write_eagle(pair / "eagle", described, eagle.init_params(jax.random.key(3)), specjax.load(pair / "target"))
     kernel = specjax.load(pair / "target").params["embed_tokens"]["weight"].T
-    specjax.write_medusa(pair / "medusa", init_medusa_params(kernel, 2))
+    write_medusa(pair / "medusa", init_medusa_params(kernel, 2))
     return pair
 
 
@@ -500,7 +502,7 @@ def test_a_draft_of_another_tokenizer_drafts_what_both_have(script, pair, tmp_pa
         if drafter != "none":
             assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["drafted"] > 0
             shared = int(err.split("it drafts the ")[1].split(" of 262 tokens that both have")[0])
-            vocabularies = [specjax.load_tokenizer(pair / name).get_vocab().keys() for name in ("target", "other")]
+            vocabularies = [load_tokenizer(pair / name).get_vocab().keys() for name in ("target", "other")]
             assert shared == len(vocabularies[0] & vocabularies[1])
     assert texts[0] == texts[1]
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from draft_heads import open_mtp
 
-from specjax.checkpoint.mtp import open_mtp
 from specjax.drafters.mtp import MTPConfig, MTPHead, init_mtp_params
 from specjax.hf.config import decoder_config
 from specjax.training import losses

@@ -10,6 +10,7 @@ import pytest
 
 import specjax
 from specjax import training
+from specjax.checkpoint.models import load_stop_tokens, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 20, 48, 64
@@ -43,7 +44,7 @@ def test_transformers_writes_the_same_text(exported):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     original = ROOT / "checkpoints" / exported.name
-    tokenizer = specjax.load_tokenizer(original)
+    tokenizer = load_tokenizer(original)
     prompts = held_out_prompts(tokenizer)
     generation = specjax.generate(
         specjax.load(original, "float32"),
@@ -78,7 +79,7 @@ def test_an_exported_folder_converts_back(exported, scripts, tmp_path, capsys):
     original = ROOT / "checkpoints" / exported.name
     for name in ("tokenizer.json",):
         assert (tmp_path / "back" / name).read_bytes() == (original / name).read_bytes()
-    assert specjax.load_stop_tokens(tmp_path / "back") == specjax.load_stop_tokens(original) == (0,)
+    assert load_stop_tokens(tmp_path / "back") == load_stop_tokens(original) == (0,)
 
 
 def test_verify_fails_where_the_models_differ(exported, scripts, tmp_path, capsys):

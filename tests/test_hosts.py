@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import specjax
+from specjax.checkpoint.models import load_tokenizer
 from specjax.hf.config import decoder_config
 from specjax.training.data import train_tokenizer
 from specjax.transformer.decoder import init_params
@@ -107,7 +108,7 @@ def target(tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain(target):
     """What one process emits behind each prompt by plain decoding: with ``coupled``, any drafter gives the same."""
-    tokenizer, model = specjax.load_tokenizer(target), specjax.load(target)
+    tokenizer, model = load_tokenizer(target), specjax.load(target)
     prompt_bt, length_b = specjax.pad_prompts([tokenizer.encode(prompt).ids for prompt in PROMPTS])
     sampling = specjax.Sampling(temperature=1.0, seed=3)
     tokens_bs = np.asarray(specjax.generate(model, prompt_bt, length_b, sampling=sampling, max_new_tokens=NEW).tokens)
@@ -130,7 +131,7 @@ def test_processes_emit_the_tokens_of_one(count, target, plain, tmp_path):
     assert [prompt["tokens"] for prompt in result["prompts"]] == plain
     assert result["emitted"] == 3 * NEW and (result["drafted"] > 0) == (count == 2)
     assert result["settings"]["mesh"] == f"data 2, tensor {count // 2}, expert 1"
-    decode = specjax.load_tokenizer(target).decode
+    decode = load_tokenizer(target).decode
     texts = [prompt + decode(tokens) for prompt, tokens in zip(PROMPTS, plain, strict=True)]
     ended = [text + ("" if text.endswith("\n") else "\n") for text in texts]
     assert ends[0][1] == "".join(f"--- prompt {row} of 3 ---\n{text}" for row, text in enumerate(ended, 1))

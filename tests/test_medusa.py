@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import reference_medusa
 import safetensors.numpy
+from draft_heads import open_medusa, write_medusa
 from safetensors.numpy import load_file, save_file
 from test_compiled import compilations
 
 import specjax
-from specjax.checkpoint.medusa import open_medusa, write_medusa
 from specjax.drafters.medusa import MedusaDrafter, head_logits, init_medusa_params
 from specjax.hf.weights import tensors_of
 from specjax.transformer.config import DecoderConfig

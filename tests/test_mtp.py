@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_mtp
+from draft_heads import open_mtp, write_mtp
 from flax import struct
 
 import specjax
-from specjax.checkpoint.mtp import open_mtp, write_mtp
 from specjax.drafters.feature import FeatureDrafter
 from specjax.drafters.mtp import MTPConfig, MTPDrafter, MTPHead, abstract_mtp_params, init_mtp_params
 from specjax.hf.names import sources

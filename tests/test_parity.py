@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import specjax
+from specjax.checkpoint.models import load_stop_tokens
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -273,7 +274,7 @@ def test_multimodal_gemma_3_is_its_text_part_and_exports_as_that(tmp_path):
     specjax.export_hf(tmp_path / "ours", tmp_path / "back")
     back, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert specjax.load_stop_tokens(tmp_path / "back") == (1, 2)
+    assert load_stop_tokens(tmp_path / "back") == (1, 2)
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
         exported = back(torch.tensor(tokens, dtype=torch.long)).logits.numpy()

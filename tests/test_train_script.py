@@ -17,6 +17,7 @@ import pytest
 
 import specjax
 from specjax import training
+from specjax.checkpoint.models import load_tokenizer
 from specjax.hf.config import decoder_config
 from specjax.transformer.decoder import decoder_model, init_params
 
@@ -203,7 +204,7 @@ def test_a_head_is_trained_resumed_and_drafts(kind, script, tmp_path, monkeypatc
     metrics = json.loads((folder / "metrics.json").read_text())
     assert [len(stage["losses"]) for stage in metrics["stages"]] == [4, 4] and np.isfinite(metrics["held_out_loss"])
     model = specjax.load(tmp_path / "checkpoints" / "target")
-    opened = getattr(specjax, f"open_{kind}")(folder, model, 3)
+    opened = specjax.load_drafter(f"{kind}:{folder}", model, 3)
     prompts = np.random.default_rng(0).integers(0, 270, (2, 9)).astype(np.int32)
     greedy = {"sampling": specjax.Sampling(temperature=0), "max_new_tokens": 12}
     drafted = specjax.generate(model, prompts, drafter=opened, **greedy)
@@ -289,18 +290,18 @@ def test_the_shipped_checkpoints_are_those_of_their_recipes(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "open_drafter"),
+    ("name", "kind"),
     [
-        ("py-14m-draft", specjax.load_drafter),
-        ("py-14m-mtp", specjax.open_mtp),
-        ("py-14m-eagle", specjax.open_eagle),
-        ("py-14m-medusa", specjax.open_medusa),
+        ("py-14m-draft", "model"),
+        ("py-14m-mtp", "mtp"),
+        ("py-14m-eagle", "eagle"),
+        ("py-14m-medusa", "medusa"),
     ],
 )
-def test_the_shipped_drafts_draft_greedy_text_of_their_target(name, open_drafter):
+def test_the_shipped_drafts_draft_greedy_text_of_their_target(name, kind):
     target = specjax.load(ROOT / "checkpoints" / "py-14m")
-    tokenizer = specjax.load_tokenizer(ROOT / "checkpoints" / "py-14m")
-    drafter = open_drafter(ROOT / "checkpoints" / name, target)
+    tokenizer = load_tokenizer(ROOT / "checkpoints" / "py-14m")
+    drafter = specjax.load_drafter(f"{kind}:{ROOT / 'checkpoints' / name}", target)
     prompt_bt, length_b = specjax.pad_prompts([tokenizer.encode("def __init__(self, name):\n        self.").ids])
     greedy = {"sampling": specjax.Sampling(temperature=0), "max_new_tokens": 24}
     plain = specjax.generate(target, prompt_bt, length_b, **greedy)

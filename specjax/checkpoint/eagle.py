@@ -2,18 +2,15 @@
 
 import dataclasses
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from specjax.checkpoint.lent import is_targets_embedding, read_onto
-from specjax.checkpoint.models import check_dtype, check_params, default_dtype, new_folder, write_json
-from specjax.checks import check_integer
+from specjax.checkpoint.lent import errors_name, is_targets_embedding
+from specjax.checkpoint.models import check_params, write_json
 from specjax.drafters.eagle import EagleHead, check_fit
 from specjax.drafters.feature import FeatureDrafter
 from specjax.hf.eagle import (
@@ -26,50 +23,36 @@ from specjax.hf.eagle import (
 )
 from specjax.hf.keys import read_json
 from specjax.hf.safetensors import open_tensors, write_tensors
-from specjax.sharding import RULES, Rules
 from specjax.types import LanguageModel
 
 _LOG = logging.getLogger(__name__)
 
 
-def open_eagle(
-    path: str | os.PathLike,
-    target: LanguageModel,
-    num_draft: int = 4,
-    dtype: jnp.dtype | str | None = None,
-    mesh: Mesh | None = None,
-    rules: Rules = RULES,
-) -> FeatureDrafter:
+def open_eagle(path: Path, target: LanguageModel, num_draft: int, dtype: jnp.dtype) -> tuple[FeatureDrafter, Any]:
     """Opens an EAGLE-1, EAGLE-2 or EAGLE-3 head as a drafter of chains.
 
-    ``drafter.head.describe()`` says which of the target's states it reads, and so does the log of this module. An
-    embedding that equals the target's is not kept.
+    ``drafter.head.describe()`` says which of the target's states the head reads, and so does the log of this module.
+    An embedding that equals the target's is dropped: the head then uses the target's.
 
     Args:
       path: a folder with ``config.json`` and safetensors, of SafeAILab's EAGLE, of SpecForge or of speculators.
       target: the model to draft for.
       num_draft: g, tokens proposed per round.
-      dtype: of parameters and computation; None means ``specjax.default_dtype()``.
-      mesh: as for ``specjax.load``.
-      rules: as for ``specjax.shard``.
+      dtype: of parameters and computation.
+
+    Returns:
+      The drafter, of parameters that are shapes and dtypes, and a tree like them of ``Parameter``.
 
     Raises:
       ValueError: a file is missing, damaged or pickled; the config is of no EAGLE head, or has a key or value that is
         not known; a tensor is missing, of another shape, or unknown; the draft vocabulary is none of the target's; or
-        the head does not fit the target in width, vocabulary or number of layers; or the mesh or the rules do not fit
-        the head.
-      TypeError: as ``specjax.shard``.
+        the head does not fit the target in width, vocabulary or number of layers.
     """
-    check_integer("num_draft", num_draft, 1)
-    dtype = check_dtype(default_dtype() if dtype is None else dtype)
-    path = Path(path).absolute()
     raw = read_json(path / "config.json")
-    try:
+    with errors_name(path / "config.json"):
         _, fields = _described(raw, target)
-    except ValueError as error:
-        raise ValueError(f"{path / 'config.json'}: {error}") from None
     found = open_tensors(path)
-    try:
+    with errors_name(path):
         tensors, draft_of_v = eagle_tensors(found), None
         if fields["version"] == 3:
             draft_of_v = draft_vocabulary(tensors, fields["draft_vocab_size"], fields["decoder"].vocab_size)
@@ -78,36 +61,31 @@ def open_eagle(
         if head.own_embedding and is_targets_embedding(params["embed_tokens"]["weight"], target):
             head = dataclasses.replace(head, own_embedding=False)
             del params["embed_tokens"]
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
     _LOG.info("%s: %s", path, head.describe())
-    return read_onto(mesh, rules, FeatureDrafter(head.abstract_params(dtype), head, num_draft), params)
+    return FeatureDrafter(head.abstract_params(dtype), head, num_draft), params
 
 
-def write_eagle(
-    path: str | os.PathLike,
+def fill_eagle(
+    folder: Path,
     config: Mapping[str, Any],
     params: Any,
     target: LanguageModel,
-    *,
-    verifier: str | None = None,
-    num_draft: int = 4,
+    target_name: str | None,
+    num_draft: int,
 ) -> None:
-    """Writes a head in speculators' layout, for ``open_eagle`` and for other engines.
+    """Writes a head in speculators' layout into a folder.
 
     Args:
-      path: the folder to make, or to replace.
-      config: what describes the head, with the keys of any layout that ``open_eagle`` reads.
-      params: the head's, as ``EagleHead.init_params`` and ``open_eagle`` return them.
-      target: the model it drafts for.
-      verifier: the target's name or path, for other engines; None keeps what ``config`` says of it.
-      num_draft: tokens per round, a hint for other engines, where ``config`` has none.
+      folder: an empty folder.
+      config: describes the head, with the keys of any layout that ``open_eagle`` reads.
+      params: the head's, as ``EagleHead.init_params`` returns them.
+      target: the model that the head drafts for.
+      target_name: the target's name or path, for other engines; None keeps what ``config`` says of the target.
+      num_draft: tokens per round, a hint for other engines, used where ``config`` has none.
 
     Raises:
       ValueError: as for ``open_eagle``; or the parameters are not those that the config describes.
-      OSError: the folder cannot be written; what was there stays.
     """
-    check_integer("num_draft", num_draft, 1)
     config, fields = _described(config, target)
     head = _head(fields, target, own_embedding="embed_tokens" in params, mapped="draft_of_v" in params)
     _check_params(params, head)
@@ -117,17 +95,16 @@ def write_eagle(
         "torch_dtype": str(params["fc"]["kernel"].dtype),
         "tie_word_embeddings": False,
     }
-    if verifier is not None or "speculators_config" not in config:
+    if target_name is not None or "speculators_config" not in config:
         proposal = {"proposal_type": "greedy", "speculative_tokens": num_draft}
         about["speculators_config"] = {
             "algorithm": kind,
             "default_proposal_method": "greedy",
             "proposal_methods": [proposal | {"verifier_accept_k": 1, "accept_tolerance": 0.0}],
-            "verifier": {"name_or_path": verifier, "architectures": []},
+            "verifier": {"name_or_path": target_name, "architectures": []},
         }
-    with new_folder(path) as folder:
-        write_json(folder / "config.json", config | about)
-        write_tensors(folder, tensors_of_eagle(kind, params))
+    write_json(folder / "config.json", config | about)
+    write_tensors(folder, tensors_of_eagle(kind, params))
 
 
 def eagle_head(config: Mapping[str, Any], target: LanguageModel) -> EagleHead:

@@ -1,7 +1,9 @@
 """What the folders of all heads share: how parameters are read, and tables that are repeated from the target."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -16,6 +18,15 @@ from specjax.types import LanguageModel
 
 _COMPARED = 1024  # rows at a time
 D = TypeVar("D")
+
+
+@contextlib.contextmanager
+def errors_name(path: Path) -> Iterator[None]:
+    """Puts a path in front of the message of any ValueError raised inside."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def read_onto(mesh: Mesh | None, rules: Rules, drafter: D, params: Any) -> D:

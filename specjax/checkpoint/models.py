@@ -21,17 +21,14 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from specjax.checks import check_integer
-from specjax.drafters.model import ModelDrafter
-from specjax.drafters.shared_vocabulary import shared_vocabulary_drafter
 from specjax.hf.config import decoder_config, read_config
 from specjax.hf.keys import read_json
 from specjax.hf.names import ParameterPath, parameters
 from specjax.hf.weights import Parameter, open_weights
-from specjax.sharding import RULES, Rules, shard, shardings
-from specjax.text.vocabulary import match_vocabularies
+from specjax.sharding import RULES, Rules, shardings
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import abstract_params, decoder_model
-from specjax.types import Drafter, LanguageModel
+from specjax.types import LanguageModel
 
 _LEAST_BUFFER = 64 * 10**6
 _LEAST_CHUNK, _CHUNKS = 4 * 2**20, 64  # bytes, and about how many an array of more has
@@ -43,18 +40,23 @@ def default_dtype() -> jnp.dtype:
 
 
 def save(
-    path: str | os.PathLike, config: Mapping[str, Any], params: Any, tokenizer: Tokenizer, metrics: dict[str, Any]
+    path: str | os.PathLike,
+    config: Mapping[str, Any],
+    params: Any,
+    tokenizer: Tokenizer | None = None,
+    metrics: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a checkpoint folder, replacing one that is there only once the new one is whole.
 
-    Several processes all call it, with a folder that all see, and each writes the parameters that it holds.
+    Several processes all call it, with a folder that all see, and each writes the parameters that it holds. What
+    ``specjax.open`` opened is written by ``save(path, opened.config, opened.model.params, opened.tokenizer)``.
 
     Args:
       path: the folder.
       config: what ``config.json`` is to hold, Hugging Face's keys.
       params: nested dict of arrays, as ``specjax.transformer.init_params`` returns.
-      tokenizer: the tokenizer.
-      metrics: what ``metrics.json`` is to hold.
+      tokenizer: the tokenizer; None writes none.
+      metrics: what ``metrics.json`` is to hold; None writes none.
 
     Raises:
       ValueError: the config is of no supported model, or the parameters are not those it describes.
@@ -63,8 +65,10 @@ def save(
     with _folder_of_all(path) as folder:
         if jax.process_index() == 0:
             write_json(folder / "config.json", config)
-            write_json(folder / "metrics.json", metrics)
-            tokenizer.save(str(folder / "tokenizer.json"))
+            if metrics is not None:
+                write_json(folder / "metrics.json", metrics)
+            if tokenizer is not None:
+                tokenizer.save(str(folder / "tokenizer.json"))
         save_params(folder, params)
 
 
@@ -325,54 +329,3 @@ def load_stop_tokens(path: str | os.PathLike) -> tuple[int, ...]:
             check_integer(f"{file}: eos_token_id", token, 0)
         return tuple(tokens)
     return ()
-
-
-def load_drafter(
-    path: str | os.PathLike,
-    target: LanguageModel,
-    num_draft: int = 4,
-    dtype: jnp.dtype | str | None = None,
-    tokenizer: Tokenizer | None = None,
-    mesh: Mesh | None = None,
-    rules: Rules = RULES,
-    ignore_config_keys: Iterable[str] = (),
-) -> Drafter:
-    """Opens a folder that ``load`` opens as a drafter for ``target``.
-
-    Draft heads are opened by ``open_mtp``, ``open_eagle`` and ``open_medusa``.
-
-    Args:
-      path: the folder.
-      target: the model to draft for.
-      num_draft: g, tokens proposed per round.
-      dtype: as for ``load``.
-      tokenizer: the target's. With it, a draft of another vocabulary is a ``SharedVocabularyDrafter``; without it,
-        the draft's tokenizer is taken to be the target's.
-      mesh: as for ``load``; the target's, if that is on one.
-      rules: as for ``specjax.shard``; a small draft is best whole on each device, by ``rules={}``.
-      ignore_config_keys: as for ``load``.
-
-    Raises:
-      ValueError: as for ``load``, or ``num_draft`` is below 1, or the two vocabularies have no token in common, or
-        differ in size while no tokenizer is given.
-      TypeError: as ``specjax.shard``.
-    """
-    check_integer("num_draft", num_draft, 1)
-    model = load(path, dtype, mesh, rules, ignore_config_keys)
-    alike = model.vocab_size == target.vocab_size
-    if tokenizer is None and not alike:
-        raise ValueError(
-            f"{path} has a vocabulary of {model.vocab_size} tokens and the target one of {target.vocab_size}; give the "
-            "target's tokenizer to draft the tokens that both have, or a drafter that shares it"
-        )
-    if tokenizer is None:
-        return ModelDrafter(model, num_draft)
-    own = load_tokenizer(path)
-    if alike and own.get_vocab() == tokenizer.get_vocab():
-        return ModelDrafter(model, num_draft)
-    try:
-        shared = match_vocabularies(tokenizer, own, target.vocab_size, model.vocab_size)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot draft for this target: {error}") from None
-    drafter = shared_vocabulary_drafter(model, shared, num_draft)
-    return drafter if mesh is None else shard(drafter, mesh, rules)  # its tables: the model is there already

@@ -1,67 +1,55 @@
 """Folders of multi-token prediction modules, in the published layouts."""
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from specjax.checkpoint.lent import is_targets_embedding, is_targets_head, read_onto
-from specjax.checkpoint.models import check_dtype, check_params, default_dtype, new_folder, write_json
-from specjax.checks import check_integer
+from specjax.checkpoint.lent import errors_name, is_targets_embedding, is_targets_head
+from specjax.checkpoint.models import check_params, write_json
 from specjax.drafters.feature import FeatureDrafter
 from specjax.drafters.mtp import MTPConfig, MTPDrafter, MTPHead, abstract_mtp_params
 from specjax.hf.keys import read_json
 from specjax.hf.mtp import MTPLayout, mtp_layout, mtp_parameters, mtp_tensors
 from specjax.hf.safetensors import open_tensors, write_tensors
-from specjax.sharding import RULES, Rules
 from specjax.types import LanguageModel
 
 
 def open_mtp(
-    path: str | os.PathLike,
+    path: Path,
     target: LanguageModel,
-    num_draft: int = 4,
-    dtype: jnp.dtype | str | None = None,
-    mesh: Mesh | None = None,
-    rules: Rules = RULES,
-    *,
+    num_draft: int,
+    dtype: jnp.dtype,
     chained: bool = False,
     zero_first: bool = False,
-) -> FeatureDrafter | MTPDrafter:
+) -> tuple[FeatureDrafter | MTPDrafter, Any]:
     """Opens MTP modules as a drafter: of DeepSeek-V3's layout in any family, of GLM-4.5, Qwen3-Next or MiMo.
 
-    Of a whole model's folder, only the modules' tensors are read. Embeddings and heads that lie beside them are
-    compared with the target's, and kept only if they differ.
+    Of a whole model's folder, only the modules' tensors are read. Embeddings and output heads that lie beside them
+    are compared with the target's, and kept only if they differ.
 
     Args:
-      path: a Hugging Face folder: a model's with its modules, or one that ``write_mtp`` wrote.
+      path: a Hugging Face folder: a model's with its modules, or one of modules alone.
       target: the model to draft for.
       num_draft: g, tokens proposed per round: any number where one module is chained, else at most one per module.
-      dtype: of parameters and computation; None means ``specjax.default_dtype()``.
-      mesh: as for ``specjax.load``.
-      rules: as for ``specjax.shard``.
+      dtype: of parameters and computation.
       chained: feed the first of several modules its own states, instead of one module per token. A single module is
         always chained.
       zero_first: take the embedding at position 0 for zero, as vLLM does and others do not.
 
+    Returns:
+      The drafter, of parameters that are shapes and dtypes, and a tree like them of ``Parameter``.
+
     Raises:
       ValueError: a file is missing or damaged; the config is of no layout that is known, or has no modules; a tensor
         is missing, of another shape, or unknown; the modules do not fit the target in width, vocabulary or number of
-        layers; ``num_draft`` is too high; or the mesh or the rules do not fit the modules.
-      TypeError: as ``specjax.shard``.
+        layers; or ``num_draft`` is too high.
     """
-    check_integer("num_draft", num_draft, 1)
-    dtype = check_dtype(default_dtype() if dtype is None else dtype)
-    path = Path(path).absolute()
     raw = read_json(path / "config.json")
-    try:
+    with errors_name(path / "config.json"):
         layout = mtp_layout(raw)
-    except ValueError as error:
-        raise ValueError(f"{path / 'config.json'}: {error}") from None
     modules = layout.decoder.num_hidden_layers
     chained = chained or modules == 1
     if not chained and num_draft > modules:
@@ -69,7 +57,7 @@ def open_mtp(
             f"num_draft is {num_draft}, but {path} has {modules} MTP modules of one draft each; give at most that, or "
             "chained=True to draft all with the first"
         )
-    try:
+    with errors_name(path):
         _check_fits(layout, target)
         tensors = layout.select(open_tensors(path))
         config = MTPConfig(
@@ -80,28 +68,25 @@ def open_mtp(
             own_head=layout.held("lm_head.kernel", tensors),
         )
         params = mtp_parameters(layout, tensors, abstract_mtp_params(config))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
     used = 1 if chained else num_draft
     config, params = _without_the_targets(config, {k: params[k] for k in range(used)}, target)
     abstract = abstract_mtp_params(config, dtype)
     if chained:
-        return read_onto(mesh, rules, FeatureDrafter(abstract, MTPHead(config), num_draft), params)
-    return read_onto(mesh, rules, MTPDrafter(abstract, config, num_draft), params)
+        return FeatureDrafter(abstract, MTPHead(config), num_draft), params
+    return MTPDrafter(abstract, config, num_draft), params
 
 
-def write_mtp(path: str | os.PathLike, config: Mapping[str, Any], params: Any) -> None:
-    """Writes MTP modules in the layout of a family, DeepSeek-V3's unless it has its own, for ``open_mtp`` and others.
+def fill_mtp(folder: Path, config: Mapping[str, Any], params: Any) -> None:
+    """Writes MTP modules into a folder, in the layout of a family: DeepSeek-V3's, unless the family has its own.
 
     Args:
-      path: the folder to make, or to replace.
+      folder: an empty folder.
       config: a Hugging Face config: the target's, or one of modules with layers of other sizes. The number of modules
         is added to it.
       params: of the modules, as ``specjax.drafters.mtp.init_mtp_params`` returns.
 
     Raises:
       ValueError: the config is of a family without a layout, or the parameters are not those it describes.
-      OSError: the folder cannot be written; what was there stays.
     """
     config = {key: value for key, value in config.items() if key != "num_mtp_layers"}
     config["num_nextn_predict_layers"] = len(params)
@@ -110,9 +95,8 @@ def write_mtp(path: str | os.PathLike, config: Mapping[str, Any], params: Any) -
         layout.decoder, layout.hidden_first, own_embedding="embed_tokens" in params[0], own_head="lm_head" in params[0]
     )
     check_params(params, abstract_mtp_params(described))
-    with new_folder(path) as folder:
-        write_json(folder / "config.json", config)
-        write_tensors(folder, mtp_tensors(layout, params))
+    write_json(folder / "config.json", config)
+    write_tensors(folder, mtp_tensors(layout, params))
 
 
 def _check_fits(layout: MTPLayout, target: LanguageModel) -> None:

@@ -21,12 +21,27 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 def load_chat_template(path: str | os.PathLike) -> "ChatTemplate":
     """Opens the chat template of a checkpoint folder or a Hugging Face folder.
 
+    Raises:
+      ValueError: the folder has no chat template; or as for ``find_chat_template``.
+    """
+    template = find_chat_template(path)
+    if template is None:
+        raise ValueError(
+            f"{Path(path)} has neither chat_template.jinja nor a chat_template in tokenizer_config.json; add the "
+            "model's"
+        )
+    return template
+
+
+def find_chat_template(path: str | os.PathLike) -> "ChatTemplate | None":
+    """Opens the chat template of a checkpoint folder or a Hugging Face folder; returns None if there is none.
+
     It is ``chat_template.jinja``, else ``chat_template`` of ``tokenizer_config.json``: a string, or a list of named
     templates with one called "default". Special tokens come from ``tokenizer_config.json``, and for folders without
     ``added_tokens_decoder`` there, from ``special_tokens_map.json``, which then goes first.
 
     Raises:
-      ValueError: the folder has no chat template, or a file of it is damaged, or the template does not compile.
+      ValueError: the path is no folder, a file is damaged, or the template does not compile.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -41,7 +56,7 @@ def load_chat_template(path: str | os.PathLike) -> "ChatTemplate":
         return ChatTemplate(_read(file), tokens, str(file))
     source, name = config.get("chat_template"), f"{config_file}: chat_template"
     if source is None:
-        raise ValueError(f"{folder} has neither {file.name} nor a chat_template in {config_file.name}; add the model's")
+        return None
     if isinstance(source, list):
         source = next((each.get("template") for each in source if _content(each, "name") == "default"), None)
     if not isinstance(source, str):

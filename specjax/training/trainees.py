@@ -13,10 +13,9 @@ from jax import Array
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from specjax.checkpoint.eagle import eagle_head, write_eagle
-from specjax.checkpoint.medusa import write_medusa
-from specjax.checkpoint.models import save, write_json
-from specjax.checkpoint.mtp import write_mtp
+from specjax.checkpoint.drafters import save_drafter
+from specjax.checkpoint.eagle import eagle_head
+from specjax.checkpoint.models import save
 from specjax.drafters.feature import FeatureDrafter, Head
 from specjax.drafters.medusa import MedusaDrafter, init_medusa_params
 from specjax.drafters.model import ModelDrafter
@@ -24,7 +23,7 @@ from specjax.drafters.mtp import MTPConfig, MTPHead, init_mtp_params
 from specjax.hf.config import decoder_config
 from specjax.hf.medusa import medusa_config
 from specjax.hf.mtp import mtp_layout
-from specjax.sharding import Rules, gathered, shardings
+from specjax.sharding import Rules, shardings
 from specjax.training.data import END_OF_TEXT
 from specjax.training.objectives import Objective, head_objective, make_objective, medusa_objective
 from specjax.training.recipe import Recipe
@@ -109,7 +108,9 @@ def _drawn(init: Callable[[Array], Any]) -> Callable[..., Any]:
     return placed
 
 
-def _chained(recipe: Recipe, head: Head, init: Callable[[Array], Any], write: Callable[[Path, Any], None]) -> Trainee:
+def _chained(
+    recipe: Recipe, teacher: LanguageModel, head: Head, init: Callable[[Array], Any], config: dict[str, Any]
+) -> Trainee:
     _check_sequences(recipe, recipe.chain_steps)
 
     def places(mesh: Mesh, rules: Rules) -> Any:
@@ -121,44 +122,37 @@ def _chained(recipe: Recipe, head: Head, init: Callable[[Array], Any], write: Ca
         objective=lambda loss: head_objective(loss, head, recipe.chain_steps),
         drafter=lambda params, num_draft: FeatureDrafter(params, head, num_draft),
         max_draft=None,
-        write=_with_metrics(write),
+        write=_head_writer(recipe, teacher, lambda params: FeatureDrafter(params, head), config),
     )
 
 
-def _with_metrics(write: Callable[[Path, Any], None]) -> Callable[[Path, Any, Tokenizer, dict[str, Any]], None]:
-    def write_all(folder: Path, params: Any, tokenizer: Tokenizer, metrics: dict[str, Any]) -> None:
+def _head_writer(
+    recipe: Recipe,
+    teacher: LanguageModel,
+    drafter: Callable[[Any], FeatureDrafter | MedusaDrafter],
+    config: dict[str, Any] | None = None,
+) -> Callable[[Path, Any, Tokenizer, dict[str, Any]], None]:
+    def write(folder: Path, params: Any, tokenizer: Tokenizer, metrics: dict[str, Any]) -> None:
         del tokenizer  # the target's
-        params = gathered(params)  # heads are small
-        if jax.process_index() == 0:
-            write(folder, params)
-            write_json(folder / "metrics.json", metrics)
+        save_drafter(folder, drafter(params), teacher, config, target_name=recipe.drafts_for, metrics=metrics)
 
-    return write_all
+    return write
 
 
 def _mtp(recipe: Recipe, teacher: LanguageModel) -> Trainee:
     """``[architecture]`` holds the Hugging Face keys of the target, with the module's layer in place of its own."""
     _check_lends(recipe, teacher)
     config = recipe.architecture | {"num_hidden_layers": teacher.num_layers, "num_nextn_predict_layers": 1}
-    layout = mtp_layout(config)  # the layer is what ``open_mtp`` will take it for
+    layout = mtp_layout(config)  # the layer is what ``load_drafter`` will take it for
     head = MTPHead(MTPConfig(layout.decoder, hidden_first=layout.hidden_first))
     _check_width(recipe, teacher, layout.decoder.hidden_size, layout.decoder.vocab_size)
-    return _chained(
-        recipe,
-        head,
-        lambda key: init_mtp_params(head.config, key),
-        lambda folder, params: write_mtp(folder, config, params),
-    )
+    return _chained(recipe, teacher, head, lambda key: init_mtp_params(head.config, key), config)
 
 
 def _eagle(recipe: Recipe, teacher: LanguageModel, tokens: np.ndarray) -> Trainee:
     """``[architecture]`` holds the keys of a published EAGLE config, of any layout."""
     head = eagle_head(recipe.architecture, teacher)
-
-    def write(folder: Path, params: Any) -> None:
-        write_eagle(folder, recipe.architecture, params, teacher, verifier=recipe.drafts_for)
-
-    chained = _chained(recipe, head, head.init_params, write)
+    chained = _chained(recipe, teacher, head, head.init_params, recipe.architecture)
     if head.draft_vocab_size is None:
         return chained
     return _with_constants(chained, {"draft_of_v": most_frequent(tokens, head.draft_vocab_size, head.vocab_size)})
@@ -221,7 +215,7 @@ def _medusa(recipe: Recipe, teacher: LanguageModel) -> Trainee:
         objective=lambda loss: medusa_objective(loss, count),
         drafter=lambda params, num_draft: MedusaDrafter(params, num_draft),
         max_draft=count,
-        write=_with_metrics(lambda folder, params: write_medusa(folder, params, recipe.drafts_for or "")),
+        write=_head_writer(recipe, teacher, lambda params: MedusaDrafter(params, count)),
     )
 
 

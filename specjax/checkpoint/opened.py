@@ -1,0 +1,82 @@
+"""One door to a model's folder: all that generation needs of it."""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from tokenizers import Tokenizer
+
+from specjax.checkpoint.models import load, load_stop_tokens, load_tokenizer
+from specjax.hf.config import text_config
+from specjax.hf.keys import read_json
+from specjax.sharding import RULES, Rules
+from specjax.text.chat import ChatTemplate, find_chat_template
+from specjax.types import LanguageModel
+
+# Keys of ``config.json`` that describe how the parameters were stored, not the model.
+_OF_STORAGE = ("dtype", "torch_dtype", "quantization_config")
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A model's folder, as ``specjax.open`` returns it.
+
+    Attributes:
+      path: the folder.
+      model: the model.
+      tokenizer: the tokenizer, or None if the folder has none.
+      stop_tokens: the ids of tokens that end a text; empty if the folder names none.
+      chat_template: how a conversation is laid out as text, or None if the folder does not say.
+      config: the keys of ``config.json`` that describe the model and its stop tokens, for ``specjax.save``.
+    """
+
+    path: Path
+    model: LanguageModel = dataclasses.field(repr=False)
+    tokenizer: Tokenizer | None = dataclasses.field(default=None, repr=False)
+    stop_tokens: tuple[int, ...] = ()
+    chat_template: ChatTemplate | None = dataclasses.field(default=None, repr=False)
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+
+def open(
+    path: str | os.PathLike,
+    dtype: jnp.dtype | str | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules = RULES,
+    ignore_config_keys: Iterable[str] = (),
+) -> Opened:
+    """Opens a checkpoint folder, or a Hugging Face folder with safetensors: model, tokenizer, stop tokens, template.
+
+    ``specjax.load`` opens the model alone, and takes the same arguments.
+
+    Args:
+      path: the folder.
+      dtype: of parameters and computation; None means ``specjax.default_dtype()``.
+      mesh: the parameters are split over it, as ``specjax.shard`` does; None is the default device.
+      rules: as for ``specjax.shard``.
+      ignore_config_keys: as for ``specjax.load``.
+
+    Raises:
+      ValueError: a file of the folder is damaged; or as for ``specjax.load``. A missing ``tokenizer.json`` or chat
+        template is no error.
+      TypeError: as ``specjax.shard``.
+    """
+    path = Path(path).absolute()
+    # The small files first: an error in one of them should not wait for the parameters.
+    there = path.is_dir()
+    tokenizer = load_tokenizer(path) if os.path.lexists(path / "tokenizer.json") else None
+    template = find_chat_template(path) if there else None
+    stop_tokens = load_stop_tokens(path) if there else ()
+    model = load(path, dtype, mesh, rules, ignore_config_keys)
+    return Opened(path, model, tokenizer, stop_tokens, template, _described(path, stop_tokens))
+
+
+def _described(path: Path, stop_tokens: tuple[int, ...]) -> dict[str, Any]:
+    """Returns what ``config.json`` says of the model, with the stop tokens, which another file may have named."""
+    raw = text_config(read_json(path / "config.json"))
+    config = {key: value for key, value in raw.items() if key not in _OF_STORAGE}
+    return config | ({"eos_token_id": list(stop_tokens)} if stop_tokens else {})

@@ -1,0 +1,391 @@
+"""Strings in, strings out: a session completes texts, chats, and streams, on a model that ``specjax.open`` opened."""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, overload
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from tokenizers import Tokenizer
+
+from specjax import verify as verify_lib
+from specjax.checkpoint.drafters import load_drafter
+from specjax.checkpoint.opened import Opened
+from specjax.checkpoint.opened import open as open_folder
+from specjax.engine.loop import extend, prefill, run
+from specjax.engine.state import State, stop
+from specjax.sampling import Sampling
+from specjax.sharding import gathered
+from specjax.text.stream import TextStream
+from specjax.types import Drafter, Generation, Stats, VerifyRule
+
+# Rounds between two looks at the text for stop strings. A look costs a return to the host; a row drafts on until then.
+_ROUNDS_PER_LOOK = 4
+_COUNTS = ("rounds", "drafted", "accepted")
+_SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
+
+Messages = str | Sequence[Mapping[str, Any]]
+"""A conversation: messages such as ``{"role": "user", "content": "Hello"}``, or the text of one user message."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What followed one prompt. ``str(result)`` is its text.
+
+    Attributes:
+      text: the text that was generated, without the stop token and what follows a stop string.
+      tokens: the tokens that were generated, a stop token or the end of a stop string included.
+      finish_reason: "stop token", "stop string", or "length" for a row that reached ``max_new_tokens``.
+      prompt_tokens: how many tokens the prompt has.
+      rounds: passes of the target, one for each round.
+      drafted: tokens that were drafted.
+      accepted: drafted tokens that were accepted.
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    prompt_tokens: int
+    rounds: int
+    drafted: int
+    accepted: int
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def message(self) -> dict[str, str]:
+        """The text as the assistant's message, to append to a conversation."""
+        return {"role": "assistant", "content": self.text}
+
+
+class Session:
+    """Completes texts and chats with one model, and a drafter for it.
+
+    Under a mesh (``jax.set_mesh``), the number of prompts must be a multiple of the mesh's ``data`` axis.
+
+    Attributes:
+      opened: the model and what belongs to it.
+      drafter: the drafter, or None.
+    """
+
+    def __init__(
+        self,
+        opened: Opened | str | os.PathLike,
+        drafter: str | Drafter | None = None,
+        num_draft: int = 4,
+        *,
+        verify: VerifyRule = verify_lib.block,
+        slots: int | None = None,
+        seed: int = 0,
+    ):
+        """Opens the folder and the drafter, where paths are given.
+
+        Args:
+          opened: what ``specjax.open`` returned, or a folder for it.
+          drafter: a drafter, or text for ``specjax.load_drafter`` such as "model:DIR"; None is plain decoding.
+          num_draft: g, tokens proposed per round, of a drafter given as text.
+          verify: a rule of ``specjax.verify``.
+          slots: tokens to allocate per row, prompt and text together; None allocates what each call needs.
+          seed: of the first prompt that comes without a seed. Each further one has the next seed.
+
+        Raises:
+          ValueError: the folder has no tokenizer; or as for ``specjax.open`` and ``specjax.load_drafter``.
+        """
+        self.opened = opened if isinstance(opened, Opened) else open_folder(opened)
+        if self.opened.tokenizer is None:
+            raise ValueError(
+                f"{self.opened.path} has no tokenizer.json; add the model's, or generate from tokens: specjax.generate"
+            )
+        if isinstance(drafter, str):
+            drafter = load_drafter(drafter, self.opened, num_draft, mesh=_mesh_of(self.opened))
+        self.drafter = drafter
+        self._tokenizer: Tokenizer = self.opened.tokenizer
+        self._verify, self._slots, self._seed = verify, slots, seed
+        self._kept: _Kept | None = None
+
+    @overload
+    def complete(self, prompts: str, max_new_tokens: Any = 200, **options: Any) -> Completion: ...
+
+    @overload
+    def complete(self, prompts: list[str], max_new_tokens: Any = 200, **options: Any) -> list[Completion]: ...
+
+    def complete(self, prompts, max_new_tokens=200, *, stop=(), **sampling):
+        """Continues texts.
+
+        Args:
+          prompts: a text, or a list of texts, which are one batch.
+          max_new_tokens: the most tokens to generate, an integer or one per prompt.
+          stop: texts to end before. A row whose text meets one is no longer drafted.
+          **sampling: parameters of ``specjax.Sampling``, each one number or one per prompt: temperature (1 unless
+            given), top_k, top_p, seed, ...
+
+        Returns:
+          The result of one text, or a list with a result for each.
+
+        Raises:
+          TypeError: ``prompts`` is neither a text nor a list of texts; or as for ``specjax.generate``.
+          ValueError: a prompt has no token, or an argument is out of its range; as for ``specjax.generate``.
+        """
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"prompts is {prompts!r}; give a text, or a list of texts (messages: Session.chat)")
+        state, rows = self._begin([self._encode(text) for text in texts], max_new_tokens, stop, sampling)
+        # Without stop strings, the whole generation is one call of the device.
+        _exhaust(self._run(state, rows, _ROUNDS_PER_LOOK if stop else None))
+        results = [row.result() for row in rows]
+        return results[0] if isinstance(prompts, str) else results
+
+    def chat(
+        self,
+        messages: Messages,
+        max_new_tokens: int = 200,
+        *,
+        stop: Sequence[str] = (),
+        variables: Mapping[str, Any] | None = None,
+        **sampling: Any,
+    ) -> Completion:
+        """Answers a conversation, laid out by the model's chat template.
+
+        To go on, append ``result.message`` and the next message to the list, and call again. The session keeps the
+        caches of the last conversation. If the new conversation's tokens begin with all tokens in the caches (the
+        earlier prompt and its answer), only what follows is read. Otherwise the whole conversation is read again:
+        another conversation; a template that lays out an earlier answer otherwise than it was generated, such as
+        without its reasoning; an answer that ended at a stop string; other sampling parameters; or no room in the
+        slots. The text has the same law in all cases.
+
+        Args:
+          messages: the conversation, as a list of ``{"role": ..., "content": ...}``; or a text, which is one message
+            of the user.
+          max_new_tokens: the most tokens to generate.
+          stop: texts to end before.
+          variables: what else the template reads, such as ``{"enable_thinking": False}``.
+          **sampling: as for ``complete``. A conversation that goes on keeps its seed unless another is given.
+
+        Raises:
+          ValueError: the folder has no chat template, or the template refuses the messages; or as for ``complete``.
+          TypeError: as for ``complete``.
+        """
+        tokens = self._lay_out(messages, variables)
+        state, row = self._go_on(tokens, max_new_tokens, stop, sampling)
+        state = _exhaust(self._run(state, [row], _ROUNDS_PER_LOOK if stop else None))
+        self._keep(state, sampling)
+        return row.result()
+
+    def stream(
+        self,
+        prompt: Messages,
+        max_new_tokens: int = 200,
+        *,
+        stop: Sequence[str] = (),
+        variables: Mapping[str, Any] | None = None,
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """Like ``complete`` for one text, or ``chat`` for a list of messages, but yields the text piece by piece.
+
+        Arguments are checked, and the prompt is read, when this is called rather than at the first piece.
+
+        Args:
+          prompt: a text to continue, or a list of messages to answer.
+          max_new_tokens, stop, variables, sampling: as for ``chat``.
+
+        Yields:
+          Pieces of text, none of them empty. A piece never splits a character. The generator returns the
+          ``Completion``, which is the value of ``yield from``.
+        """
+        if isinstance(prompt, str):
+            state, (row,) = self._begin([self._encode(prompt)], max_new_tokens, stop, sampling)
+        else:
+            state, row = self._go_on(self._lay_out(prompt, variables), max_new_tokens, stop, sampling)
+        return self._pieces(state, row, None if isinstance(prompt, str) else sampling)
+
+    def _pieces(self, state: State, row: "_Row", kept_sampling: dict[str, Any] | None) -> Iterator[str]:
+        """Yields the text of a row, and keeps the state of a conversation, whose sampling parameters are given."""
+        rounds = self._run(state, [row], 1)
+        while True:
+            try:
+                (piece,) = next(rounds)
+            except StopIteration as end:
+                if kept_sampling is not None:
+                    self._keep(end.value, kept_sampling)
+                return row.result()
+            if piece:
+                yield piece
+
+    def _encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        tokens = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        if not tokens:
+            raise ValueError(f"the prompt {text!r} has no tokens; give at least one character")
+        return tokens
+
+    def _lay_out(self, messages: Messages, variables: Mapping[str, Any] | None) -> list[int]:
+        """Returns a conversation as tokens."""
+        template = self.opened.chat_template
+        if template is None:
+            raise ValueError(
+                f"{self.opened.path} has no chat template; add the model's chat_template.jinja, or use Session.complete"
+            )
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return self._encode(template.render(messages, **(variables or {})), add_special_tokens=False)
+
+    def _begin(
+        self, prompts: list[list[int]], max_new_tokens: Any, stop: Sequence[str], sampling: dict[str, Any]
+    ) -> "tuple[State, list[_Row]]":
+        """Reads prompts into new caches."""
+        unknown = sorted(sampling.keys() - set(_SAMPLING))
+        if unknown:
+            raise TypeError(f"there is no argument {unknown[0]!r}; sampling parameters are {', '.join(_SAMPLING)}")
+        rows = [_Row(self._tokenizer, tokens, self.opened.stop_tokens, stop) for tokens in prompts]
+        if "seed" not in sampling:
+            sampling = sampling | {"seed": self._seed}
+            self._seed = (self._seed + len(prompts)) % 2**32
+        state = prefill(
+            self.opened.model,
+            prompts,
+            drafter=self.drafter,
+            sampling=Sampling(**sampling),
+            max_new_tokens=max_new_tokens,
+            stop_tokens=self.opened.stop_tokens,
+            slots=self._slots,
+        )
+        return state, rows
+
+    def _go_on(
+        self, tokens: list[int], max_new_tokens: int, stop: Sequence[str], sampling: dict[str, Any]
+    ) -> "tuple[State, _Row]":
+        """Reads a conversation: what is new of it if the kept caches begin it, else all of it."""
+        kept, self._kept = self._kept, None  # the engine takes the state over, so it is used once
+        if kept is None or not kept.begins(tokens, max_new_tokens, sampling):
+            state, (row,) = self._begin([tokens], max_new_tokens, stop, sampling)
+            return state, row
+        row = _Row(self._tokenizer, tokens, self.opened.stop_tokens, stop, kept.stats)
+        new = [tokens[len(kept.tokens) :]]
+        return extend(self.opened.model, kept.state, new, drafter=self.drafter, max_new_tokens=max_new_tokens), row
+
+    def _keep(self, state: State, sampling: dict[str, Any]) -> None:
+        """Keeps the caches of a conversation for its next turn."""
+        generation = gathered(state.generation)
+        tokens = generation.tokens[0, : generation.lengths[0]].tolist()
+        self._kept = _Kept(state, tokens, generation.stats, sampling)
+
+    def _run(self, state: State, rows: "list[_Row]", rounds: int | None) -> Iterator[list[str]]:
+        """Runs rounds until all rows have ended. After every ``rounds`` of them, yields the new text of each row.
+
+        Returns:
+          The last state.
+        """
+        while not all(row.ended for row in rows):
+            # 1. The device runs a few rounds, or all.
+            state = run(self.opened.model, state, drafter=self.drafter, verify=self._verify, rounds=rounds)
+            generation, done_b = gathered((state.generation, state.done_b))
+            # 2. New tokens become text.
+            pieces = [row.add(generation, i, done_b[i]) for i, row in enumerate(rows)]
+            # 3. A row whose text met a stop string ends on the device, too.
+            met_b = np.asarray([row.ended for row in rows])
+            if (met_b & ~done_b).any():
+                state = stop(state, met_b)
+            yield pieces
+        return state
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """The caches of a conversation.
+
+    Attributes:
+      state: of one row.
+      tokens: all tokens of the row.
+      stats: counts so far.
+      sampling: the parameters that the caller gave.
+    """
+
+    state: State
+    tokens: list[int]
+    stats: Stats
+    sampling: dict[str, Any]
+
+    def begins(self, tokens: list[int], max_new_tokens: int, sampling: dict[str, Any]) -> bool:
+        """Returns whether a conversation goes on from here: its tokens begin with these, and there is room for it."""
+        held, slots = len(self.tokens), self.state.tokens_bs.shape[1]
+        same = sampling.keys() == self.sampling.keys() and all(
+            np.array_equal(sampling[name], self.sampling[name]) for name in sampling
+        )
+        fits = len(tokens) + max_new_tokens + self.state.num_draft + 1 <= slots
+        return same and fits and len(tokens) > held and tokens[:held] == self.tokens
+
+
+class _Row:
+    """A prompt and the text that follows it so far.
+
+    Attributes:
+      ended: the text is at its end.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: list[int],
+        stop_tokens: Sequence[int],
+        stop: Sequence[str],
+        before: Stats | None = None,
+    ):
+        """Starts after a prompt; ``before`` are the counts of earlier turns of its row."""
+        self._prompt, self._stop_tokens, self._before = prompt, stop_tokens, before
+        self._stream = TextStream(tokenizer, prompt, stop)
+        self._tokens: list[int] = []
+        self._texts: list[str] = []
+        self._reason: str | None = None
+        self._counts: dict[str, int] = {}
+
+    @property
+    def ended(self) -> bool:
+        return self._reason is not None
+
+    def add(self, generation: Generation, row: int, done: Any) -> str:
+        """Takes the row's new tokens; returns the text that became certain with them."""
+        if self.ended:
+            return ""
+        piece = ""
+        start = len(self._prompt) + len(self._tokens)
+        # One by one, since the row ends at the first that is a stop token or completes a stop string.
+        for token in generation.tokens[row, start : generation.lengths[row]].tolist():
+            self._tokens.append(token)
+            if token in self._stop_tokens:
+                self._reason = "stop token"
+                break
+            piece += self._stream.push([token])
+            if self._stream.stopped is not None:
+                break
+        if self._reason is None and done:
+            self._reason = "length"
+        if self._reason is not None:
+            piece += self._stream.finish()
+        if self._stream.stopped is not None:  # text that was held back until the end may complete one, too
+            self._reason = "stop string"
+        self._texts.append(piece)
+        for name in _COUNTS:
+            earlier = 0 if self._before is None else getattr(self._before, name)[row]
+            self._counts[name] = int(getattr(generation.stats, name)[row] - earlier)
+        return piece
+
+    def result(self) -> Completion:
+        assert self._reason is not None
+        return Completion("".join(self._texts), self._tokens, self._reason, len(self._prompt), **self._counts)
+
+
+def _exhaust(rounds: Iterator[Any]) -> Any:
+    """Runs a generator to its end, and returns what it returns."""
+    while True:
+        try:
+            next(rounds)
+        except StopIteration as end:
+            return end.value
+
+
+def _mesh_of(opened: Opened) -> Any:
+    """Returns the mesh that the model's parameters are on, or None."""
+    places = [leaf.sharding for leaf in jax.tree.leaves(opened.model.params) if isinstance(leaf, jax.Array)]
+    return next((place.mesh for place in places if isinstance(place, NamedSharding)), None)
