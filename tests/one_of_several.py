@@ -13,9 +13,7 @@ from test_train_script import MODULES
 
 import specjax
 from specjax import training
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-import hosts
+from specjax.commands import hosts
 
 
 def talk(argv):
@@ -43,7 +41,7 @@ def train(argv):
     """Trains on a small corpus; optax raises a decay rate to the power of a step count."""
     training.stdlib_modules = lambda: MODULES
     with jax.numpy_dtype_promotion("standard"):
-        sys.exit(importlib.import_module("train").main(argv))
+        sys.exit(importlib.import_module("specjax.commands.train").main(argv))
 
 
 if __name__ == "__main__":
@@ -51,4 +49,4 @@ if __name__ == "__main__":
     if name in ("talk", "train"):
         globals()[name](argv)
     else:
-        importlib.import_module(name).main(argv)
+        importlib.import_module(f"specjax.commands.{name}").main(argv)

@@ -35,15 +35,13 @@ STOP = "<|endoftext|>"
 
 @pytest.fixture(scope="module")
 def script():
-    sys.path.insert(0, str(SCRIPTS))
-    yield importlib.import_module("generate")
-    sys.path.remove(str(SCRIPTS))
+    return importlib.import_module("specjax.commands.generate")
 
 
 @pytest.fixture(scope="module")
 def transcripts(script):
     """The module in which it takes note of what is emitted, and prints it."""
-    return importlib.import_module("transcript")
+    return importlib.import_module("specjax.commands.transcript")
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +248,7 @@ def test_trace_page_is_self_contained(batch):
 
 
 def test_trace_page_of_plain_rounds(script):
-    trace_page = importlib.import_module("trace_page")
+    trace_page = importlib.import_module("specjax.commands.trace_page")
     plain_round = trace_page.Round(0, 0, [trace_page.Token("<i>\n", "target")])
     trace = trace_page.Trace("</pre>&amp;\r\n", [plain_round])
     page = Page(trace_page.render([trace], {"target": '"<x>"'}, {"tokens": "1"}))

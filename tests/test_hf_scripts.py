@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +16,7 @@ PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 20, 48, 64
 
 @pytest.fixture(scope="module")
 def scripts():
-    sys.path.insert(0, str(ROOT / "scripts"))
-    yield importlib.import_module("export_hf"), importlib.import_module("convert_hf")
-    sys.path.remove(str(ROOT / "scripts"))
+    return importlib.import_module("specjax.commands.export"), importlib.import_module("specjax.commands.convert")
 
 
 @pytest.fixture(scope="module", params=["py-14m", "py-14m-draft"])

@@ -242,9 +242,7 @@ def test_processes_that_do_not_come_are_not_waited_for_without_end(there, says, 
 
 @pytest.fixture(scope="module")
 def hosts():
-    sys.path.insert(0, str(PROGRAM.parent.parent / "scripts"))
-    yield importlib.import_module("hosts")
-    sys.path.remove(str(PROGRAM.parent.parent / "scripts"))
+    return importlib.import_module("specjax.commands.hosts")
 
 
 def parse(hosts, *argv):
@@ -324,7 +322,7 @@ def test_one_process_is_the_first_and_has_a_mesh_if_asked(hosts):
 
 
 def test_benchmarks_that_no_mesh_runs_are_refused(hosts):
-    bench, mesh = importlib.import_module("bench"), jax.sharding.AbstractMesh((2, 1, 1), hosts.AXES)
+    bench, mesh = importlib.import_module("specjax.commands.bench"), jax.sharding.AbstractMesh((2, 1, 1), hosts.AXES)
     with pytest.raises(ValueError, match="round runs on one device; with --mesh or --distributed, only speed runs"):
         bench.check_mesh(mesh, ["speed", "round"], [2])
     with pytest.raises(ValueError, match="--batch 3 does not divide over the 2 parts of the mesh axis data; give"):

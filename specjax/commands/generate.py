@@ -26,17 +26,17 @@ if __name__ == "__main__":  # Ctrl-C and `| head` end it quietly and at once, ev
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_DFL)
 
-import hosts
 import jax
 import numpy as np
-from drafter_spec import folders_of, named_drafter, short_name
 from jax.sharding import Mesh
-from trace_page import Trace, render
-from transcript import COUNTS, Transcript, follow
 
 import specjax
+from specjax.commands import hosts
+from specjax.commands.drafter_spec import folders_of, named_drafter, short_name
+from specjax.commands.trace_page import Trace, render
+from specjax.commands.transcript import COUNTS, Transcript, follow
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 SHIPPED = ROOT / "checkpoints" / "py-14m"
 SHIPPED_DRAFT = ROOT / "checkpoints" / "py-14m-draft"
 PROMPT = '''class Stack:

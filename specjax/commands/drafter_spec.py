@@ -4,10 +4,10 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import hosts
 from jax.sharding import Mesh
 
 import specjax
+from specjax.commands import hosts
 
 HEADS = {"mtp": specjax.open_mtp, "eagle": specjax.open_eagle, "medusa": specjax.open_medusa}
 

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hosts
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 import specjax
 from specjax import training
+from specjax.commands import hosts
 
 HELD_OUT_PROMPTS = 20
 PROMPT_TOKENS, NEW_TOKENS, NUM_DRAFT = 64, 192, 5

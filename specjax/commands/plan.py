@@ -16,9 +16,11 @@ import signal
 import sys
 from pathlib import Path
 
-from bench import table
-from hardware import HARDWARE, Hardware
-from roofline import (
+from specjax import planning
+from specjax.commands.bench import table
+from specjax.hf.config import read_config
+from specjax.planning.hardware import HARDWARE, Hardware
+from specjax.planning.roofline import (
     BYTES,
     RESERVE,
     WARP,
@@ -33,11 +35,9 @@ from roofline import (
     num_params,
     plan_round,
 )
-
-from specjax.hf.config import read_config
 from specjax.transformer import DecoderConfig
 
-CONFIGS = Path(__file__).resolve().parent / "configs"
+CONFIGS = Path(planning.__file__).parent / "configs"
 FIGURES = ("bandwidth", "flops", "memory", "link", "latency")
 LEAST, MOST = 1e-12, 1e30  # of a figure: times stay finite
 

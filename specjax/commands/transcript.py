@@ -6,9 +6,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from trace_page import Round, Token
-
 import specjax
+from specjax.commands.trace_page import Round, Token
 
 COUNTS = ("rounds", "drafted", "accepted", "emitted")
 DIM, RESET = "\x1b[2m", "\x1b[0m"

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from hardware import Hardware
 
+from specjax.planning.hardware import Hardware
 from specjax.transformer import DecoderConfig
 from specjax.transformer.decoder import abstract_params
 

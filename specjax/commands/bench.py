@@ -24,19 +24,19 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-import hosts
 import jax
 import jax.numpy as jnp
 import numpy as np
-from drafter_spec import named_drafter, short_name
 from jax import Array, lax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 import specjax
 from specjax import training
+from specjax.commands import hosts
+from specjax.commands.drafter_spec import named_drafter, short_name
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 CHECKPOINTS = ROOT / "checkpoints"
 EAGLE = f"eagle:{CHECKPOINTS / 'py-14m-eagle'}"
 SHIPPED = [

@@ -1,0 +1,1 @@
+"""Commands: what ``specjax`` and the scripts run."""

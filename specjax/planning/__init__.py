@@ -1,0 +1,1 @@
+"""Planning on paper: what fits, and what a round takes at least."""
