@@ -12,8 +12,7 @@ import numpy as np
 from test_train_script import MODULES
 
 import specjax
-from specjax import training
-from specjax.commands import hosts
+from specjax.commands import hosts, stdlib
 
 
 def talk(argv):
@@ -39,7 +38,7 @@ def talk(argv):
 
 def train(argv):
     """Trains on a small corpus; optax raises a decay rate to the power of a step count."""
-    training.stdlib_modules = lambda: MODULES
+    stdlib.modules = lambda: MODULES
     with jax.numpy_dtype_promotion("standard"):
         sys.exit(importlib.import_module("specjax.commands.train").main(argv))
 

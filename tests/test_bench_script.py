@@ -12,6 +12,7 @@ import pytest
 
 import specjax
 from specjax import training
+from specjax.commands import measure, stdlib
 from specjax.hf.config import decoder_config
 from specjax.transformer.decoder import init_params
 
@@ -49,10 +50,10 @@ def figures(tmp_path_factory):
     argv += ["--drafters", "ngram", "early-exit:1"]
     with pytest.MonkeyPatch.context() as patch:
         bench = importlib.import_module("specjax.commands.bench")
-        patch.setattr(bench, "LOOP", 1)
+        patch.setattr(measure, "LOOP", 1)
         patch.setattr(bench, "EXCERPTS", 1)
-        held_out = next(f"m{i}" for i in range(999) if training.is_held_out(f"m{i}"))
-        patch.setattr(training, "stdlib_modules", lambda: {held_out: TEXT})
+        held_out = next(f"m{i}" for i in range(999) if stdlib.is_held_out(f"m{i}"))
+        patch.setattr(stdlib, "modules", lambda: {held_out: TEXT})
         with contextlib.redirect_stdout(out):
             assert bench.main([str(value) for value in argv]) == 0
     return out.getvalue().splitlines(), json.loads((folder / "out.json").read_text(encoding="utf-8"))

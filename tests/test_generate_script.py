@@ -21,6 +21,7 @@ from tokenizers.pre_tokenizers import Metaspace
 
 import specjax
 from specjax import MedusaDrafter, checkpoint
+from specjax.commands import places
 from specjax.drafters.eagle import EagleHead
 from specjax.drafters.medusa import init_medusa_params
 from specjax.drafters.mtp import MTPConfig, MTPHead, init_mtp_params
@@ -76,8 +77,9 @@ SHIPPED_HEADS = {"mtp": MTPHead, "eagle": EagleHead, "medusa": MedusaDrafter}
 @pytest.mark.parametrize("kind", SHIPPED_HEADS)
 def test_a_head_is_opened_by_its_kind(kind, script, capsys):
     """Whose folder lies beside the target's; of an EAGLE head it is said which states it reads."""
-    spec = f"cascade:ngram,{kind}:{script.SHIPPED}-{kind}"
-    drafter = script.named_drafter(spec, specjax.load(script.SHIPPED), None, 3)
+    target = SCRIPTS.parent / "checkpoints" / "py-14m"
+    spec = f"cascade:ngram,{kind}:{target}-{kind}"
+    drafter = script.named_drafter(spec, specjax.load(target), None, 3)
     assert isinstance(drafter.first, specjax.NGramDrafter) and drafter.num_draft == 3
     assert isinstance(getattr(drafter.second, "head", drafter.second), SHIPPED_HEADS[kind])
     assert ("hidden states 2, 5, 8" in capsys.readouterr().err) == (kind == "eagle")
@@ -505,8 +507,10 @@ def test_a_draft_of_another_tokenizer_drafts_what_both_have(script, pair, tmp_pa
 
 def test_no_arguments_continue_the_built_in_prompt_with_the_shipped_pair(script, pair, tmp_path, monkeypatch, no_stdin):
     compile(script.PROMPT + " pass", "the built-in prompt", "exec")  # the opening of something that is Python
-    monkeypatch.setattr(script, "SHIPPED", pair / "target")
-    monkeypatch.setattr(script, "SHIPPED_DRAFT", pair / "draft")
+    monkeypatch.setattr(places, "REPOSITORY", tmp_path)
+    (tmp_path / "checkpoints").symlink_to(pair)
+    monkeypatch.setattr(script, "SHIPPED", "target")
+    monkeypatch.setattr(script, "SHIPPED_DRAFT", "draft")
     monkeypatch.setattr(script, "PROMPT", "def f(x):")
     out, _ = run(script, "--json", tmp_path / "out.json")
     result = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))

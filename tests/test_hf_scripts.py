@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import specjax
-from specjax import training
+from specjax.commands import stdlib
 
 ROOT = Path(__file__).parent.parent
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 20, 48, 64
@@ -28,7 +28,7 @@ def exported(request, scripts, tmp_path_factory):
 
 def held_out_prompts(tokenizer):
     """The beginnings of the modules that are kept from training, as rows of one length."""
-    modules = [text for name, text in training.stdlib_modules().items() if training.is_held_out(name)]
+    modules = [text for name, text in stdlib.modules().items() if stdlib.is_held_out(name)]
     rows = [tokenizer.encode(text[:2000]).ids[:PROMPT_TOKENS] for text in modules]
     rows = [row for row in rows if len(row) == PROMPT_TOKENS][:PROMPTS]
     assert len(rows) == PROMPTS

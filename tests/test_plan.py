@@ -24,7 +24,7 @@ def plan():
 
 @pytest.fixture(scope="module")
 def roofline():
-    return importlib.import_module("specjax.planning.roofline")
+    return importlib.import_module("specjax.planning")
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import pytest
 
 import specjax
 from specjax import training
+from specjax.commands import stdlib
 from specjax.hf.config import decoder_config
 from specjax.transformer.decoder import decoder_model, init_params
 
@@ -72,7 +73,7 @@ def script():
 @pytest.fixture(autouse=True)
 def settings(monkeypatch):
     """A small corpus; standard promotion, since optax raises a decay rate to the power of a step count."""
-    monkeypatch.setattr(training, "stdlib_modules", lambda: MODULES)
+    monkeypatch.setattr(stdlib, "modules", lambda: MODULES)
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -114,7 +115,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import test_train_script as test
 from specjax.commands import train
-test.training.stdlib_modules = lambda: test.MODULES
+test.stdlib.modules = lambda: test.MODULES
 test.training.fit = test.stopped(int(sys.argv[4]), lambda: os.kill(os.getpid(), signal.SIGKILL))
 test.run(train, Path(sys.argv[2]), sys.argv[3], "others")
 """

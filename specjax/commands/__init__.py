@@ -1,1 +1,1 @@
-"""Commands: what ``specjax`` and the scripts run."""
+"""The commands of ``specjax``: one module for each, which ``specjax COMMAND`` and the file of ``scripts/`` run."""

@@ -1,24 +1,11 @@
-"""Measures what specjax costs here: ``python scripts/bench.py [width|round|slots|speed|drafters ...]``.
-
-Everything is compared as a ratio of medians that were timed in turn in one run, after a warm-up that compiles.
-``width``: a target pass over t tokens against one over 1. ``round``: a whole round against its drafter steps and
-target pass, each alone, and against both in turn in one loop, where each finds the other's weights in the CPU's
-caches. ``slots``: a step with many slots allocated against few, equally many in use. ``speed``: text per second
-against plain decoding, on excerpts of held-out modules. ``drafters``: the same for every drafter, row by row, beside
-the speed-up that its acceptance and costs promise: emitted / (g c + w), with c one draft and w a pass over g + 1
-tokens, or what early exit leaves of it, both in passes over one.
-
-``speed`` also runs over a mesh, of one host or several (docs/distributed.md), the others on one device.
-"""
+"""The command ``bench``: measures what specjax costs on this machine."""
 
 import argparse
 import contextlib
 import functools
-import hashlib
 import json
 import platform
 import sys
-import time
 import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -27,36 +14,46 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 import specjax
-from specjax import training
-from specjax.commands import hosts
+from specjax.commands import hosts, measure
+from specjax.commands.console import print_table
 from specjax.commands.drafter_spec import named_drafter, short_name
+from specjax.commands.places import folder_or_shipped
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-CHECKPOINTS = ROOT / "checkpoints"
-EAGLE = f"eagle:{CHECKPOINTS / 'py-14m-eagle'}"
-SHIPPED = [
-    f"model:{CHECKPOINTS / 'py-14m-draft'}",
-    f"mtp:{CHECKPOINTS / 'py-14m-mtp'}",
-    EAGLE,
-    f"medusa:{CHECKPOINTS / 'py-14m-medusa'}",
+# Drafters of the shipped target, whose folder stands for the braces.
+SHIPPED = (
+    "model:{0}-draft",
+    "mtp:{0}-mtp",
+    "eagle:{0}-eagle",
+    "medusa:{0}-medusa",
     "early-exit:4",
     "ngram",
-    f"cascade:ngram,{EAGLE}",
-]
+    "cascade:ngram,eagle:{0}-eagle",
+)
 EXCERPTS = 4  # texts over which costs are averaged
-LOOP = 20  # rounds or passes inside one timed call, so that dispatch from the host does not count
+ABOUT = """Measures what specjax costs here: %(prog)s [width|round|slots|speed|drafters ...].
+
+Everything is compared as a ratio of medians that were timed in turn in one run, after a warm-up that compiles.
+width: a target pass over t tokens against one over 1. round: a whole round against its drafter steps and
+target pass, each alone, and against both in turn in one loop, where each finds the other's weights in the CPU's
+caches. slots: a step with many slots allocated against few, equally many in use. speed: text per second
+against plain decoding, on excerpts of held-out modules. drafters: the same for every drafter, row by row, beside
+the speed-up that its acceptance and costs promise: emitted / (g c + w), with c one draft and w a pass over g + 1
+tokens, or what early exit leaves of it, both in passes over one.
+
+speed also runs over a mesh, of one host or several (docs/distributed.md), the others on one device.
+"""
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None, prog: str = "bench.py") -> int:
+    """Runs the benchmarks and returns the exit status."""
+    parser = argparse.ArgumentParser(prog, description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", metavar="WHAT", help=f"of {', '.join(BENCHMARKS)}; default: all")
-    parser.add_argument("--target", type=Path, default=CHECKPOINTS / "py-14m")
-    parser.add_argument("--draft", type=Path, default=CHECKPOINTS / "py-14m-draft")
+    parser.add_argument("--target", type=Path, metavar="DIR", help="default: the shipped py-14m")
+    parser.add_argument("--draft", type=Path, metavar="DIR", help="default: the shipped py-14m-draft")
     parser.add_argument("--num-draft", type=int, nargs="+", default=[4], metavar="G")
     parser.add_argument(
         "--batch",
@@ -69,9 +66,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--new-tokens", type=int, default=192, help="for speed")
     parser.add_argument("--repeats", type=int, default=15, help="timings whose median is taken")
     parser.add_argument("--json", type=Path, help="also write the figures there")
-    parser.add_argument("--drafters", nargs="+", default=SHIPPED, metavar="SPEC", help="as for generate.py")
+    parser.add_argument("--drafters", nargs="+", metavar="SPEC", help="as for generate; default: all that are shipped")
     hosts.add_mesh_options(parser)
     args = parser.parse_args(argv)
+    args.prog = prog
     warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # what a part does not return
     if unknown := set(args.what) - BENCHMARKS.keys():
         parser.error(f"unknown benchmark {', '.join(sorted(unknown))}; choose from {', '.join(BENCHMARKS)}")
@@ -83,13 +81,16 @@ def main(argv: list[str] | None = None) -> int:
                 parts = 1 if mesh is None else mesh.shape["data"]
                 args.batch = [batch for batch in (1, 4, 8) if batch % parts == 0] or [parts]
             check_mesh(mesh, chosen, args.batch)
+            args.target = folder_or_shipped(args.target)
+            args.draft = folder_or_shipped(args.draft, "py-14m-draft", "--draft")
+            args.drafters = args.drafters or [spec.format(args.target) for spec in SHIPPED]
             hosts.check_same_folders(args.target, args.draft)
             args.model = specjax.load(args.target, mesh=mesh)
             args.drafts = {
                 g: specjax.load_drafter(args.draft, args.model, g, mesh=mesh, rules={}) for g in args.num_draft
             }
         except ValueError as error:
-            parser.error(hosts.label() + str(error))
+            parser.error(hosts.describe(error))
         over = "" if mesh is None else f", mesh {dict(mesh.shape)}"
         print(f"jax {jax.__version__}, Python {platform.python_version()}, {jax.devices()[0].device_kind}{over}\n")
         figures = {what: BENCHMARKS[what](args) for what in chosen}
@@ -111,145 +112,36 @@ def check_mesh(mesh: Mesh | None, chosen: Collection[str], batches: list[int]) -
         )
 
 
-def medians(calls: dict[str, Callable[[], Any]], repeats: int, inputs: Any = None) -> dict[str, float]:
-    """Returns each call's median seconds; the calls take turns.
-
-    Args:
-      calls: what to time.
-      repeats: how often.
-      inputs: for each call a pytree that it consumes (its buffers are donated); a copy is made before each run, so
-        that copying caches is not timed.
-    """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for run in range(repeats + 1):
-        for name, call in calls.items():
-            consumed = () if inputs is None else (jax.block_until_ready(jax.tree.map(jnp.copy, inputs[name])),)
-            begin = time.perf_counter()
-            jax.block_until_ready(call(*consumed))
-            if run:  # the first compiles
-                times[name].append(time.perf_counter() - begin)
-    return {name: float(np.median(values)) for name, values in times.items()}
-
-
-def table(title: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Prints rows as a Markdown table and returns them."""
-    shown = [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows]
-    print(f"### {title}\n")
-    for line in (list(rows[0]), ["---"] * len(rows[0]), *shown):
-        print("| " + " | ".join(line) + " |")
-    print(flush=True)
-    return rows
-
-
-@functools.partial(jax.jit, static_argnames=("width", "depth"), donate_argnames="cache")
-def target_passes(target: specjax.LanguageModel, start_b: Array, cache: Any, *, width: int, depth: int = 0) -> Any:
-    """Runs ``LOOP`` target passes of ``width`` tokens past the first ``depth`` layers, each fed the last's argmax."""
-
-    def one(_, carry):
-        tokens_bt, cache = carry
-        if depth:  # whose states are of no matter here: embeddings have their shape
-            output = target.resume(target.params, target.embed(target.params, tokens_bt), cache, start_b, depth)
-        else:
-            output = target.forward(target.params, tokens_bt, cache, start_b)
-        return jnp.argmax(output.logits_btv, -1).astype(jnp.int32), output.cache
-
-    tokens_bt = jnp.ones((start_b.shape[0], width), jnp.int32)
-    return lax.fori_loop(0, LOOP, one, (tokens_bt, cache))
-
-
-def simple_draw(state: specjax.State) -> Callable[[Array, Array], tuple[Array, Array]]:
-    """Returns a ``draw`` that does no more than must be: greedily or at temperature 1, as the state asks."""
-
-    def draw(logits_bv, prefix_bi):
-        key = jax.random.fold_in(jax.random.key(0), prefix_bi.sum())
-
-        def sample():
-            token_b = jax.random.categorical(key, logits_bv, axis=-1).astype(jnp.int32)
-            return token_b, jax.nn.softmax(logits_bv, -1)
-
-        def greedy():
-            token_b = jnp.argmax(logits_bv, -1).astype(jnp.int32)
-            return token_b, jax.nn.one_hot(token_b, logits_bv.shape[-1])
-
-        return lax.cond(jnp.any(state.request.sampling.temperature > 0), sample, greedy)
-
-    return draw
-
-
-@functools.partial(jax.jit, donate_argnames="state", static_argnames="with_target")
-def parts(target: specjax.LanguageModel, drafter: Any, state: specjax.State, *, with_target: bool) -> Any:
-    """Runs ``LOOP`` proposals, with a target pass over each or without: rounds that verify and write nothing."""
-    draw = simple_draw(state)
-
-    def one(_, carry):
-        tokens_bs, draft, cache = carry
-        proposal, draft = drafter.propose(draft, specjax.Context(target, cache, tokens_bs, state.length_b), draw)
-        cache = cache if proposal.cache is None else proposal.cache
-        next_b = proposal.tokens_bg[:, -1]
-        if with_target:
-            fed_bt = jnp.concatenate([tokens_bs[:, :1], proposal.tokens_bg], axis=1)
-            output = target.forward(target.params, fed_bt, cache, state.length_b - 1)
-            next_b, cache = jnp.argmax(output.logits_btv[:, -1], -1).astype(jnp.int32), output.cache
-        return tokens_bs.at[:, 0].set(next_b), draft, cache  # the next pass depends on this one: none can be left out
-
-    return lax.fori_loop(0, LOOP, one, (state.tokens_bs, state.draft, state.cache))
-
-
-@functools.partial(jax.jit, donate_argnames="state")
-def rounds(target: specjax.LanguageModel, drafter: Any, state: specjax.State) -> specjax.State:
-    """Runs ``LOOP`` rounds."""
-    return lax.fori_loop(0, LOOP, lambda _, state: specjax.step(target, state, drafter=drafter), state)
-
-
-def ready(args: argparse.Namespace, drafter: Any, temperature: float, prompt: np.ndarray, slots: int) -> specjax.State:
-    """Returns the state of a prompt ``[1, t]``."""
-    room = min(args.model.max_positions or slots, slots - 16) - prompt.shape[1]
-    sampling = specjax.Sampling(temperature=temperature)
-    return specjax.prefill(args.model, prompt, drafter=drafter, sampling=sampling, max_new_tokens=room, slots=slots)
-
-
-@functools.cache
-def held_out_tokens(tokenizer_folder: Path) -> np.ndarray:
-    """Returns the tokens of the standard-library modules kept from training."""
-    tokenizer = specjax.load_tokenizer(tokenizer_folder)
-    texts = [text for name, text in training.stdlib_modules().items() if training.is_held_out(name)]
-    return training.encode_texts(tokenizer, texts)
-
-
-def held_out_excerpts(tokenizer_folder: Path, length: int, count: int) -> np.ndarray:
-    """Returns ``count`` windows of ``length`` tokens from held-out modules."""
-    excerpts = training.Windows(held_out_tokens(tokenizer_folder), length, count, seed=0).batch(0)
-    hosts.check_same({"the digest of the excerpts": hashlib.sha256(excerpts.tobytes()).hexdigest()[:8]})
-    return excerpts
-
-
 def bench_width(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Target passes by width, at 300 tokens of context."""
     start_b = jnp.asarray([300], jnp.int32)
     cache = args.model.init_cache(1, 512)
     widths = range(1, 10)
-    calls = {str(t): functools.partial(target_passes, args.model, start_b, width=t) for t in widths}
-    seconds = medians(calls, args.repeats, dict.fromkeys(calls, cache))
-    return table(
+    calls = {str(t): functools.partial(measure.target_passes, args.model, start_b, width=t) for t in widths}
+    seconds = measure.medians(calls, args.repeats, dict.fromkeys(calls, cache))
+    return print_table(
         "Target pass by width",
-        [{"tokens": t, "ms": seconds[str(t)] / LOOP * 1e3, "ratio": seconds[str(t)] / seconds["1"]} for t in widths],
+        [
+            {"tokens": t, "ms": seconds[str(t)] / measure.LOOP * 1e3, "ratio": seconds[str(t)] / seconds["1"]}
+            for t in widths
+        ],
     )
 
 
 def bench_round(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A round against its parts."""
-    rows, prompt = [], held_out_excerpts(args.target, 200, 1)
+    rows, prompt = [], measure.held_out_excerpts(args.target, 200, 1)
     for g, drafter in args.drafts.items():
         for temperature in (0.0, 1.0):
-            state = ready(args, drafter, temperature, prompt, 512)
+            state = measure.ready(args, drafter, temperature, prompt, 512)
             calls = {
-                "round": functools.partial(rounds, args.model, drafter),
-                "drafter": functools.partial(parts, args.model, drafter, with_target=False),
-                "target": functools.partial(target_passes, args.model, state.length_b - 1, width=g + 1),
-                "in turn": functools.partial(parts, args.model, drafter, with_target=True),
+                "round": functools.partial(measure.rounds, args.model, drafter),
+                "drafter": functools.partial(measure.parts, args.model, drafter, with_target=False),
+                "target": functools.partial(measure.target_passes, args.model, state.length_b - 1, width=g + 1),
+                "in turn": functools.partial(measure.parts, args.model, drafter, with_target=True),
             }
             inputs = dict.fromkeys(calls, state) | {"target": state.cache}
-            milliseconds = {k: v / LOOP * 1e3 for k, v in medians(calls, args.repeats, inputs).items()}
+            milliseconds = {k: v / measure.LOOP * 1e3 for k, v in measure.medians(calls, args.repeats, inputs).items()}
             rows.append(
                 {"num_draft": g, "temperature": temperature}
                 | {f"{name} ms": value for name, value in milliseconds.items()}
@@ -259,21 +151,23 @@ def bench_round(args: argparse.Namespace) -> list[dict[str, Any]]:
                     "round / in turn": milliseconds["round"] / milliseconds["in turn"],
                 }
             )
-    return table("A round against its parts", rows)
+    return print_table("A round against its parts", rows)
 
 
 def bench_slots(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A step at 300 tokens in use, by slots allocated."""
-    rows, prompt = [], held_out_excerpts(args.target, 300, 1)
+    rows, prompt = [], measure.held_out_excerpts(args.target, 300, 1)
     for name, drafter in {"plain": None, **{f"g = {g}": d for g, d in args.drafts.items()}}.items():
-        states = {str(slots): ready(args, drafter, 0.0, prompt, slots) for slots in (512, 4096)}
-        seconds = medians(dict.fromkeys(states, functools.partial(rounds, args.model, drafter)), args.repeats, states)
+        states = {str(slots): measure.ready(args, drafter, 0.0, prompt, slots) for slots in (512, 4096)}
+        seconds = measure.medians(
+            dict.fromkeys(states, functools.partial(measure.rounds, args.model, drafter)), args.repeats, states
+        )
         rows.append(
             {"drafter": name}
-            | {f"{slots} slots, ms": value / LOOP * 1e3 for slots, value in seconds.items()}
+            | {f"{slots} slots, ms": value / measure.LOOP * 1e3 for slots, value in seconds.items()}
             | {"ratio": seconds["4096"] / seconds["512"]}
         )
-    return table("300 slots in use, by slots allocated", rows)
+    return print_table("300 slots in use, by slots allocated", rows)
 
 
 def bench_speed(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -281,22 +175,22 @@ def bench_speed(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for batch in args.batch:
         count = -(-args.prompts // batch)
-        prompts = held_out_excerpts(args.target, 64, count * batch).reshape(count, batch, 64)
+        prompts = measure.held_out_excerpts(args.target, 64, count * batch).reshape(count, batch, 64)
         for temperature in (0.0, 1.0):
             rows += [speed(args, drafter, temperature, prompts) for drafter in args.drafts.values()]
-    return table("Speed-up over plain decoding on held-out modules", rows)
+    return print_table("Speed-up over plain decoding on held-out modules", rows)
 
 
 def bench_drafters(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every drafter: acceptance, costs, the speed-up they promise and the one there is."""
     tokenizer = specjax.load_tokenizer(args.target)
-    prompts = held_out_excerpts(args.target, 64, args.prompts)[:, None]
+    prompts = measure.held_out_excerpts(args.target, 64, args.prompts)[:, None]
     try:
         opened = [
             (spec, named_drafter(spec, args.model, tokenizer, g)) for spec in args.drafters for g in args.num_draft
         ]
     except ValueError as error:
-        sys.exit(f"bench.py: error: {error}")
+        sys.exit(f"{args.prog}: error: {error}")
     rows = []
     for spec, drafter in tqdm(opened, unit="drafter"):
         for temperature in (0.0, 1.0):
@@ -308,7 +202,7 @@ def bench_drafters(args: argparse.Namespace) -> list[dict[str, Any]]:
                 | {"c": c, "w": w, "promised": found["emitted per round"] / (drafter.num_draft * c + w)}
                 | {"speed-up": found["speed-up"]}
             )
-    return table("Drafters on held-out modules, one row of text at a time", rows)
+    return print_table("Drafters on held-out modules, one row of text at a time", rows)
 
 
 def costs(args: argparse.Namespace, drafter: Any, temperature: float) -> tuple[float, float]:
@@ -316,22 +210,22 @@ def costs(args: argparse.Namespace, drafter: Any, temperature: float) -> tuple[f
 
     The mean over several texts, since what a cascade costs depends on the text.
     """
-    prompts = held_out_excerpts(args.target, 200, EXCERPTS)[:, None]
-    states = [ready(args, drafter, temperature, prompt, 512) for prompt in prompts]
+    prompts = measure.held_out_excerpts(args.target, 200, EXCERPTS)[:, None]
+    states = [measure.ready(args, drafter, temperature, prompt, 512) for prompt in prompts]
     caches = [state.cache for state in states]
     context = specjax.Context(args.model, caches[0], states[0].tokens_bs, states[0].length_b)
-    proposal = jax.eval_shape(lambda: drafter.propose(states[0].draft, context, simple_draw(states[0]))[0])
+    proposal = jax.eval_shape(lambda: drafter.propose(states[0].draft, context, measure.simple_draw(states[0]))[0])
 
     def passes(width: int, depth: int = 0) -> Callable[[Any], Any]:
-        run = functools.partial(target_passes, args.model, jnp.asarray([199]), width=width, depth=depth)
+        run = functools.partial(measure.target_passes, args.model, jnp.asarray([199]), width=width, depth=depth)
         return lambda caches: [run(cache) for cache in caches]
 
     calls = {
-        "drafter": lambda states: [parts(args.model, drafter, state, with_target=False) for state in states],
+        "drafter": lambda states: [measure.parts(args.model, drafter, state, with_target=False) for state in states],
         "target": passes(drafter.num_draft + 1, proposal.depth),
         "plain": passes(1),
     }
-    seconds = medians(calls, args.repeats, {"drafter": states, "target": caches, "plain": caches})
+    seconds = measure.medians(calls, args.repeats, {"drafter": states, "target": caches, "plain": caches})
     return seconds["drafter"] / seconds["plain"] / drafter.num_draft, seconds["target"] / seconds["plain"]
 
 
@@ -341,15 +235,16 @@ def speed(args: argparse.Namespace, drafter: Any, temperature: float, prompts: n
     run = functools.partial(specjax.generate, args.model, sampling=sampling, max_new_tokens=args.new_tokens)
     speculative, plain, stats = 0.0, 0.0, []
     for prompt in prompts:
-        calls = {
+        calls: dict[str, Callable[[], Any]] = {
             "speculative": functools.partial(run, prompt, drafter=drafter),
             "plain": functools.partial(run, prompt),
         }
-        seconds = medians(calls, max(3, args.repeats // 5))
+        seconds = measure.medians(calls, max(3, args.repeats // 5))
         speculative, plain = speculative + seconds["speculative"], plain + seconds["plain"]
         stats.append(specjax.sharding.gathered(calls["speculative"]().stats))
     emitted = sum(int(s.emitted_b.sum()) for s in stats)
-    accepted = sum(s.accepted_at_bg.sum(0) for s in stats) / sum(s.drafted_at_bg.sum(0) for s in stats)
+    accepted = np.sum([s.accepted_at_bg.sum(0) for s in stats], axis=0)
+    drafted = np.sum([s.drafted_at_bg.sum(0) for s in stats], axis=0)
     return {
         "batch": prompts.shape[1],
         "temperature": temperature,
@@ -358,7 +253,7 @@ def speed(args: argparse.Namespace, drafter: Any, temperature: float, prompts: n
         "plain tokens/s": emitted / plain,
         "speed-up": plain / speculative,
         "emitted per round": emitted / sum(int(s.rounds_b.sum()) for s in stats),
-        "accepted by position": " ".join(f"{x:.2f}" for x in accepted),
+        "accepted by position": " ".join(f"{x:.2f}" for x in accepted / drafted),
     }
 
 
@@ -369,6 +264,3 @@ BENCHMARKS = {
     "speed": bench_speed,
     "drafters": bench_drafters,
 }
-
-if __name__ == "__main__":
-    sys.exit(main())

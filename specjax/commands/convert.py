@@ -1,18 +1,12 @@
-"""Converts a Hugging Face folder to a checkpoint folder: ``python scripts/convert_hf.py SRC DST``.
-
-SRC holds config.json, safetensors and a tokenizer. DST appears once it is whole. (``specjax.load`` opens SRC as well.)
-"""
+"""The command ``convert``: a Hugging Face folder becomes a checkpoint folder."""
 
 import argparse
 import importlib.util
 import json
-import signal
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C ends it quietly while modules load
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -22,8 +16,15 @@ VERIFIED_TOKENS = 48
 TOLERANCE = 1e-3
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+ABOUT = """Converts a Hugging Face folder to a checkpoint folder: %(prog)s SRC DST.
+
+SRC holds config.json, safetensors and a tokenizer. DST appears once it is whole. (specjax.load opens SRC as well.)
+"""
+
+
+def main(argv: list[str] | None = None, prog: str = "convert_hf.py") -> int:
+    """Runs the command and returns the exit status."""
+    parser = argparse.ArgumentParser(prog, description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="SRC", help="Hugging Face folder")
     parser.add_argument("destination", type=Path, metavar="DST", help="folder to make")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored; float8 becomes bfloat16)")
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
             report = specjax.convert_hf(args.source, args.destination, args.dtype, progress)
     except (ValueError, OSError) as error:
-        print(f"convert_hf.py: error: {error}", file=sys.stderr)
+        print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return verify(args.source, args.destination)
     except Exception as error:  # whatever transformers meets in the source
-        print(f"convert_hf.py: it is written, but not verified: {error}", file=sys.stderr)
+        print(f"{prog}: it is written, but not verified: {error}", file=sys.stderr)
         return 1
 
 
@@ -80,7 +81,9 @@ def verify(source: Path, destination: Path) -> int:
     with torch.no_grad():
         expected_btv = theirs(torch.tensor(tokens_bt, dtype=torch.long)).logits.numpy()
     cache = ours.init_cache(1, length)
-    logits_btv = np.asarray(ours.forward(ours.params, tokens_bt, cache, np.zeros(1, np.int32)).logits_btv)
+    logits_btv = np.asarray(
+        ours.forward(ours.params, jnp.asarray(tokens_bt), cache, jnp.zeros(1, jnp.int32)).logits_btv
+    )
     difference = float(np.abs(logits_btv - expected_btv).max())
     alike = float((logits_btv.argmax(-1) == expected_btv.argmax(-1)).mean())
     print(
@@ -88,9 +91,3 @@ def verify(source: Path, destination: Path) -> int:
         f"(limit {TOLERANCE:.0e}; the logits deviate by {expected_btv.std():.2f}), likeliest token equal in {alike:.0%}"
     )
     return 0 if difference <= TOLERANCE else 1
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half made is removed
-    sys.exit(main())

@@ -1,21 +1,20 @@
-"""Exports a checkpoint folder to a Hugging Face folder: ``python scripts/export_hf.py SRC DST``.
-
-``transformers.AutoModelForCausalLM.from_pretrained(DST)`` loads the result as it is. DST appears once it is whole.
-"""
+"""The command ``export``: a checkpoint folder becomes a Hugging Face folder."""
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C ends it quietly while modules load
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import specjax
 
+ABOUT = """Exports a checkpoint folder to a Hugging Face folder: %(prog)s SRC DST.
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+transformers.AutoModelForCausalLM.from_pretrained(DST) loads the result as it is. DST appears once it is whole.
+"""
+
+
+def main(argv: list[str] | None = None, prog: str = "export_hf.py") -> int:
+    """Runs the command and returns the exit status."""
+    parser = argparse.ArgumentParser(prog, description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="SRC", help="checkpoint folder")
     parser.add_argument("destination", type=Path, metavar="DST", help="folder to make")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored)")
@@ -26,16 +25,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         files = specjax.export_hf(args.source, args.destination, args.dtype, max(1, round(args.shard_gb * 1e9)))
     except (ValueError, OSError) as error:
-        print(f"export_hf.py: error: {error}", file=sys.stderr)
+        print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         return 130
     print(f"wrote {args.destination}: config.json, {', '.join(file.name for file in files)}")
     return 0
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half made is removed
-    sys.exit(main())

@@ -1,18 +1,10 @@
-"""Continues prompts by speculative decoding and shows what it gained.
-
-python scripts/generate.py                                    the shipped pair on a built-in prompt
-python scripts/generate.py --prompt 'def mean(x):' --compare  speed-up over plain decoding
-head -30 x.py | python scripts/generate.py --trace t.html     a page that shows where each token came from
-python scripts/generate.py --target DIR --chat --prompt 'Why is the sky blue?'      asks a chat model
-python scripts/generate.py --target DIR --mesh data=2,tensor=4      splits it over eight devices (docs/distributed.md)
-"""
+"""The command ``generate``: continues prompts by speculative decoding and shows what it gained."""
 
 import argparse
 import contextlib
+import io
 import json
-import os
 import select
-import signal
 import statistics
 import sys
 import tempfile
@@ -21,47 +13,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # Ctrl-C and `| head` end it quietly and at once, even while modules load or XLA compiles
-    for name in ("SIGINT", "SIGPIPE"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_DFL)
-
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 import specjax
-from specjax.commands import hosts
-from specjax.commands.drafter_spec import folders_of, named_drafter, short_name
+from specjax.commands import figures, hosts
+from specjax.commands.console import Parser, write_whole
+from specjax.commands.drafter_spec import folders_of, named_drafter
+from specjax.commands.places import folder_or_shipped, shipped
 from specjax.commands.trace_page import Trace, render
-from specjax.commands.transcript import COUNTS, Transcript, follow
+from specjax.commands.transcript import Transcript, follow
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-SHIPPED = ROOT / "checkpoints" / "py-14m"
-SHIPPED_DRAFT = ROOT / "checkpoints" / "py-14m-draft"
+SHIPPED, SHIPPED_DRAFT = "py-14m", "py-14m-draft"  # of checkpoints/
 PROMPT = '''class Stack:
     """A last-in, first-out collection of items."""
 
     def __init__(self, items=()):'''
 VERIFY = {"token": specjax.verify.token, "block": specjax.verify.block, "coupled": specjax.verify.coupled}
-COMPARED_RUNS = 5
 STDIN_WAIT_S = 3.0  # a pipe that nobody writes to must not hold up a call without arguments
-# Sampling parameters and the values at which they do nothing.
-IDLE = {
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-}
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str):
-        self.exit(2, f"error: {hosts.label()}{' '.join(message.split())}\n")
 
 
 def utf8(text: str) -> str:
@@ -97,18 +67,18 @@ def check_outputs(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name}: {folder} cannot be written to: {error.strerror}") from None
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that nobody ever sees half of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+ABOUT = """Continues prompts by speculative decoding and shows what it gained.
+
+%(prog)s                                           the shipped pair of models on a built-in prompt
+%(prog)s --prompt 'def mean(x):' --compare         speed-up over plain decoding
+head -30 x.py | %(prog)s --trace t.html            a page that shows where each token came from
+%(prog)s --target DIR --chat --prompt 'Hello!'     a message to a chat model
+%(prog)s --target DIR --mesh data=2,tensor=4       a model split over eight devices (docs/distributed.md)
+"""
 
 
-def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: list[str] | None, prog: str) -> tuple[Parser, argparse.Namespace]:
+    parser = Parser(prog, description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     text = parser.add_argument_group("prompts", "several are one batch; text piped in is one when none is given")
     text.add_argument("--prompt", dest="prompts", action="append", type=utf8, metavar="TEXT")
     text.add_argument("--prompt-file", dest="prompts", action="append", type=Path, metavar="FILE")
@@ -118,7 +88,7 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
         "--stop", action="append", type=utf8, default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
     models = parser.add_argument_group("models")
-    models.add_argument("--target", type=Path, default=SHIPPED, metavar="DIR", help="checkpoint (default: py-14m)")
+    models.add_argument("--target", type=Path, metavar="DIR", help="checkpoint (default: the shipped py-14m)")
     models.add_argument(
         "--drafter",
         metavar="SPEC",
@@ -172,7 +142,8 @@ def piped_text() -> str:
             "nothing was piped in, so the prompt is the built-in one (--prompt-file /dev/stdin waits for text)\n"
         )
         return ""
-    sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     return sys.stdin.read().removesuffix("\n")
 
 
@@ -182,7 +153,7 @@ def compare(request: dict[str, Any], drafter: Any, rows: int) -> dict[str, float
     The compiled loop knows no stop strings: both go on behind them.
     """
     rates: dict[str, list[float]] = {"with_drafter": [], "plain": []}
-    for run in range(COMPARED_RUNS + 1):
+    for run in range(figures.COMPARED_RUNS + 1):
         for name, proposer in (("with_drafter", drafter), ("plain", None)):
             start = time.perf_counter()
             stats = jax.block_until_ready(specjax.generate(**request, drafter=proposer)).stats
@@ -190,84 +161,6 @@ def compare(request: dict[str, Any], drafter: Any, rows: int) -> dict[str, float
             if run:  # the first compiles
                 rates[name].append(int(specjax.sharding.gathered(stats.emitted_b)[:rows].sum()) / seconds)
     return {name: statistics.median(values) for name, values in rates.items()}
-
-
-def results(transcripts: list[Transcript], seconds: float) -> dict[str, Any]:
-    """Returns what ``--json`` writes: figures of each prompt, and of all together."""
-    prompts = [
-        {
-            "prompt": transcript.prompt,
-            "messages": transcript.messages,
-            "text": transcript.text,
-            "stopped": transcript.stopped,
-            "tokens": transcript.ids,
-            **transcript.counts,
-        }
-        for transcript in transcripts
-    ]
-    total = {name: sum(prompt[name] for prompt in prompts) for name in COUNTS}
-    places = {
-        name: [sum(counts) for counts in zip(*(prompt[name] for prompt in prompts), strict=True)]
-        for name in ("drafted_at", "accepted_at")
-    }
-    return {
-        **total,
-        **places,
-        "emitted_per_round": total["emitted"] / total["rounds"],
-        "tokens_per_second": total["emitted"] / seconds,
-        "prompts": prompts,
-    }
-
-
-def table(result: dict[str, Any]) -> str:
-    """Returns the closing figures."""
-    lines = [
-        ("tokens", f"{result['emitted']} in {result['rounds']} rounds"),
-        ("emitted per round", f"{result['emitted_per_round']:.2f}  (plain decoding: 1)"),
-        ("tokens per second", f"{result['tokens_per_second']:.1f}  (streamed; compilation excluded)"),
-    ]
-    if result["drafted"]:
-        lines.append(("drafts accepted", f"{result['accepted']} of {result['drafted']}"))
-    for place, (drafted, accepted) in enumerate(zip(result["drafted_at"], result["accepted_at"], strict=True), 1):
-        share = accepted / drafted if drafted else 0
-        lines.append((f"  at position {place}", f"{share:4.0%}  {'#' * round(20 * share)}"))
-    if "speedup" in result:
-        speeds = result["comparison"]
-        rates = f"{speeds['with_drafter']:.1f} against {speeds['plain']:.1f} tokens/s"
-        times = f"{result['speedup']:.2f} times plain decoding"
-        lines.append(("speed-up", f"{times}  ({rates}, medians of {COMPARED_RUNS} runs)"))
-    return "\n".join(f"{name:<20} {value}".rstrip() for name, value in lines) + "\n"
-
-
-def settings(args: argparse.Namespace, spec: str, mesh: Mesh | None) -> dict[str, str]:
-    """Returns how the text was made, by name, leaving out sampling parameters that do nothing."""
-    chosen = {"target": args.target.resolve().name, "drafter": short_name(spec)}
-    if spec != "none":
-        chosen |= {"drafts per round": str(args.num_draft), "verify": args.verify}
-    chosen["temperature"] = f"{args.temperature:g}" if args.temperature else "0 (greedy)"
-    for name, idle in IDLE.items():
-        if getattr(args, name) != idle:
-            chosen[name.replace("_", " ")] = f"{getattr(args, name):g}"
-    if args.stop:
-        chosen["stop strings"] = ", ".join(map(repr, args.stop))
-    if mesh is not None:
-        chosen["mesh"] = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    return chosen | ({"seed": str(args.seed)} if args.temperature else {})
-
-
-def figures(result: dict[str, Any]) -> dict[str, str]:
-    """Returns what a trace page shows large."""
-    shown = {
-        "tokens per round (plain decoding: 1)": f"{result['emitted_per_round']:.2f}",
-        "tokens emitted": str(result["emitted"]),
-        "rounds": str(result["rounds"]),
-    }
-    if result["drafted"]:
-        shown["of drafts accepted"] = f"{result['accepted'] / result['drafted']:.0%}"
-    shown["tokens per second"] = f"{result['tokens_per_second']:.0f}"
-    if "speedup" in result:
-        shown["speed-up over plain decoding"] = f"{result['speedup']:.2f}\u00d7"
-    return shown
 
 
 def request_for(
@@ -295,23 +188,32 @@ def request_for(
             temperature=args.temperature,
             seed=args.seed,
             max_new_tokens=limits,
-            **{name: getattr(args, name) for name in IDLE},
+            **{name: getattr(args, name) for name in figures.IDLE},
         ),
         "max_new_tokens": args.max_new_tokens,
         "stop_tokens": stop_tokens,
     }
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser, args = parse(argv)
+def default_drafter(target: Path) -> str:
+    """Returns the shipped draft model for the shipped target, and n-grams for others."""
+    shipped_target, draft = shipped(SHIPPED), shipped(SHIPPED_DRAFT)
+    if draft is not None and shipped_target is not None and target.resolve() == shipped_target.resolve():
+        return f"model:{draft}"
+    return "ngram"
+
+
+def main(argv: list[str] | None = None, prog: str = "generate.py") -> None:
+    """Runs the command."""
+    parser, args = parse(argv, prog)
     with contextlib.ExitStack() as stack:
         try:
             mesh = stack.enter_context(hosts.run(args))
             if hosts.is_first():
                 check_outputs(args)
             prompts = prompts_of(args)
-            default = f"model:{SHIPPED_DRAFT}" if args.target.resolve() == SHIPPED else "ngram"
-            spec = default if args.drafter is None else args.drafter
+            args.target = folder_or_shipped(args.target, SHIPPED)
+            spec = default_drafter(args.target) if args.drafter is None else args.drafter
             hosts.check_same_folders(args.target, *folders_of(spec))
             target = specjax.load(args.target, mesh=mesh)
             tokenizer = specjax.load_tokenizer(args.target)
@@ -333,25 +235,25 @@ def main(argv: list[str] | None = None) -> None:
             # The first of two equal calls compiles, so that the second can be timed.
             warm_up, rounds = (specjax.stream(**request, drafter=drafter) for _ in range(2))
         except (ValueError, TypeError, OSError) as error:
-            parser.error(str(error))
+            parser.error(hosts.describe(error))
 
         progress = hosts.note if sys.stderr.isatty() else lambda message: None
         progress("compiling ...")
         next(warm_up)
         progress("\r\x1b[K")
         seconds = follow(rounds, transcripts)
-        result = results(transcripts, seconds) | {"settings": settings(args, spec, mesh)}
+        result = figures.results(transcripts, seconds) | {"settings": figures.settings(args, spec, mesh)}
         if args.compare:
             progress("comparing with plain decoding ...")
             result["comparison"] = compare(request, drafter, len(prompts))
             result["speedup"] = result["comparison"]["with_drafter"] / result["comparison"]["plain"]
             progress("\r\x1b[K")
-        hosts.note("\n" + table(result))
+        hosts.note("\n" + figures.table(result))
         if hosts.is_first():
             try:
                 write(args, result, transcripts)
             except OSError as error:
-                parser.error(str(error))
+                parser.error(hosts.describe(error))
 
 
 def write(args: argparse.Namespace, result: dict[str, Any], transcripts: list[Transcript]) -> None:
@@ -360,9 +262,4 @@ def write(args: argparse.Namespace, result: dict[str, Any], transcripts: list[Tr
         write_whole(args.json, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     if args.trace:
         traces = [Trace(transcript.prompt, transcript.rounds) for transcript in transcripts]
-        write_whole(args.trace, render(traces, result["settings"], figures(result)))
-
-
-if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character shows its code
-    main()
+        write_whole(args.trace, render(traces, result["settings"], figures.large(result)))

@@ -1,10 +1,4 @@
-"""Plans speculative decoding on paper: what fits, what a round of g drafts takes at least, and the best g.
-
-    python scripts/plan.py llama-3.1-8b --draft llama-3.2-1b --hardware h100 --acceptance 0.8
-
-TARGET and --draft name a file of scripts/configs, or are the path of a config.json or of a folder with one. One device
-gives a table over g; several a line each, at the best g. docs/scaling.md has the formulas and what they leave out.
-"""
+"""The command ``plan``: what fits on a device, what a round of g drafts takes at least, and the best g."""
 
 import argparse
 import contextlib
@@ -12,18 +6,18 @@ import dataclasses
 import itertools
 import math
 import os
-import signal
 import sys
 from pathlib import Path
 
-from specjax import planning
-from specjax.commands.bench import table
+from specjax.commands.console import print_table
 from specjax.hf.config import read_config
-from specjax.planning.hardware import HARDWARE, Hardware
-from specjax.planning.roofline import (
+from specjax.planning import (
     BYTES,
+    CONFIGS,
+    HARDWARE,
     RESERVE,
     WARP,
+    Hardware,
     Mesh,
     Model,
     Round,
@@ -37,13 +31,23 @@ from specjax.planning.roofline import (
 )
 from specjax.transformer import DecoderConfig
 
-CONFIGS = Path(planning.__file__).parent / "configs"
 FIGURES = ("bandwidth", "flops", "memory", "link", "latency")
 LEAST, MOST = 1e-12, 1e30  # of a figure: times stay finite
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+ABOUT = """Plans speculative decoding on paper: what fits, what a round of g drafts takes at least, and the best g.
+
+  %(prog)s llama-3.1-8b --draft llama-3.2-1b --hardware h100 --acceptance 0.8
+
+TARGET and --draft are the name of a config that comes with specjax, or the path of a config.json or of its folder.
+With one device, a table over g is printed. With several, each has a line, at its best g. docs/scaling.md has the
+formulas, and says what they leave out.
+"""
+
+
+def main(argv: list[str] | None = None, prog: str = "plan.py") -> int:
+    """Plans what the arguments ask for and returns the exit status."""
+    parser = argparse.ArgumentParser(prog, description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", metavar="TARGET", help=f"of {', '.join(names())}; or a path")
     parser.add_argument(
         "--draft", required=True, metavar="MODEL|C", help="a model, or what a draft step costs in steps of the target"
@@ -69,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         help="chance that a draft is accepted if those before it were: one for all positions, or one each",
     )
     rates.add_argument(
-        "--by-position", type=float, nargs="+", metavar="P", help="share kept by position, as scripts/bench.py prints"
+        "--by-position", type=float, nargs="+", metavar="P", help="share kept by position, as bench prints"
     )
     parser.add_argument("--batch", type=int, default=1, help="rows, all together; default: %(default)s")
     parser.add_argument("--context", type=int, default=4000, help="tokens of each row; default: %(default)s")
@@ -89,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.plot:
             plot(args.target, plans, args.plot)
     except ValueError as error:
-        print(f"plan.py: error: {error}", file=sys.stderr)
+        print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     report(args.target, setting, devices, plans)
     return 0
@@ -227,12 +231,14 @@ def report(target: str, setting: Setting, devices: dict[str, Hardware], plans: d
     size = f"{num_params(setting.target.config) / 1e9:.3g}B parameters"
     title = f"{target} ({size}), batch {setting.batch}, context {setting.context}, {describe(setting.mesh)}"
     gigabytes = {f"{part}, GB": short(size / 1e9) for part, size in needed._asdict().items()}
-    table(f"{title}: memory of each device", [gigabytes | {"all, GB": short(sum(needed) / 1e9)}])
+    print_table(f"{title}: memory of each device", [gigabytes | {"all, GB": short(sum(needed) / 1e9)}])
     if len(plans) > 1:
-        table(f"{title}: at the best g", [best_row(name, devices[name], rounds) for name, rounds in plans.items()])
+        print_table(
+            f"{title}: at the best g", [best_row(name, devices[name], rounds) for name, rounds in plans.items()]
+        )
         return
     ((name, rounds),) = plans.items()
-    table(f"{title}, {name}: a round", [round_row(plan, rounds[0]) for plan in rounds])
+    print_table(f"{title}, {name}: a round", [round_row(plan, rounds[0]) for plan in rounds])
     chosen = best(rounds)
     print(f"best: g = {chosen.num_draft}, {short(chosen.tokens_per_second)} tokens/s")
 
@@ -292,9 +298,3 @@ def plot(target: str, plans: dict[str, list[Round]], file: Path) -> None:
         raise ValueError(f"--plot {file} cannot be written: {error.strerror}") from None
     finally:
         pyplot.close(figure)
-
-
-if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback when the reader of a pipe leaves
-    sys.exit(main())

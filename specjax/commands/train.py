@@ -1,9 +1,4 @@
-"""Trains the model or draft head of a recipe: ``python scripts/train.py models/NAME`` writes ``checkpoints/NAME``.
-
-A draft or head (a recipe with ``drafts_for``) needs its target in ``checkpoints/`` first. Stopped at any time, the same
-command goes on from the last checkpoint in ``runs/NAME`` and ends with the same bits. With ``--mesh`` it trains over
-several devices, and may go on over others; several processes must all see both folders.
-"""
+"""The command ``train``: trains the model or draft head of a recipe."""
 
 import argparse
 import dataclasses
@@ -25,15 +20,25 @@ from tqdm import tqdm
 
 import specjax
 from specjax import training
-from specjax.commands import hosts
+from specjax.commands import hosts, stdlib
+from specjax.commands.places import recipe_folder
 
 HELD_OUT_PROMPTS = 20
 PROMPT_TOKENS, NEW_TOKENS, NUM_DRAFT = 64, 192, 5
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path, help="a folder of models/")
+ABOUT = """Trains the model or draft head of a recipe: `%(prog)s models/NAME` writes checkpoints/NAME.
+
+A draft model or draft head (a recipe with drafts_for) needs its target in checkpoints/ first. Stopped at any time, the
+same command goes on from the last save in runs/NAME and ends with the same bits. With --mesh it trains over several
+devices, and may go on over others. Several processes must all see both folders.
+"""
+
+
+def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
+    """Runs the command and returns the exit status."""
+    parser = argparse.ArgumentParser(prog, description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path, help="a folder with a recipe.toml, such as models/py-14m")
     parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"), help="default: %(default)s")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="resumable state; default: %(default)s")
     parser.add_argument("--save-every", type=int, default=100, help="steps between saves; default: %(default)s")
@@ -49,9 +54,9 @@ def main(argv: list[str] | None = None) -> int:
             if args.fully_sharded and (mesh is None or mesh.shape["data"] == 1):
                 raise ValueError("--fully-sharded splits over data, of which there is one part; give --mesh data=N")
             rules = specjax.sharding.FULLY_SHARDED if args.fully_sharded else specjax.sharding.RULES
-            train(args.recipe, args.checkpoints, args.runs, args.save_every, mesh, rules)
+            train(recipe_folder(args.recipe), args.checkpoints, args.runs, args.save_every, mesh, rules)
     except (ValueError, FloatingPointError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+        print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last save", file=sys.stderr)
@@ -74,9 +79,9 @@ def train(
         for stage in recipe.stages:
             training.split_rows(mesh, stage.rows)
     run = runs / recipe.name
-    modules = training.stdlib_modules()
-    kept = [text for name, text in modules.items() if not training.is_held_out(name)]
-    held = [text for name, text in modules.items() if training.is_held_out(name)]
+    modules = stdlib.modules()
+    kept = [text for name, text in modules.items() if not stdlib.is_held_out(name)]
+    held = [text for name, text in modules.items() if stdlib.is_held_out(name)]
     if recipe.drafts_for is None:
         teacher, tokenizer = None, training.train_tokenizer(kept, recipe.architecture["vocab_size"])
     else:
@@ -102,8 +107,8 @@ def train(
     history = []
     for number, stage in enumerate(recipe.stages):
         if stage.text == "on_policy":
-            model = trainee.drafter(params, 1).model
-            texts["on_policy"] = draw_samples(model, corpus, recipe, run / f"on-policy-{number}.npy")
+            draft: Any = trainee.drafter(params, 1)  # a ModelDrafter: recipes allow this text for draft models alone
+            texts["on_policy"] = draw_samples(draft.model, corpus, recipe, run / f"on-policy-{number}.npy")
         with tqdm(
             total=stage.steps,
             desc=f"stage {number}: {stage.loss} on {stage.text}",
@@ -210,7 +215,7 @@ def draw_samples(
                 max_new_tokens=limit - PROMPT_TOKENS,
             )
             generation = specjax.sharding.gathered(generation)
-            pieces.append(generation.tokens_bs[:, :limit].reshape(-1))
+            pieces.append(np.asarray(generation.tokens_bs[:, :limit]).reshape(-1))
             emitted = int(generation.stats.emitted_b.sum())
             drawn += emitted
             bar.update(emitted)
@@ -282,7 +287,3 @@ def plot(stages: list[dict], file: Path) -> None:
         axis.plot(np.arange(width - 1, len(losses)), np.convolve(losses, np.ones(width) / width, "valid"))
         axis.set(title=f"{stage['loss']} on {stage['text']}", xlabel="step", ylabel="loss")
     figure.savefig(file, dpi=100)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
