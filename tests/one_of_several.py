@@ -22,7 +22,7 @@ def talk(argv):
     parser.add_argument("--come-within", type=int, default=hosts.START_S)
     hosts.add_mesh_options(parser)
     args = parser.parse_args(argv)
-    hosts.START_S, hosts.LOST_S = args.come_within, 8
+    hosts.START_S, hosts.LOST_S = args.come_within, 10
     with hosts.run(args) as mesh:
         rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
         numbers = np.arange(mesh.size, dtype=np.int32)

@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None, prog: str = "convert_hf.py") -> int:
 
 
 def is_quantized(source: Path) -> bool:
+    """Returns whether the folder's config names a quantization."""
     try:
         return "quantization_config" in json.loads((source / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # what is wrong with it, the conversion says

@@ -35,6 +35,7 @@ STDIN_WAIT_S = 3.0  # a pipe that nobody writes to must not hold up a call witho
 
 
 def utf8(text: str) -> str:
+    """Returns an argument that can be encoded."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -78,6 +79,7 @@ head -30 x.py | %(prog)s --trace t.html            a page that shows where each 
 
 
 def parse(argv: list[str] | None, prog: str) -> tuple[Parser, argparse.Namespace]:
+    """Returns the parser, which says later what is wrong, and the arguments."""
     parser = Parser(prog, description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     text = parser.add_argument_group("prompts", "several are one batch; text piped in is one when none is given")
     text.add_argument("--prompt", dest="prompts", action="append", type=utf8, metavar="TEXT")
@@ -209,12 +211,14 @@ def main(argv: list[str] | None = None, prog: str = "generate.py") -> None:
     with contextlib.ExitStack() as stack:
         try:
             mesh = stack.enter_context(hosts.run(args))
+            # What is cheap to find out comes first: folders that cannot be written, and models that are not there.
+            args.target = folder_or_shipped(args.target, SHIPPED)
             if hosts.is_first():
                 check_outputs(args)
             prompts = prompts_of(args)
-            args.target = folder_or_shipped(args.target, SHIPPED)
             spec = default_drafter(args.target) if args.drafter is None else args.drafter
             hosts.check_same_folders(args.target, *folders_of(spec))
+            # Whatever is wrong with models, drafter or options is an error before anything compiles.
             target = specjax.load(args.target, mesh=mesh)
             tokenizer = specjax.load_tokenizer(args.target)
             rules = specjax.sharding.RULES if args.shard_draft else {}
@@ -237,6 +241,7 @@ def main(argv: list[str] | None = None, prog: str = "generate.py") -> None:
         except (ValueError, TypeError, OSError) as error:
             parser.error(hosts.describe(error))
 
+        # The text streams to standard output; the figures follow on standard error, so that text can be piped.
         progress = hosts.note if sys.stderr.isatty() else lambda message: None
         progress("compiling ...")
         next(warm_up)

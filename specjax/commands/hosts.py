@@ -214,6 +214,9 @@ def _come_together(args: argparse.Namespace) -> bool:
         raise ValueError(f"{missing[0]} is missing; give all of {', '.join(place)}, or just --distributed")
     if not missing:
         _check_place(args.coordinator, args.num_processes, args.process_id)
+        # When some do not come, JAX aborts this process with a message that names neither them nor the address.
+        who, at = f"process {args.process_id} of {args.num_processes}", args.coordinator
+        print(f"{who} waits for the others at {at}, at most {START_S} s", file=sys.stderr, flush=True)
     jax.config.update("jax_enable_preemption_service", False)  # this service would ignore SIGTERM
     try:
         jax.distributed.initialize(

@@ -78,6 +78,7 @@ class Transcript:
 
 
 def counts_of(stats: specjax.Stats, row: int) -> dict[str, Any]:
+    """Returns the figures of a row by name."""
     counts = {name: int(getattr(stats, f"{name}_b")[row]) for name in COUNTS}
     return counts | {name: getattr(stats, f"{name}_bg")[row].tolist() for name in ("drafted_at", "accepted_at")}
 
