@@ -20,7 +20,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Metaspace
 
 import specjax
-from specjax import MedusaDrafter, checkpoint
+from specjax import MedusaDrafter
 from specjax.commands import places
 from specjax.drafters.eagle import EagleHead
 from specjax.drafters.medusa import init_medusa_params
@@ -64,10 +64,10 @@ def pair(tmp_path_factory):
         }
         params = init_params(decoder_config(config), jax.random.key(0))
         params["embed_tokens"]["weight"] *= 10.0
-        checkpoint.save(folder / name, config, params, tokenizer, {})
+        specjax.save(folder / name, config, params, tokenizer, {})
         if name == "target":
             noisy = jax.tree.map(lambda x: x * (1 + 0.5 * jax.random.normal(jax.random.key(1), x.shape)), params)
-            checkpoint.save(folder / "draft", config, noisy, tokenizer, {})
+            specjax.save(folder / "draft", config, noisy, tokenizer, {})
     return folder
 
 

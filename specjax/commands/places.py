@@ -22,8 +22,8 @@ def folder_or_shipped(given: Path | None, name: str = "py-14m", option: str = "-
     folder = given or shipped(name)
     if folder is None:
         raise ValueError(
-            f"{option} is not given, and neither {REPOSITORY} nor the current folder has checkpoints/{name}; "
-            f"give {option} DIR"
+            f"{option} is not given, and the shipped checkpoints/{name} is neither in the current folder nor in a "
+            f"repository from which specjax is installed in place; give {option} DIR"
         )
     return folder
 
