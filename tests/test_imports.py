@@ -1,4 +1,4 @@
-"""The rooms of the library import one way, scripts see public names only, and nothing runs at import."""
+"""The packages of the library import one way, scripts see public names only, and nothing runs at import."""
 
 import ast
 import gc
@@ -18,9 +18,9 @@ LIBRARY = REPOSITORY / "specjax"
 
 
 def read_table():
-    """Returns the table "Rooms of the library" of docs/architecture.md as room -> rooms that it may import."""
+    """Returns the table "Packages of the library" of docs/architecture.md as package -> packages that it may import."""
     text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
-    section = text.split("## Rooms of the library")[1].split("\n## ")[0]
+    section = text.split("## Packages of the library")[1].split("\n## ")[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
     return {re.findall(r"`(\w+)`", row[0])[0]: set(re.findall(r"`(\w+)`", row[-1])) for row in rows}
 
