@@ -27,6 +27,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("source", type=Path, metavar="SRC", help="Hugging Face folder")
     parser.add_argument("destination", type=Path, metavar="DST", help="folder to make")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored; float8 becomes bfloat16)")
+    parser.add_argument(
+        "--ignore-config-key",
+        dest="ignore_config_keys",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="read config.json without this key, past a refusal of what it says; may be repeated",
+    )
     parser.add_argument("--verify", action="store_true", help="compare logits with transformers, on this machine's CPU")
     args = parser.parse_args(argv)
     if args.verify and is_quantized(args.source):
@@ -40,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            report = specjax.convert_hf(args.source, args.destination, args.dtype, progress)
+            report = specjax.convert_hf(args.source, args.destination, args.dtype, progress, args.ignore_config_keys)
     except (ValueError, OSError) as error:
         print(f"convert_hf.py: error: {error}", file=sys.stderr)
         return 2

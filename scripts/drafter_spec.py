@@ -1,5 +1,6 @@
 """Drafters by name, as ``--drafter`` takes them: ``model:DIR``, ``cascade:ngram,eagle:DIR`` and so on."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ def named_drafter(
     num_draft: int,
     mesh: Mesh | None = None,
     rules: specjax.sharding.Rules = specjax.sharding.RULES,
+    ignore_config_keys: Sequence[str] = (),
 ) -> Any:
     """Returns the drafter of a value other than none; ``mesh`` and ``rules`` are those of ``specjax.load_drafter``."""
-    drafter = specjax.load_drafter(spec, target, num_draft, tokenizer=tokenizer, mesh=mesh, rules=rules)
+    drafter = specjax.load_drafter(
+        spec, target, num_draft, tokenizer=tokenizer, mesh=mesh, rules=rules, ignore_config_keys=ignore_config_keys
+    )
     for part in parts_of(drafter):
         if hasattr(part, "head") and hasattr(part.head, "describe"):
             hosts.note(f"{spec}: {part.head.describe()}\n")

@@ -125,6 +125,14 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
         help="model:DIR, mtp:DIR, eagle:DIR, medusa:DIR, early-exit:LAYERS, ngram, none, or cascade:A,B, B where A has "
         "nothing (default: the shipped draft, or ngram)",
     )
+    models.add_argument(
+        "--ignore-config-key",
+        dest="ignore_config_keys",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="read config.json without this key, past a refusal of what it says; may be repeated",
+    )
     models.add_argument("--num-draft", type=int, default=4, metavar="N", help="tokens drafted per round (default: 4)")
     models.add_argument(
         "--shard-draft",
@@ -313,14 +321,14 @@ def main(argv: list[str] | None = None) -> None:
             default = f"model:{SHIPPED_DRAFT}" if args.target.resolve() == SHIPPED else "ngram"
             spec = default if args.drafter is None else args.drafter
             hosts.check_same_folders(args.target, *folders_of(spec))
-            opened = specjax.open(args.target, mesh=mesh)
+            opened = specjax.open(args.target, mesh=mesh, ignore_config_keys=args.ignore_config_keys)
             target, tokenizer = opened.model, opened.tokenizer
             if tokenizer is None:
                 raise ValueError(f"{opened.path} has no tokenizer.json; add the model's")
             rules = specjax.sharding.RULES if args.shard_draft else {}
             drafter = None
             if spec != "none":
-                drafter = named_drafter(spec, target, tokenizer, args.num_draft, mesh, rules)
+                drafter = named_drafter(spec, target, tokenizer, args.num_draft, mesh, rules, args.ignore_config_keys)
             if args.compare and drafter is None:
                 raise ValueError("--compare needs a drafter to compare with plain decoding; --drafter is none")
             if args.system is not None and not args.chat:

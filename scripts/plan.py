@@ -103,10 +103,10 @@ def names() -> list[str]:
 def open_config(name: str) -> DecoderConfig:
     """Reads the config of a shipped name or of a path."""
     if name in names():
-        return read_config(CONFIGS / f"{name}.json")
+        return read_config(CONFIGS / f"{name}.json")[0]
     if not os.path.exists(name):
         raise ValueError(f"{name!r} is no path, nor one of {', '.join(names())}; give one of these")
-    return read_config(Path(name, "config.json") if os.path.isdir(name) else Path(name))
+    return read_config(Path(name, "config.json") if os.path.isdir(name) else Path(name))[0]
 
 
 def parse_figures(text: str, known: tuple[str, ...], option: str) -> dict[str, float]:

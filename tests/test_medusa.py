@@ -4,6 +4,7 @@ import functools
 import json
 import sys
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -183,21 +184,23 @@ def test_a_model_whose_config_does_not_count_its_heads_is_refused(target, tmp_pa
         open_medusa(folder, target, 2)
 
 
-def test_heads_in_pickles_are_taken_out_by_the_command_that_the_refusal_names(target, tmp_path, monkeypatch):
+def test_heads_in_pickles_are_taken_out_by_the_program_that_the_refusal_names(target, tmp_path, monkeypatch):
     """Run here with a torch that is none, since importing the real one takes longer than all these tests."""
     folder = write_whole(tmp_path / "whole")
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     for shard, names in enumerate((list(tensors)[::2], list(tensors)[1::2])):
         save_file({name: tensors[name] for name in names}, folder / f"pytorch_model-0000{shard}-of-00002.bin")
-    with pytest.raises(ValueError, match="is never opened; convert it there: python -c '") as refused:
+    with pytest.raises(ValueError, match=r"is never opened; convert it as docs/huggingface\.md#pickles says"):
         open_medusa(folder, target, 2)
+    page = (Path(__file__).parent.parent / "docs" / "huggingface.md").read_text(encoding="utf-8")
+    program = page.split("## Pickles")[1].split("<<'END'\n")[1].split("END\n")[0]
     torch = types.SimpleNamespace(load=lambda file, map_location, weights_only: load_file(file))
     monkeypatch.setitem(sys.modules, "torch", torch)
     monkeypatch.setitem(sys.modules, "safetensors.torch", safetensors.numpy)
     monkeypatch.setattr(safetensors, "torch", safetensors.numpy, raising=False)  # set if another test imported it
     monkeypatch.chdir(folder)
-    exec(str(refused.value).split("'")[1], {})
+    exec(program, {})
     alone = open_medusa(write(tmp_path / "heads", published(1)), target, HEADS)
     jax.tree.map(np.testing.assert_array_equal, open_medusa(folder, target, HEADS).params, alone.params)
 
@@ -331,7 +334,7 @@ def test_a_config_of_another_layout_is_refused(target, tmp_path):
 def test_a_pickle_is_never_opened(target, tmp_path):
     folder = write(tmp_path / "heads", published(1))
     (folder / FILE).rename(folder / "medusa_lm_head.pt")
-    with pytest.raises(ValueError, match=r"pickle medusa_lm_head\.pt, which is never opened; convert it.*weights_only"):
+    with pytest.raises(ValueError, match=r"pickle medusa_lm_head\.pt, which is never opened; convert it.*#pickles"):
         open_medusa(folder, target, 2)
 
 

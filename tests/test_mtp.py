@@ -735,7 +735,7 @@ BAD = {
     "a target of other depth": (configured(num_hidden_layers=3), r"target of num_hidden_layers 3, and this one has 2"),
     "an unknown flag": (configured(mtp_twist=True), r"mtp_twist.*unknown"),
     "an unknown family": (configured(model_type="mystery"), r"model_type 'mystery' is not supported"),
-    "a family of other names": (configured(model_type="llama"), r"unknown"),
+    "a family of other names": (configured(model_type="llama"), r"missing, such as 'model.layers.2.mlp"),
 }
 
 

@@ -36,7 +36,9 @@ def roofline(scripts):
 
 @pytest.fixture(scope="module")
 def model(roofline):
-    return lambda name, **dtypes: roofline.Model(read_config(ROOT / "scripts" / "configs" / f"{name}.json"), **dtypes)
+    return lambda name, **dtypes: roofline.Model(
+        read_config(ROOT / "scripts" / "configs" / f"{name}.json")[0], **dtypes
+    )
 
 
 @pytest.fixture(scope="module")

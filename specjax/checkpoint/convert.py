@@ -2,13 +2,12 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 
 from specjax.checkpoint.models import (
     check_dtype,
@@ -19,15 +18,14 @@ from specjax.checkpoint.models import (
     new_folder,
     read_params,
     save_params,
+    stored_params,
     write_json,
 )
-from specjax.hf.config import read_config, text_config
+from specjax.hf.config import read_config
 from specjax.hf.families import ARCHITECTURES
-from specjax.hf.keys import read_json
-from specjax.hf.names import nested, parameters, sources
+from specjax.hf.names import sources
 from specjax.hf.safetensors import write_tensors
 from specjax.hf.weights import Parameter, open_weights, tensors_of
-from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import abstract_params
 
 # What goes along unchanged, where it is there.
@@ -49,6 +47,7 @@ def convert_hf(
     destination: str | os.PathLike,
     dtype: jnp.dtype | str | None = None,
     progress: Progress = lambda done, total: None,
+    ignore_config_keys: Iterable[str] = (),
 ) -> tuple[str, ...]:
     """Writes a checkpoint folder from a Hugging Face folder.
 
@@ -59,6 +58,7 @@ def convert_hf(
       destination: the folder to make.
       dtype: of the parameters; None keeps what each tensor has, and makes bfloat16 of float8.
       progress: called as parameters are read.
+      ignore_config_keys: as for ``specjax.load``. The config that is written does not have these keys.
 
     Returns:
       Lines that say which tensors made which parameters, and what was left out.
@@ -70,7 +70,7 @@ def convert_hf(
     source, destination = Path(source).absolute(), Path(destination).absolute()
     _check_ends(source, destination)
     wanted = None if dtype is None else check_dtype(dtype)
-    weights = open_weights(source)
+    weights = open_weights(source, ignore_config_keys)
 
     def abstract(parameter: Parameter) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(parameter.shape, parameter.dtype if wanted is None else wanted)
@@ -120,12 +120,13 @@ def export_hf(
     _check_ends(source, destination)
     if not (source / "params").is_dir():
         raise ValueError(f"{source} has no params/; give a checkpoint folder, such as convert_hf and save write")
-    config, raw = read_config(source / "config.json"), text_config(read_json(source / "config.json"))
-    stored = _stored(source, config)
-    check_params(stored, abstract_params(config))
+    config, raw = read_config(source / "config.json")
+    wanted = abstract_params(config)
+    stored = stored_params(source, wanted)
+    check_params(stored, wanted)
     if dtype is not None:
-        wanted = check_dtype(dtype)
-        stored = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, wanted), stored)
+        floating = check_dtype(dtype)
+        stored = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, floating), stored)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         params = load_params(source, stored)
         tensors = tensors_of(sources(raw["model_type"], config), params)
@@ -162,23 +163,3 @@ def _config(raw: dict[str, Any], leaves: list[Any]) -> dict[str, Any]:
     largest = max(leaves, key=lambda leaf: leaf.size)
     usual = {"architectures": [ARCHITECTURES[raw["model_type"]]]}
     return usual | left | {"torch_dtype": str(largest.dtype)}
-
-
-def _stored(source: Path, config: DecoderConfig) -> Any:
-    """Returns shapes and dtypes of the parameters in a checkpoint folder."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            metadata = checkpointer.metadata(source / "params").item_metadata
-            if metadata is None:
-                raise ValueError("there is no _METADATA")
-            tree = metadata.tree
-            # Orbax makes strings of the layers' numbers.
-            found = {tuple(map(str, path)): (leaf.shape, leaf.dtype) for path, leaf in parameters(dict(tree))}
-            paths = dict(parameters(abstract_params(config)))
-            return nested({path: jax.ShapeDtypeStruct(*found[tuple(map(str, path))]) for path in paths})
-        except Exception as error:  # as in checkpoint.load_params
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"{source / 'params'} cannot be read as the parameters that config.json describes ({reason}); "
-                "it is damaged or of another model, copy or convert it again"
-            ) from error

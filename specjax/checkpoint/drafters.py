@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -53,6 +53,7 @@ def load_drafter(
     *,
     chained: bool = False,
     zero_first: bool = False,
+    ignore_config_keys: Iterable[str] = (),
 ) -> Drafter:
     """Opens the drafter that a text names, for a target.
 
@@ -80,6 +81,7 @@ def load_drafter(
         ``specjax.sharding.RULES`` splits it like the target.
       chained: of several MTP modules, feed the first one its own states, instead of one module per token.
       zero_first: MTP modules take the embedding at position 0 for zero, as vLLM does and others do not.
+      ignore_config_keys: as for ``specjax.load``, of draft models.
 
     Raises:
       ValueError: the text names no drafter; ``num_draft`` is below 1, or more than the heads can draft; a file of the
@@ -91,7 +93,8 @@ def load_drafter(
     if isinstance(target, Opened):
         target, tokenizer = target.model, tokenizer or target.tokenizer
     if kind == "cascade":
-        again = functools.partial(load_drafter, chained=chained, zero_first=zero_first)
+        options = {"chained": chained, "zero_first": zero_first, "ignore_config_keys": ignore_config_keys}
+        again = functools.partial(load_drafter, **options)
         parts = [again(part, target, num_draft, dtype, tokenizer, mesh, rules) for part in value.split(",")]
         return functools.reduce(Cascade, parts)
     if kind == "ngram":
@@ -100,7 +103,8 @@ def load_drafter(
         return EarlyExitDrafter(int(value), num_draft)
     path, dtype = Path(value).absolute(), check_dtype(default_dtype() if dtype is None else dtype)
     if kind == "model":
-        return _open_model(path, target, num_draft, dtype, tokenizer, mesh, rules)
+        model = load(path, dtype, mesh, rules, ignore_config_keys)
+        return _model_drafter(path, model, target, num_draft, tokenizer, mesh, rules)
     if kind == "mtp":
         drafter, params = open_mtp(path, target, num_draft, dtype, chained, zero_first)
     else:
@@ -129,17 +133,16 @@ def _parse(spec: str) -> tuple[str, str]:
     raise ValueError(f"spec is {spec!r}; give {_ALLOWED}")
 
 
-def _open_model(
+def _model_drafter(
     path: Path,
+    model: LanguageModel,
     target: LanguageModel,
     num_draft: int,
-    dtype: jnp.dtype,
     tokenizer: Tokenizer | None,
     mesh: Mesh | None,
     rules: Rules,
 ) -> Drafter:
-    """Opens a draft model: one of the target's vocabulary, or of another one if the target's tokenizer is known."""
-    model = load(path, dtype, mesh, rules)
+    """Returns a drafter of a model: of the target's vocabulary, or of another if the target's tokenizer is known."""
     alike = model.vocab_size == target.vocab_size
     if tokenizer is None and not alike:
         raise ValueError(

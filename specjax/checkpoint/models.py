@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
@@ -142,6 +143,7 @@ def load(
     dtype: jnp.dtype | str | None = None,
     mesh: Mesh | None = None,
     rules: Rules = RULES,
+    ignore_config_keys: Iterable[str] = (),
 ) -> LanguageModel:
     """Opens a checkpoint folder, or a Hugging Face folder with safetensors.
 
@@ -153,6 +155,8 @@ def load(
       mesh: the parameters are split over it as ``specjax.shard`` does, each process holding its own parts alone; None
         is the default device.
       rules: as for ``specjax.shard``.
+      ignore_config_keys: keys to read ``config.json`` without, such as ("auto_map",), to get past a refusal of what a
+        key says. A dot leads into an object: "rope_scaling.factor". Keys that are not there do no harm.
 
     Raises:
       ValueError: the folder or a file of it is missing, truncated, of an unsupported model, or does not fit its
@@ -164,11 +168,11 @@ def load(
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; give one with config.json and params/, or with safetensors files")
     if (path / "params").is_dir():
-        config = read_config(path / "config.json")
+        config, _ = read_config(path / "config.json", ignore_config_keys)
         return decoder_model(config, load_params(path, _placed(config, dtype, mesh, rules)))
     if (path / "metrics.json").is_file():
         raise ValueError(f"{path / 'params'} does not exist; the checkpoint is incomplete, copy or convert it again")
-    weights = open_weights(path)
+    weights = open_weights(path, ignore_config_keys)
     return decoder_model(weights.config, read_params(weights.params, _placed(weights.config, dtype, mesh, rules)))
 
 
@@ -222,34 +226,54 @@ def load_params(path: Path, abstract: Any) -> Any:
     """
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), abstract)
-    try:
+    with _reading(path):
         buffer = max(_LEAST_BUFFER, _largest_read(path, expected) + 1)
         handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=buffer / 1e9)  # type: ignore  (as for saving)
         with ocp.Checkpointer(handler) as checkpointer:
             return checkpointer.restore(path / "params", args=ocp.args.StandardRestore(expected))
-    except Exception as error:  # Orbax and TensorStore raise many kinds for a file that is absent or cut short
+
+
+def stored_params(path: Path, wanted: Any) -> Any:
+    """Returns shapes and dtypes of the parameters in ``params/``, as nested dicts of the paths of ``wanted``."""
+    with _reading(path):
+        stored = _metadata(path)
+        found = {names: stored[tuple(map(str, names))] for names in parameters(wanted)}
+        return unflatten_dict({names: jax.ShapeDtypeStruct(x.shape, x.dtype) for names, x in found.items()})
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Makes a ValueError of all that Orbax and TensorStore raise for files that are absent or cut short."""
+    try:
+        yield
+    except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{path / 'params'} cannot be read as the parameters that config.json describes ({reason}); "
-            "it is truncated or of another model, copy or convert it again"
+            "it is truncated, damaged or of another model, copy or convert it again"
         ) from error
 
 
-def _largest_read(path: Path, expected: Any) -> int:
-    """Returns a bound on the bytes of the chunks that a device's part of an array touches."""
+def _metadata(path: Path) -> dict[tuple[str, ...], Any]:
+    """Returns what Orbax says of each array in ``params/``, by its path. Numbers of layers are strings there."""
     with ocp.StandardCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(path / "params").item_metadata
     if metadata is None:
         raise ValueError("there is no _METADATA")
-    stored = {tuple(map(str, names)): array for names, array in parameters(dict(metadata.tree))}
+    return {tuple(map(str, names)): array for names, array in parameters(dict(metadata.tree)).items()}
+
+
+def _largest_read(path: Path, expected: Any) -> int:
+    """Returns a bound on the bytes of the chunks that a device's part of an array touches."""
+    stored = _metadata(path)
 
     def touched(names: ParameterPath, like: jax.ShapeDtypeStruct) -> int:
-        array = stored[tuple(map(str, names))]  # Orbax makes strings of the layers' numbers
+        array = stored[tuple(map(str, names))]
         part, chunk = like.sharding.shard_shape(like.shape), array.storage.chunk_shape
         wholes = (min(-(-n // of) * of, wide + 2 * of) for n, wide, of in zip(array.shape, part, chunk, strict=True))
         return math.prod(wholes) * array.dtype.itemsize
 
-    return max(touched(*parameter) for parameter in parameters(expected))
+    return max(touched(*parameter) for parameter in parameters(expected).items())
 
 
 def read_params(params: Any, abstract: Any, on_read: Callable[[int], None] = lambda size: None) -> Any:

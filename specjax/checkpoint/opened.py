@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ def open(
     dtype: jnp.dtype | str | None = None,
     mesh: Mesh | None = None,
     rules: Rules = RULES,
+    ignore_config_keys: Iterable[str] = (),
 ) -> Opened:
     """Opens a checkpoint folder, or a Hugging Face folder with safetensors: model, tokenizer, stop tokens, template.
 
@@ -57,6 +58,7 @@ def open(
       dtype: of parameters and computation; None means ``specjax.default_dtype()``.
       mesh: the parameters are split over it, as ``specjax.shard`` does; None is the default device.
       rules: as for ``specjax.shard``.
+      ignore_config_keys: as for ``specjax.load``.
 
     Raises:
       ValueError: a file of the folder is damaged; or as for ``specjax.load``. A missing ``tokenizer.json`` or chat
@@ -69,7 +71,7 @@ def open(
     tokenizer = load_tokenizer(path) if os.path.lexists(path / "tokenizer.json") else None
     template = find_chat_template(path) if there else None
     stop_tokens = load_stop_tokens(path) if there else ()
-    model = load(path, dtype, mesh, rules)
+    model = load(path, dtype, mesh, rules, ignore_config_keys)
     return Opened(path, model, tokenizer, stop_tokens, template, _described(path, stop_tokens))
 
 

@@ -1,106 +1,119 @@
 """``config.json`` of a Hugging Face folder -> ``DecoderConfig``, through the reader of its family."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from specjax.checks import check_integer
+from specjax.hf.class_keys import CLASS_KEYS, NO_EFFECT, UNDECLARED
 from specjax.hf.families import ARCHITECTURES, FAMILIES
-from specjax.hf.keys import Keys, read_json
+from specjax.hf.keys import Keys, read_json, switch, warn_unknown, without_keys
 from specjax.transformer.config import DecoderConfig
 
-# Keys that say nothing about the forward pass: names, training, and how Hugging Face's own code runs the model.
-IGNORED = (
-    *("_name_or_path", "architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "unk_token_id"),
-    *(
-        "initializer_range",
-        "initializer_factor",
-        "use_cache",
-        "return_dict",
-        "output_hidden_states",
-        "output_attentions",
-    ),
-    *(
-        "torchscript",
-        "use_bfloat16",
-        "tf_legacy_loss",
-        "tie_encoder_decoder",
-        "chunk_size_feed_forward",
-        "task_specific_params",
-    ),
-    *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "tokenizer_class", "prefix"),
-    *("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout", "classifier_dropout"),
-    *("summary_activation", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
-    *("output_router_logits", "router_aux_loss_coef", "aux_loss_alpha", "seq_aux", "router_jitter_noise"),
-    *("_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "cache_implementation", "ep_size"),
-    *("num_mtp_layers", "num_nextn_predict_layers", "pretraining_tp", "transformers.js_config", "unsloth_fixed"),
-    # Defaults of generation, which transformers 4 kept here.
-    *("max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams"),
-    *("num_beam_groups", "diversity_penalty", "typical_p", "length_penalty", "no_repeat_ngram_size", "early_stopping"),
-    *("encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores", "suppress_tokens"),
-    *("return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values"),
-    *("exponential_decay_length_penalty", "begin_suppress_tokens"),
-    # What published checkpoints carry along.
-    *("n_special", "predict_special_tokens", "_num_labels", "gradient_checkpointing", "unsloth_version"),
-    *("max_sequence_length", "output_past", "medusa_num_heads", "medusa_num_layers"),
-)
+# Published folders of these families bring code which transformers has since taken over, under the same names.
+_TAKEN_OVER = {"deepseek_v3": "DeepseekV3", "phi3": "Phi3"}
 
 
-def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
+def decoder_config(raw: Mapping[str, Any], strict: bool = False) -> DecoderConfig:
     """Reads the keys of a Hugging Face ``config.json``.
 
+    A key that transformers' config class does not have cannot change what transformers computes. All such keys are
+    named in one warning and ignored. A key that the class has, and that the decoder does not understand, must have the
+    class's default.
+
+    Args:
+      raw: the keys.
+      strict: refuse keys that the class does not have, unless they are null, false or text: in a recipe they are
+        misspelt, and in the config of a draft head they may be the head's.
+
     Raises:
-      ValueError: the ``model_type`` is not supported; a key is missing, or one that might change the forward pass is
-        unknown or has a value that the decoder does not compute.
+      ValueError: the ``model_type`` is not supported; a key is missing; or a key that might change the forward pass
+        has a value that the decoder does not compute.
     """
+    config, _, unknown = read_keys(raw, strict)
+    warn_unknown("config.json", unknown)
+    return config
+
+
+def read_keys(raw: Mapping[str, Any], strict: bool = False) -> tuple[DecoderConfig, dict[str, Any], tuple[str, ...]]:
+    """Returns what ``decoder_config`` returns, the config of the text part, and unknown keys, of which nothing is said.
+
+    Raises:
+      ValueError: as for ``decoder_config``.
+    """
+    # Multimodal Gemma 3 has a config in its config.
     if raw.get("model_type") == "gemma3":
-        text = text_config(raw)
+        text, outer = _text_part(raw)
         try:
-            return decoder_config(text)
+            config, text, unknown = read_keys(text, strict)
         except ValueError as error:
             raise ValueError(f"text_config: {error}") from None
+        return config, text, (*outer, *unknown)
     kind = raw.get("model_type", "llama")
     if not isinstance(kind, str) or kind not in FAMILIES:
         supported = ", ".join(sorted([*FAMILIES, "gemma3"]))
         raise ValueError(f"model_type {kind!r} is not supported; supported: {supported}")
+    # The family's reader takes what it understands; the tables judge the rest.
     keys = _all_keys(raw, ARCHITECTURES[kind])
     quantization_block(raw)
     config = FAMILIES[kind](keys)
-    keys.finish()
-    return config
+    return config, dict(raw), unknown_keys(keys, kind, strict)
+
+
+def unknown_keys(keys: Keys, kind: str, strict: bool = False) -> tuple[str, ...]:
+    """Returns the names of the keys that nobody took and that the class of a ``model_type`` does not have.
+
+    Raises:
+      ValueError: a key that the class has, or that transformers reads all the same, has another value than is computed.
+    """
+    unknown = keys.unknown({**UNDECLARED, **CLASS_KEYS[kind]})
+    return keys.switched_off() if strict else unknown
 
 
 def _all_keys(raw: Mapping[str, Any], architecture: str) -> Keys:
-    """Returns the keys of a config without those that do not matter."""
+    """Returns the keys of a config without those that have no effect."""
     if raw.get("architectures") not in (None, [], [architecture]):
         raise ValueError(
             f"architectures is {raw['architectures']!r}; supported for model_type {raw.get('model_type')!r}: "
-            f"[{architecture!r}]"
+            f"[{architecture!r}]{switch('architectures')}"
         )
+    _check_code(raw)
     keys = Keys(raw, "config.json")
-    keys.only("is_encoder_decoder", False)
-    keys.only("add_cross_attention", False)
-    keys.only("cross_attention_hidden_size", None)
-    keys.only("pruned_heads", {}, None)
-    keys.only("is_decoder", False, True)
-    keys.ignore("quantization_config", *IGNORED)
+    keys.ignore("auto_map", "quantization_config", *NO_EFFECT)
     return keys
 
 
-def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the config of the text part of multimodal Gemma 3, as a model of its own; other configs as they are.
+def _check_code(raw: Mapping[str, Any]) -> None:
+    """Raises ValueError if the folder brings code that may compute something else than transformers' own."""
+    code = raw.get("auto_map")
+    if not code:
+        return
+    known = _TAKEN_OVER.get(raw.get("model_type", "llama"), "no name")
+    # Code of a tokenizer has no part in the model.
+    entries = code.items() if isinstance(code, Mapping) else [("AutoModel", code)]
+    for name, value in entries:
+        held = name.startswith(("AutoConfig", "AutoModel"))
+        if held and not re.fullmatch(rf"(.*\.)?{known}(Config|Model|For\w+)", str(value)):
+            raise ValueError(
+                f"auto_map is {code!r}: the folder brings code of its own, which is never run and may compute "
+                f"something else than the model_type says{switch('auto_map')}"
+            )
+
+
+def _text_part(raw: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Returns the config of the text part of multimodal Gemma 3, as a model of its own, and unknown keys beside it.
 
     Raises:
       ValueError: the wrapper has no text part, or one that it would compute otherwise.
     """
-    if raw.get("model_type") != "gemma3":
-        return dict(raw)
     keys = _all_keys(raw, "Gemma3ForConditionalGeneration")
     text = keys.take("text_config")
+    # The text part needs no key of the images.
     keys.ignore(*("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index"))
+    keys.ignore(*("boi_token_id", "eoi_token_id", "image_token_id"))
     tied = keys.flag("tie_word_embeddings", True)
-    keys.finish()
+    unknown = unknown_keys(keys, "gemma3")
     if not isinstance(text, Mapping) or text.get("model_type", "gemma3_text") != "gemma3_text":
         raise ValueError(f"text_config is {text!r}; it must be the config of a 'gemma3_text' model")
     if text.get("tie_word_embeddings", tied) != tied:
@@ -110,28 +123,37 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     if text.get("final_logit_softcapping") is not None:
         raise ValueError(
             f"final_logit_softcapping is {text['final_logit_softcapping']!r} in text_config, where transformers does "
-            "not apply it; remove it"
+            f"not apply it; remove it{switch('final_logit_softcapping')}"
         )
     kept = {key: raw[key] for key in ("eos_token_id", "quantization_config") if raw.get(key) is not None}
     own = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "tie_word_embeddings": tied}
-    return {**text, **kept, **own}
+    return {**text, **kept, **own}, unknown
 
 
-def read_config(path: Path) -> DecoderConfig:
+def read_config(path: Path, ignore_config_keys: Iterable[str] = ()) -> tuple[DecoderConfig, dict[str, Any]]:
     """Reads a ``config.json``.
+
+    Args:
+      path: the file.
+      ignore_config_keys: keys to read the config without, as for ``without_keys``.
+
+    Returns:
+      The decoder, and the keys that describe it: of multimodal Gemma 3, the text part's.
 
     Raises:
       ValueError: the file is absent, is not a JSON object, or describes a model that ``decoder_config`` refuses.
     """
-    raw = read_json(path)
+    raw = without_keys(read_json(path), ignore_config_keys)
     if "model_type" not in raw:
         raise ValueError(f'{path} has no model_type; add that of the model, such as "llama"')
     try:
-        return decoder_config(raw)
+        config, text, unknown = read_keys(raw)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     except RecursionError:  # in the repr of a value for a message
         raise ValueError(f"{path}: a value is nested too deeply to be a model's; write the file again") from None
+    warn_unknown(path, unknown)
+    return config, text
 
 
 def quantization_block(raw: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -150,6 +172,7 @@ def quantization_block(raw: Mapping[str, Any]) -> tuple[int, int] | None:
         raise ValueError(
             f"quantization_config has quant_method {method!r} and weight_block_size {block!r}; supported: 'fp8' with "
             "two block sizes. Load the model with transformers, dequantise it and save it again"
+            + switch("quantization_config")
         )
     for size in block:
         check_integer("weight_block_size", size, 1)

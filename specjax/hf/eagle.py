@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax.checks import check_integer
-from specjax.hf.config import decoder_config
-from specjax.hf.keys import Keys
+from specjax.hf.config import read_keys
+from specjax.hf.keys import Keys, warn_unknown
 from specjax.hf.names import LINEAR, SAME, ParameterPath, Piece, Source, parameters
 from specjax.hf.safetensors import Tensor, TensorSpec
 from specjax.hf.weights import Parameter, check_tensors, parameters_of, tensors_of
@@ -89,7 +89,8 @@ def eagle_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(kind, str) or kind not in VERSIONS:
         raise ValueError(f"speculators_model_type is {kind!r}, no EAGLE head; supported: {', '.join(VERSIONS)}")
     keys.ignore(*_IGNORED)
-    fields: dict[str, Any] = {"version": VERSIONS[kind], "decoder": _decoder(keys.take("transformer_layer_config"))}
+    decoder, unknown = _decoder(keys.take("transformer_layer_config"))
+    fields: dict[str, Any] = {"version": VERSIONS[kind], "decoder": decoder}
     if kind == "eagle":
         keys.only("transformer_layer_architecture", "LlamaDecoderLayer")
         keys.only("layernorms", False)
@@ -106,7 +107,7 @@ def eagle_fields(config: Mapping[str, Any]) -> dict[str, Any]:
                 "norm_before_residual is missing; speculators takes it for false then, vLLM for true: give it"
             )
         fields |= {flag: keys.flag(flag, False) for flag in _FLAGS}
-    keys.finish()
+    warn_unknown("config.json", (*keys.switched_off(), *unknown))
     return fields
 
 
@@ -118,16 +119,20 @@ def _indices(value: Any) -> list[int]:
     return list(value)
 
 
-def _decoder(raw: Any) -> DecoderConfig:
+def _decoder(raw: Any) -> tuple[DecoderConfig, tuple[str, ...]]:
+    """Returns the layers that a config describes, and the names of its unknown keys."""
     kind = raw.get("model_type", "llama") if isinstance(raw, Mapping) else None
     if not isinstance(kind, str) or kind not in _LAYERS:
         raise ValueError(f"the layers are of model_type {kind!r}; supported: {', '.join(_LAYERS)}")
-    layer = {key: value for key, value in raw.items() if key not in ("architectures", "tie_word_embeddings")}
+    others = ("architectures", "auto_map", "tie_word_embeddings")  # of the whole head, and read or ignored there
+    layer = {key: value for key, value in raw.items() if key not in others}
     # SpecForge's layers have no window, and its configs still have those of the target.
     layer.pop("max_window_layers", None)
     if layer.get("use_sliding_window") is False:
         layer.pop("sliding_window", None)
-    return decoder_config(layer)
+    # Some layouts have the head's keys among the layer's.
+    config, _, unknown = read_keys(layer, strict=True)
+    return config, unknown
 
 
 def _from_original(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,7 +186,7 @@ def _flat_options(layer: dict[str, Any], inner: Any) -> dict[str, Any]:
     inner.only("use_last_layernorm", True)
     inner.only("use_mtp_layernorm", False)
     inner.only("next_layer_regular", True)
-    inner.finish()
+    warn_unknown("eagle_config", inner.switched_off())
     outer.only("bias", False)  # engines differ in what has it
     for key in (*_FLAGS, *_SIZES, _LAYER_IDS, "bias", "target_model_type"):
         layer.pop(key, None)
@@ -321,7 +326,7 @@ def _spec(name: str, array: np.ndarray) -> TensorSpec:
 def _sources(params: Any) -> dict[str, Source]:
     """Returns the tensors of a head's weights by their names, which are the parameters' own."""
     found = {}
-    for path, leaf in parameters(params):
+    for path, leaf in parameters(params).items():
         if path != ("draft_of_v",):
             name = _name(path)
             layout = LINEAR if path[-1] == "kernel" else SAME

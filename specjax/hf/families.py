@@ -37,11 +37,14 @@ def take_sizes(keys: Keys, **defaults: Any) -> dict[str, Any]:
         return (defaults[key],) if key in defaults else ()
 
     sizes = {key: keys.integer(key, *default(key)) for key in _SIZES}
+    tied = defaults.get("tie_word_embeddings", False)
+    if not tied and keys.peek("tie_word_embeddings") is None:
+        keys.ignore("tie_word_embeddings")  # null is false, as in transformers 4
     return sizes | {
         "num_hidden_layers": keys.integer("num_hidden_layers", *default("num_hidden_layers"), most=MAX_LAYERS),
         "num_key_value_heads": keys.integer("num_key_value_heads", *default("num_key_value_heads"), optional=True),
         "norm_eps": keys.number("rms_norm_eps", *default("rms_norm_eps")),
-        "tie_word_embeddings": keys.flag("tie_word_embeddings", defaults.get("tie_word_embeddings", False)),
+        "tie_word_embeddings": keys.flag("tie_word_embeddings", tied),
     }
 
 
@@ -103,11 +106,18 @@ def layers_of(
     return {"layers": tuple(layers), "max_position_embeddings": min(longest for _, longest in read.values())}
 
 
+def _same_kind(keys: Keys, sizes: dict[str, Any], window: int | None) -> list[str]:
+    """Returns the type of each layer where all have the same, and takes a ``layer_types`` that says so too."""
+    kinds = [FULL_ATTENTION if window is None else SLIDING_ATTENTION] * sizes["num_hidden_layers"]
+    keys.only("layer_types", kinds, None)
+    return kinds
+
+
 def _alike(
     keys: Keys, sizes: dict[str, Any], head_dim: int, window: int | None = None, theta: float = 10000.0
 ) -> dict[str, Any]:
     """Takes the keys of layers that are all of one kind, as arguments of DecoderConfig."""
-    kinds = [FULL_ATTENTION if window is None else SLIDING_ATTENTION] * sizes["num_hidden_layers"]
+    kinds = _same_kind(keys, sizes, window)
     return sizes | {"head_dim": head_dim} | layers_of(sizes, head_dim, take_rope(keys, theta), kinds, window)
 
 
@@ -117,7 +127,6 @@ def _llama(keys: Keys) -> DecoderConfig:
     keys.only("sliding_window", None)
     keys.only("use_sliding_window", False)
     keys.only("rope_interleaved", False)  # SmolLM
-    keys.ignore("is_llama_config")
     bias = keys.flag("attention_bias", False)
     return DecoderConfig(
         **_alike(keys, sizes, head_dim),
@@ -243,7 +252,7 @@ def _mixtral(keys: Keys) -> DecoderConfig:
     head_dim = _head_width(keys, sizes)
     alike = _alike(keys, sizes, head_dim, keys.integer("sliding_window", None, optional=True), theta=1e6)
     experts = ExpertsConfig(
-        num_experts=keys.integer("num_local_experts", 8),
+        num_experts=take_num_experts(keys, "num_experts", 8),
         per_token=keys.integer("num_experts_per_tok", 2),
         intermediate_size=sizes["intermediate_size"],
     )
@@ -353,7 +362,7 @@ def _phi3(keys: Keys) -> DecoderConfig:
         ropes[""] |= {"rope_type": "longrope", "original_max_position_embeddings": original}
     elif kind != "default":
         raise ValueError(f"rope_type {kind!r} is not one of Phi-3's; supported: 'default', 'longrope'")
-    kinds = [FULL_ATTENTION if window is None else SLIDING_ATTENTION] * sizes["num_hidden_layers"]
+    kinds = _same_kind(keys, sizes, window)
     return DecoderConfig(
         **sizes | layers_of(sizes, head_dim, ropes, kinds, window),
         head_dim=head_dim,
@@ -368,14 +377,24 @@ def _gpt2(keys: Keys) -> DecoderConfig:
     inner = keys.integer("n_inner", None, optional=True)
     keys.only("scale_attn_weights", True)
     keys.only("scale_attn_by_inverse_layer_idx", False)
-    keys.ignore("reorder_and_upcast_attn", "n_ctx")  # the one orders the same sums otherwise, the other is unused
+    positions = keys.integer("n_positions", 1024)
+    # Other names of these sizes, by which transformers knows them too.
+    alike = {
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "max_position_embeddings": positions,
+    }
+    for key, value in alike.items():
+        keys.only(key, value)
+    keys.only("layer_types", [FULL_ATTENTION] * layers, None)
     return DecoderConfig(
         vocab_size=keys.integer("vocab_size"),
         hidden_size=width,
         intermediate_size=4 * width if inner is None else inner,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        max_position_embeddings=keys.integer("n_positions", 1024),
+        max_position_embeddings=positions,
         layers=(LayerConfig(rope=None),) * layers,
         learned_positions=True,
         norm="layer",
@@ -413,7 +432,7 @@ def _deepseek_v3(keys: Keys) -> DecoderConfig:
     ropes = take_rope(keys)
     interleaved = keys.flag("rope_interleave", True)
     head = latent.plain_width + latent.rotary_width
-    kinds = [FULL_ATTENTION] * sizes["num_hidden_layers"]
+    kinds = _same_kind(keys, sizes, None)
     layers = layers_of(sizes, latent.rotary_width, ropes, kinds, None, interleaved=interleaved)
     sparse = [i >= dense for i in range(sizes["num_hidden_layers"])]
     return DecoderConfig(

@@ -1,14 +1,17 @@
-"""JSON objects whose keys are taken one by one: what is left over is refused, never ignored."""
+"""JSON objects whose keys are taken one by one. A key that was never taken is refused, or named in a warning."""
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from specjax.checks import check_integer, check_positive
 from specjax.transformer.config import MAX_SIZE
 
+_LOG = logging.getLogger(__name__)
 _REQUIRED = object()
+_ROPES = ("rope_parameters", "rope_scaling")  # two names of one object
 
 
 class Keys:
@@ -70,7 +73,9 @@ class Keys:
         value = self._left.pop(key, allowed[0])
         if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in allowed):
             choices = " or ".join(repr(choice) for choice in allowed)
-            raise ValueError(f"{self._name} key {key!r} is {value!r}; this decoder computes only {choices}")
+            raise ValueError(
+                f"{self._name} key {key!r} is {value!r}; this decoder computes only {choices}{self._switch(key)}"
+            )
 
     def ignore(self, *keys: str) -> None:
         """Takes keys that do not change what the model computes."""
@@ -79,11 +84,90 @@ class Keys:
 
     def finish(self) -> None:
         """Raises ValueError if a key was never taken."""
-        if self._left:
-            left = {key: self._left[key] for key in sorted(self._left)}
-            raise ValueError(
-                f"{self._name} keys {left} are unknown and might change the model; remove them if they do not"
-            )
+        self._refuse(self._left)
+
+    def unknown(self, defaults: Mapping[str, Any]) -> tuple[str, ...]:
+        """Returns the names of the keys that were never taken and that no transformers class has.
+
+        Args:
+          defaults: the keys that may change the model, and the value of each that changes nothing.
+
+        Raises:
+          ValueError: a key of ``defaults`` was never taken and has another value. Null stands for a value that is off.
+        """
+        for key in sorted(self._left.keys() & defaults.keys()):
+            off = (None,) if not defaults[key] else ()
+            self.only(key, defaults[key], *off)
+        return tuple(sorted(self._left))
+
+    def switched_off(self) -> tuple[str, ...]:
+        """Returns the names of the keys that were never taken, where no class says which keys there are.
+
+        Draft heads and recipes have no such class. A key that is null, false or text is taken to switch nothing on.
+
+        Raises:
+          ValueError: a key that was never taken has another value.
+        """
+        on = {
+            key: value
+            for key, value in self._left.items()
+            if not (value is None or value is False or isinstance(value, str))
+        }
+        self._refuse(on)
+        return tuple(sorted(self._left))
+
+    def _refuse(self, left: Mapping[str, Any]) -> None:
+        if left:
+            left = {key: left[key] for key in sorted(left)}
+            raise ValueError(f"{self._name} keys {left} are unknown and might change the model{self._switch(*left)}")
+
+    def _switch(self, *keys: str) -> str:
+        return switch(*(key if self._name == "config.json" else f"{self._name}.{key}" for key in keys))
+
+
+def switch(*keys: str) -> str:
+    """Returns the end of a refusal: how to open a model without some keys of its ``config.json``."""
+    options = " ".join(f"--ignore-config-key {key}" for key in keys)
+    return f". To open it as if the config did not say so, give ignore_config_keys={keys!r}, or {options}"
+
+
+def without_keys(raw: Mapping[str, Any], ignore_config_keys: Iterable[str]) -> dict[str, Any]:
+    """Returns a config without some keys.
+
+    Args:
+      raw: the keys of a ``config.json``, which stay as they are.
+      ignore_config_keys: names of keys, at the top level or in ``text_config``, which need not be there. A dot leads
+        into an object: "rope_scaling.factor".
+
+    Raises:
+      TypeError: ``ignore_config_keys`` is a string.
+    """
+    if isinstance(ignore_config_keys, str):
+        raise TypeError(f"ignore_config_keys is the string {ignore_config_keys!r}; give a tuple of names of keys")
+    names = tuple(ignore_config_keys)
+    kept = {key: value for key, value in raw.items() if key not in names}
+    for key, value in kept.items():
+        if not isinstance(value, Mapping):
+            continue
+        spellings = _ROPES if key in _ROPES else (key,)
+        inner = {name.removeprefix(f"{at}.") for at in spellings for name in names if name.startswith(f"{at}.")}
+        if key == "text_config":
+            kept[key] = without_keys(value, {*names, *inner})
+        elif inner:
+            # Gemma 3 has an object for each type of layer inside of its rope_parameters.
+            kept[key] = {
+                name: without_keys(part, inner) if isinstance(part, Mapping) else part
+                for name, part in value.items()
+                if name not in inner
+            }
+    return kept
+
+
+def warn_unknown(where: Any, unknown: Iterable[str]) -> None:
+    """Names keys that are not computed with in one warning of the log, if there are any."""
+    names = ", ".join(map(repr, unknown))
+    if names:
+        _LOG.warning('%s: unknown keys are ignored (docs/huggingface.md, "Config keys"): %s', where, names)
 
 
 def read_json(path: Path) -> dict[str, Any]:

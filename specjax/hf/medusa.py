@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from specjax.hf.keys import Keys
+from specjax.hf.keys import Keys, warn_unknown
 from specjax.hf.names import LINEAR, SAME, Piece, Source
 from specjax.hf.safetensors import Tensor, TensorSpec, open_file, open_tensors
 from specjax.hf.weights import check_tensors, parameters_of, tensors_of
@@ -41,7 +41,7 @@ def medusa_config(raw: Mapping[str, Any]) -> tuple[int, int, int | None, int | N
     sizes = [keys.integer(name, None, optional=True) for name in _SIZES]
     keys.ignore("architectures", "base_model_name_or_path", "dtype", "torch_dtype", "transformers_version", "version")
     keys.ignore("decoding_strategy")  # how other engines choose among the heads' tokens
-    keys.finish()
+    warn_unknown("config.json", keys.switched_off())
     return heads, blocks, sizes[0], sizes[1]
 
 
@@ -64,12 +64,9 @@ def open_medusa_tensors(folder: Path, in_target: bool = False) -> dict[str, Tens
     if (folder / MEDUSA_FILE).is_file():
         found = {tensor.name: tensor for tensor in open_file(folder / MEDUSA_FILE)}
     elif pickles and any(folder.glob(pickles)) and not any(folder.glob("*.safetensors")):
-        prefix = "" if pickles == _PICKLE else _PREFIX
         raise ValueError(
-            f"{folder} holds the pickle {pickles}, which is never opened; convert it there: python -c 'import glob, "
-            f'torch, safetensors.torch as s; s.save_file({{n: t for f in glob.glob("{pickles}") for n, t in '
-            f'torch.load(f, map_location="cpu", weights_only=True).items() if n.startswith("{prefix}")}}, '
-            f'"{MEDUSA_FILE}")\''
+            f"{folder} holds the pickle {pickles}, which is never opened; convert it as "
+            "docs/huggingface.md#pickles says"
         )
     else:
         found = open_tensors(folder)

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from specjax.checks import check_integer
-from specjax.hf.config import IGNORED, decoder_config, quantization_block
+from specjax.hf.class_keys import NO_EFFECT
+from specjax.hf.config import decoder_config, quantization_block, unknown_keys
 from specjax.hf.families import (
     FULL_ATTENTION,
     layers_of,
@@ -20,7 +21,7 @@ from specjax.hf.families import (
     take_sizes,
     with_experts,
 )
-from specjax.hf.keys import Keys
+from specjax.hf.keys import Keys, warn_unknown
 from specjax.hf.names import DEEPSEEK_V3, LINEAR, QWEN3_MOE, SAME, TABLES, Table, sources_of
 from specjax.hf.rope import take_rope
 from specjax.hf.safetensors import Tensor, TensorSpec
@@ -218,18 +219,24 @@ def mtp_tensors(layout: MTPLayout, params: Any) -> list[TensorSpec]:
 
 
 def _read_config(kind: Any, raw: Mapping[str, Any]) -> DecoderConfig:
+    # transformers ignores the modules in an ordinary model, so its classes do not say which keys are theirs.
+    Keys({key: raw[key] for key in raw if _is_modules(key)}, "config.json").switched_off()
     if kind == "mimo":  # Qwen2 in all but the name
         if raw.get("attention_bias", True) is not True:
             raise ValueError(f"attention_bias is {raw['attention_bias']!r}; MiMo's layers have biases")
-        own = ("architectures", "attention_bias")
+        own = ("architectures", "attention_bias", "auto_map")
         return decoder_config({key: raw[key] for key in raw if key not in own} | {"model_type": "qwen2"})
     if kind not in _READERS:
         return decoder_config(raw)
     keys = Keys(raw, "config.json")
-    keys.ignore("quantization_config", *IGNORED)
+    keys.ignore("architectures", "auto_map", "quantization_config", *NO_EFFECT)
     config = _READERS[kind](keys)
-    keys.finish()
+    warn_unknown("config.json", unknown_keys(keys, kind))
     return config
+
+
+def _is_modules(key: str) -> bool:
+    return key == "chain_hidden_post_norm" or (key.startswith("mtp_") and key != "mtp_layer_types")
 
 
 def _partly_rotary(keys: Keys, sizes: dict[str, Any], head_dim: int, part: float) -> dict[str, Any]:

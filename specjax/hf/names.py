@@ -6,10 +6,11 @@ has ``{e}`` is the stack of all of them. Parameters whose tensors have one name 
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import abstract_params
@@ -277,7 +278,7 @@ def sources_of(table: Table, params: Any, first: int = 0) -> dict[str, Source]:
       first: what is added to a number in a parameter's path for that in the tensor's name.
     """
     order = {row: place for place, row in enumerate(table)}
-    leaves = {path: tuple(leaf.shape) for path, leaf in parameters(params)}
+    leaves = {path: tuple(leaf.shape) for path, leaf in parameters(params).items()}
     found: dict[str, Source] = {}
     for path in sorted(leaves, key=lambda path: order[path_row(path)]):
         row, layout = table[path_row(path)]
@@ -291,24 +292,10 @@ def sources_of(table: Table, params: Any, first: int = 0) -> dict[str, Source]:
     return found
 
 
-def parameters(tree: Any, path: ParameterPath = ()) -> Iterator[tuple[ParameterPath, Any]]:
-    """Yields path and value of each leaf of nested dicts."""
-    if not isinstance(tree, Mapping):
-        yield path, tree
-        return
-    for key, value in tree.items():
-        yield from parameters(value, (*path, key))
-
-
-def nested(leaves: Mapping[ParameterPath, Any]) -> dict[Any, Any]:
-    """Returns nested dicts of leaves that are given by their paths."""
-    tree: dict[Any, Any] = {}
-    for path, value in leaves.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = value
-    return tree
+def parameters(tree: Any) -> dict[ParameterPath, Any]:
+    """Returns the leaves of nested dicts by their paths."""
+    leaves: Any = flatten_dict(tree)
+    return leaves
 
 
 def path_row(path: ParameterPath) -> str:

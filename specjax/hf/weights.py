@@ -4,20 +4,19 @@ import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
-from specjax.hf.config import quantization_block, read_config, text_config
-from specjax.hf.keys import read_json
+from specjax.hf.config import quantization_block, read_config
 from specjax.hf.names import (
     ParameterPath,
     Piece,
     Source,
-    nested,
     parameters,
     path_row,
     sources,
@@ -65,8 +64,12 @@ class Weights:
     report: tuple[str, ...]
 
 
-def open_weights(folder: Path) -> Weights:
+def open_weights(folder: Path, ignore_config_keys: Iterable[str] = ()) -> Weights:
     """Opens a folder with ``config.json`` and safetensors; the data are read when a parameter is.
+
+    Args:
+      folder: the folder.
+      ignore_config_keys: keys to read the config without, as for ``specjax.load``.
 
     Raises:
       ValueError: a file is missing or damaged, the model is of another kind than supported, or a tensor is missing,
@@ -75,7 +78,7 @@ def open_weights(folder: Path) -> Weights:
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} holds an adapter, no model; merge it into its base model with peft, and save that")
     found = open_tensors(folder)
-    config, raw = read_config(folder / "config.json"), text_config(read_json(folder / "config.json"))
+    config, raw = read_config(folder / "config.json", ignore_config_keys)
     block, model_type = quantization_block(raw), raw["model_type"]
     wanted = sources(model_type, config)
     tensors = {known: found[name] for name, known in table_names(model_type, found).items()}
@@ -165,7 +168,7 @@ def parameters_of(
         stored = _Stored(tensors[name], tensors.get(name + SCALE_SUFFIX), block)
         for piece in source.pieces:
             places.setdefault(piece.parameter, []).append((stored, piece))
-    return nested({path: _parameter(parts) for path, parts in places.items()})
+    return unflatten_dict({path: _parameter(parts) for path, parts in places.items()})
 
 
 def _parameter(parts: list[tuple[_Stored, Piece]]) -> Parameter:
@@ -217,7 +220,7 @@ def tensors_of(wanted: Mapping[str, Source], params: Any) -> list[TensorSpec]:
       wanted: the tensors and what they are made of.
       params: nested dict of arrays.
     """
-    arrays = dict(parameters(params))
+    arrays = parameters(params)
     specs = []
     for name, source in wanted.items():
         held = [arrays[piece.parameter] for piece in source.pieces]

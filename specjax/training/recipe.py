@@ -99,7 +99,7 @@ class Recipe:
         if self.head is not None and self.drafts_for is None:
             raise ValueError(f"a head of kind {self.head!r} needs drafts_for")
         if self.head is None:
-            longest = decoder_config(self.architecture).max_position_embeddings
+            longest = decoder_config(self.architecture, strict=True).max_position_embeddings
             for stage in self.stages:
                 if stage.sequence > longest:
                     raise ValueError(f"stage sequence {stage.sequence} exceeds max_position_embeddings {longest}")
