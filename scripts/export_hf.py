@@ -1,41 +1,17 @@
-"""Exports a checkpoint folder to a Hugging Face folder: ``python scripts/export_hf.py SRC DST``.
+"""Exports a checkpoint folder to a Hugging Face folder, which ``transformers`` loads as it is.
 
-``transformers.AutoModelForCausalLM.from_pretrained(DST)`` loads the result as it is. DST appears once it is whole.
+python scripts/export_hf.py checkpoints/py-14m /tmp/py-14m
+
+The same as `specjax export`; specjax/commands/export.py has the code.
 """
 
-import argparse
 import signal
 import sys
-from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C ends it quietly while modules load
+if __name__ == "__main__":  # Ctrl-C ends it quietly, even while modules load
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import specjax
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="SRC", help="checkpoint folder")
-    parser.add_argument("destination", type=Path, metavar="DST", help="folder to make")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored)")
-    parser.add_argument("--shard-gb", type=float, default=5.0, metavar="N", help="most GB in a file (default: 5)")
-    args = parser.parse_args(argv)
-    if not 0 < args.shard_gb < 1e6:
-        parser.error(f"--shard-gb is {args.shard_gb}; give a number above 0")
-    try:
-        files = specjax.export_hf(args.source, args.destination, args.dtype, max(1, round(args.shard_gb * 1e9)))
-    except (ValueError, OSError) as error:
-        print(f"export_hf.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
-    print(f"wrote {args.destination}: config.json, {', '.join(file.name for file in files)}")
-    return 0
-
+from specjax.commands.__main__ import run
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half made is removed
-    sys.exit(main())
+    sys.exit(run("export"))

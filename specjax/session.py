@@ -95,14 +95,10 @@ class Session:
           ValueError: the folder has no tokenizer; or as for ``specjax.open`` and ``specjax.load_drafter``.
         """
         self.opened = opened if isinstance(opened, Opened) else open_folder(opened)
-        if self.opened.tokenizer is None:
-            raise ValueError(
-                f"{self.opened.path} has no tokenizer.json; add the model's, or generate from tokens: specjax.generate"
-            )
+        self._tokenizer = self.opened.need_tokenizer()
         if isinstance(drafter, str):
             drafter = load_drafter(drafter, self.opened, num_draft, mesh=_mesh_of(self.opened))
         self.drafter = drafter
-        self._tokenizer: Tokenizer = self.opened.tokenizer
         self._verify, self._slots, self._seed = verify, slots, seed
         self._kept: _Kept | None = None
 

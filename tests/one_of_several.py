@@ -12,10 +12,7 @@ import numpy as np
 from test_train_script import MODULES
 
 import specjax
-from specjax import training
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-import hosts
+from specjax.commands import hosts, stdlib
 
 
 def talk(argv):
@@ -25,7 +22,7 @@ def talk(argv):
     parser.add_argument("--come-within", type=int, default=hosts.START_S)
     hosts.add_mesh_options(parser)
     args = parser.parse_args(argv)
-    hosts.START_S, hosts.LOST_S = args.come_within, 8
+    hosts.START_S, hosts.LOST_S = args.come_within, 10
     with hosts.run(args) as mesh:
         rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
         numbers = np.arange(mesh.size, dtype=np.int32)
@@ -41,9 +38,9 @@ def talk(argv):
 
 def train(argv):
     """Trains on a small corpus; optax raises a decay rate to the power of a step count."""
-    training.stdlib_modules = lambda: MODULES
+    stdlib.modules = lambda: MODULES
     with jax.numpy_dtype_promotion("standard"):
-        sys.exit(importlib.import_module("train").main(argv))
+        sys.exit(importlib.import_module("specjax.commands.train").main(argv))
 
 
 if __name__ == "__main__":
@@ -51,4 +48,4 @@ if __name__ == "__main__":
     if name in ("talk", "train"):
         globals()[name](argv)
     else:
-        importlib.import_module(name).main(argv)
+        importlib.import_module(f"specjax.commands.{name}").main(argv)

@@ -5,7 +5,6 @@ import importlib
 import io
 import json
 import math
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,10 +12,10 @@ import pytest
 
 import specjax
 from specjax import training
+from specjax.commands import measure, stdlib
 from specjax.hf.config import decoder_config
 from specjax.transformer.decoder import init_params
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 TEXT = "".join(f"def f{i}(x):\n    return x + {i}\n\n\n" for i in range(200))
 COLUMNS = {
     "width": "tokens | ms | ratio",
@@ -50,12 +49,11 @@ def figures(tmp_path_factory):
     argv += ["--num-draft", 1, "--batch", 2, "--prompts", 1, "--new-tokens", 8, "--repeats", 1]
     argv += ["--drafters", "ngram", "early-exit:1"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPTS)
-        bench = importlib.import_module("bench")
-        patch.setattr(bench, "LOOP", 1)
+        bench = importlib.import_module("specjax.commands.bench")
+        patch.setattr(measure, "LOOP", 1)
         patch.setattr(bench, "EXCERPTS", 1)
-        held_out = next(f"m{i}" for i in range(999) if training.is_held_out(f"m{i}"))
-        patch.setattr(training, "stdlib_modules", lambda: {held_out: TEXT})
+        held_out = next(f"m{i}" for i in range(999) if stdlib.is_held_out(f"m{i}"))
+        patch.setattr(stdlib, "modules", lambda: {held_out: TEXT})
         with contextlib.redirect_stdout(out):
             assert bench.main([str(value) for value in argv]) == 0
     return out.getvalue().splitlines(), json.loads((folder / "out.json").read_text(encoding="utf-8"))

@@ -93,11 +93,18 @@ def test_the_extensions_work(place):
 
 @pytest.mark.parametrize("page", sorted(["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]))
 def test_commands_name_scripts_and_options_that_there_are(page):
-    sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "scripts").glob("*.py")}
+    """A script's options are those of the command that it runs."""
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "specjax" / "commands").glob("*.py")}
+    runs = {
+        path.name: re.findall(r'run\("(\w+)"\)', path.read_text(encoding="utf-8"))[0]
+        for path in (ROOT / "scripts").glob("*.py")
+    }
     text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", "")
     commands = re.findall(r"python scripts/(\w+\.py)((?: [^`|#\n]*)?)", text)
+    commands += re.findall(r"(?<![\w./-])specjax (\w+)((?: [^`|#\n]*--[^`|#\n]*)?)`", text)
     for script, arguments in commands:
-        assert script in sources
-        known = sources[script] + (sources["hosts.py"] if "add_mesh_options" in sources[script] else "")
+        command = runs[script] if script.endswith(".py") else script
+        assert command in runs.values()
+        known = sources[command] + (sources["hosts"] if "add_mesh_options" in sources[command] else "")
         for option in re.findall(r"(?<= )--[a-z][a-z-]*", arguments):
             assert f'"{option}"' in known, (script, option)

@@ -21,8 +21,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Metaspace
 
 import specjax
-from specjax import MedusaDrafter, checkpoint
+from specjax import MedusaDrafter
 from specjax.checkpoint.models import load_stop_tokens, load_tokenizer
+from specjax.commands import places
 from specjax.drafters.eagle import EagleHead
 from specjax.drafters.medusa import init_medusa_params
 from specjax.drafters.mtp import MTPConfig, MTPHead, init_mtp_params
@@ -37,15 +38,13 @@ STOP = "<|endoftext|>"
 
 @pytest.fixture(scope="module")
 def script():
-    sys.path.insert(0, str(SCRIPTS))
-    yield importlib.import_module("generate")
-    sys.path.remove(str(SCRIPTS))
+    return importlib.import_module("specjax.commands.generate")
 
 
 @pytest.fixture(scope="module")
 def transcripts(script):
     """The module in which it takes note of what is emitted, and prints it."""
-    return importlib.import_module("transcript")
+    return importlib.import_module("specjax.commands.transcript")
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +66,10 @@ def pair(tmp_path_factory):
         }
         params = init_params(decoder_config(config), jax.random.key(0))
         params["embed_tokens"]["weight"] *= 10.0
-        checkpoint.save(folder / name, config, params, tokenizer, {})
+        specjax.save(folder / name, config, params, tokenizer, {})
         if name == "target":
             noisy = jax.tree.map(lambda x: x * (1 + 0.5 * jax.random.normal(jax.random.key(1), x.shape)), params)
-            checkpoint.save(folder / "draft", config, noisy, tokenizer, {})
+            specjax.save(folder / "draft", config, noisy, tokenizer, {})
     return folder
 
 
@@ -80,8 +79,9 @@ SHIPPED_HEADS = {"mtp": MTPHead, "eagle": EagleHead, "medusa": MedusaDrafter}
 @pytest.mark.parametrize("kind", SHIPPED_HEADS)
 def test_a_head_is_opened_by_its_kind(kind, script, capsys):
     """Whose folder lies beside the target's; of an EAGLE head it is said which states it reads."""
-    spec = f"cascade:ngram,{kind}:{script.SHIPPED}-{kind}"
-    drafter = script.named_drafter(spec, specjax.load(script.SHIPPED), None, 3)
+    target = SCRIPTS.parent / "checkpoints" / "py-14m"
+    spec = f"cascade:ngram,{kind}:{target}-{kind}"
+    drafter = script.named_drafter(spec, specjax.load(target), None, 3)
     assert isinstance(drafter.first, specjax.NGramDrafter) and drafter.num_draft == 3
     assert isinstance(getattr(drafter.second, "head", drafter.second), SHIPPED_HEADS[kind])
     assert ("hidden states 2, 5, 8" in capsys.readouterr().err) == (kind == "eagle")
@@ -252,7 +252,7 @@ def test_trace_page_is_self_contained(batch):
 
 
 def test_trace_page_of_plain_rounds(script):
-    trace_page = importlib.import_module("trace_page")
+    trace_page = importlib.import_module("specjax.commands.trace_page")
     plain_round = trace_page.Round(0, 0, [trace_page.Token("<i>\n", "target")])
     trace = trace_page.Trace("</pre>&amp;\r\n", [plain_round])
     page = Page(trace_page.render([trace], {"target": '"<x>"'}, {"tokens": "1"}))
@@ -509,8 +509,10 @@ def test_a_draft_of_another_tokenizer_drafts_what_both_have(script, pair, tmp_pa
 
 def test_no_arguments_continue_the_built_in_prompt_with_the_shipped_pair(script, pair, tmp_path, monkeypatch, no_stdin):
     compile(script.PROMPT + " pass", "the built-in prompt", "exec")  # the opening of something that is Python
-    monkeypatch.setattr(script, "SHIPPED", pair / "target")
-    monkeypatch.setattr(script, "SHIPPED_DRAFT", pair / "draft")
+    monkeypatch.setattr(places, "REPOSITORY", tmp_path)
+    (tmp_path / "checkpoints").symlink_to(pair)
+    monkeypatch.setattr(script, "SHIPPED", "target")
+    monkeypatch.setattr(script, "SHIPPED_DRAFT", "draft")
     monkeypatch.setattr(script, "PROMPT", "def f(x):")
     out, _ = run(script, "--json", tmp_path / "out.json")
     result = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))

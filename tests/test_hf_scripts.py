@@ -2,15 +2,14 @@
 
 import importlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import specjax
-from specjax import training
 from specjax.checkpoint.models import load_stop_tokens, load_tokenizer
+from specjax.commands import stdlib
 
 ROOT = Path(__file__).parent.parent
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 20, 48, 64
@@ -18,9 +17,7 @@ PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 20, 48, 64
 
 @pytest.fixture(scope="module")
 def scripts():
-    sys.path.insert(0, str(ROOT / "scripts"))
-    yield importlib.import_module("export_hf"), importlib.import_module("convert_hf")
-    sys.path.remove(str(ROOT / "scripts"))
+    return importlib.import_module("specjax.commands.export"), importlib.import_module("specjax.commands.convert")
 
 
 @pytest.fixture(scope="module", params=["py-14m", "py-14m-draft"])
@@ -32,7 +29,7 @@ def exported(request, scripts, tmp_path_factory):
 
 def held_out_prompts(tokenizer):
     """The beginnings of the modules that are kept from training, as rows of one length."""
-    modules = [text for name, text in training.stdlib_modules().items() if training.is_held_out(name)]
+    modules = [text for name, text in stdlib.modules().items() if stdlib.is_held_out(name)]
     rows = [tokenizer.encode(text[:2000]).ids[:PROMPT_TOKENS] for text in modules]
     rows = [row for row in rows if len(row) == PROMPT_TOKENS][:PROMPTS]
     assert len(rows) == PROMPTS

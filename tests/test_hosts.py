@@ -1,4 +1,4 @@
-"""scripts/hosts.py in several processes on this machine: what they make together, and how all end when one does."""
+"""The commands in several processes on this machine: what they make together, and how all end when one does."""
 
 import argparse
 import importlib
@@ -43,7 +43,10 @@ class Job:
                 self.processes[process] = subprocess.Popen(command, env=environment, **files)
 
     def stop_one(self, process, number):
-        """Sends a signal to a process once all have talked with each other; all must end within a minute."""
+        """Sends a signal to a process once all have talked with each other; all must end within a minute.
+
+        A process that is only stopped is killed once the others have ended.
+        """
         began = time.monotonic()
         while not all((self.folder / str(each) / "talks").exists() for each in self.processes):
             ended = [child for child in self.processes.values() if child.poll() is not None]
@@ -52,9 +55,18 @@ class Job:
             time.sleep(0.1)
         self.processes[process].send_signal(number)
         signalled = time.monotonic()
+        for other, child in self.processes.items():
+            if other != process:
+                child.wait(PATIENCE_S)
+        if number == signal.SIGSTOP:
+            self.processes[process].kill()
         ends = self.ends()
         assert time.monotonic() - signalled < 60
         return ends
+
+    def says(self, process):
+        """Returns the standard error of a process."""
+        return (self.folder / f"{process}.err").read_text(errors="replace")
 
     def ends(self):
         """Returns the status of each process, its standard output and the errors that it names."""
@@ -180,30 +192,55 @@ def test_processes_train_as_one(tmp_path):
 # How they end.
 
 
-def test_a_killed_process_ends_the_others_and_is_named(tmp_path):
+LOST = "another process failed, was killed or is cut off; look at its messages ("
+DIED = "This most likely indicates that another task died"  # JAX says so as it aborts a process
+
+
+def test_a_killed_process_ends_the_others(tmp_path):
+    """The collective operation that they are in fails."""
     ends = Job(tmp_path, 3, "talk").stop_one(1, signal.SIGKILL)
-    line = "error: process 1 of 3: no sign of it for 8 s; it was killed or cut off"
-    assert ends == {0: (1, "all of [0, 1, 2]\n", [line]), 1: (-signal.SIGKILL, "", []), 2: (1, "", [line])}
+    assert ends[1] == (-signal.SIGKILL, "", [])
+    for process, printed in ((0, "all of [0, 1, 2]\n"), (2, "")):
+        status, out, (line,) = ends[process]
+        assert (status, out) == (1, printed)
+        assert line.startswith(f"error: process {process} of 3: {LOST}")
+
+
+def test_a_process_that_is_cut_off_ends_the_others_and_is_named(tmp_path):
+    """It keeps its connections and says nothing: JAX misses its heartbeats and aborts the others."""
+    job = Job(tmp_path, 3, "talk")
+    ends = job.stop_one(1, signal.SIGSTOP)
+    assert ends[0][1] == "all of [0, 1, 2]\n"
+    for process in (0, 2):
+        assert ends[process][0] != 0
+        said = job.says(process)
+        assert DIED in said and "unhealthy (stopped sending heartbeats):\n1\n" in said
 
 
 def test_when_the_first_is_killed_all_end_at_once(tmp_path):
-    """JAX aborts them, since it is where they meet."""
-    ends = Job(tmp_path, 2, "talk").stop_one(0, signal.SIGKILL)
-    assert ends[1] == (1, "", ["error: process 1 of 2: it ends, since process 0 is gone"])
+    """The collective operation fails, and JAX aborts the others, since they meet at the first: one of both is told."""
+    job = Job(tmp_path, 2, "talk")
+    status, out, _ = job.stop_one(0, signal.SIGKILL)[1]
+    assert status in (1, -signal.SIGABRT) and out == ""
+    assert LOST in job.says(1) or DIED in job.says(1)
 
 
 def test_an_interrupted_process_ends_the_others(tmp_path):
-    """The first, which must not take along what the others have yet to read."""
-    ends = Job(tmp_path, 2, "talk").stop_one(0, signal.SIGINT)
-    line = "error: process 0 of 2: ended by SIGINT"
-    assert ends == {0: (128 + signal.SIGINT, "all of [0, 1]\n", [line]), 1: (1, "", [line])}
+    """The first, after whose end JAX aborts the others."""
+    job = Job(tmp_path, 2, "talk")
+    ends = job.stop_one(0, signal.SIGINT)
+    assert ends[0] == (128 + signal.SIGINT, "all of [0, 1]\n", ["error: process 0 of 2: ended by SIGINT"])
+    assert ends[1][0] in (1, -signal.SIGABRT) and ends[1][1] == ""
+    assert LOST in job.says(1) or DIED in job.says(1)
 
 
 def test_an_exception_in_one_ends_all(tmp_path):
-    """Its traceback stands where it was raised alone."""
+    """It is told, with its traceback, where it was raised."""
     ends = Job(tmp_path, 2, "talk", "--crashes", 1).ends()
-    line = "error: process 1 of 2: the crash of one"
-    assert ends == {0: (1, "all of [0, 1]\n", [line]), 1: (1, "", [line])}
+    assert ends[1] == (1, "", ["error: process 1 of 2: the crash of one"])
+    status, out, (line,) = ends[0]
+    assert (status, out) == (1, "all of [0, 1]\n") and line.startswith(f"error: process 0 of 2: {LOST}")
+    assert "RuntimeError: the crash\nof one" in (tmp_path / "1.err").read_text()
     tracebacks = ["Traceback" in (tmp_path / f"{process}.err").read_text() for process in range(2)]
     assert tracebacks == [False, True]
 
@@ -224,16 +261,15 @@ def test_a_checkpoint_that_one_lacks_is_refused(target, tmp_path):
         assert "of 2: target is no folder of files in process 1 and a folder of " in line
 
 
-@pytest.mark.parametrize(
-    ("there", "says"),
-    [
-        (0, "not all 2 processes came to 127.0.0.1:"),
-        (1, "nobody answers at 127.0.0.1:"),
-    ],
-)
-def test_processes_that_do_not_come_are_not_waited_for_without_end(there, says, tmp_path):
-    status, out, (line,) = Job(tmp_path, 2, "talk", "--come-within", 2, missing={1 - there}).ends()[there]
-    assert (status, out) == (1, "") and f"error: process {there} of 2: {says}" in line
+@pytest.mark.parametrize("there", [0, 1])
+def test_processes_that_do_not_come_are_not_waited_for_without_end(there, tmp_path):
+    """JAX aborts the one that came, which has said for whom it waits and where."""
+    job = Job(tmp_path, 2, "talk", "--come-within", 2, missing={1 - there})
+    status, out, _ = job.ends()[there]
+    assert status != 0 and out == ""
+    said = job.says(there)
+    assert f"process {there} of 2 waits for the others at 127.0.0.1:" in said and ", at most 2 s" in said
+    assert "DEADLINE_EXCEEDED" in said
 
 
 # Bad input, and one process.
@@ -241,9 +277,7 @@ def test_processes_that_do_not_come_are_not_waited_for_without_end(there, says, 
 
 @pytest.fixture(scope="module")
 def hosts():
-    sys.path.insert(0, str(PROGRAM.parent.parent / "scripts"))
-    yield importlib.import_module("hosts")
-    sys.path.remove(str(PROGRAM.parent.parent / "scripts"))
+    return importlib.import_module("specjax.commands.hosts")
 
 
 def parse(hosts, *argv):
@@ -315,7 +349,12 @@ def test_an_address_without_a_port_is_refused(hosts, capsys):
 
 def test_one_process_is_the_first_and_has_a_mesh_if_asked(hosts):
     with hosts.run(parse(hosts)) as mesh:
-        assert mesh is None and hosts.is_first() and hosts.label() == "" and hosts.exchange("x") == ["x"]
+        assert (
+            mesh is None
+            and hosts.is_first()
+            and hosts.describe(ValueError("y")) == "y"
+            and hosts.exchange("x") == ["x"]
+        )
     with pytest.raises(KeyError, match="own"), hosts.run(parse(hosts, "--mesh", "data=1")) as mesh:
         assert dict(mesh.shape) == {"data": 1, "tensor": 1, "expert": 1}
         assert jax.sharding.get_abstract_mesh().shape == mesh.shape
@@ -323,7 +362,7 @@ def test_one_process_is_the_first_and_has_a_mesh_if_asked(hosts):
 
 
 def test_benchmarks_that_no_mesh_runs_are_refused(hosts):
-    bench, mesh = importlib.import_module("bench"), jax.sharding.AbstractMesh((2, 1, 1), hosts.AXES)
+    bench, mesh = importlib.import_module("specjax.commands.bench"), jax.sharding.AbstractMesh((2, 1, 1), hosts.AXES)
     with pytest.raises(ValueError, match="round runs on one device; with --mesh or --distributed, only speed runs"):
         bench.check_mesh(mesh, ["speed", "round"], [2])
     with pytest.raises(ValueError, match="--batch 3 does not divide over the 2 parts of the mesh axis data; give"):

@@ -28,6 +28,7 @@ def read_table():
 ALLOWED = read_table()
 FILES = sorted(LIBRARY.rglob("*.py"))
 SCRIPTS = sorted((REPOSITORY / "scripts").glob("*.py"))
+COMMANDS = [file for file in FILES if file.relative_to(LIBRARY).parts[0] == "commands"]
 
 
 def name_of(file):
@@ -62,13 +63,15 @@ def imported(file):
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_imports_keep_to_the_table(file):
-    """A folder may also import itself; ``__init__.py`` may import all."""
+    """A folder may also import itself; ``__init__.py`` may import all. Commands import the package, as users do."""
     room = room_of(file)
     if room == "__init__":
         return
     allowed = ALLOWED[room] | ({room} if (LIBRARY / room).is_dir() else set())
     for name in imported(file):
         parts = name.split(".")
+        if room == "commands" and name == "specjax":
+            continue
         assert len(parts) > 1 and parts[1] in ALLOWED, f"{file} imports {name}, which is no room of the table"
         assert parts[1] in allowed, f"{room} must not import {parts[1]}"
 
@@ -105,14 +108,27 @@ def test_the_table_would_catch_a_wrong_import(tmp_path):
 
 
 @pytest.mark.parametrize("file", SCRIPTS, ids=name_of)
-def test_scripts_use_public_names_only(file):
-    """``specjax.X`` with X in ``__all__``, by any spelling, and ``specjax.training``, which is public too but not
-    imported with the package."""
-    public = {*specjax.__all__, "training"}
+def test_scripts_run_commands_and_are_thin(file):
+    assert set(imported(file)) == {"specjax.commands.__main__.run"}
+    assert len(file.read_text(encoding="utf-8").splitlines()) < 150
+
+
+def test_nothing_imports_the_commands():
+    """Commands import the package, so that the package must not import them."""
+    for room, rooms in ALLOWED.items():
+        assert "commands" not in rooms, room
+    assert not any(name.startswith("specjax.commands") for name in imported(LIBRARY / "__init__.py"))
+
+
+@pytest.mark.parametrize("file", [*SCRIPTS, *COMMANDS], ids=name_of)
+def test_scripts_and_commands_use_public_names_only(file):
+    """``specjax.X`` with X in ``__all__``, by any spelling, and the rooms that are public too but not imported with
+    the package: ``checkpoint``, ``training``, ``planning`` and ``commands``."""
+    public = {*specjax.__all__, "checkpoint", "training", "planning", "commands", "__version__", "__file__"}
     for name in imported(file):
         parts = name.split(".")
         assert len(parts) == 1 or parts[1] in public, f"{file} imports {name}"
-        if len(parts) > 2:
+        if len(parts) > 2 and parts[1] != "commands":
             assert_public_member(file, parts[1], parts[2])
     for node in ast.walk(parse(file)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "specjax":
@@ -148,6 +164,16 @@ def test_importing_specjax_leaves_jaxs_settings_alone():
         "changed = {name for name, value in settings.items() if jax.config.values[name] != value}\n"
         "assert not changed, changed\n"
         "assert dict(os.environ) == environment\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_specjax_stays_light():
+    """The commands and what they need are imported by the commands alone."""
+    done = run(
+        "import sys, specjax\n"
+        "heavy = {'specjax.commands', 'specjax.planning', 'specjax.training', 'tqdm', 'matplotlib'}\n"
+        "assert heavy.isdisjoint(sys.modules), heavy & set(sys.modules)\n"
     )
     assert done.returncode == 0, done.stderr
 

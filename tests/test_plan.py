@@ -12,38 +12,29 @@ import pytest
 from specjax.hf.config import read_config
 
 ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "specjax" / "planning" / "configs"
 LLAMA_8B, LLAMA_70B, DEEPSEEK = "llama-3.1-8b", "llama-3.3-70b", "deepseek-v3"
 PARAMS = {LLAMA_8B: 8_030_261_248, LLAMA_70B: 70_553_706_496, "llama-3.2-1b": 1_235_814_400, DEEPSEEK: 671_026_419_200}
 
 
 @pytest.fixture(scope="module")
-def scripts():
-    """The folder of scripts, from which they import each other."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    yield
-    sys.path.remove(str(ROOT / "scripts"))
+def plan():
+    return importlib.import_module("specjax.commands.plan")
 
 
 @pytest.fixture(scope="module")
-def plan(scripts):
-    return importlib.import_module("plan")
-
-
-@pytest.fixture(scope="module")
-def roofline(scripts):
-    return importlib.import_module("roofline")
+def roofline():
+    return importlib.import_module("specjax.planning")
 
 
 @pytest.fixture(scope="module")
 def model(roofline):
-    return lambda name, **dtypes: roofline.Model(
-        read_config(ROOT / "scripts" / "configs" / f"{name}.json")[0], **dtypes
-    )
+    return lambda name, **dtypes: roofline.Model(read_config(CONFIGS / f"{name}.json")[0], **dtypes)
 
 
 @pytest.fixture(scope="module")
-def hardware(scripts):
-    return importlib.import_module("hardware")
+def hardware():
+    return importlib.import_module("specjax.planning.hardware")
 
 
 # Parameters and cache.

@@ -18,6 +18,7 @@ import pytest
 import specjax
 from specjax import training
 from specjax.checkpoint.models import load_tokenizer
+from specjax.commands import stdlib
 from specjax.hf.config import decoder_config
 from specjax.transformer.decoder import decoder_model, init_params
 
@@ -67,15 +68,13 @@ model_type = "llama"
 
 @pytest.fixture(scope="module")
 def script():
-    sys.path.insert(0, str(ROOT / "scripts"))
-    yield importlib.import_module("train")
-    sys.path.remove(str(ROOT / "scripts"))
+    return importlib.import_module("specjax.commands.train")
 
 
 @pytest.fixture(autouse=True)
 def settings(monkeypatch):
     """A small corpus; standard promotion, since optax raises a decay rate to the power of a step count."""
-    monkeypatch.setattr(training, "stdlib_modules", lambda: MODULES)
+    monkeypatch.setattr(stdlib, "modules", lambda: MODULES)
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -114,17 +113,18 @@ def stopped(count, stop=interrupt):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-sys.path[:0] = sys.argv[1:3]
-import test_train_script as test, train
-test.training.stdlib_modules = lambda: test.MODULES
-test.training.fit = test.stopped(int(sys.argv[5]), lambda: os.kill(os.getpid(), signal.SIGKILL))
-test.run(train, Path(sys.argv[3]), sys.argv[4], "others")
+sys.path.insert(0, sys.argv[1])
+import test_train_script as test
+from specjax.commands import train
+test.stdlib.modules = lambda: test.MODULES
+test.training.fit = test.stopped(int(sys.argv[4]), lambda: os.kill(os.getpid(), signal.SIGKILL))
+test.run(train, Path(sys.argv[2]), sys.argv[3], "others")
 """
 
 
 def killed(folder, name, steps):
     """Runs the script in a process that is killed behind so many steps; it compiles as this one does."""
-    argv = [sys.executable, "-c", KILLED, ROOT / "scripts", Path(__file__).parent, folder, name, str(steps)]
+    argv = [sys.executable, "-c", KILLED, Path(__file__).parent, folder, name, str(steps)]
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

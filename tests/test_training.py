@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import specjax
+from specjax.commands import stdlib
 from specjax.hf.config import decoder_config
 from specjax.training import data, losses
 from specjax.training.loop import fit, make_optimizer
@@ -24,7 +25,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def modules():
-    return data.stdlib_modules()
+    return stdlib.modules()
 
 
 def test_the_corpus_is_the_standard_library_without_its_tests(modules):
@@ -40,21 +41,21 @@ def test_the_corpus_is_the_standard_library_without_its_tests(modules):
 @pytest.mark.parametrize("name", ["bz2", "ipaddress", "netrc", "pprint", "socket"])
 def test_modules_held_out_on_every_machine(name, modules):
     assert name in modules
-    assert data.is_held_out(name)
+    assert stdlib.is_held_out(name)
 
 
 @pytest.mark.parametrize("name", ["argparse", "dataclasses", "heapq", "json.decoder", "textwrap"])
 def test_modules_trained_on_on_every_machine(name, modules):
     assert name in modules
-    assert not data.is_held_out(name)
+    assert not stdlib.is_held_out(name)
 
 
 def test_about_one_module_in_twenty_is_held_out(modules):
-    held = [name for name in modules if data.is_held_out(name)]
+    held = [name for name in modules if stdlib.is_held_out(name)]
     assert 0.03 < len(held) / len(modules) < 0.08
-    assert not any(data.is_held_out(name, percent=0) for name in modules)
-    assert all(data.is_held_out(name, percent=100) for name in modules)
-    more = {name for name in modules if data.is_held_out(name, percent=10)}
+    assert not any(stdlib.is_held_out(name, percent=0) for name in modules)
+    assert all(stdlib.is_held_out(name, percent=100) for name in modules)
+    more = {name for name in modules if stdlib.is_held_out(name, percent=10)}
     assert set(held) < more, "a larger share should hold out the same modules and more"
 
 

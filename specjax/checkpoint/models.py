@@ -163,17 +163,24 @@ def load(
         ``config.json``; or the mesh or the rules do not fit the model.
       TypeError: as ``specjax.shard``.
     """
+    return load_described(Path(path).absolute(), dtype, mesh, rules, ignore_config_keys)[0]
+
+
+def load_described(
+    path: Path, dtype: jnp.dtype | str | None, mesh: Mesh | None, rules: Rules, ignore_config_keys: Iterable[str]
+) -> tuple[LanguageModel, dict[str, Any]]:
+    """Returns what ``load`` does, and the keys of ``config.json`` that describe the model."""
     dtype = check_dtype(default_dtype() if dtype is None else dtype)
-    path = Path(path).absolute()
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; give one with config.json and params/, or with safetensors files")
     if (path / "params").is_dir():
-        config, _ = read_config(path / "config.json", ignore_config_keys)
-        return decoder_model(config, load_params(path, _placed(config, dtype, mesh, rules)))
+        config, raw = read_config(path / "config.json", ignore_config_keys)
+        return decoder_model(config, load_params(path, _placed(config, dtype, mesh, rules))), raw
     if (path / "metrics.json").is_file():
         raise ValueError(f"{path / 'params'} does not exist; the checkpoint is incomplete, copy or convert it again")
     weights = open_weights(path, ignore_config_keys)
-    return decoder_model(weights.config, read_params(weights.params, _placed(weights.config, dtype, mesh, rules)))
+    params = read_params(weights.params, _placed(weights.config, dtype, mesh, rules))
+    return decoder_model(weights.config, params), weights.raw
 
 
 def _placed(config: DecoderConfig, dtype: jnp.dtype, mesh: Mesh | None, rules: Rules) -> Any:

@@ -10,9 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from specjax.checkpoint.models import load, load_stop_tokens, load_tokenizer
-from specjax.hf.config import text_config
-from specjax.hf.keys import read_json
+from specjax.checkpoint.models import load_described, load_stop_tokens, load_tokenizer
 from specjax.sharding import RULES, Rules
 from specjax.text.chat import ChatTemplate, find_chat_template
 from specjax.types import LanguageModel
@@ -40,6 +38,14 @@ class Opened:
     stop_tokens: tuple[int, ...] = ()
     chat_template: ChatTemplate | None = dataclasses.field(default=None, repr=False)
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    def need_tokenizer(self) -> Tokenizer:
+        """Returns the tokenizer; raises ValueError if the folder has none."""
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{self.path} has no tokenizer.json; add the model's, or generate from tokens: specjax.generate"
+            )
+        return self.tokenizer
 
 
 def open(
@@ -71,12 +77,8 @@ def open(
     tokenizer = load_tokenizer(path) if os.path.lexists(path / "tokenizer.json") else None
     template = find_chat_template(path) if there else None
     stop_tokens = load_stop_tokens(path) if there else ()
-    model = load(path, dtype, mesh, rules, ignore_config_keys)
-    return Opened(path, model, tokenizer, stop_tokens, template, _described(path, stop_tokens))
-
-
-def _described(path: Path, stop_tokens: tuple[int, ...]) -> dict[str, Any]:
-    """Returns what ``config.json`` says of the model, with the stop tokens, which another file may have named."""
-    raw = text_config(read_json(path / "config.json"))
+    model, raw = load_described(path, dtype, mesh, rules, ignore_config_keys)
     config = {key: value for key, value in raw.items() if key not in _OF_STORAGE}
-    return config | ({"eos_token_id": list(stop_tokens)} if stop_tokens else {})
+    if stop_tokens:  # another file may have named them
+        config["eos_token_id"] = list(stop_tokens)
+    return Opened(path, model, tokenizer, stop_tokens, template, config)

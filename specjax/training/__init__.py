@@ -3,8 +3,6 @@
 from specjax.training.data import END_OF_TEXT as END_OF_TEXT
 from specjax.training.data import Windows as Windows
 from specjax.training.data import encode_texts as encode_texts
-from specjax.training.data import is_held_out as is_held_out
-from specjax.training.data import stdlib_modules as stdlib_modules
 from specjax.training.data import train_tokenizer as train_tokenizer
 from specjax.training.loop import fit as fit
 from specjax.training.loop import split_rows as split_rows

@@ -1,4 +1,4 @@
-"""Figures of accelerators, each with its public source; what ``scripts/roofline.py`` reckons with."""
+"""Figures of accelerators, each with its public source; what ``roofline`` reckons with."""
 
 import dataclasses
 import math

@@ -6,9 +6,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from trace_page import Round, Token
-
 import specjax
+from specjax.commands.trace_page import Round, Token
 
 COUNTS = ("rounds", "drafted", "accepted", "emitted")
 DIM, RESET = "\x1b[2m", "\x1b[0m"
@@ -79,8 +78,9 @@ class Transcript:
 
 
 def counts_of(stats: specjax.Stats, row: int) -> dict[str, Any]:
-    counts = {name: int(getattr(stats, f"{name}_b")[row]) for name in COUNTS}
-    return counts | {name: getattr(stats, f"{name}_bg")[row].tolist() for name in ("drafted_at", "accepted_at")}
+    """Returns the figures of a row by name."""
+    counts = {name: int(getattr(stats, name)[row]) for name in COUNTS}
+    return counts | {name: getattr(stats, name)[row].tolist() for name in ("drafted_at", "accepted_at")}
 
 
 class Printer:

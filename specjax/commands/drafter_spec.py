@@ -1,15 +1,12 @@
 """Drafters by name, as ``--drafter`` takes them: ``model:DIR``, ``cascade:ngram,eagle:DIR`` and so on."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import hosts
 from jax.sharding import Mesh
 
 import specjax
-
-HEADS = ("mtp", "eagle", "medusa")
+from specjax.commands import hosts
 
 
 def named_drafter(
@@ -37,20 +34,7 @@ def named_drafter(
 
 
 def parts_of(drafter: Any) -> list[Any]:
+    """Returns the drafters of a cascade, or the one that there is."""
     if isinstance(drafter, specjax.Cascade):
         return parts_of(drafter.first) + parts_of(drafter.second)
     return [drafter]
-
-
-def folders_of(spec: str) -> list[Path]:
-    """Returns the folders that a value names."""
-    parts = (part.partition(":") for part in spec.removeprefix("cascade:").split(","))
-    return [Path(value) for kind, _, value in parts if kind in ("model", *HEADS) and value]
-
-
-def short_name(spec: str) -> str:
-    """Returns what figures call a drafter."""
-    kind, _, value = spec.partition(":")
-    if kind == "cascade":
-        return ", else ".join(map(short_name, value.split(",")))
-    return f"first {value} layers" if kind == "early-exit" else Path(value).name or kind

@@ -1,0 +1,1 @@
+"""The commands of ``specjax``: one module for each, which ``specjax COMMAND`` and the file of ``scripts/`` run."""

@@ -1,0 +1,33 @@
+"""What commands print and write alike: one-line errors, tables, whole files."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {' '.join(message.split())}\n")
+
+
+def print_table(title: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Prints rows as a Markdown table and returns them."""
+    shown = [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows]
+    print(f"### {title}\n")
+    for line in (list(rows[0]), ["---"] * len(rows[0]), *shown):
+        print("| " + " | ".join(line) + " |")
+    print(flush=True)
+    return rows
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that nobody ever sees half of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,101 @@
+"""The command ``convert``: a Hugging Face folder becomes a checkpoint folder."""
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+import specjax
+
+VERIFIED_TOKENS = 48
+TOLERANCE = 1e-3
+
+
+ABOUT = """Converts a Hugging Face folder to a checkpoint folder: %(prog)s SRC DST.
+
+SRC holds config.json, safetensors and a tokenizer. DST appears once it is whole. (specjax.load opens SRC as well.)
+"""
+
+
+def main(argv: list[str] | None = None, prog: str = "convert_hf.py") -> int:
+    """Runs the command and returns the exit status."""
+    parser = argparse.ArgumentParser(prog, description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, metavar="SRC", help="Hugging Face folder")
+    parser.add_argument("destination", type=Path, metavar="DST", help="folder to make")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored; float8 becomes bfloat16)")
+    parser.add_argument(
+        "--ignore-config-key",
+        dest="ignore_config_keys",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="read config.json without this key, past a refusal of what it says; may be repeated",
+    )
+    parser.add_argument("--verify", action="store_true", help="compare logits with transformers, on this machine's CPU")
+    args = parser.parse_args(argv)
+    if args.verify and is_quantized(args.source):
+        parser.error("--verify compares with transformers on a CPU, which cannot run float8 weights; leave it out")
+    if args.verify and not all(map(importlib.util.find_spec, ("torch", "transformers"))):
+        parser.error("--verify needs torch and transformers; pip install 'specjax[parity]'")
+    try:
+        with tqdm(unit="B", unit_scale=True, desc="reading", disable=None) as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            report = specjax.convert_hf(args.source, args.destination, args.dtype, progress, args.ignore_config_keys)
+    except (ValueError, OSError) as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
+    print(*report, sep="\n")
+    print(f"wrote {args.destination}")
+    if not args.verify:
+        return 0
+    try:
+        return verify(args.source, args.destination)
+    except Exception as error:  # whatever transformers meets in the source
+        print(f"{prog}: it is written, but not verified: {error}", file=sys.stderr)
+        return 1
+
+
+def is_quantized(source: Path) -> bool:
+    """Returns whether the folder's config names a quantization."""
+    try:
+        return "quantization_config" in json.loads((source / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # what is wrong with it, the conversion says
+        return False
+
+
+def verify(source: Path, destination: Path) -> int:
+    """Compares both models' float32 logits over random tokens; returns an exit status."""
+    import torch
+    import transformers
+
+    stored = json.loads((destination / "config.json").read_text(encoding="utf-8"))["torch_dtype"]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    for parameter in theirs.parameters():  # not the buffers, which are computed
+        parameter.data = parameter.data.to(getattr(torch, stored)).float()
+    ours = specjax.load(destination, "float32")
+    length = min(VERIFIED_TOKENS, ours.max_positions or VERIFIED_TOKENS)
+    tokens_bt = np.random.default_rng(0).integers(0, ours.vocab_size, (1, length)).astype(np.int32)
+    with torch.no_grad():
+        expected_btv = theirs(torch.tensor(tokens_bt, dtype=torch.long)).logits.numpy()
+    cache = ours.init_cache(1, length)
+    feed = specjax.Feed(jnp.asarray(tokens_bt), jnp.zeros(1, jnp.int32), jnp.full(1, length, jnp.int32))
+    logits_btv = np.asarray(ours.forward(ours.params, feed, cache).logits_btv)
+    difference = float(np.abs(logits_btv - expected_btv).max())
+    alike = float((logits_btv.argmax(-1) == expected_btv.argmax(-1)).mean())
+    print(
+        f"verified over {length} random tokens: largest logit difference {difference:.1e} "
+        f"(limit {TOLERANCE:.0e}; the logits deviate by {expected_btv.std():.2f}), likeliest token equal in {alike:.0%}"
+    )
+    return 0 if difference <= TOLERANCE else 1

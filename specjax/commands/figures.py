@@ -1,0 +1,98 @@
+"""The figures of a generation: for ``--json``, for the closing table, and for the trace page."""
+
+import argparse
+from typing import Any
+
+from jax.sharding import Mesh
+
+from specjax.checkpoint.drafters import short_name
+from specjax.commands.transcript import COUNTS, Transcript
+
+COMPARED_RUNS = 5
+# Sampling parameters and the values at which they do nothing.
+IDLE = {
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+
+
+def results(transcripts: list[Transcript], seconds: float) -> dict[str, Any]:
+    """Returns what ``--json`` writes: figures of each prompt, and of all together."""
+    prompts = [
+        {
+            "prompt": transcript.prompt,
+            "messages": transcript.messages,
+            "text": transcript.text,
+            "stopped": transcript.stopped,
+            "tokens": transcript.ids,
+            **transcript.counts,
+        }
+        for transcript in transcripts
+    ]
+    total = {name: sum(prompt[name] for prompt in prompts) for name in COUNTS}
+    places = {
+        name: [sum(counts) for counts in zip(*(prompt[name] for prompt in prompts), strict=True)]
+        for name in ("drafted_at", "accepted_at")
+    }
+    return {
+        **total,
+        **places,
+        "emitted_per_round": total["emitted"] / total["rounds"],
+        "tokens_per_second": total["emitted"] / seconds,
+        "prompts": prompts,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Returns the closing figures."""
+    lines = [
+        ("tokens", f"{result['emitted']} in {result['rounds']} rounds"),
+        ("emitted per round", f"{result['emitted_per_round']:.2f}  (plain decoding: 1)"),
+        ("tokens per second", f"{result['tokens_per_second']:.1f}  (streamed; compilation excluded)"),
+    ]
+    if result["drafted"]:
+        lines.append(("drafts accepted", f"{result['accepted']} of {result['drafted']}"))
+    for place, (drafted, accepted) in enumerate(zip(result["drafted_at"], result["accepted_at"], strict=True), 1):
+        share = accepted / drafted if drafted else 0
+        lines.append((f"  at position {place}", f"{share:4.0%}  {'#' * round(20 * share)}"))
+    if "speedup" in result:
+        speeds = result["comparison"]
+        rates = f"{speeds['with_drafter']:.1f} against {speeds['plain']:.1f} tokens/s"
+        times = f"{result['speedup']:.2f} times plain decoding"
+        lines.append(("speed-up", f"{times}  ({rates}, medians of {COMPARED_RUNS} runs)"))
+    return "\n".join(f"{name:<20} {value}".rstrip() for name, value in lines) + "\n"
+
+
+def settings(args: argparse.Namespace, spec: str, mesh: Mesh | None) -> dict[str, str]:
+    """Returns how the text was made, by name, leaving out sampling parameters that do nothing."""
+    chosen = {"target": args.target.resolve().name, "drafter": short_name(spec)}
+    if spec != "none":
+        chosen |= {"drafts per round": str(args.num_draft), "verify": args.verify}
+    chosen["temperature"] = f"{args.temperature:g}" if args.temperature else "0 (greedy)"
+    for name, idle in IDLE.items():
+        if getattr(args, name) != idle:
+            chosen[name.replace("_", " ")] = f"{getattr(args, name):g}"
+    if args.stop:
+        chosen["stop strings"] = ", ".join(map(repr, args.stop))
+    if mesh is not None:
+        chosen["mesh"] = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return chosen | ({"seed": str(args.seed)} if args.temperature else {})
+
+
+def large(result: dict[str, Any]) -> dict[str, str]:
+    """Returns what a trace page shows large."""
+    shown = {
+        "tokens per round (plain decoding: 1)": f"{result['emitted_per_round']:.2f}",
+        "tokens emitted": str(result["emitted"]),
+        "rounds": str(result["rounds"]),
+    }
+    if result["drafted"]:
+        shown["of drafts accepted"] = f"{result['accepted'] / result['drafted']:.0%}"
+    shown["tokens per second"] = f"{result['tokens_per_second']:.0f}"
+    if "speedup" in result:
+        shown["speed-up over plain decoding"] = f"{result['speedup']:.2f}\u00d7"
+    return shown

@@ -1,0 +1,274 @@
+"""The command ``generate``: continues prompts by speculative decoding and shows what it gained."""
+
+import argparse
+import contextlib
+import io
+import json
+import select
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+import specjax
+from specjax.checkpoint.drafters import folders_of
+from specjax.commands import figures, hosts
+from specjax.commands.console import Parser, write_whole
+from specjax.commands.drafter_spec import named_drafter
+from specjax.commands.places import folder_or_shipped, shipped
+from specjax.commands.trace_page import Trace, render
+from specjax.commands.transcript import Transcript, follow
+
+SHIPPED, SHIPPED_DRAFT = "py-14m", "py-14m-draft"  # of checkpoints/
+PROMPT = '''class Stack:
+    """A last-in, first-out collection of items."""
+
+    def __init__(self, items=()):'''
+VERIFY = {"token": specjax.verify.token, "block": specjax.verify.block, "coupled": specjax.verify.coupled}
+STDIN_WAIT_S = 3.0  # a pipe that nobody writes to must not hold up a call without arguments
+
+
+def utf8(text: str) -> str:
+    """Returns an argument that can be encoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("the text is not UTF-8") from None
+    return text
+
+
+def text_file(path: Path) -> str:
+    """Returns the text without its last newline: a token joins that with the indentation which is to follow."""
+    try:
+        return path.read_text(encoding="utf-8").removesuffix("\n")
+    except UnicodeDecodeError:
+        raise ValueError(f"--prompt-file: {path} is not UTF-8 text") from None
+    except OSError as error:
+        raise ValueError(f"--prompt-file: {path} cannot be read: {error.strerror}") from None
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raises ValueError unless files can be written where they are wanted, found out by making one beside each."""
+    for name in ("json", "trace"):
+        path = getattr(args, name)
+        if path is None:
+            continue
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise ValueError(f"--{name}: {path} is not a regular file; give the name of one, or a new name")
+        folder = path.absolute().parent
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise ValueError(f"--{name}: {folder} cannot be written to: {error.strerror}") from None
+
+
+ABOUT = """Continues prompts by speculative decoding and shows what it gained.
+
+%(prog)s                                           the shipped pair of models on a built-in prompt
+%(prog)s --prompt 'def mean(x):' --compare         speed-up over plain decoding
+head -30 x.py | %(prog)s --trace t.html            a page that shows where each token came from
+%(prog)s --target DIR --chat --prompt 'Hello!'     a message to a chat model
+%(prog)s --target DIR --mesh data=2,tensor=4       a model split over eight devices (docs/distributed.md)
+"""
+
+
+def parse(argv: list[str] | None, prog: str) -> tuple[Parser, argparse.Namespace]:
+    """Returns the parser, which says later what is wrong, and the arguments."""
+    parser = Parser(prog, description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    text = parser.add_argument_group("prompts", "several are one batch; text piped in is one when none is given")
+    text.add_argument("--prompt", dest="prompts", action="append", type=utf8, metavar="TEXT")
+    text.add_argument("--prompt-file", dest="prompts", action="append", type=Path, metavar="FILE")
+    text.add_argument("--chat", action="store_true", help="prompts are messages, laid out by the target's template")
+    text.add_argument("--system", type=utf8, metavar="TEXT", help="system message ahead of each, with --chat")
+    text.add_argument(
+        "--stop", action="append", type=utf8, default=[], metavar="TEXT", help="end before this text; may be repeated"
+    )
+    models = parser.add_argument_group("models")
+    models.add_argument("--target", type=Path, metavar="DIR", help="checkpoint (default: the shipped py-14m)")
+    models.add_argument(
+        "--drafter",
+        metavar="SPEC",
+        help="model:DIR, mtp:DIR, eagle:DIR, medusa:DIR, early-exit:LAYERS, ngram, none, or cascade:A,B, B where A has "
+        "nothing (default: the shipped draft, or ngram)",
+    )
+    models.add_argument(
+        "--ignore-config-key",
+        dest="ignore_config_keys",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="read config.json without this key, past a refusal of what it says; may be repeated",
+    )
+    models.add_argument("--num-draft", type=int, default=4, metavar="N", help="tokens drafted per round (default: 4)")
+    models.add_argument(
+        "--shard-draft",
+        action="store_true",
+        help="over a mesh, split the drafter like the target (default: it is whole)",
+    )
+    models.add_argument("--verify", choices=VERIFY, default="block", help="how drafts are verified (default: block)")
+    draws = parser.add_argument_group("sampling")
+    draws.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default: 0.8)")
+    draws.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens; 0 keeps all")
+    draws.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest tokens that reach P")
+    draws.add_argument("--min-p", type=float, default=0.0, metavar="P", help="keep tokens of P times the likeliest")
+    draws.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1 is none")
+    draws.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="0 is none")
+    draws.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="0 is none")
+    draws.add_argument("--seed", type=int, default=0, metavar="S", help="of the first prompt; the next has S + 1 ...")
+    draws.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="most per prompt (default: 200)")
+    out = parser.add_argument_group("output", "text goes to standard output, figures to standard error")
+    out.add_argument("--compare", action="store_true", help="measure the speed-up over plain decoding")
+    out.add_argument("--json", type=Path, metavar="FILE", help="write text, tokens and figures")
+    out.add_argument("--trace", type=Path, metavar="FILE", help="write an HTML page: where each token came from")
+    hosts.add_mesh_options(parser)
+    return parser, parser.parse_args(argv)
+
+
+def prompts_of(args: argparse.Namespace) -> list[str]:
+    """Returns the prompts, which the first of several processes reads for all."""
+    own: list[str] = []
+    if hosts.is_first():
+        given = [text_file(prompt) if isinstance(prompt, Path) else prompt for prompt in args.prompts or []]
+        own = given or [piped_text() or PROMPT]
+    return json.loads(hosts.exchange(json.dumps(own))[0])
+
+
+def piped_text() -> str:
+    """Returns what is piped in, less its last newline; nothing from a terminal, or when nothing comes."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return ""
+    try:
+        waiting = select.select([sys.stdin], [], [], STDIN_WAIT_S)[0]
+    except (OSError, ValueError):  # no file that can be polled
+        waiting = [sys.stdin]
+    if not waiting:
+        hosts.note(
+            "nothing was piped in, so the prompt is the built-in one (--prompt-file /dev/stdin waits for text)\n"
+        )
+        return ""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+    return sys.stdin.read().removesuffix("\n")
+
+
+def compare(request: dict[str, Any], drafter: Any, rows: int) -> dict[str, float]:
+    """Returns tokens per second with the drafter and without: medians of interleaved runs, one compiled loop each.
+
+    The compiled loop knows no stop strings: both go on behind them.
+    """
+    rates: dict[str, list[float]] = {"with_drafter": [], "plain": []}
+    for run in range(figures.COMPARED_RUNS + 1):
+        for name, proposer in (("with_drafter", drafter), ("plain", None)):
+            start = time.perf_counter()
+            stats = jax.block_until_ready(specjax.generate(**request, drafter=proposer)).stats
+            seconds = time.perf_counter() - start
+            if run:  # the first compiles
+                rates[name].append(int(specjax.sharding.gathered(stats.emitted)[:rows].sum()) / seconds)
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def request_for(
+    args: argparse.Namespace,
+    target: Any,
+    transcripts: list[Transcript],
+    stop_tokens: Sequence[int],
+    mesh: Mesh | None,
+) -> dict[str, Any]:
+    """Returns the arguments of ``specjax.generate``, all but the drafter.
+
+    Rows that make the prompts divide over a mesh are copies of the first, of one token each, after the others.
+    """
+    prompts = [transcript.prompt_ids for transcript in transcripts]
+    added = 0 if mesh is None else -len(prompts) % mesh.shape["data"]
+    limits = [args.max_new_tokens] * len(prompts) + [1] * added
+    return {
+        "target": target,
+        "prompts": prompts + prompts[:1] * added,
+        "verify": VERIFY[args.verify],
+        "sampling": specjax.Sampling(
+            temperature=args.temperature,
+            seed=args.seed,
+            **{name: getattr(args, name) for name in figures.IDLE},
+        ),
+        "max_new_tokens": limits,
+        "stop_tokens": stop_tokens,
+    }
+
+
+def default_drafter(target: Path) -> str:
+    """Returns the shipped draft model for the shipped target, and n-grams for others."""
+    shipped_target, draft = shipped(SHIPPED), shipped(SHIPPED_DRAFT)
+    if draft is not None and shipped_target is not None and target.resolve() == shipped_target.resolve():
+        return f"model:{draft}"
+    return "ngram"
+
+
+def main(argv: list[str] | None = None, prog: str = "generate.py") -> None:
+    """Runs the command."""
+    parser, args = parse(argv, prog)
+    with contextlib.ExitStack() as stack:
+        try:
+            mesh = stack.enter_context(hosts.run(args))
+            # What is cheap to find out comes first: folders that cannot be written, and models that are not there.
+            args.target = folder_or_shipped(args.target, SHIPPED)
+            if hosts.is_first():
+                check_outputs(args)
+            prompts = prompts_of(args)
+            spec = default_drafter(args.target) if args.drafter is None else args.drafter
+            hosts.check_same_folders(args.target, *folders_of(spec))
+            # Whatever is wrong with models, drafter or options is an error before anything compiles.
+            opened = specjax.open(args.target, mesh=mesh, ignore_config_keys=args.ignore_config_keys)
+            target, tokenizer = opened.model, opened.need_tokenizer()
+            rules = specjax.sharding.RULES if args.shard_draft else {}
+            drafter = None
+            if spec != "none":
+                drafter = named_drafter(spec, target, tokenizer, args.num_draft, mesh, rules, args.ignore_config_keys)
+            if args.compare and drafter is None:
+                raise ValueError("--compare needs a drafter to compare with plain decoding; --drafter is none")
+            if args.system is not None and not args.chat:
+                raise ValueError("--system is given without --chat; give both, or neither")
+            template = specjax.text.load_chat_template(args.target) if args.chat else None
+            stop_tokens = opened.stop_tokens
+            transcripts = [
+                Transcript(tokenizer, prompt, args.max_new_tokens, stop_tokens, args.stop, template, args.system)
+                for prompt in prompts
+            ]
+            request = request_for(args, target, transcripts, stop_tokens, mesh)
+            # The first of two equal calls compiles, so that the second can be timed.
+            warm_up, rounds = (specjax.stream(**request, drafter=drafter) for _ in range(2))
+        except (ValueError, TypeError, OSError) as error:
+            parser.error(hosts.describe(error))
+
+        # The text streams to standard output; the figures follow on standard error, so that text can be piped.
+        progress = hosts.note if sys.stderr.isatty() else lambda message: None
+        progress("compiling ...")
+        next(warm_up)
+        progress("\r\x1b[K")
+        seconds = follow(rounds, transcripts)
+        result = figures.results(transcripts, seconds) | {"settings": figures.settings(args, spec, mesh)}
+        if args.compare:
+            progress("comparing with plain decoding ...")
+            result["comparison"] = compare(request, drafter, len(prompts))
+            result["speedup"] = result["comparison"]["with_drafter"] / result["comparison"]["plain"]
+            progress("\r\x1b[K")
+        hosts.note("\n" + figures.table(result))
+        if hosts.is_first():
+            try:
+                write(args, result, transcripts)
+            except OSError as error:
+                parser.error(hosts.describe(error))
+
+
+def write(args: argparse.Namespace, result: dict[str, Any], transcripts: list[Transcript]) -> None:
+    """Writes the files that were asked for."""
+    if args.json:
+        write_whole(args.json, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    if args.trace:
+        traces = [Trace(transcript.prompt, transcript.rounds) for transcript in transcripts]
+        write_whole(args.trace, render(traces, result["settings"], figures.large(result)))

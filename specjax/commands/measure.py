@@ -1,0 +1,123 @@
+"""How the benchmarks measure: medians of calls in turn, compiled loops of passes and rounds, excerpts of text."""
+
+import argparse
+import functools
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+import specjax
+from specjax import training
+from specjax.commands import hosts, stdlib
+
+LOOP = 20  # rounds or passes inside one timed call, so that dispatch from the host does not count
+
+
+def medians(calls: dict[str, Callable[[], Any]], repeats: int, inputs: Any = None) -> dict[str, float]:
+    """Returns each call's median seconds; the calls take turns.
+
+    Args:
+      calls: what to time.
+      repeats: how often.
+      inputs: for each call a pytree that it consumes (its buffers are donated); a copy is made before each run, so
+        that copying caches is not timed.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for run in range(repeats + 1):
+        for name, call in calls.items():
+            consumed = () if inputs is None else (jax.block_until_ready(jax.tree.map(jnp.copy, inputs[name])),)
+            begin = time.perf_counter()
+            jax.block_until_ready(call(*consumed))
+            if run:  # the first compiles
+                times[name].append(time.perf_counter() - begin)
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+@functools.partial(jax.jit, static_argnames="width", donate_argnames="cache")
+def target_passes(target: specjax.LanguageModel, start_b: Array, cache: Any, *, width: int) -> Any:
+    """Runs ``LOOP`` target passes of ``width`` tokens, each fed the last's argmax."""
+
+    def one(_, carry):
+        tokens_bt, cache = carry
+        count_b = jnp.full_like(start_b, width)
+        output = target.forward(target.params, specjax.Feed(tokens_bt, start_b, count_b), cache)
+        return jnp.argmax(output.logits_btv, -1).astype(jnp.int32), output.cache
+
+    tokens_bt = jnp.ones((start_b.shape[0], width), jnp.int32)
+    return lax.fori_loop(0, LOOP, one, (tokens_bt, cache))
+
+
+def simple_draw(state: specjax.State) -> Callable[..., tuple[Array, Array]]:
+    """Returns a ``draw`` that does no more than must be: greedily or at temperature 1, as the state asks."""
+
+    def draw(logits_bv, drafts_bg, index):
+        key = jax.random.fold_in(jax.random.key(0), drafts_bg.sum() + index)
+
+        def sample():
+            token_b = jax.random.categorical(key, logits_bv, axis=-1).astype(jnp.int32)
+            return token_b, jax.nn.softmax(logits_bv, -1)
+
+        def greedy():
+            token_b = jnp.argmax(logits_bv, -1).astype(jnp.int32)
+            return token_b, jax.nn.one_hot(token_b, logits_bv.shape[-1])
+
+        return lax.cond(jnp.any(jnp.asarray(state.request.sampling.temperature) > 0), sample, greedy)
+
+    return draw
+
+
+@functools.partial(jax.jit, donate_argnames="state", static_argnames="with_target")
+def parts(target: specjax.LanguageModel, drafter: Any, state: specjax.State, *, with_target: bool) -> Any:
+    """Runs ``LOOP`` proposals, with a target pass over each or without: rounds that verify and write nothing."""
+    draw = simple_draw(state)
+
+    def one(_, carry):
+        tokens_bs, draft, cache = carry
+        room_b = state.request.limit_b - state.length_b - 1
+        context = specjax.Context(target, cache, tokens_bs, state.length_b, room_b)
+        proposal, draft = drafter.propose(draft, context, draw)
+        cache = cache if proposal.cache is None else proposal.cache
+        next_b = proposal.tokens_bg[:, -1]
+        if with_target:
+            fed_bt = jnp.concatenate([tokens_bs[:, :1], proposal.tokens_bg], axis=1)
+            feed = specjax.Feed(fed_bt, state.length_b - 1, proposal.length_b + 1)
+            output = target.forward(target.params, feed, cache)
+            next_b, cache = jnp.argmax(output.logits_btv[:, -1], -1).astype(jnp.int32), output.cache
+        return tokens_bs.at[:, 0].set(next_b), draft, cache  # the next pass depends on this one: none can be left out
+
+    return lax.fori_loop(0, LOOP, one, (state.tokens_bs, state.draft, state.cache))
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def rounds(target: specjax.LanguageModel, drafter: Any, state: specjax.State) -> specjax.State:
+    """Runs ``LOOP`` rounds."""
+    return lax.fori_loop(0, LOOP, lambda _, state: specjax.step(target, state, drafter=drafter), state)
+
+
+def ready(args: argparse.Namespace, drafter: Any, temperature: float, prompt: np.ndarray, slots: int) -> specjax.State:
+    """Returns the state of a prompt ``[1, t]``."""
+    room = min(args.model.max_positions or slots, slots - 16) - prompt.shape[1]
+    sampling = specjax.Sampling(temperature=temperature)
+    return specjax.prefill(args.model, prompt, drafter=drafter, sampling=sampling, max_new_tokens=room, slots=slots)
+
+
+@functools.cache
+def held_out_tokens(tokenizer_folder: Path) -> np.ndarray:
+    """Returns the tokens of the standard-library modules kept from training."""
+    tokenizer = specjax.open(tokenizer_folder).need_tokenizer()
+    texts = [text for name, text in stdlib.modules().items() if stdlib.is_held_out(name)]
+    return training.encode_texts(tokenizer, texts)
+
+
+def held_out_excerpts(tokenizer_folder: Path, length: int, count: int) -> np.ndarray:
+    """Returns ``count`` windows of ``length`` tokens from held-out modules."""
+    excerpts = training.Windows(held_out_tokens(tokenizer_folder), length, count, seed=0).batch(0)
+    hosts.check_same({"the digest of the excerpts": hashlib.sha256(excerpts.tobytes()).hexdigest()[:8]})
+    return excerpts

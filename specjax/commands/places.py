@@ -1,0 +1,34 @@
+"""Where the models and recipes are that come with the repository: in it, or in the current folder."""
+
+from pathlib import Path
+
+import specjax
+
+REPOSITORY = Path(specjax.__file__).resolve().parent.parent  # of an installation in place, `pip install -e .`
+
+
+def shipped(name: str) -> Path | None:
+    """Returns the folder of a shipped checkpoint, or None if neither place has it."""
+    folders = [place / "checkpoints" / name for place in (REPOSITORY, Path.cwd())]
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def folder_or_shipped(given: Path | None, name: str = "py-14m", option: str = "--target") -> Path:
+    """Returns the folder that an option names, or without one the shipped model's.
+
+    Raises:
+      ValueError: none is given, and the shipped model is not here.
+    """
+    folder = given or shipped(name)
+    if folder is None:
+        raise ValueError(
+            f"{option} is not given, and the shipped checkpoints/{name} is neither in the current folder nor in a "
+            f"repository from which specjax is installed in place; give {option} DIR"
+        )
+    return folder
+
+
+def recipe_folder(given: Path) -> Path:
+    """Returns a recipe's folder: the path itself, or one of the repository's, such as ``models/py-14m``."""
+    folders = (given, REPOSITORY / given)
+    return next((folder for folder in folders if (folder / "recipe.toml").is_file()), given)
