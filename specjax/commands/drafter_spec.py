@@ -21,6 +21,7 @@ def named_drafter(
     rules: specjax.sharding.Rules = specjax.sharding.RULES,
 ) -> Any:
     """Returns the drafter of a value other than none; ``mesh`` and ``rules`` are those of ``specjax.load_drafter``."""
+    # Drafters without a folder, and cascades, whose parts are specs.
     kind, _, value = spec.partition(":")
     if spec == "ngram":
         return specjax.NGramDrafter(num_draft=num_draft)
@@ -36,6 +37,7 @@ def named_drafter(
             f"--drafter is {spec!r}; give model:DIR, ngram or none, a head as mtp:DIR, eagle:DIR or medusa:DIR, "
             "early-exit:LAYERS, or cascade:A,B, of which B drafts where A has nothing"
         )
+    # Draft heads and draft models. It is said what a user cannot see from the spec.
     if kind in HEADS:
         drafter = HEADS[kind](value, target, num_draft, mesh=mesh, rules=rules)
         if kind == "eagle":
