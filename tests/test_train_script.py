@@ -220,7 +220,7 @@ def test_a_head_is_trained_resumed_and_drafts(kind, script, tmp_path, monkeypatc
     assert [len(stage["history"]["losses"]) for stage in saved(tmp_path / "others" / "head")] == [4, 2]
     assert run(script, tmp_path, "head", "others") == 0
     assert_same_bits(tmp_path / "runs" / "head", tmp_path / "others" / "head")
-    chex.assert_trees_all_equal(getattr(specjax, f"open_{kind}")(folder, model, 3).params, opened.params)
+    chex.assert_trees_all_equal(specjax.load_drafter(f"{kind}:{folder}", model, 3).params, opened.params)
 
 
 BAD_HEADS = {

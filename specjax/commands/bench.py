@@ -77,11 +77,13 @@ def main(argv: list[str] | None = None, prog: str = "bench.py") -> int:
     with contextlib.ExitStack() as stack:
         try:
             mesh = stack.enter_context(hosts.run(args))
+            # Over a mesh, only `speed` can run, and batches must divide over its rows.
             chosen = args.what or (BENCHMARKS if mesh is None else ["speed"])
             if args.batch is None:
                 parts = 1 if mesh is None else mesh.shape["data"]
                 args.batch = [batch for batch in (1, 4, 8) if batch % parts == 0] or [parts]
             check_mesh(mesh, chosen, args.batch)
+            # Models are loaded once for all benchmarks; the draft is whole on each device, as it is small.
             args.target = folder_or_shipped(args.target)
             args.draft = folder_or_shipped(args.draft, "py-14m-draft", "--draft")
             args.drafters = args.drafters or [spec.format(args.target) for spec in SHIPPED]
@@ -233,6 +235,7 @@ def speed(args: argparse.Namespace, drafter: Any, temperature: float, prompts: n
     sampling = specjax.Sampling(temperature=temperature)
     run = functools.partial(specjax.generate, args.model, sampling=sampling, max_new_tokens=args.new_tokens)
     speculative, plain, stats = 0.0, 0.0, []
+    # Each batch is timed both ways in turn, so that a change of the machine's load touches both.
     for prompt in prompts:
         calls: dict[str, Callable[[], Any]] = {
             "speculative": functools.partial(run, prompt, drafter=drafter),

@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None, prog: str = "convert_hf.py") -> int:
     )
     parser.add_argument("--verify", action="store_true", help="compare logits with transformers, on this machine's CPU")
     args = parser.parse_args(argv)
+    # What --verify needs is asked for first: the conversion may take long.
     if args.verify and is_quantized(args.source):
         parser.error("--verify compares with transformers on a CPU, which cannot run float8 weights; leave it out")
     if args.verify and not all(map(importlib.util.find_spec, ("torch", "transformers"))):

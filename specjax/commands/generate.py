@@ -80,6 +80,7 @@ head -30 x.py | %(prog)s --trace t.html            a page that shows where each 
 
 def parse(argv: list[str] | None, prog: str) -> tuple[Parser, argparse.Namespace]:
     """Returns the parser, which says later what is wrong, and the arguments."""
+    # Groups follow the way of a text: what is continued, by which models, drawn how, and written where.
     parser = Parser(prog, description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     text = parser.add_argument_group("prompts", "several are one batch; text piped in is one when none is given")
     text.add_argument("--prompt", dest="prompts", action="append", type=utf8, metavar="TEXT")
@@ -160,7 +161,7 @@ def piped_text() -> str:
 def compare(request: dict[str, Any], drafter: Any, rows: int) -> dict[str, float]:
     """Returns tokens per second with the drafter and without: medians of interleaved runs, one compiled loop each.
 
-    The compiled loop knows no stop strings: both go on behind them.
+    The compiled loop knows no stop strings: both go on after them.
     """
     rates: dict[str, list[float]] = {"with_drafter": [], "plain": []}
     for run in range(figures.COMPARED_RUNS + 1):
@@ -185,6 +186,7 @@ def request_for(
     Rows that make the prompts divide over a mesh are copies of the first, of one token each, after the others.
     """
     prompts = [transcript.prompt_ids for transcript in transcripts]
+    # Rows are split over the mesh evenly, so that some may have to be added.
     added = 0 if mesh is None else -len(prompts) % mesh.shape["data"]
     limits = [args.max_new_tokens] * len(prompts) + [1] * added
     return {

@@ -86,11 +86,13 @@ def run(args: argparse.Namespace) -> Iterator[Mesh | None]:
     Raises:
       ValueError: there are too few devices, or the options contradict each other or name a place that is not there.
     """
+    # One process: a mesh of its own devices, and errors are the caller's.
     if not _come_together(args):
         mesh = None if args.mesh is None else specjax.make_mesh(**args.mesh)
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
             yield mesh
         return
+    # Several: whatever is raised must end this process, or the others would wait for it.
     try:
         with _first_prints():
             check_same(_origin(args))

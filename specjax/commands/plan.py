@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None, prog: str = "plan.py") -> int:
     parser.add_argument(
         "--shard-draft", action="store_true", help="split the draft like the target, instead of copying"
     )
+    # Rates come in one of two forms, since the shares that bench prints are products of the chances.
     rates = parser.add_mutually_exclusive_group(required=True)
     rates.add_argument(
         "--acceptance",
@@ -83,6 +84,7 @@ def main(argv: list[str] | None = None, prog: str = "plan.py") -> int:
     parser.add_argument("--max-draft", type=int, default=8, metavar="G", help="most drafts; default: %(default)s")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw tokens per second over g there")
     args = parser.parse_args(argv)
+    # All that can be wrong is found before anything is printed.
     try:
         devices = choose_hardware(args.hardware, args.device_figures, not args.no_overlap)
         setting = make_setting(args)
@@ -278,6 +280,7 @@ def plot(target: str, plans: dict[str, list[Round]], file: Path) -> None:
     Raises:
       ValueError: the file cannot be written.
     """
+    # A plot is an extra, so that its package may be missing.
     try:
         import matplotlib
     except ImportError:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 ORIGINS = {
     "accepted": "drafted, and accepted by the target",
     "corrected": "the target's own, where it rejected a draft",
-    "bonus": "the target's own, behind drafts that it all accepted",
+    "bonus": "the target's own, after drafts that it all accepted",
     "target": "the target's own, with nothing drafted",
 }
 
@@ -51,6 +51,7 @@ def render(traces: Sequence[Trace], settings: Mapping[str, str], figures: Mappin
       settings: name -> value, how the text was made.
       figures: name -> value, shown large.
     """
+    # The parts are made first, so that the page below reads as a page.
     rounds = [each for trace in traces for each in trace.rounds]
     present = {token.origin for each in rounds for token in each.tokens}
     cards = "".join(f"<div><b>{escape(value)}</b>{escape(name)}</div>" for name, value in figures.items())

@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
     )
     hosts.add_mesh_options(parser)
     args = parser.parse_args(argv)
+    # Errors that a user can cause are one line; others keep their traceback.
     if args.save_every < 1:
         parser.error(f"--save-every is {args.save_every}; give at least 1")
     try:
@@ -73,11 +74,13 @@ def train(
     rules: specjax.sharding.Rules,
 ) -> None:
     """Runs all stages of a recipe and writes the checkpoint folder."""
+    # The recipe is checked before anything is loaded: sizes and steps follow from it.
     recipe = training.read_recipe(folder)
-    hosts.check_same({f"the digest of {folder}": recipe.digest})  # before sizes and steps follow from it
+    hosts.check_same({f"the digest of {folder}": recipe.digest})
     if mesh is not None:
         for stage in recipe.stages:
             training.split_rows(mesh, stage.rows)
+    # The text, and the tokenizer: its own for a target, the target's for what drafts for it.
     run = runs / recipe.name
     modules = stdlib.modules()
     kept = [text for name, text in modules.items() if not stdlib.is_held_out(name)]
@@ -104,6 +107,7 @@ def train(
     trainee.write(trial, halved(params), tokenizer, {})
     if hosts.is_first():
         shutil.rmtree(trial)
+    # The stages. Text on policy is drawn when its stage begins, by the draft as it is then.
     history = []
     for number, stage in enumerate(recipe.stages):
         if stage.text == "on_policy":
@@ -196,10 +200,11 @@ def batches(stage: training.Stage, texts: dict[str, np.ndarray], seed: int) -> C
 def draw_samples(
     model: specjax.LanguageModel, corpus: np.ndarray, recipe: training.Recipe, file: Path, rows: int = 64
 ) -> np.ndarray:
-    """Returns text drawn from a model behind openings from the corpus: half of the rows at temperature 1, half
+    """Returns text drawn from a model after openings from the corpus: half of the rows at temperature 1, half
     greedily, since the draft will serve both. Drawn once, then read from ``file``."""
     if file.is_file():
         return np.load(file)
+    # Rows are as long as the draft and the model allow, half of them greedy, until there are tokens enough.
     limit = min(recipe.architecture.get("max_position_embeddings", 2048), model.max_positions or sys.maxsize)
     openings = training.Windows(corpus, PROMPT_TOKENS, rows, recipe.seed)
     temperature = np.where(np.arange(rows) % 2, 0.0, 1.0).astype(np.float32)
@@ -222,6 +227,7 @@ def draw_samples(
     samples = np.concatenate(pieces)
     if not hosts.is_first():
         return samples
+    # Written whole or not at all, since a run that is stopped here goes on from the file.
     partial = file.with_suffix(".partial.npy")
     np.save(partial, samples)
     partial.replace(file)
@@ -247,7 +253,7 @@ def held_out_loss(
 def held_out_acceptance(
     target: specjax.LanguageModel, drafter: specjax.Drafter, tokens: np.ndarray, mesh: Mesh | None
 ) -> dict[str, dict]:
-    """Returns acceptance by position and tokens per round behind held-out excerpts, greedy and at temperature 1."""
+    """Returns acceptance by position and tokens per round after held-out excerpts, greedy and at temperature 1."""
     limits = (target.max_positions, drafter.max_positions, PROMPT_TOKENS + NEW_TOKENS)
     limit = min(limit for limit in limits if limit is not None)
     length = min(PROMPT_TOKENS, limit // 2)

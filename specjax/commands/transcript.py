@@ -1,4 +1,4 @@
-"""What was emitted behind each prompt, round by round, and how it is printed while it is made."""
+"""What was emitted after each prompt, round by round, and how it is printed while it is made."""
 
 import os
 import sys
@@ -15,13 +15,13 @@ COLOURS = {"accepted": "\x1b[32m", "corrected": "\x1b[33m", "bonus": "\x1b[36m",
 
 
 class Transcript:
-    """A prompt and what was emitted behind it, round by round.
+    """A prompt and what was emitted after it, round by round.
 
     Attributes:
       prompt: the text that is continued; ``prompt_ids`` are its tokens.
       shown: what is printed ahead of the continuation.
       messages: what a chat template made the prompt of, else None.
-      ids: the tokens emitted, those behind a stop string in its round included; ``text`` has nothing of them.
+      ids: the tokens emitted, those after a stop string in its round included; ``text`` has nothing of them.
       counts: figures of the row, up to the round in which it was done.
     """
 
@@ -62,13 +62,13 @@ class Transcript:
         drafted, accepted = (self.counts[name] - before[name] for name in ("drafted", "accepted"))
         length = len(self.prompt_ids) + len(self.ids)
         new = generation.tokens[row, length : generation.lengths[row]].tolist()
-        behind = "target" if not drafted else "bonus" if accepted == drafted else "corrected"
+        own = "target" if not drafted else "bonus" if accepted == drafted else "corrected"
         tokens = []
         for place, token in enumerate(new):
             ends = token in self._stop_tokens
             text = "" if ends else self._stream.push([token])
             name = self._tokenizer.id_to_token(token) or str(token)
-            tokens.append(Token(text, "accepted" if place < accepted else behind, name if ends else ""))
+            tokens.append(Token(text, "accepted" if place < accepted else own, name if ends else ""))
         self.ids += new
         self.done = new[-1] in self._stop_tokens or self.stopped is not None or len(self.ids) == self._limit
         if self.done:

@@ -141,7 +141,7 @@ class Messages(NamedTuple):
     """All-reduces of one kind in a pass.
 
     Attributes:
-      number: how many, one behind the other.
+      number: how many, one after the other.
       devices: over how many devices.
       size: bytes of what is summed.
     """
@@ -172,7 +172,7 @@ class Pass:
 def forward(
     model: Model, mesh: Mesh, rows: float, tokens: int, context: int, chosen: tuple[Messages, ...] = ()
 ) -> Pass:
-    """Counts a pass of ``tokens`` tokens in each of ``rows`` rows, the device's own, behind ``context`` tokens.
+    """Counts a pass of ``tokens`` tokens in each of ``rows`` rows, the device's own, after ``context`` tokens.
 
     ``chosen`` is what choosing tokens from its logits sends, as ``choosing`` returns it.
     """
