@@ -358,7 +358,9 @@ def _check_tokens(prompt_bt: np.ndarray, length_b: np.ndarray, vocab: int, name:
 
 def _stop_tokens(stop_tokens: Any, rows: int, vocab: int) -> Any:
     """Returns the ids ``[rows, k]``, padded with -1 to a bucket if they are known."""
-    array = _integers("stop_tokens", stop_tokens if np.size(stop_tokens) else np.zeros((0,), np.int32))
+    array = _array("stop_tokens", stop_tokens)
+    if array.size:  # NumPy gives an empty list the dtype float64
+        _check_integers("stop_tokens", array)
     if array.ndim > 2 or (array.ndim == 2 and array.shape[0] != rows):
         raise ValueError(
             f"stop_tokens has shape {array.shape}; give a flat sequence of token ids, or [{rows}, k], -1 being none"
