@@ -265,8 +265,10 @@ def _check_logprobs(logprobs: Any, top: Any, vocab: int) -> int:
 
 
 def _int32(array: Any) -> Array:
-    """Returns the array on the device. One from the host is converted there, which compiles nothing."""
-    return jnp.asarray(array.astype(np.int32))
+    """Returns the array on the device. One from the host is converted there and put, which compiles nothing."""
+    array = array.astype(np.int32)
+    # Not jnp.asarray, which compiles a program for each shape.
+    return jax.device_put(array) if isinstance(array, np.ndarray) else array
 
 
 def is_known(tree: Any) -> bool:
