@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from specjax.sampling import Sampling, is_key
+from specjax.sharding import gathered
 from specjax.types import Drafter, LanguageModel
 
 CHUNK = 256
@@ -167,7 +168,7 @@ def lay_out_more(
 
     # 2. Whether it fits.
     _check_tokens(np.asarray(new_bt), np.asarray(count_b), target.vocab_size, "tokens")
-    old_b, count_b = np.asarray(state.length_b), np.asarray(count_b)
+    old_b, count_b = gathered(state.length_b), np.asarray(count_b)
     extended_b = count_b > 0
     final_b = np.where(extended_b, old_b + count_b + np.asarray(limit_b), 0)
     row = int(np.argmax(final_b))
