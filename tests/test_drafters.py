@@ -95,10 +95,10 @@ def logits_after(model, tokens):
     return np.asarray(model.params)[padded[-2], padded[-1]]
 
 
-def prefilled(target, drafter, prompts, sampling):
+def prefilled(target, drafter, prompts, sampling, slots=SLOTS + 20):
     prompt_bt, length_b = specjax.pad_prompts(prompts)
     return specjax.prefill(
-        target, prompt_bt, length_b, drafter=drafter, sampling=sampling, max_new_tokens=20, slots=SLOTS + 20
+        target, prompt_bt, length_b, drafter=drafter, sampling=sampling, max_new_tokens=20, slots=slots
     )
 
 
@@ -287,6 +287,10 @@ def test_following_leaves_what_drafting_the_same_tokens_would(decoder, drafts):
         state, _ = step(decoder, state, drafter)
 
 
+def texts_of(state):
+    return [row[:length].tolist() for row, length in zip(np.asarray(state.tokens_bs), state.length_b, strict=True)]
+
+
 @jax.jit
 def proposed(target, state, drafter):
     """Returns the drafts of the likeliest tokens, what they were drawn from, and the draft's state."""
@@ -353,12 +357,12 @@ def test_after_rounds_without_drafts_it_drafts_as_after_a_fresh_prefill(decoder,
     state = prefilled(decoder, drafter, PROMPTS, specjax.Sampling(temperature=0.0))
     for _ in range(rounds):
         state, _ = step(decoder, state, drafter)
-    texts = [np.asarray(state.tokens_bs[row, :length]).tolist() for row, length in enumerate(state.length_b.tolist())]
+    texts = texts_of(state)
     more = [[5, 1, 0, 2], [-1, -1, -1, -1], [3, -1, 3, -1]]
     state = observed_alone(decoder, state, drafter, more)
     texts = [text + [token for token in tokens if token >= 0] for text, tokens in zip(texts, more, strict=True)]
     assert state.length_b.tolist() == [len(text) for text in texts]
-    fresh = prefilled(decoder, drafter, texts, specjax.Sampling(temperature=0.0))
+    fresh = prefilled(decoder, drafter, texts, specjax.Sampling(temperature=0.0), slots=64)
     tokens_bg, probs_bgv, draft = proposed(decoder, state, drafter)
     wanted_bg, wanted_bgv, wanted = proposed(decoder, fresh, drafter)
     np.testing.assert_array_equal(tokens_bg, wanted_bg)
@@ -432,11 +436,10 @@ def test_a_recurrent_draft_is_rolled_back_to_the_tokens_that_stay(own_draft):
             assert state.draft.cache.count_b[row] == end <= state.length_b[row] - 1
             assert state.draft.cache.sum_b[row] == np.sum((text + 1) * np.arange(1, end + 1))
         before = np.asarray(state.stats.accepted)
-        drafted = proposed(target, state, drafter)[:2]
-        for row, length in enumerate(state.length_b.tolist()):
-            fresh = prefilled(target, drafter, [np.asarray(state.tokens_bs[row, :length]).tolist()], specjax.Sampling())
-            for one, wanted in zip(drafted, proposed(target, fresh, drafter)[:2], strict=True):
-                np.testing.assert_allclose(one[row], wanted[0], atol=1e-6)
+        fresh = prefilled(target, drafter, texts_of(state), specjax.Sampling(), slots=64)
+        drafted, wanted = (proposed(target, x, drafter)[:2] for x in (state, fresh))
+        np.testing.assert_array_equal(drafted[0], wanted[0])
+        np.testing.assert_allclose(drafted[1], wanted[1], atol=1e-6)
         state, _ = step(target, state, drafter)
         accepted.append(np.asarray(state.stats.accepted) - before)
     if own_draft:
