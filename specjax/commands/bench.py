@@ -244,9 +244,9 @@ def speed(args: argparse.Namespace, drafter: Any, temperature: float, prompts: n
         seconds = measure.medians(calls, max(3, args.repeats // 5))
         speculative, plain = speculative + seconds["speculative"], plain + seconds["plain"]
         stats.append(specjax.sharding.gathered(calls["speculative"]().stats))
-    emitted = sum(int(s.emitted_b.sum()) for s in stats)
-    accepted = np.sum([s.accepted_at_bg.sum(0) for s in stats], axis=0)
-    drafted = np.sum([s.drafted_at_bg.sum(0) for s in stats], axis=0)
+    emitted = sum(int(s.emitted.sum()) for s in stats)
+    accepted = np.sum([s.accepted_at.sum(0) for s in stats], axis=0)
+    drafted = np.sum([s.drafted_at.sum(0) for s in stats], axis=0)
     return {
         "batch": prompts.shape[1],
         "temperature": temperature,
@@ -254,7 +254,7 @@ def speed(args: argparse.Namespace, drafter: Any, temperature: float, prompts: n
         "tokens/s": emitted / speculative,
         "plain tokens/s": emitted / plain,
         "speed-up": plain / speculative,
-        "emitted per round": emitted / sum(int(s.rounds_b.sum()) for s in stats),
+        "emitted per round": emitted / sum(int(s.rounds.sum()) for s in stats),
         "accepted by position": " ".join(f"{x:.2f}" for x in accepted / drafted),
     }
 

@@ -36,22 +36,6 @@ def main(argv: list[str] | None = None, prog: str = "convert_hf.py") -> int:
         metavar="KEY",
         help="read config.json without this key, past a refusal of what it says; may be repeated",
     )
-    parser.add_argument(
-        "--ignore-config-key",
-        dest="ignore_config_keys",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="read config.json without this key, past a refusal of what it says; may be repeated",
-    )
-    parser.add_argument(
-        "--ignore-config-key",
-        dest="ignore_config_keys",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="read config.json without this key, past a refusal of what it says; may be repeated",
-    )
     parser.add_argument("--verify", action="store_true", help="compare logits with transformers, on this machine's CPU")
     args = parser.parse_args(argv)
     # What --verify needs is asked for first: the conversion may take long.
