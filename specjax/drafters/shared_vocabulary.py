@@ -120,16 +120,20 @@ class SharedVocabularyDrafter:
 
     def propose(self, state: SharedVocabularyState, context: Context, draw: Draw) -> tuple[Proposal, Any]:
         """Samples a chain of ``num_draft`` shared tokens."""
+        # 1. Spell the token of a row that has no other: no event came with it, since none of its tokens was fed.
+        first_b = (context.running_b & (state.taken_b == 0)).astype(jnp.int32)
+        state = self._extended(state, text_at(context.tokens_bs, jnp.zeros_like(first_b), 1), first_b)
         end_b, g = self._end(state), self.num_draft
         running_b = context.running_b & (end_b > 0)
-        # 1. Feed what the cache lacks of the text.
+
+        # 2. Feed what the cache lacks of the text.
         count_b = jnp.where(running_b, end_b - state.fed_b, 0)
         feed = Feed(text_at(state.tokens_bs, state.fed_b, self._window), state.fed_b, count_b)
         logits_btu, cache = self.model.run(feed, state.cache)
         read = dataclasses.replace(state, cache=cache, fed_b=state.fed_b + count_b)
         fed_b = running_b.astype(jnp.int32)
 
-        # 2. Draw, and feed each draft for the next. A row ends where it draws a token that is not shared.
+        # 3. Draw, and feed each draft for the next. A row ends where it draws a token that is not shared.
         def add(chain: Chain, logits_bu: Array, proposing_b: Array, i: int | Array) -> tuple[Chain, Array, Array]:
             chain, token_b = chain.add(draw, self._restricted(logits_bu), i)
             draft_b = self.draft_of_v[token_b]
