@@ -146,7 +146,7 @@ def test_another_drafter_beside_it_may_read_states_of_the_first_layers(target):
         def observe(self, state, context, event):
             last_bt = jax.tree.map(lambda x: x[:, 0], event.features)
             jax.debug.callback(
-                lambda drafted, start_b, *states: seen.append((drafted, start_b, states)),
+                lambda drafted, start_b, *states: seen.append((bool(drafted), start_b, states)),
                 event.drafted,
                 event.feed.start_b,
                 *last_bt,

@@ -191,9 +191,9 @@ def test_a_prompt_is_prefilled_in_chunks_that_fit(decoder, length, short_chunks)
     target = table_model(random_table(0, 2))
     state = prefilled(target, drafter, prompts, Sampling(), slots=64)
     text = [3, 1, 4] * length + [0]
-    assert state.draft.length_b.tolist() == [len(text), 1]
     assert state.draft.fed_b.tolist() == [len(text) - 1, 0]
     draft = proposed(target, state, drafter)[2]
+    assert draft.length_b.tolist() == [len(text), 1]
     assert_cache_holds(decoder, draft.cache, 0, text)
     assert_cache_holds(decoder, draft.cache, 1, [0])
 
@@ -217,14 +217,14 @@ def test_a_prompt_read_in_chunks_is_drafted_from_as_after_one_pass(long_drafter)
     prompts = [rng.integers(0, 6, length).tolist() for length in (300, 257, 256, 3, 1)]
     state = prefilled(target, long_drafter, prompts, Sampling(), slots=512)
     texts = [spelled(prompt, long_pieces()) for prompt in prompts]
-    assert state.draft.length_b.tolist() == [len(text) for text in texts]
-    assert state.draft.fed_b.tolist() == [len(text) - 1 for text in texts]
+    assert state.draft.fed_b.tolist() == [*(len(text) - 1 for text in texts[:-1]), 0]
     assert len(texts[0]) > 300 + 44, "the first chunk is longer than 256"
     tokens_bt = np.zeros((5, jax.tree.leaves(state.draft.cache)[0].shape[2]), np.int32)
     for row, text in enumerate(texts):
         tokens_bt[row, : len(text)] = text
     once = state.replace(draft=state.draft.replace(cache=fresh_cache(long_drafter.model, tokens_bt)))
-    tokens_bg, probs_bgv, _ = proposed(target, state, long_drafter)
+    tokens_bg, probs_bgv, draft = proposed(target, state, long_drafter)
+    assert draft.length_b.tolist() == [len(text) for text in texts]
     wanted_bg, wanted_bgv, _ = proposed(target, once, long_drafter)
     np.testing.assert_array_equal(tokens_bg, wanted_bg)
     np.testing.assert_allclose(probs_bgv, wanted_bgv, atol=1e-5)
@@ -297,7 +297,7 @@ def test_a_row_that_outgrows_the_draft_goes_on_without_drafts():
     plain = prefilled(TARGET, None, prompts, sampling, new)
     while not np.asarray(plain.done_b).all():
         plain = jax.jit(specjax.step)(TARGET, plain)
-    np.testing.assert_array_equal(state.tokens_bs, plain.tokens)
+    np.testing.assert_array_equal(state.tokens_bs, plain.tokens_bs)
 
 
 @pytest.mark.parametrize("positions", [7, 12, 100])
@@ -465,7 +465,7 @@ def test_a_recurrent_draft_is_rolled_back_to_the_tokens_that_stay():
         for row, end in enumerate(state.draft.fed_b.tolist()):
             text = spelled(texts_of(state)[row])
             assert state.draft.cache.count_b[row] == end <= max(len(text) - 1, 0)
-            assert state.draft.cache.sum_b[row] == np.sum((np.asarray(text[:end]) + 1) * np.arange(1, end + 1))
+            assert state.draft.cache.sum_b[row] == sum((piece + 1) * (i + 1) for i, piece in enumerate(text[:end]))
         fresh = prefilled(target, drafter, texts_of(state), Sampling(), slots=64)
         drafted, wanted = (proposed(target, x, drafter)[:2] for x in (state, fresh))
         spells_b = np.asarray(state.draft.length_b) > 0
