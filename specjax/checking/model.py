@@ -152,12 +152,17 @@ def default_tolerance(tree: Any) -> float:
 
 
 def spread(x: Any) -> float:
-    """Returns the distance of the middle four fifths of the numbers. A few banned tokens do not change it."""
+    """Returns the size of what distinguishes the numbers: a median, so that banned tokens do not change it."""
     finite = x[np.isfinite(x)]
     if not finite.size:
         return 1.0
-    low, high = np.quantile(finite, [0.1, 0.9])
-    return float(high - low) or float(np.abs(finite).max()) or 1.0
+    deviation = 1.5 * np.median(np.abs(finite - np.median(finite)))
+    return float(max(deviation, 0.1 * np.median(np.abs(finite)))) or 1.0
+
+
+def _finite(arrays: Iterable[Any]) -> bool:
+    """Whether no number is NaN or positive infinity; banned tokens may have -inf."""
+    return not any(np.isnan(x).any() or np.isposinf(x).any() for x in arrays)
 
 
 class _Checker:
@@ -182,8 +187,12 @@ class _Checker:
 
         self._pass = jax.jit(run)
         self.want = self._whole(self.tokens_bs)
-        if any(np.isnan(x).any() or np.isposinf(x).any() for x in self.want):
-            raise _broken("one pass over a text gives logits or states that are NaN or infinite")
+        if not _finite(self.want):
+            short = _finite(self._whole(self.tokens_bs[:, :BLOCK]))
+            raise _broken(
+                f"a pass over {slots} places gives logits or states that are NaN or infinite"
+                + f", and one over {BLOCK} does not: a ring may be too short for the pass (ring overwritten)" * short
+            )
         self.spreads = [spread(x) for x in self.want]
         tree = (target.params, target.init_cache(1, 1), jax.eval_shape(self._pass, *self._arguments(self.tokens_bs))[0])
         self.tolerance = default_tolerance(tree) if tolerance is None else tolerance
@@ -230,18 +239,19 @@ class _Checker:
         target, rows, tokens_bs, want = self.target, self.rows, self.tokens_bs, self.want
         # The same program twice, and another trace: random choices are made in either.
         self._expect("the same pass gives other logits each time; draw nothing at random", self._again())
-        # Later tokens change: within a short pass first, since a ring can fail in a long one alone.
-        short_bt = self._changed(BLOCK // 2)[:, :BLOCK]
-        early = [x[:, : BLOCK // 2] for x in self._whole(short_bt)]
+        # Later tokens change: in a short pass first, since a ring can fail in a long one alone.
+        half, cut = BLOCK // 2, self.slots // 2
+        short = self._whole(tokens_bs[:, :BLOCK])
+        early = [x[:, :half] for x in self._whole(self._changed(half)[:, :BLOCK])]
         causal = "a place depends on later places of the same pass (a block that is not causal); mask later places"
-        self._expect(causal, self._errors(early, [x[:, : BLOCK // 2] for x in want]))
-        cut = self.slots // 2
-        early = [x[:, :cut] for x in self._whole(self._changed(cut))]
+        self._expect(causal, self._errors(early, [x[:, :half] for x in short]))
         long = (
-            "a long pass overwrites slots of a ring that its own earlier places need (ring overwritten): let each "
-            "place see the slots before it as they were"
+            "the first places of a long pass depend on how long it is: it overwrites slots of a ring that its own early "
+            "places need (ring overwritten), or computes by shape"
         )
-        self._expect(long, self._errors(early, [x[:, :cut] for x in want]))
+        self._expect(long, self._errors(short, [x[:, :BLOCK] for x in want]))
+        early = [x[:, :cut] for x in self._whole(self._changed(cut))]
+        self._expect(f"{causal}. Or {long}", self._errors(early, [x[:, :cut] for x in want]))
         # Other rows change, and then there are none.
         others_bs = self._random(rows, self.slots)
         others_bs[0] = tokens_bs[0]
