@@ -10,6 +10,8 @@ from specjax import testing as testing
 from specjax import text as text
 from specjax import transformer as transformer
 from specjax import verify as verify
+from specjax.checking.drafter import check_drafter as check_drafter
+from specjax.checking.model import check_model as check_model
 from specjax.checkpoint.convert import convert_hf as convert_hf
 from specjax.checkpoint.convert import export_hf as export_hf
 from specjax.checkpoint.drafters import load_drafter as load_drafter
@@ -77,6 +79,8 @@ __all__ = [
     "State",
     "Stats",
     "Verdict",
+    "check_drafter",
+    "check_model",
     "convert_hf",
     "default_dtype",
     "export_hf",

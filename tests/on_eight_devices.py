@@ -39,13 +39,13 @@ from specjax import (
     Proposal,
     Sampling,
     Verdict,
-    engine,
     verify,
 )
 from specjax.checkpoint.eagle import eagle_head
 from specjax.drafters.eagle import EagleHead
 from specjax.drafters.medusa import init_medusa_params
 from specjax.drafters.mtp import MTPConfig, init_mtp_params
+from specjax.engine import loop as engine
 from specjax.engine.request import lay_out
 from specjax.hf.config import decoder_config
 from specjax.sharding import RULES, make_mesh, shard, shardings
@@ -53,6 +53,7 @@ from specjax.testing import table_model
 from specjax.transformer import moe
 from specjax.transformer.config import DecoderConfig, ExpertsConfig, LatentConfig, LayerConfig, plain_rope
 from specjax.transformer.decoder import decoder_model, init_params
+from specjax.types import whole_feed
 
 ROWS, DRAFTS, NEW, SLOTS, VOCAB, WIDTH, MLP, HEAD, KV_HEADS = 24, 2, 16, 128, 64, 32, 48, 8, 2
 DENSE = DecoderConfig(VOCAB, WIDTH, MLP, 1, num_attention_heads=8, num_key_value_heads=KV_HEADS, head_dim=HEAD)
@@ -141,8 +142,8 @@ class ByRow:
     def capture(self):
         return tuple(dict.fromkeys(index for part in self.parts for index in part.capture))
 
-    def start(self, context, features, slots):
-        return tuple(part.start(context, self._of(part, features), slots) for part in self.parts)
+    def init(self, target, rows, slots):
+        return tuple(part.init(target, rows, slots) for part in self.parts)
 
     def propose(self, state, context, draw):
         row_b, turn_b = jnp.arange(context.length_b.size), context.tokens_bs[:, 0] % len(self.parts)
@@ -151,18 +152,18 @@ class ByRow:
             proposal, own = part.propose(own, context, draw)
             cache = context.cache if proposal.cache is None else proposal.cache
             context = dataclasses.replace(context, cache=cache)
-            probs_bgv = verify.draft_probs(proposal, VOCAB, jnp.float32)
-            proposals.append(Proposal(proposal.tokens_bg, probs_bgv, proposal.length_b))
+            proposals.append(Proposal(proposal.tokens_bg, proposal.q(VOCAB), proposal.length_b))
             states.append(own)
         chosen = jax.tree.map(lambda *parts: jnp.stack(parts)[turn_b, row_b], *proposals)
         return dataclasses.replace(chosen, cache=context.cache), tuple(states)
 
-    def commit(self, state, context, verdict, features):
+    def observe(self, state, context, event):
         pairs = zip(self.parts, state, strict=True)
-        return tuple(part.commit(own, context, verdict, self._of(part, features)) for part, own in pairs)
+        return tuple(part.observe(own, context, self._of(part, event)) for part, own in pairs)
 
-    def _of(self, part, features):
-        return tuple(features[self.capture.index(index)] for index in part.capture)
+    def _of(self, part, event):
+        features = tuple(event.features[self.capture.index(index)] for index in part.capture)
+        return dataclasses.replace(event, features=features)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,13 +172,13 @@ class EveryRule:
 
     shares_noise = True
 
-    def __call__(self, proposal, target_bsv, draws):
-        verdict = verify.coupled(proposal, target_bsv, draws)
+    def __call__(self, proposal, target_btv, draws):
+        verdict = verify.coupled(proposal, target_btv, draws)
         spoiled_b = jnp.zeros_like(verdict.next_b, bool)
         for rule in (verify.token, verify.block):
-            other = rule(proposal, target_bsv, draws)
+            other = rule(proposal, target_btv, draws)
             spoiled_b |= (other.num_accepted_b != verdict.num_accepted_b) | (other.next_b != verdict.next_b)
-        spoiled_b &= (target_bsv.max(-1) == 1).all(-1)
+        spoiled_b &= (target_btv.max(-1) == 1).all(-1)
         return Verdict(verdict.num_accepted_b, jnp.where(spoiled_b, VOCAB - 1 - verdict.next_b, verdict.next_b))
 
 
@@ -254,8 +255,7 @@ def bfloat16_experts_run():
     model = decoder_model(MIXTURE, params)
 
     def logits(model):
-        zero_b = jnp.zeros((ROWS,), jnp.int32)
-        return model.forward(model.params, jnp.asarray(PROMPT), model.init_cache(ROWS, 16), zero_b).logits_btv
+        return model.run(whole_feed(jnp.asarray(PROMPT)), model.init_cache(ROWS, 16))[0]
 
     alone = jax.jit(logits)(model)
     with jax.set_mesh(mesh):
@@ -312,9 +312,9 @@ def a_round_keeps_to_its_budget_of_collectives():
     mesh = make_mesh(data, tensor)
     target, draft = shard(decoder(DENSE), mesh), shard(drafter("model", DENSE), mesh)
     with jax.set_mesh(mesh):
-        prompt_bt, request, slots = lay_out(target, draft, PROMPT, None, Sampling(), NEW, (), SLOTS)
-        static = {"classes": engine.classes_key(target, draft), "verify": verify.block, "slots": slots}
-        hlo = engine._generate_jit.lower(target, prompt_bt, request, None, draft, **static).compile().as_text()
+        prompt_bs, request, static = lay_out(target, draft, PROMPT, None, Sampling(), NEW, (), SLOTS)
+        static |= {"classes": engine.classes_key(target, draft), "verify": verify.block}
+        hlo = engine._generate_jit.lower(target, prompt_bs, request, draft, **static).compile().as_text()
     (body,) = (body for body in outer_loops(hlo) if collectives(body))  # XLA may make small loops of its own
     found, rows, layers = collectives(body), ROWS // data, DENSE.num_hidden_layers
 
@@ -326,7 +326,7 @@ def a_round_keeps_to_its_budget_of_collectives():
         assert collectives(line for name in condition for line in lines[name]) == []
     assert copies(body, SLOTS) == []
 
-    # Models: hidden states behind the embedding, attention and MLP of each layer, in each pass.
+    # Models: hidden states after the embedding, attention and MLP of each layer, in each pass.
     states = Counter(shape for _, shapes, _ in found for shape in shapes if shape[-1:] == (WIDTH,))
     passes = [2, *[1] * (DRAFTS - 1), DRAFTS + 1]  # the drafter's and the target's, tokens each
     assert states == Counter({(rows, t, WIDTH): passes.count(t) * (2 * layers + 1) for t in passes})

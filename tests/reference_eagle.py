@@ -38,7 +38,7 @@ def fuse(config, tensors, features):
 
 
 def run(config, tensors, embedded, states):
-    """Returns the states ``[t, d]`` behind the head's layers, of embeddings and states ``[t, d]``."""
+    """Returns the states ``[t, d]`` after the head's layers, of embeddings and states ``[t, d]``."""
     eps = config["rms_norm_eps"]
     if config["version"] == 1:
         x = attended = linear(tensors, "fc", None, np.concatenate([embedded, states], axis=-1), config["bias"])
@@ -90,7 +90,7 @@ def logits(config, tensors, states, target_head):
 
 
 def chain(config, tensors, table, target_head, features, tokens, drafts):
-    """Returns the logits ``[len(drafts) + 1, v]`` of a chain behind a row of n tokens.
+    """Returns the logits ``[len(drafts) + 1, v]`` of a chain after a row of n tokens.
 
     Args:
       config: see above.

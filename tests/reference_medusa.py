@@ -4,12 +4,12 @@ import numpy as np
 
 
 def logits(tensors, head, state):
-    """Returns the logits of one head behind one state.
+    """Returns the logits of one head after one state.
 
     Args:
       tensors: arrays by the published names, weights being ``[out, in]``.
       head: its number, from 0.
-      state: ``[d]``, the target's behind its final norm.
+      state: ``[d]``, the target's after its final norm.
     """
     x, block = np.asarray(state, np.float64), 0
     while f"{head}.{block}.linear.weight" in tensors:

@@ -29,7 +29,7 @@ def module(config, tensors, k, embedded, states):
       states: ``[t, d]``, those of module k - 1, or the target's.
 
     Returns:
-      The module's states ``[t, d]``, behind its norm.
+      The module's states ``[t, d]``, after its norm.
     """
     kind, numbers = config["model_type"], {"n": config["num_hidden_layers"] + k, "k": k}
     layer, parts, *names = NAMES[kind]
@@ -103,7 +103,7 @@ def rotated(vector, position, theta, width, neighbours=False):
 
 
 def grouped_attention(config, linear, norm, prefix, x):
-    """Grouped-query attention, with norms of queries and keys, and with a gate behind it, where the family has them."""
+    """Grouped-query attention, with norms of queries and keys, and with a gate after it, where the family has them."""
     kind, length, heads = config["model_type"], len(x), config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
     theta, part = config["rope_theta"], config.get("partial_rotary_factor", 1.0)

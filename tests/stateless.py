@@ -8,8 +8,8 @@ class Stateless:
     vocab_size = None
     max_positions = None
 
-    def start(self, context, features, slots):
+    def init(self, target, rows, slots):
         return None
 
-    def commit(self, state, context, verdict, features):
+    def observe(self, state, context, event):
         return None

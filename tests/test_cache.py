@@ -1,4 +1,4 @@
-"""The cache: writes at offsets of each row's own, growth, and garbage past a row's length that nobody sees."""
+"""The cache: writes at offsets of each row's own, and garbage past a row's length that nobody sees."""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import reference_model
 from specjax import cache as cache_lib
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import decoder_model, init_params
+from specjax.types import whole_feed
 
 SLOTS = 12
 _write = jax.jit(cache_lib.write)
@@ -60,32 +61,11 @@ def test_allocate_gives_each_layer_empty_arrays():
         assert not np.any(array)
 
 
-@pytest.mark.parametrize("widths", [(4, 4), (4, 6), (9,)], ids=["keys and values", "wider values", "latents"])
-def test_grow_keeps_what_is_there_and_adds_empty_slots(widths):
-    cache = cache_lib.allocate(2, 3, SLOTS, 2, widths, jnp.dtype("float32"))
-    cache = jax.tree.map(lambda x: jnp.asarray(np.random.default_rng(0).normal(size=x.shape), x.dtype), cache)
-    grown = cache_lib.grow(cache, 20)
-    for old, new in zip(jax.tree.leaves(cache), jax.tree.leaves(grown), strict=True):
-        assert (*new.shape[:3], new.dtype) == (3, 2, 20, old.dtype)
-        assert new.shape[3] == old.shape[3]
-        np.testing.assert_array_equal(new[:, :, :SLOTS], old)
-        assert not np.any(new[:, :, SLOTS:])
-    same = cache_lib.grow(cache, SLOTS)
-    assert jax.tree.all(jax.tree.map(np.array_equal, same, cache))
-
-
-@pytest.mark.parametrize("slots", [SLOTS - 1, 1, 0, -1])
-def test_a_cache_does_not_shrink(slots):
-    cache = cache_lib.allocate(1, 1, SLOTS, 1, (2,), jnp.dtype("float32"))
-    with pytest.raises(ValueError, match=rf"from {SLOTS} to {slots} slots.* at least {SLOTS}"):
-        cache_lib.grow(cache, slots)
-
-
 # Garbage in a decoder's cache.
 
 CONFIG = DecoderConfig(19, 16, 24, 2, 4, 2, max_position_embeddings=64)
 _forward = jax.jit(
-    lambda model, tokens_bt, cache, start_b: model.forward(model.params, tokens_bt, cache, start_b),
+    lambda model, tokens_bt, cache, start_b: model.forward(model.params, whole_feed(tokens_bt, start_b), cache),
 )
 
 
@@ -103,8 +83,8 @@ def past(length_b, cache, value):
     """Returns the cache with ``value`` in every slot past a row's length."""
 
     def spoil(x):
-        behind = jnp.arange(x.shape[2])[None] >= jnp.asarray(length_b)[:, None]
-        return jnp.where(behind[:, None, :, None], jnp.asarray(value, x.dtype), x)
+        past_bs = jnp.arange(x.shape[2])[None] >= jnp.asarray(length_b)[:, None]
+        return jnp.where(past_bs[:, None, :, None], jnp.asarray(value, x.dtype), x)
 
     return jax.tree.map(spoil, cache)
 
@@ -112,7 +92,7 @@ def past(length_b, cache, value):
 @pytest.mark.parametrize("slots", [24, 300])
 @pytest.mark.parametrize("value", [1e30, float(np.finfo(np.float32).max), -float(np.finfo(np.float32).max)])
 def test_garbage_past_a_rows_length_changes_no_bit(model, slots, value):
-    """In an unused cache, and behind ragged rows as rejected drafts leave it."""
+    """In an unused cache, and past ragged rows as rejected drafts leave it."""
     rng = np.random.default_rng(0)
     length = jnp.asarray([1, 8, 5], jnp.int32)
     prompt = jnp.asarray(rng.integers(0, 19, (3, 8)), jnp.int32)
@@ -130,14 +110,3 @@ def test_garbage_past_a_rows_length_changes_no_bit(model, slots, value):
 
     inside = _forward(model, block, past(length - 1, clean.cache, 2.0), length)
     assert (np.abs(inside.logits_btv - clean.logits_btv).max((1, 2)) > 1e-3).all(), "the last slot is not read"
-
-
-def test_a_grown_cache_goes_on_with_the_same_logits(model):
-    rng = np.random.default_rng(1)
-    prompt, block = (jnp.asarray(rng.integers(0, 19, (3, t)), jnp.int32) for t in (8, 4))
-    zero, length = jnp.zeros(3, jnp.int32), jnp.asarray([8, 2, 5], jnp.int32)
-    small = _forward(model, prompt, model.init_cache(3, 24), zero).cache
-    large = _forward(model, prompt, model.init_cache(3, 300), zero).cache
-    grown = _forward(model, block, cache_lib.grow(small, 300), length)
-    fresh = _forward(model, block, large, length)
-    np.testing.assert_allclose(grown.logits_btv, fresh.logits_btv, atol=1e-6, rtol=0)

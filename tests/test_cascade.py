@@ -34,17 +34,14 @@ PROMPTS = [[3, 6], [1, 5, 2], [2, 4, 1, 0, 5, 3, 2], [6, 6, 6, 6]]
 def target():
     model = table_model(np.random.default_rng(0).normal(size=(VOCAB,) * (ORDER + 1)) * 3)
 
-    def forward(params, tokens_bt, cache, start_b, capture=()):
-        output = model.forward(params, tokens_bt, cache, start_b)
-        return output._replace(features=(jax.nn.one_hot(tokens_bt, VOCAB),) * len(capture))
+    def forward(params, feed, cache, capture=()):
+        output = model.forward(params, feed, cache)
+        return output._replace(features=(jax.nn.one_hot(feed.tokens_bt, VOCAB),) * len(capture))
 
-    def early_exit(params, tokens_bt, cache, start_b, depth):
-        return forward(params, tokens_bt, cache, start_b)._replace(features=(tokens_bt[..., None],))
+    def early_exit(params, feed, cache, depth):
+        return forward(params, feed, cache)
 
-    def resume(params, x_btd, cache, start_b, depth, capture=()):
-        return forward(params, x_btd[..., 0], cache, start_b, capture)
-
-    return model.replace(forward=forward, early_exit=early_exit, resume=resume, num_layers=1)
+    return model.replace(forward=forward, early_exit=early_exit, num_layers=1)
 
 
 class TableHead:

@@ -14,6 +14,7 @@ from specjax.checkpoint import models as checkpoint
 from specjax.hf import decoder_config
 from specjax.training import data
 from specjax.transformer.decoder import decoder_model, init_params
+from specjax.types import whole_feed
 
 # A damaged folder leaves reads of its other arrays behind, whose exceptions Python reports when it collects them.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -82,7 +83,7 @@ def test_float32_parameters_come_back_bit_for_bit(folder, params):
 def test_the_model_that_comes_back_computes_the_same(folder, params):
     def logits(model):
         tokens_bt = jnp.asarray([[1, 2, 3, 4]], jnp.int32)
-        return model.forward(model.params, tokens_bt, model.init_cache(1, 8), jnp.zeros(1, jnp.int32)).logits_btv
+        return model.forward(model.params, whole_feed(tokens_bt), model.init_cache(1, 8)).logits_btv
 
     run = jax.jit(logits)
     np.testing.assert_array_equal(run(specjax.load(folder, "float32")), run(decoder_model(CONFIG, params)))

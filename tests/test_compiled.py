@@ -20,6 +20,7 @@ from specjax.engine.request import lay_out
 from specjax.testing import table_model
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import decoder_model, init_params
+from specjax.types import whole_feed
 
 pytestmark = pytest.mark.optimized
 
@@ -48,9 +49,9 @@ DRAFTER = ModelDrafter(decoder(1, 1, 1), DRAFTS)
 def arguments(rows, slots, target=TARGET, drafter=DRAFTER, width=5):
     """Returns the positional and the static arguments of the jitted ``generate``."""
     prompt_bt = np.ones((rows, width), np.int32)
-    prompt_bt, request, slots = lay_out(target, drafter, prompt_bt, None, Sampling(), 8, (), slots)
-    static = {"classes": engine.classes_key(target, drafter), "verify": verify.block, "slots": slots}
-    return (target, prompt_bt, request, None, drafter), static
+    prompt_bs, request, static = lay_out(target, drafter, prompt_bt, None, Sampling(), 8, (), slots)
+    static |= {"classes": engine.classes_key(target, drafter), "verify": verify.block}
+    return (target, prompt_bs, request, drafter), static
 
 
 # Reading HLO.
@@ -154,9 +155,9 @@ def test_a_round_copies_no_cache(program):
 def test_stream_copies_no_cache():
     """Of its donated state, neither on the way into the loop nor in it."""
     slots = 1024
-    args, _ = arguments(1, slots)
-    rounds = {"classes": engine.classes_key(TARGET, DRAFTER), "verify": verify.block}
-    state = jax.eval_shape(lambda: engine._prefill_jit(*args, classes=rounds["classes"], slots=slots))
+    args, static = arguments(1, slots)
+    rounds = {name: static.pop(name) for name in ("classes", "verify")}
+    state = jax.eval_shape(lambda: engine._prefill_jit(*args, classes=rounds["classes"], **static))
     hlo = engine._rounds_jit.lower(TARGET, state, DRAFTER, jnp.int32(1), **rounds).compile().as_text()
     assert len(outer_loops(hlo)) == 1
     assert copies(hlo.splitlines(), slots) == []
@@ -200,12 +201,24 @@ def ask(prompts, sampling=Sampling(), max_new_tokens=10, stop_tokens=()):
         {"sampling": Sampling(temperature=0.0)},
         {"sampling": Sampling(top_k=2, top_p=0.5, min_p=0.1)},
         {"sampling": Sampling(repetition_penalty=1.2, presence_penalty=0.1, frequency_penalty=0.1)},
-        {"sampling": Sampling(max_new_tokens=3)},
+        {"max_new_tokens": np.array([3, 7])},
         {"stop_tokens": (2,)},
         {"stop_tokens": (1, 2, 3)},
+        {"stop_tokens": [[1, 2, 3], [4, -1, -1]]},
         {"max_new_tokens": 37},
     ],
-    ids=["prompt", "temperature", "greedy", "filters", "penalties", "limits", "stop token", "stop tokens", "tokens"],
+    ids=[
+        "prompt",
+        "temperature",
+        "greedy",
+        "filters",
+        "penalties",
+        "limits",
+        "stop token",
+        "stop tokens",
+        "stop tokens of rows",
+        "tokens",
+    ],
 )
 def test_a_like_request_compiles_nothing(changed):
     first = {"prompts": [[1, 2, 3], [4, 4]]}
@@ -224,7 +237,7 @@ def test_a_larger_request_compiles():
 
 def test_another_model_of_the_architecture_compiles_nothing():
     args, static = arguments(1, 128)
-    other = decoder(2, 2, 5), *args[1:4], DRAFTER.replace(model=decoder(1, 1, 6))
+    other = decoder(2, 2, 5), *args[1:3], DRAFTER.replace(model=decoder(1, 1, 6))
     engine._generate_jit(*args, **static)
     with compilations() as names:
         engine._generate_jit(*other, **static)
@@ -254,7 +267,7 @@ def test_bfloat16_differs_from_plain_decoding_only_at_near_ties():
     drafted = specjax.generate(target, prompt_bt, drafter=NGramDrafter(DRAFTS, min_n=1), **settings)
     assert plain.tokens.shape == drafted.tokens.shape
     cache = target.init_cache(*plain.tokens.shape)
-    whole_pass = jax.jit(target.forward)(target.params, plain.tokens, cache, jnp.zeros((rows,), jnp.int32))
+    whole_pass = jax.jit(target.forward)(target.params, whole_feed(plain.tokens), cache)
     assert drafted.stats.accepted.sum() > 0
     for i in range(rows):
         differs = np.flatnonzero(np.asarray(plain.tokens[i] != drafted.tokens[i]))

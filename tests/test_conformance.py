@@ -96,9 +96,9 @@ def generate(drafter, rule=verify.block, order=(0, 1, 2, 3), temperature=(0.0, 1
     """Continues the prompts in an order; temperature, room and seed go with the prompt."""
     order = np.asarray(order)
     prompt_bt, length_b = specjax.pad_prompts([PROMPTS[row] for row in order])
-    sampling = specjax.Sampling(np.float32(temperature)[order], seed=order + 9, max_new_tokens=np.int32(LIMITS)[order])
-    options = {"drafter": drafter, "verify": rule, "sampling": sampling, "max_new_tokens": max(LIMITS)} | settings
-    return specjax.generate(TARGET, prompt_bt, length_b, **options)
+    sampling = specjax.Sampling(np.float32(temperature)[order], seed=order + 9)
+    options = {"drafter": drafter, "verify": rule, "sampling": sampling, "max_new_tokens": np.int32(LIMITS)[order]}
+    return specjax.generate(TARGET, prompt_bt, length_b, **options | settings)
 
 
 def texts(out):

@@ -59,7 +59,7 @@ def place(tmp_path, monkeypatch):
 
 
 def run(page):
-    """Runs a page's blocks of Python one behind the other; returns their names and what they print."""
+    """Runs a page's blocks of Python one after the other; returns their names and what they print."""
     names, out = {"__name__": page}, io.StringIO()
     with contextlib.redirect_stdout(out):
         for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL):
@@ -68,7 +68,7 @@ def run(page):
 
 
 def test_the_readme_generates(place):
-    """Both prompts are printed with their text, and the figure behind them is that of drafts which were made."""
+    """Both prompts are printed with their text, and the figure after them is that of drafts which were made."""
     names, out = run("README.md")
     assert out.count("\n---") == 2 and all(prompt in out for prompt in names["prompts"])
     stats = names["generation"].stats

@@ -10,18 +10,19 @@ import pytest
 import reference_eagle
 from draft_heads import open_eagle, write_eagle
 from flax import struct
+from heads_observing import NoPrefill, NoRewrite, assert_chunks_are_as_one_pass, assert_rounds_alone_are_as_one_pass
 from test_compiled import compilations
 from test_drafters import step
 
 import specjax
 from specjax.cache import write
 from specjax.drafters.eagle import EagleHead
-from specjax.drafters.feature import FeatureDrafter, FeatureState
+from specjax.drafters.feature import FeatureDrafter
 from specjax.hf.eagle import eagle_fields, speculators_config
 from specjax.hf.safetensors import TensorSpec, open_tensors, write_tensors
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import decoder_model, init_params
-from specjax.types import LanguageModel, Output
+from specjax.types import LanguageModel, Output, whole_feed
 
 # The published layouts, on random weights.
 
@@ -191,7 +192,7 @@ def write_folder(folder, config, tensors):
 
 
 def random_target(width=WIDTH, vocab=VOCAB, layers=LAYERS, **options):
-    config = DecoderConfig(vocab, width, 20, layers, 4, 2, max_position_embeddings=128, **options)
+    config = DecoderConfig(vocab, width, 20, layers, 4, 2, max_position_embeddings=1024, **options)
     params = init_params(config, jax.random.key(7))
     return decoder_model(config, jax.tree.map(lambda x: x * 8 if x.ndim == 2 else x, params))
 
@@ -224,11 +225,11 @@ def test_teacher_forced_logits_equal_the_twin(case, tmp_path):
 
     @jax.jit
     def forced(params, target, features, tokens_bt):
-        zero_b = jnp.zeros((2,), jnp.int32)
-        cache = head.init_cache(params, 2, length)
-        states_btd, cache = head.run(params, target, tokens_bt[:, 1:], head.fuse(params, features), cache, zero_b)
+        cache, last_b = head.init_cache(params, 2, length), jnp.full((2,), length - 1, jnp.int32)
+        feed, again = whole_feed(tokens_bt[:, 1:]), whole_feed(tokens_bt[:, :1], last_b)
+        states_btd, cache = head.run(params, target, feed, head.fuse(params, features), cache)
         flat = head.logits(params, target, states_btd.reshape(-1, WIDTH))
-        again_btd, _ = head.run(params, target, tokens_bt[:, :1], states_btd[:, -1:], cache, zero_b + length - 1)
+        again_btd, _ = head.run(params, target, again, states_btd[:, -1:], cache)
         return flat.reshape(2, length - 1, VOCAB), head.logits(params, target, again_btd[:, 0])
 
     logits, again = forced(params, target, tuple(map(jnp.asarray, features)), jnp.asarray(tokens, jnp.int32))
@@ -276,10 +277,9 @@ def prefilled(target, drafter, prompts=PROMPTS, **settings):
 @jax.jit
 def true_states(target, tokens_bs):
     """Returns every hidden state of the target over whole rows, the one after the final norm last."""
-    rows, slots = tokens_bs.shape
     indices = (*range(target.num_layers + 1), -1)
-    cache, zero_b = target.init_cache(rows, slots), jnp.zeros((rows,), jnp.int32)
-    return target.forward(target.params, tokens_bs, cache, zero_b, indices).features
+    cache = target.init_cache(*tokens_bs.shape)
+    return target.forward(target.params, whole_feed(tokens_bs), cache, indices).features
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def true_states(target, tokens_bs):
 )
 def test_each_round_drafts_from_the_targets_true_states(name, drafts, tmp_path):
     """The distribution of every draft of five rounds is the twin's, which starts each round anew from the row's tokens
-    and the target's states over them: nothing that a chain left behind may count."""
+    and the target's states over them: nothing that a chain left in the cache may count."""
     case = CASES[name]
     tensors, target = published(case), target_of(case)
     drafter = open_eagle(write_folder(tmp_path / "head", case.config, tensors), target, drafts, "float32")
@@ -362,17 +362,17 @@ def perfect_pair(version, seed=0, drafted=None, width=WIDTH):
         unembed=lambda params, x_btd: x_btd @ params[1],
     )
 
-    def forward(params, tokens_bt, cache, start_b, capture=()):
+    def forward(params, feed, cache, capture=()):
         def one(carry, token_b):
             own, kept_b1sd, position_b = carry
             slot_b = jnp.maximum(position_b - 1, 0)
             before_b1d = jnp.take_along_axis(kept_b1sd[:, 0], slot_b[:, None, None], axis=1)
-            state_b1d, own = head.run(params[0], lent, token_b[:, None], before_b1d, own, slot_b)
+            state_b1d, own = head.run(params[0], lent, whole_feed(token_b[:, None], slot_b), before_b1d, own)
             state_b1d = jnp.where((position_b == 0)[:, None, None], params[1][token_b][:, None], state_b1d)
             kept_b1sd = write(kept_b1sd, state_b1d[:, None], position_b)
             return (own, kept_b1sd, position_b + 1), (state_b1d[:, 0], head.logits(params[0], lent, state_b1d[:, 0]))
 
-        (*cache, _), (states_tbd, logits_tbv) = jax.lax.scan(one, (*cache, start_b), tokens_bt.T)
+        (*cache, _), (states_tbd, logits_tbv) = jax.lax.scan(one, (*cache, feed.start_b), feed.tokens_bt.T)
         states_btd = states_tbd.swapaxes(0, 1)
         features = tuple(states_btd if i == -1 else states_btd @ params[2][i] for i in capture)
         return Output(logits_tbv.swapaxes(0, 1), features, tuple(cache))
@@ -427,45 +427,20 @@ def test_a_perfect_head_is_always_accepted(name, drafts):
 class NotShifted(FeatureDrafter):
     """Slot i takes token i, as an ordinary decoder's would."""
 
-    def _early(self, context):
-        return dataclasses.replace(context, tokens_bs=jnp.pad(context.tokens_bs, ((0, 0), (1, 0)))[:, :-1])
-
-    def start(self, context, features, slots):
-        return super().start(self._early(context), features, slots)
-
-    def propose(self, state, context, draw):
-        return super().propose(state, self._early(context), draw)
+    def observe(self, state, context, event):
+        early_bs = jnp.pad(context.tokens_bs, ((0, 0), (1, 0)))[:, :-1]
+        return super().observe(state, dataclasses.replace(context, tokens_bs=early_bs), event)
 
 
 @struct.dataclass
 class StatesOneSlotLate(FeatureDrafter):
     """Slot i takes the state at position i - 1."""
 
-    def commit(self, state, context, verdict, features):
-        state = super().commit(state, context, verdict, features)
-        return dataclasses.replace(state, states_btd=jnp.roll(state.states_btd, 1, axis=1))
-
-
-@struct.dataclass
-class NoPrefill(FeatureDrafter):
-    """Slots of the prompt stay empty, but for the few that the first round writes."""
-
-    def start(self, context, features, slots):
-        state = super().start(context, features, slots)
-        rows = context.length_b.shape[0]
-        return dataclasses.replace(state, cache=self.head.init_cache(self.params, rows, slots))
-
-
-@struct.dataclass
-class NoRewrite(FeatureDrafter):
-    """Slots hold what the chain wrote, and of the true states only the last is fed."""
-
-    def propose(self, state, context, draw):
-        last_b = jnp.maximum(context.length_b - 2, 0)
-        at_b11 = (last_b - state.start_b)[:, None, None]
-        states_btd = jnp.take_along_axis(state.states_btd, jnp.maximum(at_b11, 0), axis=1)
-        states_btd = jnp.pad(states_btd, ((0, 0), (0, self.num_draft), (0, 0)))
-        return super().propose(FeatureState(state.cache, states_btd, last_b), context, draw)
+    def observe(self, state, context, event):
+        if event.drafted:
+            late = tuple(jnp.roll(states_btd, 1, axis=1) for states_btd in event.features)
+            event = dataclasses.replace(event, features=late)
+        return super().observe(state, context, event)
 
 
 FAULTS = {"not shifted": NotShifted, "states late": StatesOneSlotLate, "no prefill": NoPrefill, "no rewrite": NoRewrite}
@@ -487,6 +462,23 @@ def test_states_of_the_wrong_layers_are_seen():
         found = acceptance(target, FeatureDrafter(params, dataclasses.replace(head, capture=capture), 3), 1.0)
         print(capture, found)
         assert found.min() < 0.95
+
+
+# What the head reads of a text.
+
+
+@pytest.mark.parametrize("name", ["EAGLE-1, SafeAILab", "several layers"])
+def test_a_prompt_in_chunks_is_as_in_one_pass(name, tmp_path):
+    case = CASES[name]
+    drafter = open_eagle(write_folder(tmp_path / "head", case.config, published(case)), TARGET, 3, "float32")
+    assert_chunks_are_as_one_pass(TARGET, drafter)
+
+
+@pytest.mark.parametrize("name", ["EAGLE-1, SafeAILab", "several layers"])
+def test_rounds_without_drafts_are_read_as_a_prompt_is(name, tmp_path):
+    case = CASES[name]
+    drafter = open_eagle(write_folder(tmp_path / "head", case.config, published(case)), TARGET, 3, "float32")
+    assert_rounds_alone_are_as_one_pass(TARGET, drafter)
 
 
 # The text does not depend on the head.

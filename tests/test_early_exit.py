@@ -1,7 +1,4 @@
-"""Early exit: all layers are the target itself, the cache is shared and never copied, no layer runs over a token
-twice, and what cannot be is refused."""
-
-from collections.abc import Callable
+"""Early exit: all layers are the target itself, the cache is shared and never copied, and what cannot be is refused."""
 
 import chex
 import jax
@@ -18,6 +15,7 @@ from specjax.engine import loop as engine
 from specjax.hf import decoder_config
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import decoder_model, init_params
+from specjax.types import whole_feed
 
 VOCAB, LAYERS = 37, 3
 PROMPTS = [[3], [1, 5], [2, 4, 1, 0, 5, 3, 2]]
@@ -73,19 +71,15 @@ def asked_of(target, drafter):
     """Returns which layers a round asks the target to run, over how many tokens, in turn."""
     asked = []
 
-    def early_exit(params, tokens_bt, cache, start_b, depth):
-        asked.append((f"the first {depth}", tokens_bt.shape[1]))
-        return target.early_exit(params, tokens_bt, cache, start_b, depth)
+    def early_exit(params, feed, cache, depth):
+        asked.append((f"the first {depth}", feed.tokens_bt.shape[1]))
+        return target.early_exit(params, feed, cache, depth)
 
-    def resume(params, x_btd, cache, start_b, depth, capture=()):
-        asked.append((f"all but {depth}", x_btd.shape[1]))
-        return target.resume(params, x_btd, cache, start_b, depth, capture)
+    def forward(params, feed, cache, capture=()):
+        asked.append(("all", feed.tokens_bt.shape[1]))
+        return target.forward(params, feed, cache, capture)
 
-    def forward(params, tokens_bt, cache, start_b, capture=()):
-        asked.append(("all", tokens_bt.shape[1]))
-        return target.forward(params, tokens_bt, cache, start_b, capture)
-
-    watched = target.replace(forward=forward, early_exit=early_exit, resume=target.resume and resume)
+    watched = target.replace(forward=forward, early_exit=early_exit)
     prompt, length = specjax.pad_prompts(PROMPTS)
     state = specjax.prefill(watched, prompt, length, drafter=drafter, max_new_tokens=9)
     asked.clear()
@@ -94,43 +88,34 @@ def asked_of(target, drafter):
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_no_layer_runs_over_a_token_twice(target, depth):
-    wanted = [(f"the first {depth}", 1)] * 4 + [(f"all but {depth}", 4)]
-    assert asked_of(target, EarlyExitDrafter(depth, 3)) == wanted
-    assert asked_of(target, specjax.Cascade(specjax.NGramDrafter(3), EarlyExitDrafter(depth, 3))) == wanted
+def test_the_first_layers_run_for_the_drafts_and_all_layers_once(target, depth):
+    assert asked_of(target, EarlyExitDrafter(depth, 3)) == [(f"the first {depth}", 1)] * 3 + [("all", 4)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_first_layers_and_then_the_others_are_a_forward_pass(family):
-    """With learned positions, layers of two kinds, and latent caches with experts behind the first layer."""
+def test_the_first_layers_write_what_a_forward_pass_does(family):
+    """With learned positions, layers of two kinds, and latent caches with experts after the first layer. All layers
+    have the logits of a forward pass; the others' part of the cache stays; a row that rests is not read."""
     config = decoder_config(FAMILIES[family])
     model = decoder_model(config, init_params(config, jax.random.key(1)))
-    tokens_bt = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (2, 9)), jnp.int32)
-    start_b = jnp.asarray([5, 3], jnp.int32)
-    cache = jax.jit(model.forward)(model.params, tokens_bt, model.init_cache(2, 24), jnp.zeros(2, jnp.int32)).cache
-    block_bt = tokens_bt[:, :4]
+    tokens_bt = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (3, 9)), jnp.int32)
+    _, cache = jax.jit(model.run)(whole_feed(tokens_bt), model.init_cache(3, 24))
+    feed = specjax.Feed(tokens_bt[:, :4], jnp.asarray([5, 3, 9], jnp.int32), jnp.asarray([4, 2, 0], jnp.int32))
     for depth in range(1, model.num_layers + 1):
-        capture = (depth, model.num_layers, -1)
 
         @jax.jit
-        def passes(params, cache, depth=depth, capture=capture):
-            wanted = model.forward(params, block_bt, cache, start_b, capture)
-            begun = model.early_exit(params, block_bt, cache, start_b, depth)
-            assert len(begun.features) == 1
-            found = model.resume(params, begun.features[0], begun.cache, start_b, depth, capture)
-            return wanted, found, begun.cache
+        def passes(params, cache, depth=depth):
+            return model.forward(params, feed, cache), model.early_exit(params, feed, cache, depth)
 
-        wanted, found, begun = passes(model.params, cache)
-        chex.assert_trees_all_equal(begun.layers[depth:], cache.layers[depth:])
-        chex.assert_trees_all_close(found, wanted, atol=1e-6)
-
-
-def test_a_target_that_cannot_go_on_from_states_runs_all_its_layers(target):
-    """And the first ones for no more than the drafts."""
-    cannot, drafter = target.replace(resume=None), EarlyExitDrafter(2, 3)
-    assert asked_of(cannot, drafter) == [("the first 2", 1)] * 3 + [("all", 4)]
-    found, wanted = (generate(model, drafter, PROMPTS, 31, 1.0) for model in (cannot, target))
-    np.testing.assert_array_equal(found.tokens, wanted.tokens)
+        wanted, found = passes(model.params, cache)
+        assert found.features == ()
+        chex.assert_trees_all_equal(found.cache.layers[depth:], cache.layers[depth:])
+        end_b, real_bt = feed.start_b + feed.count_b, np.asarray(feed.real_bt)
+        for row, end in enumerate(end_b.tolist()):
+            for held, kept in zip(*(jax.tree.leaves(x.cache.layers[:depth]) for x in (found, wanted)), strict=True):
+                np.testing.assert_allclose(held[row, :, :end], kept[row, :, :end], atol=1e-6)
+        if depth == model.num_layers:
+            np.testing.assert_allclose(found.logits_btv[real_bt], wanted.logits_btv[real_bt], atol=1e-5)
 
 
 @struct.dataclass
@@ -138,40 +123,54 @@ class Likeliest(EarlyExitDrafter):
     """Drafts without ``draw``, and so feeds itself its own drafts, whoever's are taken."""
 
     def propose(self, state, context, draw):
-        def likeliest(logits_bv, prefix_bi):
+        def likeliest(logits_bv, drafts_bg, index):
             return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32), logits_bv
 
         proposal, state = super().propose(state, context, likeliest)
         return proposal.replace(probs_bgv=None), state
 
 
-def test_states_of_drafts_that_a_cascade_does_not_take_are_not_gone_on_from(target):
-    prompts, wanted = [[1, 2, 3, 1, 2], [4, 4, 4, 4]], [("the first 2", 1)] * 4
-    alone, drafter = Likeliest(2, 3), specjax.Cascade(specjax.NGramDrafter(3, 1, 2), Likeliest(2, 3))
-    assert asked_of(target, alone) == [*wanted, ("all but 2", 4)]
-    assert asked_of(target, drafter) == [*wanted, ("all", 4)]
+def test_what_it_wrote_of_drafts_that_a_cascade_does_not_take_is_overwritten(target):
+    prompts = [[1, 2, 3, 1, 2], [4, 4, 4, 4]]
+    drafter = specjax.Cascade(specjax.NGramDrafter(3, 1, 2), Likeliest(2, 3))
     out = generate(target, drafter, prompts, 31)
     np.testing.assert_array_equal(out.tokens, generate(target, None, prompts, 31).tokens)
 
 
 def test_another_drafter_beside_it_may_read_states_of_the_first_layers(target):
-    """Which the rest of a pass would not give."""
+    """They are those of the target's own pass over the whole text."""
     seen = []
 
     @struct.dataclass
     class Reads(Curious):
-        def commit(self, state, context, verdict, features):
-            jax.debug.callback(lambda length_b, *states: seen.append((length_b, states)), context.length_b, *features)
+        def observe(self, state, context, event):
+            last_bt = jax.tree.map(lambda x: x[:, 0], event.features)
+            jax.debug.callback(
+                lambda drafted, start_b, *states: seen.append((bool(drafted), start_b, states)),
+                event.drafted,
+                event.feed.start_b,
+                *last_bt,
+            )
 
     drafter = specjax.Cascade(Reads(3, wanted=(1, 3)), EarlyExitDrafter(2, 3))
     out = generate(target, drafter, [[1, 2, 3, 1, 2]], 9)
     jax.effects_barrier()
-    cache, start_b = target.init_cache(1, out.tokens.shape[1]), jnp.zeros(1, jnp.int32)
-    wanted = target.forward(target.params, out.tokens, cache, start_b, (1, 3)).features
-    assert len(seen) >= 2
-    for length_b, states in seen:
-        for found_btd, wanted_btd in zip(states, wanted, strict=True):
-            np.testing.assert_allclose(found_btd[0, 0], wanted_btd[0, int(length_b[0]) - 1], atol=1e-5)
+    cache = target.init_cache(1, out.tokens.shape[1])
+    wanted = target.forward(target.params, whole_feed(out.tokens), cache, (1, 3)).features
+    assert sum(drafted for drafted, _, _ in seen) >= 2 and not all(drafted for drafted, _, _ in seen)
+    for _, start_b, states in seen:
+        for found_bd, wanted_btd in zip(states, wanted, strict=True):
+            np.testing.assert_allclose(found_bd[0], wanted_btd[0, int(start_b[0])], atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [1, LAYERS])
+def test_a_loop_on_the_device_drafts_as_unrolled_steps_do(target, depth):
+    drafter = EarlyExitDrafter(depth, 3)
+    for temperature in (0.0, 1.0):
+        unrolled = generate(target, drafter, PROMPTS, 31, temperature)
+        looped = generate(target, drafter.replace(unrolled=False), PROMPTS, 31, temperature)
+        np.testing.assert_array_equal(looped.tokens, unrolled.tokens)
+        np.testing.assert_array_equal(looped.stats.accepted_at, unrolled.stats.accepted_at)
 
 
 def test_there_are_no_parameters():
@@ -204,45 +203,9 @@ def test_a_target_that_cannot_be_left_early_compiles_no_loop(target):
     assert not [name for name in names if "generate" in str(name)]
 
 
-@struct.dataclass
-class Faulty(EarlyExitDrafter):
-    """Hands something else on."""
-
-    change: Callable = struct.field(pytree_node=False, default=None)
-
-    def propose(self, state, context, draw):
-        proposal, state = super().propose(state, context, draw)
-        return self.change(proposal), state
-
-
-BAD_STATES = {
-    "one short": (
-        lambda p: p.replace(states_btd=p.states_btd[:, :-1]),
-        r"states_btd is \(3, 3, 16\) and float32; specjax.types asks for \(3, 4, 16\)",
-    ),
-    "depth forgotten": (lambda p: p.replace(depth=0), "states_btd behind 0 layers of 3 and a cache; give"),
-    "too deep": (lambda p: p.replace(depth=4), "states_btd behind 4 layers of 3 and a cache; give"),
-    "cache forgotten": (lambda p: p.replace(cache=None), "states_btd behind 2 layers of 3 and no cache; give"),
-}
-
-
-@pytest.mark.parametrize(("change", "message"), BAD_STATES.values(), ids=BAD_STATES)
-def test_states_that_cannot_be_right_are_refused(target, change, message):
-    with pytest.raises(ValueError, match=message):
-        generate(target, Faulty(2, 3, change), PROMPTS, 4)
-
-
-def test_a_target_that_keeps_its_states_to_itself_is_refused(target):
-    def early_exit(*args):
-        return target.early_exit(*args)._replace(features=())
-
-    with pytest.raises(ValueError, match="early_exit returns 0 features; it must return one"):
-        generate(target.replace(early_exit=early_exit), EarlyExitDrafter(2, 3), PROMPTS, 4)
-
-
 def test_hidden_states_that_the_target_does_not_have_are_refused(target):
     """Whatever the drafter, and before anything is traced."""
-    assert generate(target, Curious(wanted=(0, 3, -1)), PROMPTS, 4).length_b.tolist() == [5, 6, 11]
+    assert generate(target, Curious(wanted=(0, 3, -1)), PROMPTS, 4).lengths.tolist() == [5, 6, 11]
     for wanted in ((4,), (0, -2)):
         with pytest.raises(ValueError, match=rf"hidden states \({wanted[0]},.*and the target has 3 layers"):
             generate(target, Curious(wanted=wanted), PROMPTS, 4)

@@ -25,6 +25,7 @@ from specjax.engine import loop as engine
 from specjax.testing import table_model
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import bind, decoder_model, init_params
+from specjax.types import whole_feed
 
 VOCAB, DRAFTS, NEW = 5, 2, 12
 PROMPTS = ([3], [2, 3, 2, 3], [4, 0], [0, 1, 2, 0, 1, 2, 0])
@@ -46,7 +47,7 @@ class CountingDrafter(Stateless):
 
 
 def random_table(seed):
-    """A model of random logits behind each two tokens."""
+    """A model of random logits after each two tokens."""
     return table_model(np.random.default_rng(seed).normal(scale=2, size=(VOCAB,) * 3))
 
 
@@ -152,11 +153,11 @@ def test_coupled_text_under_a_bias():
 
 
 def test_key_makes_another_sample():
-    drafter, sampling = DRAFTERS["another model"], Sampling(seed=5)
-    out = [texts(run(drafter, sampling=sampling, key=jax.random.key(k))) for k in (1, 2, 2)]
+    drafter = DRAFTERS["another model"]
+    out = [texts(run(drafter, sampling=Sampling(seed=jax.random.key(k)))) for k in (1, 2, 2)]
     assert out[0] != out[1] == out[2]
-    assert texts(run(drafter, sampling=sampling)) not in out
-    assert texts(run(drafter, key=jax.random.key(1))) == texts(run(drafter))  # greedy
+    assert texts(run(drafter, sampling=Sampling(seed=1))) not in out
+    assert texts(run(drafter, sampling=GREEDY.replace(seed=jax.random.key(1)))) == texts(run(drafter))
 
 
 @every_rule
@@ -186,17 +187,9 @@ def test_drafts_of_the_target_itself_are_all_kept(rule, sampling):
 class ForgetfulDrafter(ModelDrafter):
     """Never feeds the last draft of a round: when it is kept, its slot holds what was there before."""
 
-    def commit(self, state, context, verdict, features):
-        slot_b1 = context.length_b[:, None] + DRAFTS - 1
-        return state.at[jnp.arange(ROWS)[:, None], slot_b1].set(0)
-
-    def propose(self, state, context, draw):
-        honest = super().propose(state, context, draw)
-        start_b = context.length_b - 1
-        last_b1 = jnp.take_along_axis(context.tokens_bs, start_b[:, None], axis=1)
-        output = self.model.forward(self.model.params, last_b1, state, start_b)
-        token_b, _ = draw(output.logits_btv[:, 0], jnp.zeros((ROWS, 0), jnp.int32))
-        return honest[0].replace(tokens_bg=honest[0].tokens_bg.at[:, 0].set(token_b)), honest[1]
+    def observe(self, state, context, event):
+        state = super().observe(state, context, event)
+        return state.replace(fed_b=jnp.where(event.kept_b > 0, event.end_b, state.fed_b))
 
 
 def test_a_draft_cache_one_token_short_is_seen_in_acceptance_and_not_in_the_text():
@@ -217,10 +210,9 @@ def test_neighbours_change_and_row_0_does_not(drafter, rule):
         top_k=np.array([0, 0, 2, 1]),
         frequency_penalty=np.array([0, 1, 0, 0.5]),
         seed=np.array([7, 100, 7, 3]),
-        max_new_tokens=np.array([NEW, 1, NEW, 3]),
     )
     prompt, length = specjax.pad_prompts([PROMPTS[0], [0, 0, 0, 0, 0, 0, 0, 0, 1], [1, 1], [2, 4]])
-    after = run(drafter, rule, neighbours, prompt, length)
+    after = run(drafter, rule, neighbours, prompt, length, max_new_tokens=np.array([NEW, 1, NEW, 3]))
     assert texts(after)[0] == texts(before)[0] and texts(after)[1:] != texts(before)[1:]
     # The same work, too: a neighbour that ends early or draws more drafts must not cost row 0 a round.
     assert [x[0].tolist() for x in jax.tree.leaves(after.stats)] == [
@@ -272,10 +264,10 @@ def test_padding_is_not_read(rule):
 @every_drafter
 def test_each_row_emits_exactly_its_max_new_tokens(drafter, rule):
     most = np.array([1, NEW, 6, 2])
-    out = run(drafter, rule, MIXED.replace(max_new_tokens=most))
+    out = run(drafter, rule, MIXED, max_new_tokens=most)
     assert (out.lengths - LENGTH == most).all()
     assert (out.stats.emitted == most).all()
-    assert (run(drafter, rule, MIXED, max_new_tokens=1).length_b == LENGTH + 1).all()
+    assert (run(drafter, rule, MIXED, max_new_tokens=1).lengths == LENGTH + 1).all()
 
 
 def until(text, prompt, stop_tokens):
@@ -415,9 +407,8 @@ def decode(drafter, rule=verify.block, sampling=GREEDY, prompt=PROMPT, length=LE
 
 @jax.jit
 def whole_pass(tokens_bs):
-    """Returns the likeliest next token behind each, from one pass without a cache."""
-    zero_b = jnp.zeros((tokens_bs.shape[0],), jnp.int32)
-    return jnp.argmax(bind(CONFIG, DECODER.params)(tokens_bs, zero_b, None)[0], axis=-1)
+    """Returns the likeliest next token after each, from one pass without a cache."""
+    return jnp.argmax(bind(CONFIG, DECODER.params)(whole_feed(tokens_bs), None)[0], axis=-1)
 
 
 @pytest.mark.parametrize("drafter", [None, *DECODER_DRAFTERS.values()], ids=["plain", *DECODER_DRAFTERS])
@@ -460,7 +451,6 @@ samplings = st.builds(
     presence_penalty=per_row(st.sampled_from([-0.5, 0.0, 1.0])),
     frequency_penalty=per_row(st.sampled_from([0.0, 0.4])),
     seed=per_row(st.integers(0, 2**32 - 1)),
-    max_new_tokens=per_row(st.integers(1, NEW + 3)),
 )
 
 
@@ -468,14 +458,16 @@ samplings = st.builds(
     drafter=st.sampled_from(list(DRAFTERS.values())),
     rule=st.sampled_from(list(RULES.values())),
     sampling=samplings,
+    most=per_row(st.integers(1, NEW + 3)),
     prompts=st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=16), min_size=ROWS, max_size=ROWS),
     stop_tokens=st.lists(st.integers(0, VOCAB - 1), max_size=2),
 )
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
-def test_any_configuration(drafter, rule, sampling, prompts, stop_tokens):
+def test_any_configuration(drafter, rule, sampling, most, prompts, stop_tokens):
     prompt, length = specjax.pad_prompts(prompts)
-    out = run(drafter, rule, sampling, prompt, length, stop_tokens=stop_tokens)
-    plain = run(None, verify.coupled, sampling, prompt, length, stop_tokens=stop_tokens)
+    settings = {"max_new_tokens": most, "stop_tokens": stop_tokens}
+    out = run(drafter, rule, sampling, prompt, length, **settings)
+    plain = run(None, verify.coupled, sampling, prompt, length, **settings)
     stats = out.stats
     chex.assert_type(jax.tree.leaves(out), jnp.int32)
     chex.assert_shape([out.lengths, out.prompt_lengths, stats.rounds, stats.drafted, stats.emitted], (ROWS,))
@@ -485,7 +477,7 @@ def test_any_configuration(drafter, rule, sampling, prompts, stop_tokens):
         assert text[:start] == prompts[i]
         assert all(0 <= token < VOCAB for token in new)
         assert not set(new[:-1]) & set(stop_tokens)
-        assert new[-1] in stop_tokens or len(new) == min(NEW, sampling.max_new_tokens[i])
+        assert new[-1] in stop_tokens or len(new) == most[i]
         assert stats.emitted[i] == len(new)
         if new[-1] not in stop_tokens:
             assert len(new) == stats.accepted[i] + stats.rounds[i]
@@ -537,8 +529,8 @@ def test_step_wants_the_drafter_of_its_state(made_for):
 
 
 def test_logits_may_have_any_floating_dtype():
-    def forward(params, tokens_bt, cache, start_b, capture=()):
-        output = TARGET.forward(params, tokens_bt, cache, start_b, capture)
+    def forward(params, feed, cache, capture=()):
+        output = TARGET.forward(params, feed, cache, capture)
         return output._replace(logits_btv=output.logits_btv.astype(jnp.bfloat16))
 
     half = TARGET.replace(forward=forward)

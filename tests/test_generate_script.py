@@ -16,15 +16,11 @@ import jax
 import numpy as np
 import pytest
 from draft_heads import write_eagle, write_medusa, write_mtp
-from draft_heads import write_eagle, write_medusa, write_mtp
-from draft_heads import write_eagle, write_medusa, write_mtp
 from tokenizers import Tokenizer, processors
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Metaspace
 
 import specjax
-from specjax.checkpoint.models import load_stop_tokens, load_tokenizer
-from specjax.checkpoint.models import load_stop_tokens, load_tokenizer
 from specjax import MedusaDrafter
 from specjax.checkpoint.models import load_stop_tokens, load_tokenizer
 from specjax.commands import places
@@ -147,7 +143,7 @@ def test_json_agrees_with_the_library_and_with_itself(batch, pair):
         assert prompt["tokens"] == text
         assert prompt["text"] == tokenizer.decode(text)
         for name in ("rounds", "drafted", "accepted", "emitted"):
-            assert prompt[name] == getattr(expected.stats, f"{name}_b")[row], name
+            assert prompt[name] == getattr(expected.stats, name)[row], name
         assert prompt["accepted_at"] == expected.stats.accepted_at[row].tolist()
         assert prompt["emitted"] == len(prompt["tokens"])
         assert prompt["accepted"] == sum(prompt["accepted_at"]) and len(prompt["accepted_at"]) == 2
@@ -556,15 +552,18 @@ ERRORS = {
     "draft of an unknown kind of tokenizer": (["--drafter", "model:{pair}/words"], "of an unknown kind"),
     "draft without a token in common": (["--drafter", "model:{pair}/foreign"], "no token of the target's vocabulary"),
     "missing draft": (["--drafter", "model:{pair}/absent"], "absent is not a folder"),
-    "unknown drafter": (["--drafter", "eagle"], "'eagle'; give model:DIR, ngram or none"),
+    "unknown drafter": (["--drafter", "eagle"], "'eagle'; give model:DIR, eagle:DIR, mtp:DIR, medusa:DIR, ngram"),
     "early exit without a number": (["--drafter", "early-exit:x"], "'early-exit:x'; give model:DIR"),
     "early exit too deep": (["--drafter", "early-exit:9"], "depth is 9 and the target has 1 layers"),
     "cascade of one": (["--drafter", "cascade:ngram"], "'cascade:ngram'; give model:DIR"),
     "cascade of none": (["--drafter", "cascade:ngram,none"], "'cascade:ngram,none'; give"),
     "heads that are none": (["--drafter", "medusa:{pair}/empty"], "config.json does not exist"),
-    "drafter without folder": (["--drafter", "model:"], "'model:'; give model:DIR, ngram or none"),
+    "drafter without folder": (
+        ["--drafter", "model:"],
+        "'model:'; give model:DIR, eagle:DIR, mtp:DIR, medusa:DIR, ngram",
+    ),
     "unknown rule": (["--verify", "tree"], "invalid choice: 'tree'"),
-    "no drafts": (["--num-draft", "0"], "num_draft is 0"),
+    "no drafts": (["--num-draft", "0"], "num_draft must be an integer of at least 1, got 0"),
     "no new tokens": (["--max-new-tokens", "0"], "max_new_tokens is 0"),
     "too many new tokens": (["--max-new-tokens", "1000000000"], "the target has 256"),
     "negative temperature": (["--temperature", "-1"], "temperature is -1.0"),

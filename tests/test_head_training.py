@@ -16,6 +16,7 @@ from specjax.training.objectives import chain_logits, head_objective
 from specjax.training.recipe import Recipe, Stage
 from specjax.training.trainees import make_trainee, most_frequent
 from specjax.transformer.decoder import decoder_model, init_params
+from specjax.types import whole_feed
 
 VOCAB, LENGTH, STEPS = 23, 11, 4
 SIZES = {
@@ -80,9 +81,7 @@ def text(rows=2, seed=2):
 
 @functools.partial(jax.jit, static_argnames="capture")
 def features_of(teacher, tokens, capture):
-    rows, length = tokens.shape
-    cache = teacher.init_cache(rows, length)
-    return teacher.forward(teacher.params, tokens, cache, jnp.zeros((rows,), jnp.int32), capture)
+    return teacher.forward(teacher.params, whole_feed(tokens), teacher.init_cache(*tokens.shape), capture)
 
 
 chains = jax.jit(chain_logits, static_argnums=(0, 5))
@@ -99,7 +98,7 @@ def test_every_chain_is_the_one_that_would_be_drafted(teacher, head):
     @jax.jit
     def step(tokens, states, cache, start):
         """Returns the last state, its logits, and the cache."""
-        states, cache = head.run(params, teacher, tokens, states, cache, start)
+        states, cache = head.run(params, teacher, whole_feed(tokens, start), states, cache)
         return states[:, -1:], head.logits(params, teacher, states[:, -1]), cache
 
     compared = 0
@@ -118,7 +117,7 @@ def test_every_chain_is_the_one_that_would_be_drafted(teacher, head):
 
 @pytest.mark.parametrize("loss", ["next_token", "kl", "total_variation"])
 def test_the_objective_is_the_weighted_mean_of_its_steps(loss, teacher, head):
-    """Position by position in NumPy: slot i stands for token i + 2, and for the teacher's law behind token i + 1."""
+    """Position by position in NumPy: slot i stands for token i + 2, and for the teacher's law after token i + 1."""
     head, params = head
     tokens = text()
     taught = features_of(teacher, tokens, head.capture)

@@ -48,7 +48,7 @@ IMPOSSIBLE = -1e9  # a logit whose probability is 0 in float32
 
 
 def random_table(seed):
-    """Logits of the next token behind each two."""
+    """Logits of the next token after each two."""
     return np.random.default_rng(seed).normal(scale=1.5, size=(VOCAB,) * 3).astype(np.float32)
 
 
@@ -56,14 +56,9 @@ TABLE = random_table(0)
 TABLE[0, 1, 2] = TABLE[2, 2, 0] = TABLE[1, 0, :2] = IMPOSSIBLE
 
 
-def leave_early(params, tokens_bt, cache, start_b, depth):
-    """Another law than the whole target's. The states behind the first layer are the tokens."""
-    output = table_model(TABLE).forward(jnp.roll(params, 1, axis=-1), tokens_bt, cache, start_b)
-    return output._replace(features=(tokens_bt[..., None],))
-
-
-def resume(params, x_btd, cache, start_b, depth, capture=()):
-    return table_model(TABLE).forward(params, x_btd[..., 0], cache, start_b, capture)
+def leave_early(params, feed, cache, depth):
+    """Another law than the whole target's."""
+    return table_model(TABLE).forward(jnp.roll(params, 1, axis=-1), feed, cache)
 
 
 def embed(params, tokens_bt):
@@ -74,7 +69,7 @@ def unembed(params, x_btd):
     return x_btd @ jnp.asarray([[1.0, -0.5, 0.5]])
 
 
-TARGET = table_model(TABLE).replace(embed=embed, unembed=unembed, early_exit=leave_early, resume=resume, num_layers=1)
+TARGET = table_model(TABLE).replace(embed=embed, unembed=unembed, early_exit=leave_early, num_layers=1)
 # Likes what the target does not, the impossible above all.
 AGAINST = np.where(TABLE == IMPOSSIBLE, 3, -2 * TABLE).astype(np.float32)
 
@@ -89,8 +84,8 @@ class RaggedDrafter(Stateless):
     def propose(self, state, context, draw):
         rows = context.length_b.shape[0]
         logits_bv = jnp.broadcast_to(self.logits_v[None], (rows, VOCAB))
-        first_b, first_bv = draw(logits_bv, jnp.zeros((rows, 0), jnp.int32))
-        second_b, second_bv = draw(logits_bv, first_b[:, None])
+        first_b, first_bv = draw(logits_bv, jnp.zeros((rows, DRAFTS), jnp.int32), 0)
+        second_b, second_bv = draw(logits_bv, jnp.stack([first_b, first_b], 1), 1)
         last_b = jnp.take_along_axis(context.tokens_bs, context.length_b[:, None] - 1, axis=1)[:, 0]
         length_b = jnp.where(last_b == 0, 0, jnp.where(first_b == 1, 1, 2)).astype(jnp.int32)
         return Proposal(jnp.stack([first_b, second_b], 1), jnp.stack([first_bv, second_bv], 1), length_b), state
@@ -111,7 +106,7 @@ def medusa_head(*logits):
 
 
 def lively(params, scale):
-    """Parameters whose drafts depend much on the tokens behind them."""
+    """Parameters whose drafts depend much on the tokens before them."""
     return jax.tree.map(lambda x: x * scale if x.ndim > 1 else x, params)
 
 
@@ -195,13 +190,13 @@ def exact_law(table, prompt, settings):
     warping = {name: value for name, value in settings.items() if name not in PENALTIES}
     penalizing = {name: value for name, value in settings.items() if name in PENALTIES}
 
-    def behind(output):
+    def next_law(output):
         last = (0, *prompt, *output)[-2:]  # before its first token a row reads token 0
         return reference.warp(reference.penalize(table[last], prompt, output, **penalizing), **warping)
 
     law = np.ones(())
     for i in range(TOKENS):
-        after = [behind(text) for text in itertools.product(range(VOCAB), repeat=i)]
+        after = [next_law(text) for text in itertools.product(range(VOCAB), repeat=i)]
         law = law[..., None] * np.reshape(after, (VOCAB,) * (i + 1))
     return law
 
@@ -256,8 +251,8 @@ class ScoresRaw(ModelDrafter):
     """Samples from the warped distribution, and reports the model's own."""
 
     def propose(self, state, context, draw):
-        def faulty(logits_bv, prefix_bi):
-            return draw(logits_bv, prefix_bi)[0], jax.nn.softmax(logits_bv)
+        def faulty(logits_bv, drafts_bg, index):
+            return draw(logits_bv, drafts_bg, index)[0], jax.nn.softmax(logits_bv)
 
         return super().propose(state, context, faulty)
 
@@ -267,8 +262,8 @@ class ScoresArgmax(ModelDrafter):
     """Proposes the likeliest token, and reports the distribution as if it had been drawn."""
 
     def propose(self, state, context, draw):
-        def faulty(logits_bv, prefix_bi):
-            probs_bv = draw(logits_bv, prefix_bi)[1]
+        def faulty(logits_bv, drafts_bg, index):
+            probs_bv = draw(logits_bv, drafts_bg, index)[1]
             return jnp.argmax(probs_bv, axis=-1).astype(jnp.int32), probs_bv
 
         return super().propose(state, context, faulty)
@@ -282,9 +277,9 @@ class KeysByPosition(ModelDrafter):
         rows = context.length_b.shape[0]
         keys_b = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(5), jnp.arange(rows))
 
-        def faulty(logits_bv, prefix_bi):
-            probs_bv = draw(logits_bv, prefix_bi)[1]
-            position_b = context.length_b + prefix_bi.shape[1]
+        def faulty(logits_bv, drafts_bg, index):
+            probs_bv = draw(logits_bv, drafts_bg, index)[1]
+            position_b = context.length_b + index
             return sampling_lib.exponential_race(probs_bv, jax.vmap(jax.random.fold_in)(keys_b, position_b)), probs_bv
 
         return super().propose(state, context, faulty)
@@ -341,13 +336,13 @@ for rule in (uniforms_by_row, uniforms_by_position, uniforms_of_drafts, residual
 breaks_in_block = verify.ChainRule(verify.block_thresholds, verify.leading_successes)
 
 
-def _write_once(params, tokens_bt, cache, start_b, capture=()):
+def _write_once(params, feed, cache, capture=()):
     """A table model's forward pass, but slots that hold a token keep it: rejected drafts stay in the cache."""
-    position_bt = start_b[:, None] + jnp.arange(tokens_bt.shape[1], dtype=jnp.int32)[None]
     row_b1 = jnp.arange(cache.shape[0])[:, None]
-    kept_bt = cache[row_b1, position_bt]
-    cache = cache.at[row_b1, position_bt].set(jnp.where(kept_bt < 0, tokens_bt, kept_bt))
-    return Output(table_logits(params, jnp.maximum(cache, 0), position_bt, 2), (), cache)
+    kept_bt = cache[row_b1, feed.position_bt]
+    written_bt = feed.real_bt & (kept_bt < 0)
+    cache = cache.at[row_b1, feed.position_bt].set(jnp.where(written_bt, feed.tokens_bt, kept_bt))
+    return Output(table_logits(params, jnp.maximum(cache, 0), feed.position_bt, 2), (), cache)
 
 
 def _empty(rows, slots):

@@ -13,6 +13,7 @@ import pytest
 import reference_medusa
 import safetensors.numpy
 from draft_heads import open_medusa, write_medusa
+from heads_observing import assert_chunks_are_as_one_pass, assert_rounds_alone_are_as_one_pass, context_of
 from safetensors.numpy import load_file, save_file
 from test_compiled import compilations
 
@@ -21,6 +22,7 @@ from specjax.drafters.medusa import MedusaDrafter, head_logits, init_medusa_para
 from specjax.hf.weights import tensors_of
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import decoder_model, init_params
+from specjax.types import whole_feed
 
 VOCAB, WIDTH, HEADS = 19, 16, 3
 FILE = "medusa_lm_head.safetensors"
@@ -29,7 +31,7 @@ PROMPTS = [[3], [1, 5], [2, 4, 1, 0, 5, 3, 2]]
 
 @pytest.fixture(scope="module")
 def target():
-    config = DecoderConfig(VOCAB, WIDTH, 24, 2, 4, 2, max_position_embeddings=128)
+    config = DecoderConfig(VOCAB, WIDTH, 24, 2, 4, 2, max_position_embeddings=1024)
     params = init_params(config, jax.random.key(0))
     return decoder_model(config, jax.tree.map(lambda x: x * 8 if x.ndim == 2 else x, params))
 
@@ -67,8 +69,7 @@ def test_heads_equal_the_twin(target, tmp_path, blocks, prefix, name):
     folder = write(tmp_path / "heads", published(blocks, prefix=prefix), blocks, name)
     drafter = open_medusa(folder, target, HEADS)
     tokens = jnp.asarray([[4, 1, 18, 7, 2, 9]], jnp.int32)
-    start = jnp.zeros((1,), jnp.int32)
-    (states,) = target.forward(target.params, tokens, target.init_cache(1, 6), start, (-1,)).features
+    (states,) = target.forward(target.params, whole_feed(tokens), target.init_cache(1, 6), (-1,)).features
     tensors = published(blocks)
     for i in range(HEADS):
         wanted = [reference_medusa.logits(tensors, i, state) for state in np.asarray(states[0])]
@@ -82,18 +83,18 @@ def test_a_round_reads_the_state_before_the_last_token(target, tmp_path):
     state = specjax.prefill(target, prompt, length, drafter=drafter, max_new_tokens=8)
     given = []
 
-    def draw(logits_bv, prefix_bi):
+    def draw(logits_bv, drafts_bg, index):
+        assert index == len(given)
         given.append(logits_bv)
         return jnp.full((3,), len(given), jnp.int32), jax.nn.softmax(logits_bv)
 
-    context = specjax.Context(target, state.cache, state.tokens_bs, state.length_b)
-    proposal, _ = drafter.propose(state.draft, context, draw)
+    proposal, _ = drafter.propose(state.draft, context_of(target, state), draw)
     assert proposal.length_b.tolist() == [0, HEADS, HEADS]
     assert proposal.tokens_bg.tolist() == [[1, 2, 3]] * 3
     for row in (1, 2):
         tokens = jnp.asarray([PROMPTS[row]], jnp.int32)
         cache = target.init_cache(1, tokens.shape[1])
-        (states,) = target.forward(target.params, tokens, cache, jnp.zeros((1,), jnp.int32), (-1,)).features
+        (states,) = target.forward(target.params, whole_feed(tokens), cache, (-1,)).features
         for i in range(HEADS):
             wanted = reference_medusa.logits(published(1), i, np.asarray(states[0, -2]))
             np.testing.assert_allclose(given[i][row], wanted, atol=1e-4)
@@ -213,6 +214,19 @@ def test_new_heads_are_the_targets_own(target):
         np.testing.assert_allclose(head_logits(params[i], states), wanted, atol=1e-5)
 
 
+# What is read of a text.
+
+
+def test_a_prompt_in_chunks_is_as_in_one_pass(target, tmp_path):
+    drafter = open_medusa(write(tmp_path / "heads", published(1)), target, HEADS)
+    assert_chunks_are_as_one_pass(target, drafter)
+
+
+def test_rounds_without_drafts_are_read_as_a_prompt_is(target, tmp_path):
+    drafter = open_medusa(write(tmp_path / "heads", published(1)), target, HEADS)
+    assert_rounds_alone_are_as_one_pass(target, drafter)
+
+
 # Heads that must agree.
 
 
@@ -224,8 +238,8 @@ def affine(multiplier=3, offset=5, size=VOCAB):
     def init_cache(rows, slots):
         return jnp.zeros((rows, slots), jnp.int32)
 
-    def forward(params, tokens_bt, cache, start_b, capture=()):
-        states = jax.nn.one_hot(tokens_bt, size)
+    def forward(params, feed, cache, capture=()):
+        states = jax.nn.one_hot(feed.tokens_bt, size)
         return specjax.Output(states @ params, (states,) * len(capture), cache)
 
     model = specjax.LanguageModel(30 * np.eye(size, dtype=np.float32)[following], forward, init_cache, size)

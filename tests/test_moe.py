@@ -9,6 +9,7 @@ from flax import nnx
 from specjax.transformer.config import DecoderConfig, ExpertsConfig, LayerConfig, plain_rope
 from specjax.transformer.decoder import decoder_model, init_params
 from specjax.transformer.moe import MoE, expert_by_expert, sorted_by_expert
+from specjax.types import whole_feed
 
 D, F = 8, 5
 CASES = {
@@ -125,9 +126,7 @@ def test_latest_tokens_of_a_decoder_do_not_change_the_earlier_ones():
     config = config_for(CASES["softmax, weights that sum to 1"])
     model = decoder_model(config, init_params(config, jax.random.key(0)))
     tokens = np.random.default_rng(4).integers(0, 11, (2, 9)).astype(np.int32)
-    forward = jax.jit(
-        lambda tokens, cache: model.forward(model.params, tokens, cache, jnp.zeros(2, jnp.int32)).logits_btv
-    )
+    forward = jax.jit(lambda tokens, cache: model.forward(model.params, whole_feed(tokens), cache).logits_btv)
     first = forward(tokens, model.init_cache(2, 16))
     tokens[:, 6:] = 10 - tokens[:, 6:]
     np.testing.assert_array_equal(forward(tokens, model.init_cache(2, 16))[:, :6], first[:, :6])

@@ -11,6 +11,7 @@ import pytest
 import reference_mtp
 from draft_heads import open_mtp, write_mtp
 from flax import struct
+from heads_observing import NoPrefill, NoRewrite, assert_chunks_are_as_one_pass, assert_rounds_alone_are_as_one_pass
 
 import specjax
 from specjax.drafters.feature import FeatureDrafter
@@ -20,6 +21,7 @@ from specjax.hf.safetensors import TensorSpec, open_tensors, write_tensors
 from specjax.hf.weights import tensors_of
 from specjax.transformer.config import DecoderConfig, LayerConfig, Rope
 from specjax.transformer.decoder import decoder_model, init_params
+from specjax.types import whole_feed
 
 # The published layouts.
 
@@ -219,8 +221,8 @@ def twin_logits(config, tensors, target, tokens, states, zero_first=False):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run_head(head, params, target, tokens_bt, states_btd, cache, start_b):
-    states_btd, cache = head.run(params, target, tokens_bt, states_btd, cache, start_b)
+def run_head(head, params, target, feed, states_btd, cache):
+    states_btd, cache = head.run(params, target, feed, states_btd, cache)
     return jax.vmap(functools.partial(head.logits, params, target), 1, 1)(states_btd), states_btd, cache
 
 
@@ -231,8 +233,8 @@ def head_logits(drafter, target, tokens, states, blocks):
         width = min(next(blocks), len(tokens) - 1 - start)
         fed = jnp.asarray(tokens[None, start + 1 : start + 1 + width], jnp.int32)
         given = jnp.asarray(states[None, start : start + width])
-        at = jnp.asarray([start], jnp.int32)
-        logits, _, cache = run_head(drafter.head, drafter.params, target, fed, given, cache, at)
+        feed = whole_feed(fed, jnp.asarray([start], jnp.int32))
+        logits, _, cache = run_head(drafter.head, drafter.params, target, feed, given, cache)
         found.append(np.asarray(logits[0]))
         start += width
     return np.concatenate(found)
@@ -272,7 +274,7 @@ def modules_logits(drafter, target, tokens, states):
         fed = jnp.asarray(tokens[None, k + 1 :], jnp.int32)
         states_btd = states_btd[:, : fed.shape[1]]
         params = {0: drafter.params[k]}
-        logits, states_btd, _ = run_head(head, params, target, fed, states_btd, None, jnp.zeros((1,), jnp.int32))
+        logits, states_btd, _ = run_head(head, params, target, whole_feed(fed), states_btd, None)
         found.append(np.asarray(logits[0]))
     return found
 
@@ -374,9 +376,9 @@ def target_init_cache(rows, slots):
     return jnp.zeros((rows, slots), jnp.int32)
 
 
-def target_forward(params, tokens_bt, cache, start_b, capture=()):
-    cache = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))(cache, tokens_bt, start_b)
-    position_bt = start_b[:, None] + jnp.arange(tokens_bt.shape[1], dtype=jnp.int32)[None]
+def target_forward(params, feed, cache, capture=()):
+    write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
+    cache, position_bt = write(cache, feed.tokens_bt, feed.start_b), feed.position_bt
 
     def token(back):
         return jnp.take_along_axis(cache, jnp.maximum(position_bt - back, 0), axis=1)
@@ -388,7 +390,7 @@ def target_forward(params, tokens_bt, cache, start_b, capture=()):
     surprise_bt1 = ((position_bt + 1) % params["period"] == 0)[:, :, None]
     logits = jnp.where(surprise_bt1, jnp.roll(logits, 1, axis=-1), logits)
     one_hots = [jax.nn.one_hot(x, BASE) for x in (token(3), secret(0), token(4), token(5))]
-    state = jnp.concatenate([*one_hots, jnp.ones((*tokens_bt.shape, 1))], axis=-1)
+    state = jnp.concatenate([*one_hots, jnp.ones((*position_bt.shape, 1))], axis=-1)
     return specjax.Output(logits, (state,) * len(capture), cache)
 
 
@@ -400,7 +402,7 @@ def knowable_target(period=NEVER):
     }
     head = np.zeros((D_MODEL, BASE), np.float32)
     for name, table in tables.items():
-        head[PARTS[name]] = table / np.sqrt(D_MODEL / 5)  # of five entries of one size behind an RMS norm
+        head[PARTS[name]] = table / np.sqrt(D_MODEL / 5)  # of five entries of one size after an RMS norm
     params = jax.tree.map(jnp.asarray, {**tables, "head": head, "period": np.int32(period)})
     return specjax.LanguageModel(
         params, target_forward, target_init_cache, BASE, embed=target_embed, unembed=target_unembed
@@ -424,7 +426,7 @@ def perfect_modules(count):
         joined[PARTS["last"], ONE] = 1 / np.sqrt(D_MODEL)
         hidden = slice(D_MODEL + PARTS["secret"].start, D_MODEL + PARTS["secret"].stop)
         joined[hidden, PARTS["secret"]] = np.eye(BASE) * np.sqrt(5 / D_MODEL)
-        unit = np.sqrt(3 / D_MODEL)  # of three entries of one size behind the layer's norm
+        unit = np.sqrt(3 / D_MODEL)  # of three entries of one size after the layer's norm
         for n, (part, to, distance) in enumerate([("secret", "looked_up", DISTANCE - k), ("last", "token_back", BACK)]):
             at = n * HEAD_WIDTH
             angles = np.multiply(FREQUENCIES, distance)
@@ -479,7 +481,7 @@ def counts(out):
 @pytest.mark.parametrize("g", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("make", [chain, modules])
 def test_a_perfect_head_is_accepted_everywhere(make, g):
-    """Also behind tokens that nobody can foresee, and with texts that are those of plain decoding."""
+    """Also after tokens that nobody can foresee, and with texts that are those of plain decoding."""
     drafter = make(g)
     for period in (NEVER, 7, 4):
         target = knowable_target(period)
@@ -492,62 +494,51 @@ def test_a_perfect_head_is_accepted_everywhere(make, g):
     np.testing.assert_array_equal(accepted, drafted)
 
 
-@struct.dataclass
-class NoPrefill(FeatureDrafter):
-    def start(self, context, features, slots):
-        state = super().start(context, features, slots)
-        return dataclasses.replace(state, cache=jax.tree.map(jnp.zeros_like, state.cache))
-
-
-@struct.dataclass
-class NoRewrite(FeatureDrafter):
-    """Writes the last slot from the target's state, and leaves what the chain wrote at the others."""
-
-    def commit(self, state, context, verdict, features):
-        state = super().commit(state, context, verdict, features)
-        moved = jax.vmap(lambda row, by: jnp.roll(row, -by, axis=0))(state.states_btd, verdict.num_accepted_b)
-        return dataclasses.replace(state, states_btd=moved, start_b=state.start_b + verdict.num_accepted_b)
-
-
 class EarlierStates(MTPHead):
     def fuse(self, params, features):
         return jnp.roll(features[0], 1, axis=1)
 
 
 class EarlierTokens(MTPHead):
-    def run(self, params, target, tokens_bt, states_btd, cache, start_b):
-        return super().run(params, target, jnp.roll(tokens_bt, 1, axis=1), states_btd, cache, start_b)
+    def run(self, params, target, feed, states_btd, cache):
+        feed = dataclasses.replace(feed, tokens_bt=jnp.roll(feed.tokens_bt, 1, axis=1))
+        return super().run(params, target, feed, states_btd, cache)
 
 
 class SlotTooFar(MTPHead):
     """Writes and reads chained slots one too far."""
 
-    def run(self, params, target, tokens_bt, states_btd, cache, start_b):
-        return super().run(params, target, tokens_bt, states_btd, cache, start_b + int(tokens_bt.shape[1] == 1))
+    def run(self, params, target, feed, states_btd, cache):
+        feed = dataclasses.replace(feed, start_b=feed.start_b + int(feed.tokens_bt.shape[1] == 1))
+        return super().run(params, target, feed, states_btd, cache)
 
 
 @struct.dataclass
 class NoModulesPrefill(MTPDrafter):
-    def start(self, context, features, slots):
-        state = super().start(context, features, slots)
-        return dataclasses.replace(state, cache=jax.tree.map(jnp.zeros_like, state.cache))
+    def observe(self, state, context, event):
+        after = super().observe(state, context, event)
+        return after if event.drafted else dataclasses.replace(after, cache=state.cache)
 
 
 @struct.dataclass
 class NoModulesRewrite(MTPDrafter):
-    """Begins the window at the first new slot: what the modules wrote behind drafts that were rejected stays."""
+    """Begins the window at the first new slot: what the modules wrote from drafts that were rejected stays."""
 
-    def commit(self, state, context, verdict, features):
-        state = super().commit(state, context, verdict, features)
-        start_b = context.length_b - 1
+    def observe(self, state, context, event):
+        state = super().observe(state, context, event)
+        if not event.drafted:
+            return state
+        start_b = jnp.where(event.kept_b > 0, event.feed.start_b, state.start_b)
         moved = jax.vmap(lambda row, by: jnp.roll(row, -by, axis=0))(state.states_btd, start_b - state.start_b)
         return dataclasses.replace(state, states_btd=moved, start_b=start_b)
 
 
 @struct.dataclass
 class EarlierModulesStates(MTPDrafter):
-    def commit(self, state, context, verdict, features):
-        return super().commit(state, context, verdict, (jnp.roll(features[0], 1, axis=1),))
+    def observe(self, state, context, event):
+        if event.drafted:
+            event = dataclasses.replace(event, features=(jnp.roll(event.features[0], 1, axis=1),))
+        return super().observe(state, context, event)
 
 
 FAULTY = {
@@ -573,6 +564,42 @@ def test_faulty_wiring_is_seen(fault):
         drafted, accepted = expected_counts(drafter.num_draft, period)
         lost += int(np.sum(accepted)) * np.sum(counts(out)[0]) - int(np.sum(counts(out)[1])) * np.sum(drafted)
     assert lost > 0
+
+
+# What heads read of a text, in any order of chunks and rounds.
+
+
+def lively(drafter):
+    """Returns the drafter with parameters under which every part matters: a perfect head foresees what it reads."""
+    rng = np.random.default_rng(3)
+
+    def drawn(x):
+        return jnp.asarray(rng.normal(size=x.shape) / x.shape[0] ** 0.5 if x.ndim == 2 else x, x.dtype)
+
+    return dataclasses.replace(drafter, params=jax.tree.map(drawn, drafter.params))
+
+
+@pytest.mark.parametrize(("make", "g"), [(chain, 3), (modules, 1), (modules, 4)])
+def test_a_prompt_in_chunks_is_as_in_one_pass(make, g):
+    assert_chunks_are_as_one_pass(knowable_target(), lively(make(g)))
+
+
+@pytest.mark.parametrize(("make", "g"), [(chain, 3), (modules, 1), (modules, 4)])
+def test_rounds_without_drafts_are_read_as_a_prompt_is(make, g):
+    assert_rounds_alone_are_as_one_pass(knowable_target(), lively(make(g)))
+
+
+@struct.dataclass
+class AlwaysDrafted(MTPDrafter):
+    """Takes every event for the end of a round at which it proposed, and so leaves the feeding to ``propose``."""
+
+    def observe(self, state, context, event):
+        return super().observe(state, context, dataclasses.replace(event, drafted=True))
+
+
+def test_rounds_that_are_not_read_are_seen():
+    with pytest.raises(AssertionError):
+        assert_rounds_alone_are_as_one_pass(knowable_target(), lively(modules(3, AlwaysDrafted)))
 
 
 @pytest.mark.parametrize("make", [chain, modules])

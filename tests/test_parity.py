@@ -9,6 +9,7 @@ import pytest
 
 import specjax
 from specjax.checkpoint.models import load_stop_tokens
+from specjax.types import whole_feed
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -200,8 +201,8 @@ def case(request, tmp_path_factory):
 
 
 @jax.jit
-def forward(model, tokens_bt, cache, start_b):
-    output = model.forward(model.params, tokens_bt, cache, start_b)
+def forward(model, feed, cache):
+    output = model.forward(model.params, feed, cache)
     return output.logits_btv, output.cache
 
 
@@ -212,12 +213,14 @@ def test_logits_whole_token_by_token_and_in_blocks(case):
     for width in (max(LENGTHS), 1, 5):
         cache, got = case.ours.init_cache(2, LIMIT), [[], []]
         for step in range(-(-max(LENGTHS) // width)):
-            start = [min(step * width, length) for length in LENGTHS]  # a finished row feeds padding behind itself
+            start = [min(step * width, length) for length in LENGTHS]  # a finished row rests
+            count = [min(width, length - at) for at, length in zip(start, LENGTHS, strict=True)]
             block = [(tokens + [0] * width)[at : at + width] for tokens, at in zip(case.rows, start, strict=True)]
             block = [(tokens + [0] * width)[:width] for tokens in block]
-            logits, cache = forward(case.ours, jnp.asarray(block, jnp.int32), cache, jnp.asarray(start, jnp.int32))
-            for row, at in enumerate(start):
-                got[row].extend(np.asarray(logits[row, : max(0, LENGTHS[row] - at)]))
+            feed = specjax.Feed(*(jnp.asarray(x, jnp.int32) for x in (block, start, count)))
+            logits, cache = forward(case.ours, feed, cache)
+            for row in range(2):
+                got[row].extend(np.asarray(logits[row, : count[row]]))
         worst[width] = max(np.abs(np.stack(rows) - wanted).max() for rows, wanted in zip(got, expected, strict=True))
     spread = np.std(expected[0])
     print(f"largest difference by width {worst}, logits' deviation {spread:.2f}")
@@ -281,6 +284,6 @@ def test_multimodal_gemma_3_is_its_text_part_and_exports_as_that(tmp_path):
     np.testing.assert_allclose(exported, expected, atol=TOLERANCE, rtol=0)
     for folder in ("hf", "ours", "back"):
         model = specjax.load(tmp_path / folder, "float32")
-        logits, _ = forward(model, jnp.asarray(tokens), model.init_cache(1, 32), jnp.zeros(1, jnp.int32))
+        logits, _ = forward(model, whole_feed(jnp.asarray(tokens)), model.init_cache(1, 32))
         np.testing.assert_allclose(logits, expected, atol=TOLERANCE, rtol=0)
     assert np.std(expected) > 0.1

@@ -33,7 +33,7 @@ jax.monitoring.register_event_duration_secs_listener(
 def call(function, **changed):
     if inspect.isfunction(changed.get("drafter")):  # one that might be refused as it is made
         changed["drafter"] = changed["drafter"]()
-    return function(**{"target": TARGET, "prompt_bt": PROMPT, "max_new_tokens": 4, **changed})
+    return function(**{"target": TARGET, "prompts": PROMPT, "max_new_tokens": 4, **changed})
 
 
 def assert_says(error, words):
@@ -44,33 +44,44 @@ def assert_says(error, words):
 # name -> what changes in the call, and what the message must contain: the value, the limit and the cure.
 BAD = {
     # Prompts.
-    "no prompts": ({"prompt_bt": []}, ["prompt_bt", "(0,)", "pad_prompts"]),
-    "an empty prompt": ({"prompt_bt": [[]]}, ["prompt_bt", "(1, 0)", "pad_prompts"]),
-    "empty prompts": ({"prompt_bt": np.zeros((2, 0), np.int32)}, ["prompt_bt", "(2, 0)", "pad_prompts"]),
-    "zero rows": ({"prompt_bt": np.zeros((0, 3), np.int32)}, ["prompt_bt", "(0, 3)", "pad_prompts"]),
-    "a number as prompt": ({"prompt_bt": 3}, ["prompt_bt", "()", "[rows, tokens]"]),
-    "1-D prompt": ({"prompt_bt": [1, 2, 3]}, ["prompt_bt", "(3,)", "[rows, tokens]"]),
-    "3-D prompt": ({"prompt_bt": [[[1, 2]]]}, ["prompt_bt", "(1, 1, 2)", "[rows, tokens]"]),
-    "float prompt": ({"prompt_bt": [[1.0, 2.0]]}, ["prompt_bt", "float64", "integers"]),
-    "float32 prompt on the device": ({"prompt_bt": jnp.ones((1, 3))}, ["prompt_bt", "float32", "integers"]),
-    "NaN in the prompt": ({"prompt_bt": [[1, NAN]]}, ["prompt_bt", "float64", "integers"]),
-    "bool prompt": ({"prompt_bt": [[True, False]]}, ["prompt_bt", "bool", "integers"]),
-    "text as prompt": ({"prompt_bt": "def f(x):"}, ["prompt_bt", "integers"]),
-    "texts as prompts": ({"prompt_bt": ["def", "f(x)"]}, ["prompt_bt", "integers"]),
-    "None as prompt": ({"prompt_bt": None}, ["prompt_bt", "integers"]),
-    "ragged prompts": ({"prompt_bt": [[1, 2], [3]]}, ["prompt_bt", "rectangular", "pad_prompts"]),
-    "token above the vocabulary": ({"prompt_bt": [[1, 2], [3, 8]]}, ["prompt 1", "token 8", "0 to 7", "tokenizer"]),
-    "token below 0": ({"prompt_bt": [[1, -1]]}, ["prompt 0", "token -1", "0 to 7", "tokenizer"]),
-    "token beyond int32": ({"prompt_bt": [[1, 2**40]]}, ["prompt 0", f"token {2**40}", "0 to 7", "tokenizer"]),
+    "no prompts": ({"prompts": []}, ["prompts", "[]", "at least one"]),
+    "an empty prompt": ({"prompts": [[]]}, ["prompts", "[0]", "at least one token"]),
+    "empty prompts": ({"prompts": np.zeros((2, 0), np.int32)}, ["prompts", "(2, 0)", "ragged lists"]),
+    "zero rows": ({"prompts": np.zeros((0, 3), np.int32)}, ["prompts", "(0, 3)", "ragged lists"]),
+    "a number as prompt": ({"prompts": 3}, ["prompts", "()", "[rows, width]"]),
+    "1-D prompt": ({"prompts": [1, 2, 3]}, ["prompt 0", "()", "flat"]),
+    "3-D prompt": ({"prompts": [[[1, 2]]]}, ["prompt 0", "(1, 2)", "flat"]),
+    "float prompt": ({"prompts": [[1.0, 2.0]]}, ["prompt 0", "float64", "integers"]),
+    "float32 prompt on the device": ({"prompts": jnp.ones((1, 3))}, ["prompts", "float32", "integers"]),
+    "NaN in the prompt": ({"prompts": [[1, NAN]]}, ["prompt 0", "float64", "integers"]),
+    "bool prompt": ({"prompts": [[True, False]]}, ["prompt 0", "bool", "integers"]),
+    "text as prompt": ({"prompts": "def f(x):"}, ["prompts", "integers"]),
+    "texts as prompts": ({"prompts": ["def", "f(x)"]}, ["prompt 0", "<U3", "integers"]),
+    "None as prompt": ({"prompts": None}, ["prompts", "integers"]),
+    "ragged prompts of floats": ({"prompts": [[1, 2], [3.0]]}, ["prompt 1", "float64", "integers"]),
+    "ragged prompts, an empty one": ({"prompts": [[1, 2], []]}, ["prompts", "[2, 0]", "at least one token"]),
+    "ragged prompts of several dimensions": ({"prompts": [[1, 2], [[3]]]}, ["prompt 1", "(1, 1)", "flat"]),
+    "ragged prompts with lengths": (
+        {"prompts": [[1, 2], [3]], "lengths": [2, 1]},
+        ["prompts", "rectangular", "pad_prompts"],
+    ),
+    "ragged prompts above the vocabulary": ({"prompts": [[1, 2], [8]]}, ["prompt 1", "token 8", "0 to 7", "tokenizer"]),
+    "token above the vocabulary": ({"prompts": [[1, 2], [3, 8]]}, ["prompt 1", "token 8", "0 to 7", "tokenizer"]),
+    "token below 0": ({"prompts": [[1, -1]]}, ["prompt 0", "token -1", "0 to 7", "tokenizer"]),
+    "token of an array beyond int32": (
+        {"prompts": np.array([[1, 2**40]])},
+        ["prompt 0", f"token {2**40}", "0 to 7", "tokenizer"],
+    ),
+    "token beyond int32": ({"prompts": [[1, 2**40]]}, ["prompt 0", f"token {2**40}", "below 2**31"]),
     # Lengths.
-    "length 0": ({"prompt_length_b": [3, 0]}, ["prompt 1", "length 0", "1 to 3"]),
-    "negative length": ({"prompt_length_b": [-1, 3]}, ["prompt 0", "length -1", "1 to 3"]),
-    "length above the width": ({"prompt_length_b": [3, 4]}, ["prompt 1", "length 4", "1 to 3"]),
-    "too few lengths": ({"prompt_length_b": [3]}, ["prompt_length_b", "(1,)", "(2,)"]),
-    "one length for all": ({"prompt_length_b": 3}, ["prompt_length_b", "()", "(2,)"]),
-    "2-D lengths": ({"prompt_length_b": [[3, 3]]}, ["prompt_length_b", "(1, 2)", "(2,)"]),
-    "float lengths": ({"prompt_length_b": [3.0, 3.0]}, ["prompt_length_b", "float64", "integers"]),
-    "NaN lengths": ({"prompt_length_b": [NAN, 3]}, ["prompt_length_b", "float64", "integers"]),
+    "length 0": ({"lengths": [3, 0]}, ["prompt 1", "length 0", "1 to 3"]),
+    "negative length": ({"lengths": [-1, 3]}, ["prompt 0", "length -1", "1 to 3"]),
+    "length above the width": ({"lengths": [3, 4]}, ["prompt 1", "length 4", "1 to 3"]),
+    "too few lengths": ({"lengths": [3]}, ["lengths", "(1,)", "(2,)"]),
+    "one length for all": ({"lengths": 3}, ["lengths", "()", "(2,)"]),
+    "2-D lengths": ({"lengths": [[3, 3]]}, ["lengths", "(1, 2)", "(2,)"]),
+    "float lengths": ({"lengths": [3.0, 3.0]}, ["lengths", "float64", "integers"]),
+    "NaN lengths": ({"lengths": [NAN, 3]}, ["lengths", "float64", "integers"]),
     # Limits.
     "no new tokens": ({"max_new_tokens": 0}, ["max_new_tokens is 0", "at least 1"]),
     "negative new tokens": ({"max_new_tokens": -4}, ["max_new_tokens", "-4", "at least 1"]),
@@ -78,7 +89,17 @@ BAD = {
     "NaN new tokens": ({"max_new_tokens": NAN}, ["max_new_tokens", "nan", "integer"]),
     "True new tokens": ({"max_new_tokens": True}, ["max_new_tokens", "True", "integer"]),
     "None new tokens": ({"max_new_tokens": None}, ["max_new_tokens", "None", "integer"]),
-    "new tokens per row": ({"max_new_tokens": [4, 4]}, ["max_new_tokens", "[4, 4]", "Sampling.max_new_tokens"]),
+    "no new tokens in a row": ({"max_new_tokens": [4, 0]}, ["max_new_tokens", "[4, 0]", "at least 1"]),
+    "no new tokens in a row on the device": ({"max_new_tokens": jnp.asarray([4, 0])}, ["max_new_tokens", "at least 1"]),
+    "float new tokens in a row": ({"max_new_tokens": [4.0, 1.0]}, ["max_new_tokens", "[4.0, 1.0]", "integer"]),
+    "bool new tokens in a row": ({"max_new_tokens": [True, True]}, ["max_new_tokens", "[True, True]", "integer"]),
+    "text as new tokens": ({"max_new_tokens": "4"}, ["max_new_tokens", "'4'", "integer"]),
+    "new tokens beyond 64 bits": ({"max_new_tokens": 2**70}, ["max_new_tokens", str(2**70)]),
+    "new tokens in a row beyond int32": ({"max_new_tokens": [4, 2**31]}, ["max_new_tokens", str(2**31)]),
+    "new tokens of other rows": ({"max_new_tokens": [4, 4, 4]}, ["max_new_tokens", "[4, 4, 4]", "(2,)"]),
+    "new tokens of one row": ({"max_new_tokens": [4]}, ["max_new_tokens", "[4]", "(2,)"]),
+    "2-D new tokens": ({"max_new_tokens": [[4], [4]]}, ["max_new_tokens", "[[4], [4]]", "(2,)"]),
+    "ragged new tokens": ({"max_new_tokens": [[4], [4, 4]]}, ["max_new_tokens", "rectangular"]),
     "new tokens beyond int32": ({"max_new_tokens": 2**31}, ["max_new_tokens", str(2**31)]),
     "target too short": (
         {"target": TARGET.replace(max_positions=6)},
@@ -94,11 +115,11 @@ BAD = {
         ["slots is 10", "3 drafts", "need 11", "more slots"],
     ),
     "prompt longer than slots": (
-        {"prompt_bt": np.ones((1, 20), np.int32), "slots": 16},
-        ["slots is 16", "20 tokens", "need 25", "more slots"],
+        {"prompts": np.ones((1, 20), np.int32), "slots": 16},
+        ["slots is 16", "padded to 20", "need 25", "more slots"],
     ),
     "padding wider than slots": (
-        {"prompt_bt": np.ones((1, 20), np.int32), "prompt_length_b": [3], "slots": 16},
+        {"prompts": np.ones((1, 20), np.int32), "lengths": [3], "slots": 16},
         ["slots is 16", "padded to 20", "need 20", "more slots"],
     ),
     "negative slots": ({"slots": -1}, ["slots", "-1", "8"]),
@@ -114,7 +135,19 @@ BAD = {
     "NaN stop tokens": ({"stop_tokens": NAN}, ["stop_tokens", "float64", "integers"]),
     "text as stop tokens": ({"stop_tokens": "\n"}, ["stop_tokens", "integers"]),
     "None stop tokens": ({"stop_tokens": None}, ["stop_tokens", "integers"]),
-    "stop tokens per row": ({"stop_tokens": [[1], [2]]}, ["stop_tokens", "(2, 1)", "flat"]),
+    "stop tokens of other rows": ({"stop_tokens": [[1], [2], [3]]}, ["stop_tokens", "(3, 1)", "flat", "[2, k]"]),
+    "stop tokens of one row": ({"stop_tokens": [[1, 2]]}, ["stop_tokens", "(1, 2)", "flat", "[2, k]"]),
+    "3-D stop tokens": ({"stop_tokens": [[[1]], [[2]]]}, ["stop_tokens", "(2, 1, 1)", "flat", "[2, k]"]),
+    "ragged stop tokens": ({"stop_tokens": [[1], [2, 3]]}, ["stop_tokens", "rectangular"]),
+    "stop tokens in a row above the vocabulary": ({"stop_tokens": [[1], [8]]}, ["stop_tokens", "8", "0 to 7"]),
+    "stop tokens in a row below -1": ({"stop_tokens": [[1], [-2]]}, ["stop_tokens", "-2", "0 to 7"]),
+    # Log-probabilities.
+    "a number as logprobs": ({"logprobs": 3}, ["logprobs is 3", "True or False", "top_logprobs"]),
+    "alternatives without logprobs": ({"top_logprobs": 2}, ["top_logprobs is 2", "logprobs=True"]),
+    "more alternatives than tokens": ({"logprobs": True, "top_logprobs": 9}, ["top_logprobs is 9", "0 to 8"]),
+    "negative alternatives": ({"logprobs": True, "top_logprobs": -1}, ["top_logprobs is -1", "0 to 8"]),
+    "float alternatives": ({"logprobs": True, "top_logprobs": 2.0}, ["top_logprobs is 2.0", "integer", "0 to 8"]),
+    "True alternatives": ({"logprobs": True, "top_logprobs": True}, ["top_logprobs is True", "integer", "0 to 8"]),
     # Models.
     "text as target": ({"target": "checkpoints/py-14m"}, ["target", "str", "specjax.load"]),
     "None as target": ({"target": None}, ["target", "NoneType", "specjax.load"]),
@@ -139,15 +172,10 @@ BAD = {
     ),
     "float drafts": ({"drafter": lambda: specjax.ModelDrafter(DRAFT, num_draft=2.0)}, ["num_draft", "2.0", "integer"]),
     "True drafts": ({"drafter": lambda: specjax.ModelDrafter(DRAFT, num_draft=True)}, ["num_draft", "True", "integer"]),
-    # Rules and keys.
+    # Rules.
     "text as rule": ({"verify": "block"}, ["verify", "'block'", "specjax.verify"]),
     "None as rule": ({"verify": None}, ["verify", "None", "specjax.verify"]),
     "a bare function as rule": ({"verify": specjax.verify.token_thresholds}, ["verify", "specjax.verify"]),
-    "a number as key": ({"key": 5}, ["key", "5", "jax.random.key"]),
-    "a NumPy number as key": ({"key": np.uint32(5)}, ["key", "5", "jax.random.key"]),
-    "text as key": ({"key": "5"}, ["key", "'5'", "jax.random.key"]),
-    "several keys": ({"key": jax.random.split(jax.random.key(0), 2)}, ["key", "(2,)", "jax.random.key"]),
-    "floats as key": ({"key": jnp.ones(2)}, ["key", "float32", "jax.random.key"]),
     # Sampling.
     "a dict as sampling": ({"sampling": {"temperature": 1.0}}, ["sampling", "dict", "specjax.Sampling"]),
     "a number as sampling": ({"sampling": 0.5}, ["sampling", "float", "specjax.Sampling"]),
@@ -172,13 +200,12 @@ BAD = {
     "seed of 33 bits": ({"sampling": Sampling(seed=2**32)}, ["seed", str(2**32), "0 to 2**32 - 1"]),
     "float seed": ({"sampling": Sampling(seed=1.0)}, ["seed", "float64", "integers"]),
     "NaN seed": ({"sampling": Sampling(seed=NAN)}, ["seed", "float64", "integers"]),
-    "a key as seed": ({"sampling": Sampling(seed=jax.random.key(0))}, ["seed", "integers"]),
-    "no new tokens in a row": (
-        {"sampling": Sampling(max_new_tokens=[4, 0])},
-        ["max_new_tokens", "[4, 0]", "at least 1"],
+    "keys of other rows": (
+        {"sampling": Sampling(seed=jax.random.split(jax.random.key(0), 3))},
+        ["seed", "(3,)", "one key", "(2,)"],
     ),
-    "float new tokens in a row": ({"sampling": Sampling(max_new_tokens=[4.0, 1.0])}, ["max_new_tokens", "float64"]),
-    "new tokens in a row beyond int32": ({"sampling": Sampling(max_new_tokens=2**31)}, ["max_new_tokens", str(2**31)]),
+    "2-D keys": ({"sampling": Sampling(seed=jax.random.split(jax.random.key(0), (2, 1)))}, ["seed", "(2, 1)", "(2,)"]),
+    "floats as keys": ({"sampling": Sampling(seed=jnp.ones(2))}, ["seed", "float32", "integers"]),
     "logit_bias of another vocabulary": (
         {"sampling": Sampling(logit_bias=np.zeros(7))},
         ["logit_bias", "(7,)", "(8,)"],
@@ -219,7 +246,7 @@ BAD = {
 
 # What is wrong for every parameter of its kind.
 FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-INTEGERS = ("top_k", "seed", "max_new_tokens")
+INTEGERS = ("top_k", "seed")
 for name in FLOATS:
     BAD[f"NaN {name}"] = ({"sampling": Sampling(**{name: NAN})}, [name, "nan"])
     BAD[f"NaN {name} in a row"] = ({"sampling": Sampling(**{name: [1.0, NAN]})}, [name, "[1.0, nan]"])
@@ -231,9 +258,8 @@ for name in FLOATS:
     BAD[f"None {name}"] = ({"sampling": Sampling(**{name: None})}, [name, "None"])
     BAD[f"text as {name}"] = ({"sampling": Sampling(**{name: "1.0"})}, [name, "1.0", "number"])
     BAD[f"complex {name}"] = ({"sampling": Sampling(**{name: 1j})}, [name, "number"])
-for name in ("top_k", "seed"):
-    BAD[f"None {name}"] = ({"sampling": Sampling(**{name: None})}, [name, "integers"])
 for name in INTEGERS:
+    BAD[f"None {name}"] = ({"sampling": Sampling(**{name: None})}, [name, "integers"])
     BAD[f"text as {name}"] = ({"sampling": Sampling(**{name: "1"})}, [name, "integers"])
     BAD[f"bool {name}"] = ({"sampling": Sampling(**{name: True})}, [name, "bool", "integers"])
     BAD[f"{name} beyond 64 bits"] = ({"sampling": Sampling(**{name: 2**70})}, [name])
@@ -284,17 +310,27 @@ def test_lookup_sizes_are_checked_when_given(sizes, words):
 
 # Inside the caller's own jit, shapes and dtypes are known and values are not.
 TRACED = {
-    "1-D prompt": ({"prompt_bt": PROMPT[0]}, ["prompt_bt", "(3,)", "[rows, tokens]"]),
-    "float prompt": ({"prompt_bt": PROMPT.astype(np.float32)}, ["prompt_bt", "float32", "integers"]),
-    "too few lengths": ({"prompt_length_b": np.array([3])}, ["prompt_length_b", "(1,)", "(2,)"]),
-    "float lengths": ({"prompt_length_b": np.array([3.0, 3.0])}, ["prompt_length_b", "float32", "integers"]),
+    "1-D prompt": ({"prompts": PROMPT[0]}, ["prompts", "(3,)", "[rows, width]"]),
+    "float prompt": ({"prompts": PROMPT.astype(np.float32)}, ["prompts", "float32", "integers"]),
+    "too few lengths": ({"lengths": np.array([3])}, ["lengths", "(1,)", "(2,)"]),
+    "float lengths": ({"lengths": np.array([3.0, 3.0])}, ["lengths", "float32", "integers"]),
     "temperatures of other rows": ({"sampling": Sampling(temperature=np.ones(3))}, ["temperature", "(3,)", "(2,)"]),
     "float top_k": ({"sampling": Sampling(top_k=np.ones(2))}, ["top_k", "float32", "integers"]),
     "logit_bias of another vocabulary": (
         {"sampling": Sampling(logit_bias=np.zeros(7))},
         ["logit_bias", "(7,)", "(8,)"],
     ),
-    "2-D stop tokens": ({"stop_tokens": np.array([[1]])}, ["stop_tokens", "(1, 1)", "flat"]),
+    "stop tokens of one row": ({"stop_tokens": np.array([[1]])}, ["stop_tokens", "(1, 1)", "flat"]),
+    "new tokens of other rows": ({"max_new_tokens": np.array([4, 4, 4]), "slots": 64}, ["max_new_tokens", "(2,)"]),
+    "float new tokens": ({"max_new_tokens": np.float32(4), "slots": 64}, ["max_new_tokens", "integer"]),
+    "traced new tokens without slots": (
+        {"max_new_tokens": np.array([4, 4])},
+        ["max_new_tokens is traced", "slots is None", "give slots="],
+    ),
+    "traced new tokens in fewer slots than the prompt": (
+        {"max_new_tokens": np.array([4, 4]), "slots": 2},
+        ["slots is 2", "padded to 3", "need 3"],
+    ),
     "another vocabulary": ({"drafter": specjax.ModelDrafter(table(1, 9))}, ["9 tokens", "8", "tokenizer"]),
 }
 
@@ -302,7 +338,9 @@ TRACED = {
 @pytest.mark.parametrize(("changed", "words"), TRACED.values(), ids=TRACED.keys())
 def test_bad_shapes_and_dtypes_are_found_inside_jit(changed, words):
     with pytest.raises((ValueError, TypeError)) as caught:
-        jax.eval_shape(lambda changed: call(specjax.generate, **changed), changed)
+        slots = changed.get("slots")
+        traced = {name: value for name, value in changed.items() if name != "slots"}
+        jax.eval_shape(lambda traced: call(specjax.generate, slots=slots, **traced), traced)
     assert_says(caught.value, words)
 
 
@@ -335,20 +373,24 @@ def tokens(**changed):
 @pytest.mark.parametrize(
     "changed",
     [
-        {"prompt_bt": PROMPT.tolist()},
-        {"prompt_bt": PROMPT.astype(np.uint8)},
-        {"prompt_bt": PROMPT.astype(np.int64)},
-        {"prompt_bt": jnp.asarray(PROMPT)},
-        {"prompt_bt": list(PROMPT)},
-        {"prompt_length_b": [3, 3]},
-        {"prompt_bt": np.pad(PROMPT, ((0, 0), (0, 5)), constant_values=-7), "prompt_length_b": np.array([3, 3])},
+        {"prompts": PROMPT.tolist()},
+        {"prompts": PROMPT.astype(np.uint8)},
+        {"prompts": PROMPT.astype(np.int64)},
+        {"prompts": jnp.asarray(PROMPT)},
+        {"prompts": list(PROMPT)},
+        {"lengths": [3, 3]},
+        {"prompts": np.pad(PROMPT, ((0, 0), (0, 5)), constant_values=-7), "lengths": np.array([3, 3])},
         {"max_new_tokens": np.int64(4)},
         {"slots": 128},
         {"stop_tokens": []},
         {"stop_tokens": np.zeros((0,))},
-        {"key": jax.random.key(0)},
+        {"max_new_tokens": [4, 4]},
+        {"max_new_tokens": jnp.array([4, 4])},
+        {"stop_tokens": [[-1, -1], [-1, -1]]},
+        {"stop_tokens": np.zeros((2, 0), np.int32)},
+        {"logprobs": True, "top_logprobs": 8},
         {"sampling": Sampling(temperature=np.float64(1), top_k=np.int8(0), top_p=1, seed=np.array([0, 1]))},
-        {"sampling": Sampling(max_new_tokens=4, logit_bias=None)},
+        {"sampling": Sampling(logit_bias=None)},
     ],
     ids=str,
 )
@@ -366,9 +408,40 @@ def test_the_fewest_slots_that_are_accepted_suffice():
     assert tokens(slots=8) == tokens()
 
 
-def test_a_key_of_the_old_kind_is_as_good():
-    assert tokens(key=jax.random.PRNGKey(3)) == tokens(key=jax.random.key(3))
-    assert tokens(key=jax.random.key(3), max_new_tokens=20) != tokens(max_new_tokens=20)
+def test_stop_tokens_of_a_row_end_that_row():
+    free = tokens(max_new_tokens=20)
+    first, second = (row[3] for row in free)  # each row's first token
+    assert tokens(stop_tokens=[[first], [-1]], max_new_tokens=20) == [free[0][:4], free[1]]
+    assert tokens(stop_tokens=[[-1, -1], [-1, second]], max_new_tokens=20) == [free[0], free[1][:4]]
+
+
+def test_max_new_tokens_of_a_row_end_that_row():
+    free = tokens(max_new_tokens=20)
+    assert tokens(max_new_tokens=[1, 20]) == [free[0][:4], free[1]]
+    assert tokens(max_new_tokens=np.array([20, 7])) == [free[0], free[1][:10]]
+
+
+def test_ragged_prompts_are_padded():
+    ragged, length_b = [[1], [4, 5, 6]], np.array([1, 3])
+    assert tokens(prompts=ragged) == tokens(prompts=np.array([[1, 7, 7], [4, 5, 6]]), lengths=length_b)
+    assert tokens(prompts=[np.array([1]), range(4, 7)]) == tokens(prompts=ragged)
+
+
+def test_keys_are_seeds():
+    """One key for all rows is folded with each row's number."""
+    one = jax.random.key(3)
+    several = jnp.stack([jax.random.fold_in(one, 0), jax.random.fold_in(one, 1)])
+    text = tokens(sampling=Sampling(seed=one), max_new_tokens=20)
+    assert tokens(sampling=Sampling(seed=several), max_new_tokens=20) == text
+    assert text != tokens(max_new_tokens=20) and text != tokens(sampling=Sampling(seed=3), max_new_tokens=20)
+    swapped = tokens(sampling=Sampling(seed=several[::-1]), prompts=PROMPT[::-1], max_new_tokens=20)
+    assert swapped == text[::-1]
+
+
+def test_a_key_of_the_old_kind_is_no_key():
+    with pytest.raises(ValueError) as caught:
+        tokens(sampling=Sampling(seed=jax.random.PRNGKey(3)), prompts=PROMPT[:1])
+    assert_says(caught.value, ["seed", "(2,)", "(1,)"])
 
 
 @pytest.mark.parametrize("seed", [0, 5, 2**31 - 1, 2**31, 2**32 - 2])
@@ -398,11 +471,15 @@ def test_prompts_of_one_bucket_get_one_layout():
 
     small = shapes([[1], [2]], 1, ())
     assert small == shapes([[1] * 16, [2, 3]], 111, range(8))
-    assert small[0] == ((2, 16), jnp.int32)
-    assert small[2] == 128
-    assert shapes([[1] * 17, [2]], 110, ())[0] == ((2, 32), jnp.int32)
-    assert shapes([[1] * 16, [2]], 112, ())[2] == 256
-    assert shapes([[1], [2]], 1, [0] * 9)[1].stop_tokens_k == ((16,), jnp.int32)
+    assert small[0] == ((2, 128), jnp.int32)  # the prompts, padded to the slots
+    assert small[2]["chunk"] == 16
+    assert shapes([[1] * 17, [2]], 110, ())[2]["chunk"] == 32
+    assert shapes([[1] * 16, [2]], 112, ())[0] == ((2, 256), jnp.int32)
+    assert shapes([[1], [2]], 1, [0] * 9)[1].stop_tokens_bk == ((2, 16), jnp.int32)
+    assert shapes([[1], [2]], 1, [[0] * 9] * 2) == shapes([[1], [2]], 1, [0] * 9)
+    assert small == shapes([[1], [2]], [1, 100], ())
+    # From 256 tokens on, prompts of all widths are read in chunks of 256.
+    assert [shapes([[1] * width], 1, ())[2]["chunk"] for width in (129, 256, 257, 1000)] == [256] * 4
 
 
 def test_another_call_of_the_same_bucket_compiles_nothing():
@@ -423,6 +500,146 @@ def test_another_call_of_the_same_bucket_compiles_nothing():
     )
     assert _generate_jit._cache_size() == size
     assert [event for event in compiled if "backend_compile" in event] == []
+
+
+# States.
+
+
+NGRAM = specjax.NGramDrafter(num_draft=3)
+
+
+@pytest.fixture(scope="module")
+def states():
+    """A running state of two rows and one that is done, in 16 slots; others that differ in one thing each."""
+
+    def prefill(**changed):
+        return call(specjax.prefill, **{"slots": 16, "drafter": NGRAM, **changed})
+
+    running = prefill()
+    return {
+        "running": running,
+        "done": specjax.stop(running, [True, True]),
+        "one row": prefill(prompts=PROMPT[:1]),
+        "other slots": prefill(prompts=PROMPT[:1], slots=17),
+        "other drafter": prefill(prompts=PROMPT[:1], drafter=specjax.NGramDrafter(num_draft=2)),
+        "log-probabilities": prefill(prompts=PROMPT[:1], logprobs=True),
+        "keys": prefill(prompts=PROMPT[:1], sampling=Sampling(seed=jax.random.key(0))),
+        "more stop tokens": prefill(prompts=PROMPT[:1], stop_tokens=[1] * 9),
+        "float cache": prefill(prompts=PROMPT[:1]).replace(cache=jnp.zeros((1, 16))),
+    }
+
+
+def refused(function, words):
+    compiled.clear()
+    with pytest.raises((ValueError, TypeError)) as caught:
+        function()
+    assert [event for event in compiled if "backend_compile" in event] == []
+    assert_says(caught.value, words)
+
+
+EXTEND = {
+    "past the slots": ({"max_new_tokens": 9}, ["row 0 has 3 tokens", "3 drafts", "need 17", "has 16", "slots="]),
+    "past the slots in one row": (
+        {"tokens": [[1], [1, 2]], "max_new_tokens": [4, 8]},
+        ["row 1 has 3 tokens", "2 more", "max_new_tokens 8", "need 17", "has 16", "slots="],
+    ),
+    "too many tokens": ({"tokens": [[1] * 9, []]}, ["row 0 has 3 tokens", "9 more", "need 20", "has 16", "slots="]),
+    "too few rows": ({"tokens": [[1]]}, ["tokens has 1 rows", "the state 2", "empty"]),
+    "too many rows": ({"tokens": [[1]] * 3}, ["tokens has 3 rows", "the state 2", "empty"]),
+    "another number of drafts": (
+        {"drafter": specjax.NGramDrafter(num_draft=2)},
+        ["proposes 2 tokens", "made for 3", "the same"],
+    ),
+    "no drafter": ({"drafter": None}, ["proposes 0 tokens", "made for 3", "the same"]),
+    "a model as drafter": ({"drafter": DRAFT}, ["drafter", "LanguageModel", "ModelDrafter"]),
+    "text as target": ({"target": "checkpoints/py-14m"}, ["target", "str", "specjax.load"]),
+    "a token above the vocabulary": ({"tokens": [[1], [8]]}, ["tokens 1", "token 8", "0 to 7", "tokenizer"]),
+    "float tokens": ({"tokens": [[1.0], [2.0]]}, ["prompt 0", "float64", "integers"]),
+    "a length above the width": ({"tokens": PROMPT, "lengths": [4, 0]}, ["length 4", "0 to 3"]),
+    "a negative length": ({"tokens": PROMPT, "lengths": [-1, 0]}, ["length -1", "0 to 3"]),
+    "too few lengths": ({"tokens": PROMPT, "lengths": [1]}, ["lengths", "(1,)", "(2,)"]),
+    "no new tokens": ({"max_new_tokens": 0}, ["max_new_tokens is 0", "at least 1"]),
+    "new tokens of other rows": ({"max_new_tokens": [1, 1, 1]}, ["max_new_tokens", "[1, 1, 1]", "(2,)"]),
+    "a target too short": (
+        {"target": TARGET.replace(max_positions=7)},
+        ["4 tokens", "max_new_tokens 4", "8 positions", "target has 7", "shorten"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("changed", "words"), EXTEND.values(), ids=EXTEND)
+def test_extend_refuses(changed, words, states):
+    given = {"target": TARGET, "tokens": [[1], []], "drafter": NGRAM, "max_new_tokens": 4} | changed
+    refused(lambda: specjax.extend(state=states["done"], **given), words)
+
+
+INSERT = {
+    "a row that still runs": ("running", [0], "one row", ["row 0 still runs", "specjax.stop"]),
+    "a row twice": ("done", [1, 1], "running", ["[1, 1]", "different", "0 to 1"]),
+    "a row past the last": ("done", [2], "one row", ["[2]", "0 to 1"]),
+    "a row before the first": ("done", [-1], "one row", ["[-1]", "0 to 1"]),
+    "more rows than other has": ("done", [0, 1], "one row", ["2 rows", "other has 1", "one for each"]),
+    "fewer rows than other has": ("done", [0], "running", ["1 rows", "other has 2", "one for each"]),
+    "no rows": ("done", [], "one row", ["rows is []", "flat"]),
+    "a number": ("done", 0, "one row", ["rows is 0", "flat"]),
+    "floats": ("done", [0.0], "one row", ["rows is [0.0]", "integers"]),
+    "a mask": ("done", [True, False], "one row", ["rows is [True, False]", "integers"]),
+    "two dimensions": ("done", [[0]], "one row", ["rows is [[0]]", "flat"]),
+    "other slots": ("done", [0], "other slots", ["16 and 17 slots", "slots="]),
+    "another number of drafts": ("done", [0], "other drafter", ["kinds", "drafter"]),
+    "log-probabilities in one": ("done", [0], "log-probabilities", ["kinds", "logprobs"]),
+    "keys in one": ("done", [0], "keys", ["seed", "make both with the same"]),
+    "more stop tokens": ("done", [0], "more stop tokens", ["stop_tokens_bk", "(2, 8)", "(1, 16)", "stop tokens"]),
+    "another cache": ("done", [0], "float cache", ["cache", "int32", "float32", "make both with the same target"]),
+}
+
+
+@pytest.mark.parametrize(("state", "rows", "other", "words"), INSERT.values(), ids=INSERT)
+def test_insert_refuses(state, rows, other, words, states):
+    refused(lambda: specjax.insert(states[state], rows, states[other]), words)
+
+
+STOP = {
+    "a mask too short": ([True], ["rows", "(1,)", "(2,)"]),
+    "a mask too long": ([True] * 3, ["rows", "(3,)", "(2,)"]),
+    "one bool": (True, ["rows", "()", "(2,)"]),
+    "a mask of two dimensions": ([[True, False]], ["rows", "(1, 2)", "(2,)"]),
+    "a row past the last": ([0, 2], ["[0, 2]", "0 to 1"]),
+    "a row before the first": ([-1], ["[-1]", "0 to 1"]),
+    "floats": ([1.0], ["rows is [1.0]", "bool mask", "(2,)"]),
+    "two dimensions": ([[0]], ["rows is [[0]]", "bool mask", "(2,)"]),
+    "text": ("all", ["rows is 'all'", "bool mask", "(2,)"]),
+    "nothing": (None, ["rows is None", "bool mask", "(2,)"]),
+}
+
+
+@pytest.mark.parametrize(("rows", "words"), STOP.values(), ids=STOP)
+def test_stop_refuses(rows, words, states):
+    refused(lambda: specjax.stop(states["running"], rows), words)
+
+
+@pytest.mark.parametrize(
+    "rows", [[False, True], np.array([False, True]), jnp.array([False, True]), [1], np.array(1), 1]
+)
+def test_stop_ends_the_rows_that_are_named(rows, states):
+    assert specjax.stop(states["running"], rows).done_b.tolist() == [False, True]
+
+
+def test_stop_of_no_row_ends_none(states):
+    assert specjax.stop(states["running"], []).done_b.tolist() == [False, False]
+
+
+@pytest.mark.parametrize("rounds", [0, -1, 1.0, True, 2**31, "1"])
+def test_run_counts_rounds_in_integers(rounds, states):
+    words = ["rounds", repr(rounds), "at least 1"]
+    refused(lambda: specjax.run(TARGET, states["running"], drafter=NGRAM, rounds=rounds), words)
+
+
+@pytest.mark.parametrize("function", [specjax.run, specjax.step], ids=lambda f: f.__name__)
+def test_rounds_want_a_rule_and_the_drafter_of_the_state(function, states):
+    state = states["running"]
+    refused(lambda: function(TARGET, state, drafter=NGRAM, verify="block"), ["verify", "'block'", "specjax.verify"])
+    refused(lambda: function(TARGET, state), ["proposes 0 tokens", "made for 3", "the same drafter"])
 
 
 # pad_prompts.

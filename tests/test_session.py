@@ -266,7 +266,7 @@ def test_variables_reach_the_template(opened):
 
 
 def test_folders_without_a_tokenizer_or_a_template(opened, tmp_path):
-    with pytest.raises(ValueError, match=r"tiny has no tokenizer\.json; add the model's"):
+    with pytest.raises(ValueError, match=r"tiny/tokenizer\.json does not exist; add the model's"):
         specjax.Session(dataclasses.replace(opened, tokenizer=None))
     bare = specjax.Session(save_tiny(tmp_path / "bare", template=None))
     for call in (bare.chat, bare.stream):

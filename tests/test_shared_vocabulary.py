@@ -1,23 +1,25 @@
 """Drafting with a model of another vocabulary: what it reads, what it proposes, and that no text depends on it.
 
 The slow twin spells a row in draft tokens from its beginning, one token at a time, and asks the draft's table for the
-logits behind them.
+logits after them.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_drafters import step
+from test_drafters import observed_alone, proposed, recurrent_model, step, texts_of
 
 import specjax
 from specjax import Sampling
+from specjax.drafters import shared_vocabulary
 from specjax.drafters.shared_vocabulary import shared_vocabulary_drafter
 from specjax.engine import loop as engine
 from specjax.testing import table_model
 from specjax.text.vocabulary import VocabularyMap
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import decoder_model, init_params
+from specjax.types import whole_feed
 
 VOCAB, DRAFT_VOCAB, DRAFTS, SLOTS = 8, 6, 4, 40
 
@@ -56,14 +58,20 @@ def prefilled(target, drafter, prompts, sampling, max_new_tokens=24, slots=SLOTS
     )
 
 
-def spelled(tokens):
-    return [piece for token in tokens for piece in SPELLED[token]]
+@pytest.fixture
+def short_chunks(monkeypatch):
+    """A prompt's draft tokens are fed 16 at a time, and the cache has room for 16 past the text."""
+    monkeypatch.setattr(shared_vocabulary, "_CHUNK", 16)
+
+
+def spelled(tokens, pieces=SPELLED):
+    return [piece for token in tokens for piece in pieces[token]]
 
 
 def draft_law(table, tokens):
-    """Returns the draft's distribution behind the target's tokens, over the shared ones: the twin."""
-    behind = [0] * (table.ndim - 1) + spelled(tokens)
-    logits = table[tuple(behind[len(behind) - table.ndim + 1 :])]
+    """Returns the draft's distribution after the target's tokens, over the shared ones: the twin."""
+    text = [0] * (table.ndim - 1) + spelled(tokens)
+    logits = table[tuple(text[len(text) - table.ndim + 1 :])]
     weights = [np.exp(np.float64(logits[pieces[0]])) if len(pieces) == 1 else 0 for pieces in SPELLED]
     return np.asarray(weights) / np.sum(weights)
 
@@ -73,10 +81,10 @@ def draft_law(table, tokens):
 
 @pytest.mark.parametrize("drafts", [1, 2, 3, 4])
 def test_proposals_follow_the_twin(drafts):
-    """Round after round, each q is the draft's law behind the row's text and the drafts before it.
+    """Round after round, each q is the draft's law after the row's text and the drafts before it.
 
     The draft reads three tokens back, so one that is missing, doubled or stale in its cache changes its law. The
-    target is mixed with the draft's law, that rounds of all lengths occur, and unshared tokens behind them.
+    target is mixed with the draft's law, that rounds of all lengths occur, and unshared tokens after them.
     """
     drafter = shared_vocabulary_drafter(DRAFT, MAP, drafts)
     draft_table, shared = np.asarray(DRAFT.params), np.flatnonzero(MAP.draft_of_v >= 0)
@@ -84,7 +92,7 @@ def test_proposals_follow_the_twin(drafts):
     table[..., shared] += np.broadcast_to(draft_table.mean((0, 1, 2))[MAP.draft_of_v[shared]], (5,))
     target = table_model(table)
     state = prefilled(target, drafter, PROMPTS * 30, Sampling(seed=5), max_new_tokens=20)
-    seen, emitted_behind_all = set(), set()
+    seen, emitted_after_all = set(), set()
     for _ in range(7):
         before, before_b = np.asarray(state.tokens_bs), np.asarray(state.length_b)
         kept_b = np.asarray(state.stats.accepted)
@@ -104,9 +112,9 @@ def test_proposals_follow_the_twin(drafts):
         after, after_b = np.asarray(state.tokens_bs), np.asarray(state.length_b)
         full_b = running_b & (kept_b == drafts)
         seen |= set(kept_b[running_b].tolist())
-        emitted_behind_all |= {len(SPELLED[after[row, after_b[row] - 1]]) for row in np.flatnonzero(full_b)}
+        emitted_after_all |= {len(SPELLED[after[row, after_b[row] - 1]]) for row in np.flatnonzero(full_b)}
     assert seen == set(range(drafts + 1)), "rounds should differ in what they keep"
-    assert emitted_behind_all == {0, 1, 2, 3}, "the widest gap to feed is behind a full round"
+    assert emitted_after_all == {0, 1, 2, 3}, "the widest gap to feed is after a full round"
 
 
 def permuted_model(model, new):
@@ -143,12 +151,11 @@ def test_the_target_under_other_ids_is_accepted_in_full(decoder, drafts):
 
 @jax.jit
 def fresh_cache(model, tokens_bt):
-    cache = model.init_cache(*tokens_bt.shape)
-    return model.forward(model.params, tokens_bt, cache, jnp.zeros(tokens_bt.shape[:1], jnp.int32)).cache
+    return model.run(whole_feed(tokens_bt), model.init_cache(*tokens_bt.shape))[1]
 
 
 def assert_cache_holds(model, cache, row, text):
-    fresh = fresh_cache(model, jnp.asarray([text + [0] * (128 - len(text))]))
+    fresh = fresh_cache(model, jnp.asarray([text + [0] * (-len(text) % 512)]))
     for held, wanted in zip(jax.tree.leaves(cache), jax.tree.leaves(fresh), strict=True):
         held, wanted = np.asarray(held)[row, :, : len(text)], np.asarray(wanted)[0, :, : len(text)]
         np.testing.assert_allclose(held, wanted, atol=1e-5, rtol=0)
@@ -160,36 +167,106 @@ def test_the_draft_cache_equals_a_fresh_prefill_of_the_spelled_text(decoder):
     shared = [[int(i)] for i in rng.permutation(37)[:30]]
     pieces = shared + [rng.integers(0, 37, n).tolist() for n in (2, 3, 4, 4, 2, 3, 0)]
     drafter = shared_vocabulary_drafter(decoder, mapped(pieces), 3)
-    prompts = [rng.integers(0, 37, 16).tolist(), rng.integers(30, 36, 16).tolist(), [4]]
-    state = prefilled(decoder, drafter, prompts, Sampling(seed=2, temperature=2.0), slots=64)
-
-    @jax.jit
-    def proposed(state):
-        draw = lambda logits_bv, prefix_bi: (jnp.argmax(logits_bv, -1).astype(jnp.int32), jax.nn.softmax(logits_bv))
-        context = specjax.Context(decoder, state.cache, state.tokens_bs, state.length_b)
-        return drafter.propose(state.draft, context, draw)[1]
-
+    prompts = [rng.integers(0, 37, 16).tolist(), rng.integers(30, 36, 100).tolist(), [4]]
+    state = prefilled(decoder, drafter, prompts, Sampling(seed=2, temperature=2.0), slots=256)
+    assert 256 < int(state.draft.length_b[1]) < 512, "more than one chunk"
     for _ in range(5):
-        draft = proposed(state)
+        draft = proposed(decoder, state, drafter)[2]
         for row, length in enumerate(np.asarray(state.length_b)):
-            text = [piece for token in np.asarray(state.tokens_bs[row, :length]) for piece in pieces[token]]
+            text = spelled(np.asarray(state.tokens_bs[row, :length]), pieces)
             assert draft.length_b[row] == len(text)
             assert draft.tokens_bs[row, : len(text)].tolist() == text
             assert_cache_holds(decoder, draft.cache, row, text)
         state, _ = step(decoder, state, drafter)
-    assert int(state.draft.length_b[1]) > 32, "more than one chunk of the prompt's padded width"
 
 
 @pytest.mark.parametrize("length", [1, 5, 6, 10, 11, 12])
-def test_a_prompt_is_prefilled_in_chunks_that_fit(decoder, length):
-    """Chunks of the prompt's width, 16, in a cache of 40: the third is moved so that it ends where the cache does."""
+def test_a_prompt_is_prefilled_in_chunks_that_fit(decoder, length, short_chunks):
+    """Chunks of 16 in a cache for 40 tokens and a chunk past them. Of 31 tokens and more, the third chunk ends past 40.
+
+    The prompt's last token is fed by the first round.
+    """
     drafter = shared_vocabulary_drafter(decoder.replace(max_positions=40), mapped([[0], [3, 1, 4]]), 2)
     prompts = [[1] * length + [0], [0]]
-    state = prefilled(table_model(random_table(0, 2)), drafter, prompts, Sampling(), slots=64)
+    target = table_model(random_table(0, 2))
+    state = prefilled(target, drafter, prompts, Sampling(), slots=64)
     text = [3, 1, 4] * length + [0]
-    assert state.draft.length_b.tolist() == [len(text), 1]
-    assert_cache_holds(decoder, state.draft.cache, 0, text)
-    assert_cache_holds(decoder, state.draft.cache, 1, [0])
+    assert state.draft.fed_b.tolist() == [len(text) - 1, 0]
+    draft = proposed(target, state, drafter)[2]
+    assert draft.length_b.tolist() == [len(text), 1]
+    assert_cache_holds(decoder, draft.cache, 0, text)
+    assert_cache_holds(decoder, draft.cache, 1, [0])
+
+
+def long_pieces():
+    """Spellings of six tokens by one piece or two."""
+    return [[2], [0], [5, 1], [1], [3, 3], [4]]
+
+
+@pytest.fixture(scope="module")
+def long_drafter():
+    config = DecoderConfig(DRAFT_VOCAB, 16, 24, 1, 2, 1)
+    params = init_params(config, jax.random.key(0))
+    model = decoder_model(config, jax.tree.map(lambda x: x * 8 if x.ndim == 2 else x, params))
+    return shared_vocabulary_drafter(model, mapped(long_pieces()), 3)
+
+
+def test_a_prompt_read_in_chunks_is_drafted_from_as_after_one_pass(long_drafter):
+    """300 tokens are two chunks for the target, and a chunk of 256 of its tokens is spelled by more than 256."""
+    rng, target = np.random.default_rng(3), table_model(random_table(0, 6))
+    prompts = [rng.integers(0, 6, length).tolist() for length in (300, 257, 256, 3, 1)]
+    state = prefilled(target, long_drafter, prompts, Sampling(), slots=512)
+    texts = [spelled(prompt, long_pieces()) for prompt in prompts]
+    assert state.draft.fed_b.tolist() == [*(len(text) - 1 for text in texts[:-1]), 0]
+    assert len(texts[0]) > 300 + 44, "the first chunk is longer than 256"
+    tokens_bt = np.zeros((5, jax.tree.leaves(state.draft.cache)[0].shape[2]), np.int32)
+    for row, text in enumerate(texts):
+        tokens_bt[row, : len(text)] = text
+    once = state.replace(draft=state.draft.replace(cache=fresh_cache(long_drafter.model, tokens_bt)))
+    tokens_bg, probs_bgv, draft = proposed(target, state, long_drafter)
+    assert draft.length_b.tolist() == [len(text) for text in texts]
+    wanted_bg, wanted_bgv, _ = proposed(target, once, long_drafter)
+    np.testing.assert_array_equal(tokens_bg, wanted_bg)
+    np.testing.assert_allclose(probs_bgv, wanted_bgv, atol=1e-5)
+    none = state.replace(draft=state.draft.replace(cache=jax.tree.map(jnp.zeros_like, state.draft.cache)))
+    assert np.abs(proposed(target, none, long_drafter)[1] - wanted_bgv)[:4].max((1, 2)).min() > 1e-3
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 2])
+def test_after_rounds_without_drafts_it_drafts_as_after_a_fresh_prefill(decoder, rounds):
+    """Also where a row of no draft token gets its first, and where a token is spelled by several."""
+    new = np.random.default_rng(0).permutation(37)
+    pieces = [[int(i)] for i in new[:33]] + [[1, 2, 3], [4, 5], [6, 7], []]
+    drafter = shared_vocabulary_drafter(permuted_model(decoder, new), mapped(pieces), 3)
+    state = prefilled(decoder, drafter, [[3], [36], [2, 34, 1, 36, 5]], Sampling(temperature=0), slots=64)
+    for _ in range(rounds):
+        state, _ = step(decoder, state, drafter)
+    more = [[33, 1, 36, 2], [-1, -1, 7, 34], [3, -1, 3, -1]]
+    texts = [text + [t for t in tokens if t >= 0] for text, tokens in zip(texts_of(state), more, strict=True)]
+    state = observed_alone(decoder, state, drafter, more)
+    assert texts_of(state) == texts
+    fresh = prefilled(decoder, drafter, texts, Sampling(temperature=0), slots=64)
+    tokens_bg, probs_bgv, draft = proposed(decoder, state, drafter)
+    wanted_bg, wanted_bgv, wanted = proposed(decoder, fresh, drafter)
+    np.testing.assert_array_equal(tokens_bg, wanted_bg)
+    np.testing.assert_allclose(probs_bgv, wanted_bgv, atol=1e-5)
+    assert draft.fed_b.tolist() == wanted.fed_b.tolist()
+    for row, text in enumerate(texts):
+        text = spelled(text, pieces)
+        assert draft.tokens_bs[row, : draft.length_b[row]].tolist() == text
+        assert_cache_holds(drafter.model, draft.cache, row, text)
+
+
+def test_a_loop_on_the_device_drafts_as_unrolled_steps_do():
+    """The same noise for the same draft; under penalties a draft also depends on the drafts before it."""
+    drafter = shared_vocabulary_drafter(DRAFT, MAP, 3)
+    sampling = Sampling(temperature=[0.0, 1.0, 1.3, 0.7, 1.0], repetition_penalty=1.4, frequency_penalty=0.3, seed=2)
+    settings = {"sampling": sampling, "max_new_tokens": 20}
+    unrolled = specjax.generate(TARGET, PROMPTS, drafter=drafter, **settings)
+    looped = specjax.generate(TARGET, PROMPTS, drafter=drafter.replace(unrolled=False), **settings)
+    np.testing.assert_array_equal(looped.tokens, unrolled.tokens)
+    np.testing.assert_array_equal(looped.stats.accepted_at, unrolled.stats.accepted_at)
+    assert 0 < unrolled.stats.accepted.sum() < unrolled.stats.drafted.sum()
 
 
 # Where it proposes nothing.
@@ -220,19 +297,30 @@ def test_a_row_that_outgrows_the_draft_goes_on_without_drafts():
     plain = prefilled(TARGET, None, prompts, sampling, new)
     while not np.asarray(plain.done_b).all():
         plain = jax.jit(specjax.step)(TARGET, plain)
-    np.testing.assert_array_equal(state.tokens_bs, plain.tokens)
+    np.testing.assert_array_equal(state.tokens_bs, plain.tokens_bs)
 
 
 @pytest.mark.parametrize("positions", [7, 12, 100])
 def test_the_draft_models_positions_are_kept(positions):
-    """A draft model that is shorter than the text is never fed past its end, and its cache is no longer than it."""
-    model = DRAFT.replace(max_positions=positions)
+    """A draft model that is shorter than the text is never fed past its end, and the text it is given is no longer.
+
+    Its cache has room for a chunk of a prompt past that text, of which no place is real.
+    """
+    fed = []
+
+    def forward(params, feed, cache, capture=()):
+        last = jnp.max(jnp.where(feed.real_bt, feed.position_bt, -1))
+        jax.debug.callback(lambda last: fed.append(int(last)), last)
+        return DRAFT.forward(params, feed, cache, capture)
+
+    model = DRAFT.replace(max_positions=positions, forward=forward)
     drafter = shared_vocabulary_drafter(model, MAP, 3)
     assert drafter.max_positions is None
     prompts = [[3], [1, 6, 6, 6, 6, 6]]
     state = prefilled(TARGET, drafter, prompts, Sampling(temperature=0))
     slots = min(positions, 2 * SLOTS)
-    assert state.draft.cache.shape == state.draft.tokens_bs.shape == (2, slots)
+    assert state.draft.tokens_bs.shape == (2, slots)
+    assert state.draft.cache.shape == (2, slots + 256)
     for _ in range(12):
         text = [np.asarray(state.tokens_bs[row, : state.length_b[row]]).tolist() for row in range(2)]
         done_b = np.asarray(state.done_b)
@@ -244,6 +332,8 @@ def test_the_draft_models_positions_are_kept(positions):
             if fits:
                 assert proposal.tokens_bg[row, 0] == np.argmax(draft_law(np.asarray(DRAFT.params), text[row]))
     assert (state.stats.drafted[1] > 0) == (positions == 100)
+    jax.effects_barrier()
+    assert 0 <= max(fed) < positions
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -284,7 +374,7 @@ def test_banned_tokens_are_not_proposed(temperature):
 
 
 def test_a_token_of_many_pieces_fits_a_short_cache():
-    """Five slots of the target's; a window of 13 and a draft behind it."""
+    """Five slots of the target's; a window of 13 and a draft after it."""
     drafter = shared_vocabulary_drafter(DRAFT, mapped([*SPELLED[:-1], [3, 4] * 6]), 1)
     settings = {"sampling": Sampling(temperature=0), "max_new_tokens": 2, "slots": 5}
     out = specjax.generate(TARGET, [[7]], drafter=drafter, **settings)
@@ -318,7 +408,7 @@ def test_a_seed_gives_one_text_under_coupled_draws():
     assert out.stats.accepted.sum() > 0
 
 
-def test_a_row_does_not_depend_on_its_neighbours(decoder):
+def test_a_row_does_not_depend_on_its_neighbours(decoder, short_chunks):
     """Row 0 keeps prompt and seed; the others change, and one of them makes the prefill take more chunks."""
     rng = np.random.default_rng(4)
     pieces = [[int(i)] for i in rng.permutation(37)[:33]] + [[1, 2, 3, 4]] * 4
@@ -363,17 +453,28 @@ def test_it_is_a_pytree_whose_maps_are_leaves():
     assert (drafter.num_draft, drafter.capture, drafter.vocab_size) == (2, (), VOCAB)
 
 
-def test_commit_names_the_tokens_that_stay():
-    """A recurrent draft model would roll back to them: those fed before the row's end, then the accepted ones that
-    were fed. The last draft of a round is not fed; the window is four tokens."""
-    model = DRAFT.replace(commit=lambda cache, start_b, kept_b: (start_b, kept_b))
-    drafter = shared_vocabulary_drafter(model, MAP, 3)
-    tokens_bs, length_b = jnp.asarray([[6, 6, 1], [0, 0, 0], [6, 6, 1]], jnp.int32), jnp.asarray([3, 1, 3])
-    state = drafter.start(specjax.Context(TARGET, None, tokens_bs, length_b), (), SLOTS)
-    accepted = jnp.asarray([0, 2, 3], jnp.int32)
-    start, kept = drafter.commit(state, None, specjax.Verdict(accepted, accepted), ()).cache
-    assert start.tolist() == [3, 0, 3]
-    assert (start + kept).tolist() == [7, 1 + 2, 7 + 2]
+def test_a_recurrent_draft_is_rolled_back_to_the_tokens_that_stay():
+    """Before each round its state is that of the text's first draft tokens. It drafts as after a fresh prefill."""
+    drafter = shared_vocabulary_drafter(recurrent_model(0), MAP, 3)
+    table = 0.5 * random_table(0)
+    table[..., np.flatnonzero(MAP.draft_of_v >= 0)] += 1.0
+    target = table_model(table)
+    state = prefilled(target, drafter, PROMPTS, Sampling(seed=3), slots=64)
+    accepted = set()
+    for _ in range(4):
+        for row, end in enumerate(state.draft.fed_b.tolist()):
+            text = spelled(texts_of(state)[row])
+            assert state.draft.cache.count_b[row] == end <= max(len(text) - 1, 0)
+            assert state.draft.cache.sum_b[row] == sum((piece + 1) * (i + 1) for i, piece in enumerate(text[:end]))
+        fresh = prefilled(target, drafter, texts_of(state), Sampling(), slots=64)
+        drafted, wanted = (proposed(target, x, drafter)[:2] for x in (state, fresh))
+        spells_b = np.asarray(state.draft.length_b) > 0
+        np.testing.assert_array_equal(drafted[0][spells_b], wanted[0][spells_b])
+        np.testing.assert_allclose(drafted[1][spells_b], wanted[1][spells_b], atol=1e-6)
+        before = np.asarray(state.stats.accepted)
+        state, _ = step(target, state, drafter)
+        accepted |= set((np.asarray(state.stats.accepted) - before).tolist())
+    assert len(accepted) > 1, "the rounds should differ in what they accept"
 
 
 def test_a_map_for_another_model_is_refused():

@@ -17,6 +17,7 @@ from specjax.training.objectives import make_objective
 from specjax.training.recipe import Stage, read_recipe
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import decoder_model, init_params
+from specjax.types import whole_feed
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -188,8 +189,7 @@ def teacher():
 
 @jax.jit
 def logits_of(model):
-    cache, start_b = model.init_cache(2, 6), jnp.zeros(2, jnp.int32)
-    return model.forward(model.params, jnp.asarray(TOKENS), cache, start_b).logits_btv
+    return model.forward(model.params, whole_feed(jnp.asarray(TOKENS)), model.init_cache(2, 6)).logits_btv
 
 
 @pytest.mark.parametrize("name", ["next_token", "kl", "total_variation"])

@@ -12,6 +12,7 @@ from specjax.hf import decoder_config
 from specjax.transformer.attention import attend, attention_windows
 from specjax.transformer.config import DecoderConfig, ExpertsConfig, LatentConfig, LayerConfig, plain_rope
 from specjax.transformer.decoder import abstract_params, bind, decoder_model, init_params
+from specjax.types import Feed, whole_feed
 
 SIZES = {
     "vocab_size": 29,
@@ -83,7 +84,9 @@ class Case:
 
 
 _forward = jax.jit(
-    lambda model, tokens_bt, cache, start_b, capture: model.forward(model.params, tokens_bt, cache, start_b, capture),
+    lambda model, tokens_bt, cache, start_b, capture: model.forward(
+        model.params, whole_feed(tokens_bt, start_b), cache, capture
+    ),
     static_argnums=4,
 )
 
@@ -144,7 +147,7 @@ def test_blocks_over_rejected_drafts_equal_the_twin(case):
 
 
 def test_feeding_a_token_again_changes_nothing(case):
-    """The engine's first round feeds the last prompt token again."""
+    """Only a model with ``commit`` may not be fed the same slots twice."""
     output = case.start()
     start = np.asarray(LENGTHS) - 1
     logits = case.forward([[row[at]] for row, at in zip(case.rows, start, strict=True)], output.cache, start).logits_btv
@@ -153,7 +156,7 @@ def test_feeding_a_token_again_changes_nothing(case):
 
 
 def test_without_a_cache_a_block_attends_to_itself(case):
-    run = jax.jit(lambda params, tokens_bt: bind(case.config, params)(tokens_bt, jnp.zeros(3, jnp.int32), None)[0])
+    run = jax.jit(lambda params, tokens_bt: bind(case.config, params)(whole_feed(tokens_bt), None)[0])
     np.testing.assert_allclose(run(case.model.params, jnp.asarray(case.rows)), case.logits, atol=1e-4, rtol=0)
 
 
@@ -188,6 +191,14 @@ def test_windows_double_up_to_the_allocated_slots():
 
 
 _attend = jax.jit(attend, static_argnames=("scale", "window", "cap", "value_width"))
+
+
+def feed(start, count, width):
+    """Returns a feed of rows that start at these slots; attention reads no token of it."""
+    start, count = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), (len(start),)) for x in (start, count))
+    return Feed(jnp.zeros((len(start), width), jnp.int32), start, count)
+
+
 OPTIONS = {
     "plain": {},
     "another scale": {"scale": 1.7},
@@ -204,43 +215,84 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("last", [0, 254, 255, 256, 257, 510, 511, 512, 513, 599])
 def test_attention_at_the_edges_of_windows(last, options, latent):
-    """Position ``last`` is the highest of the batch; the other row is far behind, and the blocks straddle the edge."""
+    """Position ``last`` is the highest of the batch; the other row is far shorter, and the blocks straddle the edge."""
     n, k, t, h, slots = 4, 2, 3, 6, 600
     rng = np.random.default_rng(last)
     query, keys, values = (
         rng.normal(size=(2, *s)).astype(np.float32) for s in ((n, t, h), (k, slots, h), (k, slots, h))
     )
-    position = np.maximum(np.array([[last], [last // 3]]) + np.arange(1 - t, 1), 0).astype(np.int32)
+    start = np.maximum(np.array([last, last // 3]) + 1 - t, 0)
+    position = start[:, None] + np.arange(t)
+    places = feed(start, np.array([last, last // 3]) + 1 - start, t)
     options = {"scale": h**-0.5, **options}
     if latent:
-        out, values = _attend(query, keys, None, position, **options, value_width=4), keys[..., :4]
+        out, values = _attend(query, keys, None, places, **options, value_width=4), keys[..., :4]
     else:
-        out = _attend(query, keys, values, position, **options)
+        out = _attend(query, keys, values, places, **options)
     assert out.shape == (2, n, t, values.shape[-1])
     for row in range(2):
+        count = places.count_b[row]
         wanted = reference_model.attend(query[row], keys[row], values[row], position[row], **options)
-        np.testing.assert_allclose(out[row], wanted, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(out[row, :, :count], wanted[:, :count], atol=1e-5, rtol=0)
 
 
 def test_values_may_be_of_another_width_than_keys():
     rng = np.random.default_rng(0)
     query, keys, values = (rng.normal(size=s).astype(np.float32) for s in ((1, 4, 3, 6), (1, 2, 20, 6), (1, 2, 20, 9)))
-    position = np.array([[5, 6, 7]], np.int32)
-    out = _attend(query, keys, values, position, scale=0.5)
-    wanted = reference_model.attend(query[0], keys[0], values[0], position[0], 0.5)
+    out = _attend(query, keys, values, feed([5], 3, 3), scale=0.5)
+    wanted = reference_model.attend(query[0], keys[0], values[0], np.array([5, 6, 7]), 0.5)
     np.testing.assert_allclose(out[0], wanted, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("last", "window"), [(0, 256), (255, 256), (256, 512), (511, 512), (512, 600)])
 def test_attention_reads_no_further_than_its_window(last, window):
-    """NaN behind the window would reach the output if it were read: its weight is 0, and 0 * NaN is NaN."""
+    """NaN past the window would reach the output if it were read: its weight is 0, and 0 * NaN is NaN."""
     rng = np.random.default_rng(0)
     query, keys, values = (
         rng.normal(size=s).astype(np.float32) for s in ((1, 4, 1, 6), (1, 2, 600, 6), (1, 2, 600, 6))
     )
     keys[:, :, window:] = values[:, :, window:] = np.nan
-    out = _attend(query, keys, values, np.array([[last]], np.int32), scale=0.4)
+    out = _attend(query, keys, values, feed([last], 1, 1), scale=0.4)
     assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize("rest", [256, 400, 599])
+def test_a_row_that_rests_does_not_widen_the_window(rest):
+    """NaN past the running row's window would reach its output if the long row's length counted. A row with one real
+    place of three does not widen the window either: its other places lie past the edge."""
+    rng = np.random.default_rng(0)
+    query, keys, values = (
+        rng.normal(size=s).astype(np.float32) for s in ((2, 4, 3, 6), (2, 2, 600, 6), (2, 2, 600, 6))
+    )
+    short = _attend(query, keys, values, feed([255, 3], [1, 0], 3), scale=0.4)
+    keys[:, :, 256:] = values[:, :, 256:] = np.nan
+    resting = _attend(query, keys, values, feed([255, rest], [1, 0], 3), scale=0.4)
+    np.testing.assert_array_equal(resting[0, :, 0], short[0, :, 0])
+    assert np.isfinite(resting).all()
+    running = _attend(query, keys, values, feed([255, rest], 1, 3), scale=0.4)
+    assert np.isnan(running[0, :, 0]).all(), "a running row of that length reads past the window"
+
+
+def test_a_row_that_rests_leaves_nothing_in_the_cache_that_is_not_finite():
+    """Row 1 rests at slot 15, and then goes on as if it had not been fed.
+
+    The pass is computed over 12 slots, which hold row 0. Of these a query at slot 15 with a window of 3 sees none, and
+    a query that sees no slot is NaN.
+    """
+    config = dataclasses.replace(CONFIGS["grouped, tied"], layers=(LayerConfig(plain_rope(4), window=3),) * 2)
+    model = decoder_model(config, random_params(config, 5))
+    tokens = jnp.asarray(np.random.default_rng(6).integers(0, config.vocab_size, (2, 19)), jnp.int32)
+    at = lambda start: jnp.stack([row[i : i + 4] for row, i in zip(tokens, start, strict=True)])
+    run = jax.jit(lambda tokens_bt, start, count, cache: model.forward(
+        model.params, Feed(tokens_bt, jnp.asarray(start, jnp.int32), jnp.asarray(count, jnp.int32)), cache
+    ))  # fmt: skip
+    before = run(tokens[:, :15], [0, 0], [5, 15], model.init_cache(2, SLOTS))
+    rested = run(at([5, 15]), [5, 15], [4, 0], before.cache)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(rested))
+    after = run(at([9, 15]), [9, 15], [4, 4], rested.cache).logits_btv
+    wanted = run(tokens, [0, 0], [13, 19], model.init_cache(2, SLOTS)).logits_btv
+    np.testing.assert_allclose(after[0], wanted[0, 9:13], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(after[1], wanted[1, 15:19], atol=1e-4, rtol=0)
 
 
 def test_a_decoder_crosses_windows():

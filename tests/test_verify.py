@@ -5,7 +5,7 @@ distribution is taken from the rule itself, the text is completed with the targe
 first g+2 tokens is compared with the target's. The rules run as they are, in float64; what is wrong by one part in
 10**12 fails. Faulty variants, each a bug seen in practice, go through the same enumeration and must fail.
 
-Tables are flat: ``p[d]`` is ``[c, v**d, v]``, the target's distribution behind each of the v**d first d tokens, for
+Tables are flat: ``p[d]`` is ``[c, v**d, v]``, the target's distribution after each of the v**d first d tokens, for
 c cases at once; ``q[d]`` is the draft's. Paths are numbered like the digits of a number in base v, so the first d
 tokens of path k of g are number ``k // v**(g - d)``.
 """
@@ -26,7 +26,7 @@ from scipy.special import chdtrc
 
 import specjax
 from specjax import sampling, verify
-from specjax.engine import loop as engine
+from specjax.engine import round as engine_round
 from specjax.sampling import RoundDraws, Sampling
 from specjax.types import Proposal
 
@@ -61,7 +61,7 @@ def _run(rule, tokens_bg, p_bsv, q_bgv, length_b, uniforms_bg):
 @functools.partial(jax.jit, static_argnames="thresholds")
 def _thresholds(thresholds, tokens_bg, p_bsv, q_bgv, length_b):
     if q_bgv is None:
-        q_bgv = verify.draft_probs(Proposal(tokens_bg, None, length_b), p_bsv.shape[-1], p_bsv.dtype)
+        q_bgv = Proposal(tokens_bg, None, length_b).q(p_bsv.shape[-1]).astype(p_bsv.dtype)
     return thresholds(tokens_bg, p_bsv, q_bgv, length_b)
 
 
@@ -122,7 +122,7 @@ def one_hot_tables(rng, cases, vocab, depth):
 
 
 def disjoint_tables(rng, cases, vocab, g):
-    """Returns p and q of which no context shares a token, but that behind the last draft."""
+    """Returns p and q of which no context shares a token, but that after the last draft."""
     p, q = random_tables(rng, cases, vocab, g + 2), random_tables(rng, cases, vocab, g)
     for d in range(g):
         split = rng.integers(1, vocab, size=(cases, vocab**d, 1))
@@ -194,7 +194,7 @@ def round_law(rule, p, q, length, *, told=None, weigh=independent, stop=unchange
       length: ``[c, v**g]``, the length of each path's proposal.
       told: what the rule is told that q is: ``q`` itself, None for one-hot at the drafts, or something false.
       weigh: the joint probability of drafts and successes.
-      stop: changes the weights of the token behind the drafts.
+      stop: changes the weights of the token after the drafts.
       dtype: in which the rule computes; the law of what it does is found in float64.
 
     Returns:
@@ -521,7 +521,7 @@ def assert_caught(fault, rule, p, q, length=2, **choices):
 
 
 def test_control_break_in_block():
-    """Block verification that stops at the first failure keeps too few, with the wrong residual behind them."""
+    """Block verification that stops at the first failure keeps too few, with the wrong residual after them."""
     p, q = fault_tables(30)
     faulty = verify.ChainRule(verify.block_thresholds, verify.leading_successes)
     assert_caught("break in block", faulty, p, q, told=q)
@@ -542,7 +542,7 @@ def test_control_residual_from_p(name):
 
 
 def test_control_block_residual_without_scale():
-    """max(p - q, 0) is the residual of token verification, not of block verification behind n > 0 drafts."""
+    """max(p - q, 0) is the residual of token verification, not of block verification after n > 0 drafts."""
     p, q = fault_tables(32)
 
     def unscaled(*arguments):
@@ -708,7 +708,7 @@ def coupled_match(p, q):
 )
 def test_coupled_matches_with_the_known_probability(p, q):
     rows = 1 << 17
-    keys_b = sampling.row_keys(Sampling(seed=41).per_row(rows), None)
+    keys_b = sampling.row_keys(Sampling(seed=41).per_row(rows))
     draws = RoundDraws(keys_b, jnp.zeros((rows,), jnp.int32), jnp.array(True))
     x, y = (draws.emit(jnp.tile(jnp.array(w, jnp.float32), (rows, 1)), jnp.int32(2)) for w in (q, p))
     wanted, seen = coupled_match(p, q), float(jnp.mean((x == y).astype(jnp.float32)))
@@ -739,7 +739,7 @@ def two_rounds_law(rule, p, q, keyed_by):
     every, none = paths(2, 2), np.full(4, 2, np.int32)
 
     def tables(context):
-        """The p and q along each path of two drafts behind a context of d tokens, given by (d, number)."""
+        """The p and q along each path of two drafts after a context of d tokens, given by (d, number)."""
         d, number = context
         first, second = number * 2 + every[:, 0], number * 4 + every[:, 0] * 2 + every[:, 1]
         here = np.full(4, number)
@@ -762,7 +762,7 @@ def two_rounds_law(rule, p, q, keyed_by):
         return [m.ravel() for m in middles], np.prod([w.ravel() for w in widths], axis=0)
 
     def round_(d, number, s, t, u, w):
-        """One round behind contexts ``number`` of d tokens, draft noise s and t, uniforms u and w."""
+        """One round after contexts ``number`` of d tokens, draft noise s and t, uniforms u and w."""
         x = (s >= q[d][0, number, 0]).astype(np.int32)
         first = number * 2 + x
         y = (t >= q[d + 1][0, first, 0]).astype(np.int32)
@@ -812,7 +812,7 @@ KEY_DRAFT = np.array([[0.8, 0.2], [0.8, 0.2]])
 
 
 def after_zero(table, depth):
-    """Returns the levels of a model that sees one token, behind a prompt that ends in token 0."""
+    """Returns the levels of a model that sees one token, after a prompt that ends in token 0."""
     return [np.stack([table[number % 2] for number in range(2**d)])[None] for d in range(depth)]
 
 
@@ -828,7 +828,7 @@ def test_control_noise_keyed_by_position():
     """Block verification decides from all drafts and uniforms of a round. That nothing was kept says that the last
     uniform was high for its draft; the next round must not meet them again.
 
-    Token verification never looks behind its first failure, so it stays exact: only block shows the fault.
+    Token verification never looks past its first failure, so it stays exact: only block shows the fault.
     """
     p, q = after_zero(KEY_TARGET, 4), after_zero(KEY_DRAFT, 3)
     wrong = difference(two_rounds_law(verify.block, p, q, "position"), p)
@@ -852,7 +852,7 @@ class PositionDraws(RoundDraws):
 @pytest.mark.parametrize("draws", [RoundDraws, PositionDraws])
 def test_production_rounds_follow_the_law(draws, monkeypatch):
     """The engine's own rounds, caches and keys on 32,768 rows: the joint law of four tokens, by chi-square."""
-    monkeypatch.setattr(engine, "RoundDraws", draws)
+    monkeypatch.setattr(engine_round, "RoundDraws", draws)
     rows, new, g = 1 << 15, 4, 2
     target, draft = (specjax.testing.table_model(np.log(table)) for table in (KEY_TARGET, KEY_DRAFT))
     drafter = specjax.ModelDrafter(draft, g)
@@ -869,7 +869,7 @@ def test_production_rounds_follow_the_law(draws, monkeypatch):
             0, new, lambda _, state: specjax.step(target, state, drafter=drafter, verify=verify.block), state
         )
     )
-    tokens = np.asarray(rounds(state).tokens[:, 1 : new + 1])
+    tokens = np.asarray(rounds(state).tokens_bs[:, 1 : new + 1])
     seen = np.bincount((tokens * 2 ** np.arange(new)[::-1]).sum(1), minlength=2**new)
     expected = rows * joint(after_zero(KEY_TARGET, new))[0]
     statistic = ((seen - expected) ** 2 / expected).sum()

@@ -117,13 +117,8 @@ def _parse(spec: str) -> tuple[str, str]:
     if not isinstance(spec, str):
         raise TypeError(f"spec is {spec!r}; give a string: {_ALLOWED}")
     kind, _, value = spec.partition(":")
-    if kind == "early-exit":
-        known = value.isascii() and value.isdecimal()
-    elif kind == "cascade":
-        known = "," in value
-    else:
-        known = spec == "ngram" or (kind in _FOLDERS and value != "")
-    if known:
+    parts = value.split(",") if kind == "cascade" else []
+    if _names_one(spec) or (len(parts) > 1 and all(map(_names_one, parts))):
         return kind, value
     if os.path.isdir(spec):
         raise ValueError(
@@ -131,6 +126,14 @@ def _parse(spec: str) -> tuple[str, str]:
             "medusa: and the folder for draft heads"
         )
     raise ValueError(f"spec is {spec!r}; give {_ALLOWED}")
+
+
+def _names_one(spec: str) -> bool:
+    """Returns whether a text names a drafter that is no cascade."""
+    kind, _, value = spec.partition(":")
+    if kind == "early-exit":
+        return value.isascii() and value.isdecimal()
+    return spec == "ngram" or (kind in _FOLDERS and value != "")
 
 
 def _model_drafter(

@@ -43,7 +43,8 @@ class Opened:
         """Returns the tokenizer; raises ValueError if the folder has none."""
         if self.tokenizer is None:
             raise ValueError(
-                f"{self.path} has no tokenizer.json; add the model's, or generate from tokens: specjax.generate"
+                f"{self.path / 'tokenizer.json'} does not exist; add the model's, or generate from tokens: "
+                "specjax.generate"
             )
         return self.tokenizer
 

@@ -207,7 +207,7 @@ def request_for(
     prompts = [transcript.prompt_ids for transcript in transcripts]
     # The mesh has equally many rows on each part, so rows may have to be added.
     added = 0 if mesh is None else -len(prompts) % mesh.shape["data"]
-    limits = [args.max_new_tokens] * len(prompts) + [1] * added
+    limits = [args.max_new_tokens] * len(prompts) + [1] * added if added else args.max_new_tokens
     return {
         "target": target,
         "prompts": prompts + prompts[:1] * added,

@@ -23,7 +23,8 @@ class SharedVocabularyState:
       tokens_bs: int32, the text's tokens; zeros past them.
       length_b: int32, how many they are, those included that found no room.
       taken_b: int32, how many of the target's tokens they spell.
-      fed_b: int32, how many of the text's tokens the cache holds, as in ``ModelState``.
+      fed_b: int32, how many of the text's tokens the cache holds, as in ``ModelState``. Never the last one: it is fed
+        again, for its logits, where the target's next token is spelled by none.
     """
 
     cache: Cache
@@ -79,9 +80,10 @@ class SharedVocabularyDrafter:
         """The most draft tokens of a row that are fed before the first draft, as in ``ModelDrafter``.
 
         Of a round, the token after the accepted drafts has up to p pieces. A cache that keeps the drafts lacks one
-        more, the last draft, which is never fed. A cache that must be rolled back lacks all of them.
+        more, the last draft, which is never fed. A cache that must be rolled back lacks all of them, and the draft
+        token before them.
         """
-        return self.pieces_vp.shape[1] + (self.num_draft if self._rolls_back else 1)
+        return self.pieces_vp.shape[1] + (self.num_draft + 1 if self._rolls_back else 1)
 
     def init(self, target: LanguageModel, rows: int, slots: int) -> SharedVocabularyState:
         """Returns empty texts and an empty cache."""
@@ -103,9 +105,10 @@ class SharedVocabularyDrafter:
         if event.drafted:
             # 2. An accepted draft is one draft token, and what was fed of the rejected ones is forgotten.
             accepted_b = jnp.maximum(event.kept_b - 1, 0)
-            kept_b = jnp.minimum(state.fed_b, state.length_b + accepted_b)
-            state = dataclasses.replace(state, fed_b=jnp.where(event.kept_b > 0, kept_b, state.fed_b))
-            return self._extended(state, new_bt, new_b)
+            fed_b = jnp.minimum(state.fed_b, state.length_b + accepted_b)
+            state = self._extended(state, new_bt, new_b)
+            fed_b = jnp.minimum(fed_b, jnp.maximum(state.length_b - 1, 0))
+            return dataclasses.replace(state, fed_b=jnp.where(event.kept_b > 0, fed_b, state.fed_b))
         state = self._extended(state, new_bt, new_b)
 
         # 3. Feed a prompt: of its last token nothing is needed before the first draft.
@@ -120,16 +123,23 @@ class SharedVocabularyDrafter:
 
     def propose(self, state: SharedVocabularyState, context: Context, draw: Draw) -> tuple[Proposal, Any]:
         """Samples a chain of ``num_draft`` shared tokens."""
+        # 1. Spell the token of a row that has no other: no event came with it, since none of its tokens was fed.
+        first_b = (context.running_b & (state.taken_b == 0)).astype(jnp.int32)
+        state = self._extended(state, text_at(context.tokens_bs, jnp.zeros_like(first_b), 1), first_b)
         end_b, g = self._end(state), self.num_draft
         running_b = context.running_b & (end_b > 0)
-        # 1. Feed what the cache lacks of the text.
+
+        # 2. Feed what the cache lacks of the text.
         count_b = jnp.where(running_b, end_b - state.fed_b, 0)
         feed = Feed(text_at(state.tokens_bs, state.fed_b, self._window), state.fed_b, count_b)
-        logits_btu, cache = self.model.run(feed, state.cache)
-        read = dataclasses.replace(state, cache=cache, fed_b=state.fed_b + count_b)
+        output = self.model.forward(self.model.params, feed, state.cache)
+        logits_btu, cache = output.logits_btv, self.model.keep(output.cache, feed, count_b)
+        # A cache that must be rolled back is kept as it was before the last token.
+        held_b = jnp.maximum(count_b - 1, 0)
+        read = dataclasses.replace(state, cache=self.model.keep(output.cache, feed, held_b), fed_b=state.fed_b + held_b)
         fed_b = running_b.astype(jnp.int32)
 
-        # 2. Draw, and feed each draft for the next. A row ends where it draws a token that is not shared.
+        # 3. Draw, and feed each draft for the next. A row ends where it draws a token that is not shared.
         def add(chain: Chain, logits_bu: Array, proposing_b: Array, i: int | Array) -> tuple[Chain, Array, Array]:
             chain, token_b = chain.add(draw, self._restricted(logits_bu), i)
             draft_b = self.draft_of_v[token_b]
@@ -146,7 +156,7 @@ class SharedVocabularyDrafter:
         chain, proposing_b, draft_b = add(chain, logits_bu, running_b, 0)
         carry = (chain, proposing_b, draft_b, proposing_b.astype(jnp.int32), cache)
         chain, _, _, length_b, cache = repeat(1, g, advance, carry, self.unrolled)
-        ahead = dataclasses.replace(read, cache=cache, fed_b=read.fed_b + fed_b * (g - 1))
+        ahead = dataclasses.replace(read, cache=cache, fed_b=read.fed_b + fed_b * g)
         return chain.propose(length_b), read if self._rolls_back else ahead
 
     def _extended(self, state: SharedVocabularyState, new_bt: Array, count_b: Array) -> SharedVocabularyState:

@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from specjax.sampling import Sampling, is_key
+from specjax.sharding import gathered
 from specjax.types import Drafter, LanguageModel
 
 CHUNK = 256
@@ -167,7 +168,7 @@ def lay_out_more(
 
     # 2. Whether it fits.
     _check_tokens(np.asarray(new_bt), np.asarray(count_b), target.vocab_size, "tokens")
-    old_b, count_b = np.asarray(state.length_b), np.asarray(count_b)
+    old_b, count_b = gathered(state.length_b), np.asarray(count_b)
     extended_b = count_b > 0
     final_b = np.where(extended_b, old_b + count_b + np.asarray(limit_b), 0)
     row = int(np.argmax(final_b))
@@ -265,8 +266,10 @@ def _check_logprobs(logprobs: Any, top: Any, vocab: int) -> int:
 
 
 def _int32(array: Any) -> Array:
-    """Returns the array on the device. One from the host is converted there, which compiles nothing."""
-    return jnp.asarray(array.astype(np.int32))
+    """Returns the array on the device. One from the host is converted there and put, which compiles nothing."""
+    array = array.astype(np.int32)
+    # Not jnp.asarray, which compiles a program for each shape.
+    return jax.device_put(array) if isinstance(array, np.ndarray) else array
 
 
 def is_known(tree: Any) -> bool:
@@ -358,7 +361,9 @@ def _check_tokens(prompt_bt: np.ndarray, length_b: np.ndarray, vocab: int, name:
 
 def _stop_tokens(stop_tokens: Any, rows: int, vocab: int) -> Any:
     """Returns the ids ``[rows, k]``, padded with -1 to a bucket if they are known."""
-    array = _integers("stop_tokens", stop_tokens if np.size(stop_tokens) else np.zeros((0,), np.int32))
+    array = _array("stop_tokens", stop_tokens)
+    if array.size:  # NumPy gives an empty list the dtype float64
+        _check_integers("stop_tokens", array)
     if array.ndim > 2 or (array.ndim == 2 and array.shape[0] != rows):
         raise ValueError(
             f"stop_tokens has shape {array.shape}; give a flat sequence of token ids, or [{rows}, k], -1 being none"

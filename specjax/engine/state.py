@@ -11,6 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from specjax.engine.request import Request, is_known
+from specjax.sharding import gathered
 from specjax.types import Cache, Generation, Stats
 
 
@@ -117,7 +118,7 @@ def insert(state: State, rows: ArrayLike, other: State) -> State:
         if len(set(index_k.tolist())) < count or index_k.min() < 0 or index_k.max() >= total:
             raise ValueError(f"rows are {index_k.tolist()}; give different ones from 0 to {total - 1}")
         if is_known(state.done_b):
-            running = index_k[~np.asarray(state.done_b)[index_k]]
+            running = index_k[~gathered(state.done_b)[index_k]]
             if running.size:
                 raise ValueError(f"row {running[0]} still runs; end it by specjax.stop, or replace it when it is done")
     _check_fit(state, other)
