@@ -1,4 +1,4 @@
-"""Exports a checkpoint folder to a Hugging Face folder, which ``transformers`` loads as it is.
+"""Exports a checkpoint folder to a Hugging Face folder, which ``transformers`` loads.
 
 python scripts/export_hf.py checkpoints/py-14m /tmp/py-14m
 
@@ -8,7 +8,7 @@ The same as `specjax export`; specjax/commands/export.py has the code.
 import signal
 import sys
 
-if __name__ == "__main__":  # Ctrl-C ends it quietly, even while modules load
+if __name__ == "__main__":  # Ctrl-C ends the script quietly, even while modules load
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from specjax.commands.__main__ import run

@@ -9,7 +9,7 @@ The same as `specjax train`; specjax/commands/train.py has the code.
 import signal
 import sys
 
-if __name__ == "__main__":  # Ctrl-C ends it quietly, even while modules load
+if __name__ == "__main__":  # Ctrl-C ends the script quietly, even while modules load
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from specjax.commands.__main__ import run

@@ -1,1 +1,1 @@
-"""The commands of ``specjax``: one module for each, which ``specjax COMMAND`` and the file of ``scripts/`` run."""
+"""The commands of ``specjax``, one module each. ``specjax COMMAND`` and the files in ``scripts/`` run these modules."""

@@ -16,19 +16,20 @@ COMMANDS = {
     "bench": "measure drafters, rounds and speed on this machine",
     "plan": "compute memory, time and the best number of drafts for a model and a device",
 }
-CLEANS_UP = ("convert", "export")  # a signal must remove what is half made
-RESUMES = ("train",)  # Ctrl-C says how to go on
+CLEANS_UP = ("convert", "export")  # a signal must not leave a half-made folder
+RESUMES = ("train",)  # after Ctrl-C, a message says how to go on
 ABOUT = """Exact speculative decoding for JAX.
 
 {}
 
 `specjax COMMAND --help` lists the options of a command. `specjax generate` alone shows what the library does, with the
-models that come with the repository.
+models of the repository.
 """
 
 
 def main(argv: list[str] | None = None) -> int | str | None:
     """Runs ``specjax COMMAND ...`` and returns the exit status."""
+    # Only the command's own module is imported: help and version must not wait for training or planning.
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
         return run(argv[0], argv[1:], f"specjax {argv[0]}")
@@ -41,17 +42,17 @@ def main(argv: list[str] | None = None) -> int | str | None:
     )
     parser.add_argument("--version", action="version", version=f"specjax {specjax.__version__}")
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of the above")
-    parser.parse_args(argv)  # prints help or version, or says what is wrong: no command comes as far as here
+    parser.parse_args(argv)  # exits: with help, the version, or an error, since argv starts with no command
     return 2
 
 
 def run(command: str, argv: list[str] | None = None, prog: str | None = None) -> int | str | None:
-    """Runs one command of this process, with the handling of signals that it needs, and returns the exit status.
+    """Runs one command, with the signal handlers that it needs, and returns the exit status.
 
     Args:
       command: a key of ``COMMANDS``.
-      argv: the command's arguments; None takes those of the process.
-      prog: how messages call the command; None takes the name of its script.
+      argv: the command's arguments; None takes the arguments of the process.
+      prog: the command's name in messages; None takes the name of its script.
     """
     _set_signals(command)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -61,12 +62,13 @@ def run(command: str, argv: list[str] | None = None, prog: str | None = None) ->
 
 
 def _set_signals(command: str) -> None:
+    """Sets the handlers of Ctrl-C and other signals."""
     if command in CLEANS_UP:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     elif command in RESUMES:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    else:  # Ctrl-C and `| head` end it quietly and at once, even while XLA compiles
+    else:  # Ctrl-C and `| head` end the process quietly and at once, even while XLA compiles
         for name in ("SIGINT", "SIGPIPE"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""The command ``bench``: measures what specjax costs on this machine."""
+"""The command ``bench``: measures drafters, rounds and speed on this machine."""
 
 import argparse
 import contextlib
@@ -24,7 +24,7 @@ from specjax.commands.console import print_table
 from specjax.commands.drafter_spec import named_drafter
 from specjax.commands.places import folder_or_shipped
 
-# Drafters of the shipped target, whose folder stands for the braces.
+# Drafters of the shipped target. The target's folder replaces {0}.
 SHIPPED = (
     "model:{0}-draft",
     "mtp:{0}-mtp",
@@ -34,18 +34,20 @@ SHIPPED = (
     "ngram",
     "cascade:ngram,eagle:{0}-eagle",
 )
-EXCERPTS = 4  # texts over which costs are averaged
-ABOUT = """Measures what specjax costs here: %(prog)s [width|round|slots|speed|drafters ...].
+EXCERPTS = 4  # costs are means over this many texts
+ABOUT = """Measures drafters, rounds and speed on this machine: %(prog)s [width|round|slots|speed|drafters ...].
 
-Everything is compared as a ratio of medians that were timed in turn in one run, after a warm-up that compiles.
-width: a target pass over t tokens against one over 1. round: a whole round against its drafter steps and
-target pass, each alone, and against both in turn in one loop, where each finds the other's weights in the CPU's
-caches. slots: a step with many slots allocated against few, equally many in use. speed: text per second
-against plain decoding, on excerpts of held-out modules. drafters: the same for every drafter, row by row, beside
-the speed-up that its acceptance and costs promise: emitted / (g c + w), with c one draft and w a pass over g + 1
-tokens, or what early exit leaves of it, both in passes over one.
+Figures are ratios of medians. The medians are timed in turn in one run, after a warm-up that compiles.
 
-speed also runs over a mesh, of one host or several (docs/distributed.md), the others on one device.
+width     a target pass over t tokens against a pass over 1 token
+round     a round against its drafter steps and its target pass: each alone, and both in turn in one loop, where
+          each evicts the other's weights from the CPU's caches
+slots     a step with many slots allocated against a step with few, with equally many in use
+speed     tokens per second against plain decoding, on excerpts of held-out modules
+drafters  the same for every drafter, one row of text at a time, and the speed-up that acceptance and costs allow:
+          emitted / (g c + w), with c the cost of a draft and w of a pass over g + 1 tokens, in passes over 1 token
+
+speed also runs over a mesh, on one host or several (docs/distributed.md). The others run on one device.
 """
 
 
@@ -65,25 +67,26 @@ def main(argv: list[str] | None = None, prog: str = "bench.py") -> int:
     )
     parser.add_argument("--prompts", type=int, default=8, help="for speed; rounded up to whole batches")
     parser.add_argument("--new-tokens", type=int, default=192, help="for speed")
-    parser.add_argument("--repeats", type=int, default=15, help="timings whose median is taken")
+    parser.add_argument("--repeats", type=int, default=15, help="number of timings of each median")
     parser.add_argument("--json", type=Path, help="also write the figures there")
-    parser.add_argument("--drafters", nargs="+", metavar="SPEC", help="as for generate; default: all that are shipped")
+    parser.add_argument("--drafters", nargs="+", metavar="SPEC", help="as for generate; default: all shipped ones")
     hosts.add_mesh_options(parser)
     args = parser.parse_args(argv)
+    # Benchmarks take what they need from args, so that each is one function of one argument.
     args.prog = prog
-    warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # what a part does not return
+    warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # timed parts return less than they get
     if unknown := set(args.what) - BENCHMARKS.keys():
         parser.error(f"unknown benchmark {', '.join(sorted(unknown))}; choose from {', '.join(BENCHMARKS)}")
     with contextlib.ExitStack() as stack:
         try:
             mesh = stack.enter_context(hosts.run(args))
-            # Over a mesh, only `speed` can run, and batches must divide over its rows.
+            # Over a mesh, only `speed` can run, and `data` must divide the batches.
             chosen = args.what or (BENCHMARKS if mesh is None else ["speed"])
             if args.batch is None:
                 parts = 1 if mesh is None else mesh.shape["data"]
                 args.batch = [batch for batch in (1, 4, 8) if batch % parts == 0] or [parts]
             check_mesh(mesh, chosen, args.batch)
-            # Models are loaded once for all benchmarks; the draft is whole on each device, as it is small.
+            # Models are loaded once for all benchmarks. The draft is small, so it is whole on each device.
             args.target = folder_or_shipped(args.target)
             args.draft = folder_or_shipped(args.draft, "py-14m-draft", "--draft")
             args.drafters = args.drafters or [spec.format(args.target) for spec in SHIPPED]
@@ -103,7 +106,7 @@ def main(argv: list[str] | None = None, prog: str = "bench.py") -> int:
 
 
 def check_mesh(mesh: Mesh | None, chosen: Collection[str], batches: list[int]) -> None:
-    """Raises ValueError if a benchmark or a batch cannot be split over the mesh."""
+    """Raises ValueError unless the benchmarks can run over the mesh, and its ``data`` axis divides the batches."""
     if mesh is None:
         return
     if others := sorted(set(chosen) - {"speed"}):
@@ -116,7 +119,7 @@ def check_mesh(mesh: Mesh | None, chosen: Collection[str], batches: list[int]) -
 
 
 def bench_width(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Target passes by width, at 300 tokens of context."""
+    """Times target passes by width, at 300 tokens of context."""
     start_b = jnp.asarray([300], jnp.int32)
     cache = args.model.init_cache(1, 512)
     widths = range(1, 10)
@@ -132,7 +135,7 @@ def bench_width(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def bench_round(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A round against its parts."""
+    """Times a round against its parts."""
     rows, prompt = [], measure.held_out_excerpts(args.target, 200, 1)
     for g, drafter in args.drafts.items():
         for temperature in (0.0, 1.0):
@@ -158,7 +161,7 @@ def bench_round(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def bench_slots(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A step at 300 tokens in use, by slots allocated."""
+    """Times a step by slots allocated, with 300 tokens in use."""
     rows, prompt = [], measure.held_out_excerpts(args.target, 300, 1)
     for name, drafter in {"plain": None, **{f"g = {g}": d for g, d in args.drafts.items()}}.items():
         states = {str(slots): measure.ready(args, drafter, 0.0, prompt, slots) for slots in (512, 4096)}
@@ -174,7 +177,7 @@ def bench_slots(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def bench_speed(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Speculative against plain decoding."""
+    """Times speculative against plain decoding."""
     rows = []
     for batch in args.batch:
         count = -(-args.prompts // batch)
@@ -185,9 +188,10 @@ def bench_speed(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def bench_drafters(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every drafter: acceptance, costs, the speed-up they promise and the one there is."""
+    """Measures every drafter: acceptance, costs, the speed-up that these allow, and the measured speed-up."""
     tokenizer = specjax.open(args.target).need_tokenizer()
     prompts = measure.held_out_excerpts(args.target, 64, args.prompts)[:, None]
+    # All drafters are opened first, so that a wrong spec is an error before the first measurement.
     try:
         opened = [
             (spec, named_drafter(spec, args.model, tokenizer, g)) for spec in args.drafters for g in args.num_draft
@@ -209,9 +213,9 @@ def bench_drafters(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def costs(args: argparse.Namespace, drafter: Any, temperature: float) -> tuple[float, float]:
-    """Returns what one draft costs, and a target pass over all drafts and one token more, in passes over one token.
+    """Returns the cost of one draft, and of a target pass over g + 1 tokens, in passes over one token.
 
-    The mean over several texts, since what a cascade costs depends on the text.
+    The costs are means over several texts, since the cost of a cascade depends on the text.
     """
     prompts = measure.held_out_excerpts(args.target, 200, EXCERPTS)[:, None]
     states = [measure.ready(args, drafter, temperature, prompt, 512) for prompt in prompts]
@@ -231,7 +235,7 @@ def costs(args: argparse.Namespace, drafter: Any, temperature: float) -> tuple[f
 
 
 def speed(args: argparse.Namespace, drafter: Any, temperature: float, prompts: np.ndarray) -> dict[str, Any]:
-    """Times batches of prompts with the drafter and without."""
+    """Times batches ``[count, batch, length]`` of prompts, with the drafter and without, and returns a table's row."""
     sampling = specjax.Sampling(temperature=temperature)
     run = functools.partial(specjax.generate, args.model, sampling=sampling, max_new_tokens=args.new_tokens)
     speculative, plain, stats = 0.0, 0.0, []
@@ -244,6 +248,7 @@ def speed(args: argparse.Namespace, drafter: Any, temperature: float, prompts: n
         seconds = measure.medians(calls, max(3, args.repeats // 5))
         speculative, plain = speculative + seconds["speculative"], plain + seconds["plain"]
         stats.append(specjax.sharding.gathered(calls["speculative"]().stats))
+    # Counts are added over batches before they are divided: batches differ in length.
     emitted = sum(int(s.emitted.sum()) for s in stats)
     accepted = np.sum([s.accepted_at.sum(0) for s in stats], axis=0)
     drafted = np.sum([s.drafted_at.sum(0) for s in stats], axis=0)

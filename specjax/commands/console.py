@@ -1,4 +1,4 @@
-"""What commands print and write alike: one-line errors, tables, whole files."""
+"""Output that commands share: one-line errors, tables, whole files."""
 
 import argparse
 import os
@@ -24,7 +24,8 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that nobody ever sees half of it."""
+    """Writes a file at once: readers see the old content or all of the new content."""
+    # A rename within a folder is atomic. The process's number keeps two writers apart.
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8")

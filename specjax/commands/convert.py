@@ -1,4 +1,4 @@
-"""The command ``convert``: a Hugging Face folder becomes a checkpoint folder."""
+"""The command ``convert``: makes a checkpoint folder of a Hugging Face folder."""
 
 import argparse
 import importlib.util
@@ -12,13 +12,13 @@ from tqdm import tqdm
 
 import specjax
 
-VERIFIED_TOKENS = 48
-TOLERANCE = 1e-3
+VERIFIED_TOKENS = 48  # random tokens over which logits are compared
+TOLERANCE = 1e-3  # largest difference of two float32 logits
 
 
 ABOUT = """Converts a Hugging Face folder to a checkpoint folder: %(prog)s SRC DST.
 
-SRC holds config.json, safetensors and a tokenizer. DST appears once it is whole. (specjax.load opens SRC as well.)
+SRC holds config.json, safetensors and a tokenizer. DST appears once it is whole. (specjax.open opens SRC, too.)
 """
 
 
@@ -34,15 +34,16 @@ def main(argv: list[str] | None = None, prog: str = "convert_hf.py") -> int:
         action="append",
         default=[],
         metavar="KEY",
-        help="read config.json without this key, past a refusal of what it says; may be repeated",
+        help="read config.json without this key, if the key is refused; may be repeated",
     )
     parser.add_argument("--verify", action="store_true", help="compare logits with transformers, on this machine's CPU")
     args = parser.parse_args(argv)
-    # What --verify needs is asked for first: the conversion may take long.
+    # The needs of --verify are checked first, since the conversion may take long.
     if args.verify and is_quantized(args.source):
         parser.error("--verify compares with transformers on a CPU, which cannot run float8 weights; leave it out")
     if args.verify and not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         parser.error("--verify needs torch and transformers; pip install 'specjax[parity]'")
+    # Errors of the source are one line. Ctrl-C leaves no folder.
     try:
         with tqdm(unit="B", unit_scale=True, desc="reading", disable=None) as bar:
 
@@ -59,11 +60,12 @@ def main(argv: list[str] | None = None, prog: str = "convert_hf.py") -> int:
         return 130
     print(*report, sep="\n")
     print(f"wrote {args.destination}")
+    # The conversion is whole by now: an error of transformers does not undo it.
     if not args.verify:
         return 0
     try:
         return verify(args.source, args.destination)
-    except Exception as error:  # whatever transformers meets in the source
+    except Exception as error:  # transformers may raise anything
         print(f"{prog}: it is written, but not verified: {error}", file=sys.stderr)
         return 1
 
@@ -72,18 +74,19 @@ def is_quantized(source: Path) -> bool:
     """Returns whether the folder's config names a quantization."""
     try:
         return "quantization_config" in json.loads((source / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # what is wrong with it, the conversion says
+    except (OSError, ValueError):  # the conversion reports this error
         return False
 
 
 def verify(source: Path, destination: Path) -> int:
-    """Compares both models' float32 logits over random tokens; returns an exit status."""
+    """Compares the float32 logits of both models over random tokens; returns an exit status."""
     import torch
     import transformers
 
+    # Both compute in float32 with the parameters as stored, so that only the computations differ.
     stored = json.loads((destination / "config.json").read_text(encoding="utf-8"))["torch_dtype"]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    for parameter in theirs.parameters():  # not the buffers, which are computed
+    for parameter in theirs.parameters():  # buffers are computed, so they stay as they are
         parameter.data = parameter.data.to(getattr(torch, stored)).float()
     ours = specjax.load(destination, "float32")
     length = min(VERIFIED_TOKENS, ours.max_positions or VERIFIED_TOKENS)

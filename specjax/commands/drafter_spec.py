@@ -1,4 +1,4 @@
-"""Drafters by name, as ``--drafter`` takes them: ``model:DIR``, ``cascade:ngram,eagle:DIR`` and so on."""
+"""Drafters from the option ``--drafter``: ``model:DIR``, ``cascade:ngram,eagle:DIR`` and so on."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,10 +18,18 @@ def named_drafter(
     rules: specjax.sharding.Rules = specjax.sharding.RULES,
     ignore_config_keys: Sequence[str] = (),
 ) -> Any:
-    """Returns the drafter of a value other than none; ``mesh`` and ``rules`` are those of ``specjax.load_drafter``."""
+    """Opens a drafter, and notes facts about it that a user may not expect on standard error.
+
+    The arguments are those of ``specjax.load_drafter``. ``spec`` is not "none".
+
+    Raises:
+      ValueError: as for ``specjax.load_drafter``.
+    """
     drafter = specjax.load_drafter(
         spec, target, num_draft, tokenizer=tokenizer, mesh=mesh, rules=rules, ignore_config_keys=ignore_config_keys
     )
+    # A draft head's config may leave open which of the target's states it reads. A draft of another tokenizer can
+    # draft only some tokens. Both may explain a low acceptance rate.
     for part in parts_of(drafter):
         if hasattr(part, "head") and hasattr(part.head, "describe"):
             hosts.note(f"{spec}: {part.head.describe()}\n")
@@ -34,7 +42,7 @@ def named_drafter(
 
 
 def parts_of(drafter: Any) -> list[Any]:
-    """Returns the drafters of a cascade, or the one that there is."""
+    """Returns the drafters of a cascade, also of nested ones; for any other drafter, the drafter alone."""
     if isinstance(drafter, specjax.Cascade):
         return parts_of(drafter.first) + parts_of(drafter.second)
     return [drafter]

@@ -1,4 +1,4 @@
-"""The command ``export``: a checkpoint folder becomes a Hugging Face folder."""
+"""The command ``export``: makes a Hugging Face folder of a checkpoint folder."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ import specjax
 
 ABOUT = """Exports a checkpoint folder to a Hugging Face folder: %(prog)s SRC DST.
 
-transformers.AutoModelForCausalLM.from_pretrained(DST) loads the result as it is. DST appears once it is whole.
+transformers.AutoModelForCausalLM.from_pretrained(DST) loads the result. DST appears once it is whole.
 """
 
 
@@ -18,7 +18,9 @@ def main(argv: list[str] | None = None, prog: str = "export_hf.py") -> int:
     parser.add_argument("source", type=Path, metavar="SRC", help="checkpoint folder")
     parser.add_argument("destination", type=Path, metavar="DST", help="folder to make")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored)")
-    parser.add_argument("--shard-gb", type=float, default=5.0, metavar="N", help="most GB in a file (default: 5)")
+    parser.add_argument(
+        "--shard-gb", type=float, default=5.0, metavar="N", help="at most N GB in each file (default: 5)"
+    )
     args = parser.parse_args(argv)
     if not 0 < args.shard_gb < 1e6:
         parser.error(f"--shard-gb is {args.shard_gb}; give a number above 0")

@@ -8,8 +8,8 @@ from jax.sharding import Mesh
 from specjax.checkpoint.drafters import short_name
 from specjax.commands.transcript import COUNTS, Transcript
 
-COMPARED_RUNS = 5
-# Sampling parameters and the values at which they do nothing.
+COMPARED_RUNS = 5  # timed runs of --compare, with the drafter and without
+# Sampling parameters, and the values at which they have no effect.
 IDLE = {
     "top_k": 0,
     "top_p": 1.0,
@@ -21,7 +21,13 @@ IDLE = {
 
 
 def results(transcripts: list[Transcript], seconds: float) -> dict[str, Any]:
-    """Returns what ``--json`` writes: figures of each prompt, and of all together."""
+    """Returns the content of ``--json``: figures of each prompt, and of all prompts together.
+
+    Args:
+      transcripts: of all prompts; all done.
+      seconds: time of all rounds together.
+    """
+    # "tokens" has all emitted tokens, while "text" ends at a stop string.
     prompts = [
         {
             "prompt": transcript.prompt,
@@ -33,6 +39,7 @@ def results(transcripts: list[Transcript], seconds: float) -> dict[str, Any]:
         }
         for transcript in transcripts
     ]
+    # Rates are computed from summed counts: a mean of the prompts' rates would weigh short prompts too much.
     total = {name: sum(prompt[name] for prompt in prompts) for name in COUNTS}
     places = {
         name: [sum(counts) for counts in zip(*(prompt[name] for prompt in prompts), strict=True)]
@@ -48,7 +55,7 @@ def results(transcripts: list[Transcript], seconds: float) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Returns the closing figures."""
+    """Returns the closing table of figures, one line each."""
     lines = [
         ("tokens", f"{result['emitted']} in {result['rounds']} rounds"),
         ("emitted per round", f"{result['emitted_per_round']:.2f}  (plain decoding: 1)"),
@@ -59,6 +66,7 @@ def table(result: dict[str, Any]) -> str:
     for place, (drafted, accepted) in enumerate(zip(result["drafted_at"], result["accepted_at"], strict=True), 1):
         share = accepted / drafted if drafted else 0
         lines.append((f"  at position {place}", f"{share:4.0%}  {'#' * round(20 * share)}"))
+    # Only --compare has plain decoding to compare with.
     if "speedup" in result:
         speeds = result["comparison"]
         rates = f"{speeds['with_drafter']:.1f} against {speeds['plain']:.1f} tokens/s"
@@ -68,7 +76,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def settings(args: argparse.Namespace, spec: str, mesh: Mesh | None) -> dict[str, str]:
-    """Returns how the text was made, by name, leaving out sampling parameters that do nothing."""
+    """Returns the settings of the text by name, without sampling parameters that have no effect."""
     chosen = {"target": args.target.resolve().name, "drafter": short_name(spec)}
     if spec != "none":
         chosen |= {"drafts per round": str(args.num_draft), "verify": args.verify}
@@ -84,7 +92,7 @@ def settings(args: argparse.Namespace, spec: str, mesh: Mesh | None) -> dict[str
 
 
 def large(result: dict[str, Any]) -> dict[str, str]:
-    """Returns what a trace page shows large."""
+    """Returns the figures that a trace page shows large."""
     shown = {
         "tokens per round (plain decoding: 1)": f"{result['emitted_per_round']:.2f}",
         "tokens emitted": str(result["emitted"]),

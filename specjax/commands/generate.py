@@ -1,4 +1,4 @@
-"""The command ``generate``: continues prompts by speculative decoding and shows what it gained."""
+"""The command ``generate``: continues prompts by speculative decoding and prints its figures."""
 
 import argparse
 import contextlib
@@ -35,7 +35,7 @@ STDIN_WAIT_S = 3.0  # a pipe that nobody writes to must not hold up a call witho
 
 
 def utf8(text: str) -> str:
-    """Returns an argument that can be encoded."""
+    """Returns the text if it can be encoded; a type of ``argparse``."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -44,7 +44,14 @@ def utf8(text: str) -> str:
 
 
 def text_file(path: Path) -> str:
-    """Returns the text without its last newline: a token joins that with the indentation which is to follow."""
+    """Returns a file's text without its last newline.
+
+    A tokenizer joins a newline and the indentation after it in one token. A prompt that ends in a newline would make
+    that token impossible.
+
+    Raises:
+      ValueError: the file cannot be read, or is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8").removesuffix("\n")
     except UnicodeDecodeError:
@@ -54,13 +61,14 @@ def text_file(path: Path) -> str:
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    """Raises ValueError unless files can be written where they are wanted, found out by making one beside each."""
+    """Raises ValueError unless the files of ``--json`` and ``--trace`` can be written."""
     for name in ("json", "trace"):
         path = getattr(args, name)
         if path is None:
             continue
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise ValueError(f"--{name}: {path} is not a regular file; give the name of one, or a new name")
+        # Permissions alone do not tell, so a file is made in the same folder.
         folder = path.absolute().parent
         try:
             tempfile.TemporaryFile(dir=folder).close()
@@ -68,25 +76,25 @@ def check_outputs(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name}: {folder} cannot be written to: {error.strerror}") from None
 
 
-ABOUT = """Continues prompts by speculative decoding and shows what it gained.
+ABOUT = """Continues prompts by speculative decoding and prints its figures.
 
 %(prog)s                                           the shipped pair of models on a built-in prompt
 %(prog)s --prompt 'def mean(x):' --compare         speed-up over plain decoding
-head -30 x.py | %(prog)s --trace t.html            a page that shows where each token came from
+head -30 x.py | %(prog)s --trace t.html            a page with the origin of each token
 %(prog)s --target DIR --chat --prompt 'Hello!'     a message to a chat model
 %(prog)s --target DIR --mesh data=2,tensor=4       a model split over eight devices (docs/distributed.md)
 """
 
 
 def parse(argv: list[str] | None, prog: str) -> tuple[Parser, argparse.Namespace]:
-    """Returns the parser, which says later what is wrong, and the arguments."""
-    # Groups follow the way of a text: what is continued, by which models, drawn how, and written where.
+    """Returns the parser, for later errors, and the arguments."""
+    # The groups have the order of the work: prompts, models, sampling, output.
     parser = Parser(prog, description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     text = parser.add_argument_group("prompts", "several are one batch; text piped in is one when none is given")
     text.add_argument("--prompt", dest="prompts", action="append", type=utf8, metavar="TEXT")
     text.add_argument("--prompt-file", dest="prompts", action="append", type=Path, metavar="FILE")
     text.add_argument("--chat", action="store_true", help="prompts are messages, laid out by the target's template")
-    text.add_argument("--system", type=utf8, metavar="TEXT", help="system message ahead of each, with --chat")
+    text.add_argument("--system", type=utf8, metavar="TEXT", help="system message before each message, with --chat")
     text.add_argument(
         "--stop", action="append", type=utf8, default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
@@ -95,8 +103,8 @@ def parse(argv: list[str] | None, prog: str) -> tuple[Parser, argparse.Namespace
     models.add_argument(
         "--drafter",
         metavar="SPEC",
-        help="model:DIR, mtp:DIR, eagle:DIR, medusa:DIR, early-exit:LAYERS, ngram, none, or cascade:A,B, B where A has "
-        "nothing (default: the shipped draft, or ngram)",
+        help="model:DIR, mtp:DIR, eagle:DIR, medusa:DIR, early-exit:LAYERS, ngram, none, or cascade:A,B, where B "
+        "drafts if A has nothing (default: the shipped draft, or ngram)",
     )
     models.add_argument(
         "--ignore-config-key",
@@ -104,7 +112,7 @@ def parse(argv: list[str] | None, prog: str) -> tuple[Parser, argparse.Namespace
         action="append",
         default=[],
         metavar="KEY",
-        help="read config.json without this key, past a refusal of what it says; may be repeated",
+        help="read config.json without this key, if the key is refused; may be repeated",
     )
     models.add_argument("--num-draft", type=int, default=4, metavar="N", help="tokens drafted per round (default: 4)")
     models.add_argument(
@@ -117,22 +125,28 @@ def parse(argv: list[str] | None, prog: str) -> tuple[Parser, argparse.Namespace
     draws.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default: 0.8)")
     draws.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens; 0 keeps all")
     draws.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest tokens that reach P")
-    draws.add_argument("--min-p", type=float, default=0.0, metavar="P", help="keep tokens of P times the likeliest")
+    draws.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="keep tokens at least P times as likely as the likeliest"
+    )
     draws.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1 is none")
     draws.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="0 is none")
     draws.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="0 is none")
-    draws.add_argument("--seed", type=int, default=0, metavar="S", help="of the first prompt; the next has S + 1 ...")
-    draws.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="most per prompt (default: 200)")
+    draws.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="seed of the first prompt; the second has S + 1, and so on"
+    )
+    draws.add_argument(
+        "--max-new-tokens", type=int, default=200, metavar="N", help="at most N tokens per prompt (default: 200)"
+    )
     out = parser.add_argument_group("output", "text goes to standard output, figures to standard error")
     out.add_argument("--compare", action="store_true", help="measure the speed-up over plain decoding")
     out.add_argument("--json", type=Path, metavar="FILE", help="write text, tokens and figures")
-    out.add_argument("--trace", type=Path, metavar="FILE", help="write an HTML page: where each token came from")
+    out.add_argument("--trace", type=Path, metavar="FILE", help="write an HTML page with the origin of each token")
     hosts.add_mesh_options(parser)
     return parser, parser.parse_args(argv)
 
 
 def prompts_of(args: argparse.Namespace) -> list[str]:
-    """Returns the prompts, which the first of several processes reads for all."""
+    """Returns the prompts. The first of several processes reads them for all."""
     own: list[str] = []
     if hosts.is_first():
         given = [text_file(prompt) if isinstance(prompt, Path) else prompt for prompt in args.prompts or []]
@@ -141,12 +155,12 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
 
 
 def piped_text() -> str:
-    """Returns what is piped in, less its last newline; nothing from a terminal, or when nothing comes."""
+    """Returns the text that is piped in, without its last newline; "" from a terminal, or if no text comes."""
     if sys.stdin is None or sys.stdin.isatty():
         return ""
     try:
         waiting = select.select([sys.stdin], [], [], STDIN_WAIT_S)[0]
-    except (OSError, ValueError):  # no file that can be polled
+    except (OSError, ValueError):  # standard input is a file that cannot be polled
         waiting = [sys.stdin]
     if not waiting:
         hosts.note(
@@ -159,9 +173,14 @@ def piped_text() -> str:
 
 
 def compare(request: dict[str, Any], drafter: Any, rows: int) -> dict[str, float]:
-    """Returns tokens per second with the drafter and without: medians of interleaved runs, one compiled loop each.
+    """Returns tokens per second with the drafter and without it: medians of runs in turn, one compiled loop each.
 
-    The compiled loop knows no stop strings: both go on after them.
+    The compiled loop has no stop strings: both go on after them.
+
+    Args:
+      request: arguments of ``specjax.generate``, from ``request_for``.
+      drafter: the drafter.
+      rows: rows that count; rows after them only fill up the mesh.
     """
     rates: dict[str, list[float]] = {"with_drafter": [], "plain": []}
     for run in range(figures.COMPARED_RUNS + 1):
@@ -181,12 +200,12 @@ def request_for(
     stop_tokens: Sequence[int],
     mesh: Mesh | None,
 ) -> dict[str, Any]:
-    """Returns the arguments of ``specjax.generate``, all but the drafter.
+    """Returns the arguments of ``specjax.generate`` without the drafter.
 
-    Rows that make the prompts divide over a mesh are copies of the first, of one token each, after the others.
+    Example, 3 prompts on a mesh of ``data=2``: a fourth row is a copy of the first prompt and emits one token.
     """
     prompts = [transcript.prompt_ids for transcript in transcripts]
-    # Rows are split over the mesh evenly, so that some may have to be added.
+    # The mesh has equally many rows on each part, so rows may have to be added.
     added = 0 if mesh is None else -len(prompts) % mesh.shape["data"]
     limits = [args.max_new_tokens] * len(prompts) + [1] * added if added else args.max_new_tokens
     return {
@@ -204,7 +223,7 @@ def request_for(
 
 
 def default_drafter(target: Path) -> str:
-    """Returns the shipped draft model for the shipped target, and n-grams for others."""
+    """Returns the spec of the shipped draft model for the shipped target, and "ngram" for other targets."""
     shipped_target, draft = shipped(SHIPPED), shipped(SHIPPED_DRAFT)
     if draft is not None and shipped_target is not None and target.resolve() == shipped_target.resolve():
         return f"model:{draft}"
@@ -217,14 +236,14 @@ def main(argv: list[str] | None = None, prog: str = "generate.py") -> None:
     with contextlib.ExitStack() as stack:
         try:
             mesh = stack.enter_context(hosts.run(args))
-            # What is cheap to find out comes first: folders that cannot be written, and models that are not there.
+            # Cheap checks come first: files that cannot be written, and models that are missing.
             args.target = folder_or_shipped(args.target, SHIPPED)
             if hosts.is_first():
                 check_outputs(args)
             prompts = prompts_of(args)
             spec = default_drafter(args.target) if args.drafter is None else args.drafter
             hosts.check_same_folders(args.target, *folders_of(spec))
-            # Whatever is wrong with models, drafter or options is an error before anything compiles.
+            # Errors of models, drafter and options come before anything compiles, and each is one line.
             opened = specjax.open(args.target, mesh=mesh, ignore_config_keys=args.ignore_config_keys)
             target, tokenizer = opened.model, opened.need_tokenizer()
             rules = specjax.sharding.RULES if args.shard_draft else {}
@@ -242,12 +261,12 @@ def main(argv: list[str] | None = None, prog: str = "generate.py") -> None:
                 for prompt in prompts
             ]
             request = request_for(args, target, transcripts, stop_tokens, mesh)
-            # The first of two equal calls compiles, so that the second can be timed.
+            # The first of two equal calls compiles, so the second can be timed.
             warm_up, rounds = (specjax.stream(**request, drafter=drafter) for _ in range(2))
         except (ValueError, TypeError, OSError) as error:
             parser.error(hosts.describe(error))
 
-        # The text streams to standard output; the figures follow on standard error, so that text can be piped.
+        # The text streams to standard output. The figures follow on standard error, so the text can be piped.
         progress = hosts.note if sys.stderr.isatty() else lambda message: None
         progress("compiling ...")
         next(warm_up)
@@ -268,7 +287,7 @@ def main(argv: list[str] | None = None, prog: str = "generate.py") -> None:
 
 
 def write(args: argparse.Namespace, result: dict[str, Any], transcripts: list[Transcript]) -> None:
-    """Writes the files that were asked for."""
+    """Writes the files of ``--json`` and ``--trace``, where given."""
     if args.json:
         write_whole(args.json, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     if args.trace:

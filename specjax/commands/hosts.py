@@ -32,7 +32,7 @@ AXES = ("data", "tensor", "expert")
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "tokenizers")
 START_S = 300  # all processes must come within this time
 LOST_S = 30  # JAX ends a job when a process has sent no heartbeat for this time
-LEAVE_S = 5  # a failed process 0 lets the others say first what they see: JAX aborts them once process 0 is gone
+LEAVE_S = 5  # a failed process 0 waits, so the others can print their errors: JAX aborts them once process 0 is gone
 SHOWN = 80  # characters of a value in a message
 # A collective operation raises these when another process is gone.
 OTHERS = re.compile(r"\b(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
@@ -44,13 +44,16 @@ def add_mesh_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--mesh", type=_sizes, metavar="AXIS=N,...", help="split rows over data=N, models over tensor=N and expert=N"
     )
-    group.add_argument("--distributed", action="store_true", help="be one process of a Cloud TPU, Slurm or other job")
+    group.add_argument(
+        "--distributed", action="store_true", help="join a Cloud TPU, Slurm or other job as one of its processes"
+    )
     group.add_argument("--coordinator", type=_address, metavar="HOST:PORT", help="elsewhere: where process 0 listens")
-    group.add_argument("--num-processes", type=int, metavar="N", help="elsewhere: how many processes there are")
-    group.add_argument("--process-id", type=int, metavar="I", help="elsewhere: which of them this is, from 0")
+    group.add_argument("--num-processes", type=int, metavar="N", help="elsewhere: number of processes")
+    group.add_argument("--process-id", type=int, metavar="I", help="elsewhere: number of this process, from 0")
 
 
 def _sizes(text: str) -> dict[str, int]:
+    """Reads ``data=2,tensor=4``; a type of ``argparse``."""
     sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, _, size = part.partition("=")
@@ -64,6 +67,7 @@ def _sizes(text: str) -> dict[str, int]:
 
 
 def _address(text: str) -> str:
+    """Returns the text if it is HOST:PORT; a type of ``argparse``."""
     host, _, port = text.rpartition(":")
     if not host or not (port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
         raise argparse.ArgumentTypeError(f"{text!r} is no address; give HOST:PORT, such as 10.0.0.1:1234")
@@ -72,19 +76,21 @@ def _address(text: str) -> str:
 
 @contextlib.contextmanager
 def run(args: argparse.Namespace) -> Iterator[Mesh | None]:
-    """Yields the mesh that the options of ``add_mesh_options`` ask for, set by ``jax.set_mesh``; None without any.
+    """Yields the mesh of the options of ``add_mesh_options``, set by ``jax.set_mesh``; None without such options.
 
     Enter this context before anything asks JAX for devices. Several processes get a mesh of all their devices, by
-    default along ``data``. Of several processes,
+    default along ``data``. With several processes:
 
-    - all must have the same arguments, code and packages, which is checked first;
-    - the first alone prints to standard output;
-    - each waits, on leaving, for all others;
-    - one that raises an exception prints it and ends, with status 2 for a ValueError, TypeError, OSError or
-      FloatingPointError, and with a traceback and status 1 for others. The other processes end with an error, too.
+    - All must have the same arguments, code and packages. This is checked first.
+    - Only the first process prints to standard output.
+    - Each process waits for all others when it leaves the context.
+    - No exception leaves the context. The process that raised it prints it and ends: with status 2 for a ValueError,
+      TypeError, OSError or FloatingPointError, and with a traceback and status 1 for others. The other processes end
+      with an error, too.
 
     Raises:
-      ValueError: there are too few devices, or the options contradict each other or name a place that is not there.
+      ValueError: there are too few devices, the options contradict each other, or the coordinator's address cannot be
+        used. All of these are raised in the only process, or before the processes have met.
     """
     # One process: a mesh of its own devices, and errors are the caller's.
     if not _come_together(args):
@@ -105,7 +111,7 @@ def run(args: argparse.Namespace) -> Iterator[Mesh | None]:
 
 
 def is_first() -> bool:
-    """Returns whether this process prints, shows bars and writes files: the first of several, or the only one."""
+    """Returns whether this is the process that prints, shows bars and writes files: the first or only one."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
@@ -116,7 +122,7 @@ def note(text: str) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """Returns an error in one line; of several processes, with the one that has the error."""
+    """Returns an error in one line. With several processes, the line names this process."""
     reason = " ".join(str(error).split()) or type(error).__name__
     if not jax.distributed.is_initialized():
         return reason
@@ -128,9 +134,13 @@ def describe(error: BaseException) -> str:
 
 
 def exchange(text: str) -> list[str]:
-    """Returns the text of every process, by process. All must call it and ``check_same`` alike, in the same order."""
+    """Returns the text of every process, by process.
+
+    All processes must call ``exchange`` and ``check_same`` equally often, in the same order.
+    """
     if not jax.distributed.is_initialized():
         return [text]
+    # An all-gather takes arrays of one shape, so texts are padded to the longest.
     given = np.frombuffer(text.encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.asarray([given.size], np.int32))[:, 0]
     rows = multihost_utils.process_allgather(np.pad(given, (0, int(sizes.max()) - given.size)))
@@ -150,12 +160,16 @@ def check_same(values: Mapping[str, str]) -> None:
 
 
 def check_same_folders(*folders: Path) -> None:
-    """Raises ValueError in every process unless all find the same files there: contents of JSON, sizes of others."""
+    """Raises ValueError in every process unless all find the same files in the folders.
+
+    JSON files are compared by their contents, and all others by their sizes, since weights are large.
+    """
     if jax.distributed.is_initialized():
         check_same({str(folder): _folder(folder) for folder in folders})
 
 
 def _folder(folder: Path) -> str:
+    """Returns a digest of a folder; hidden files do not count."""
     files = sorted(file for file in folder.rglob("[!.]*") if file.is_file())
     digest = hashlib.sha256()
     for file in files:
@@ -165,14 +179,16 @@ def _folder(folder: Path) -> str:
 
 
 def _short(text: str) -> str:
+    """Returns the text, or its beginning and a digest."""
     if len(text) <= SHOWN:
         return text
     return f"{text[:SHOWN]}... ({len(text)} characters with the digest {hashlib.sha256(text.encode()).hexdigest()[:8]})"
 
 
 def _origin(args: argparse.Namespace) -> dict[str, str]:
-    """Returns what must be the same everywhere: packages, code, and all arguments except those that say who is who."""
+    """Returns everything that must be equal in all processes: packages, code and arguments."""
     given = {f"the argument {name}": repr(value) for name, value in vars(args).items()}
+    # These two differ: one says which process this is, and a host may know the coordinator by another name.
     for name in ("coordinator", "process_id"):
         given.pop(f"the argument {name}")
     packages = {f"the version of {name}": importlib.metadata.version(name) for name in PACKAGES}
@@ -184,6 +200,7 @@ def _origin(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _mesh_of_all(sizes: dict[str, Any] | None) -> Mesh:
+    """Returns a mesh of the devices of all processes."""
     count = jax.device_count()
     mesh = specjax.make_mesh(**(sizes or {"data": count}))
     if mesh.size < count:
@@ -196,7 +213,10 @@ def _mesh_of_all(sizes: dict[str, Any] | None) -> Mesh:
 
 @contextlib.contextmanager
 def _first_prints() -> Iterator[None]:
-    """Leaves standard output to Python's printing in the first process: gloo greets on it in every one."""
+    """Keeps standard output for what Python prints in the first process.
+
+    JAX's transport between CPUs, gloo, prints to it in every process, from C++. That goes to standard error here.
+    """
     place = os.dup(1) if is_first() else os.devnull
     with open(place, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors) as out:
         sys.stdout.flush()
@@ -207,7 +227,8 @@ def _first_prints() -> Iterator[None]:
 
 
 def _come_together(args: argparse.Namespace) -> bool:
-    """Joins the other processes, and returns whether there are any to join."""
+    """Joins the other processes, and returns whether there are others."""
+    # Without any option, this is the only process. With some options of an address, the missing ones are an error.
     place = {"--coordinator": args.coordinator, "--num-processes": args.num_processes, "--process-id": args.process_id}
     missing = [name for name, value in place.items() if value is None]
     if len(missing) == len(place) and not args.distributed:
@@ -216,10 +237,11 @@ def _come_together(args: argparse.Namespace) -> bool:
         raise ValueError(f"{missing[0]} is missing; give all of {', '.join(place)}, or just --distributed")
     if not missing:
         _check_place(args.coordinator, args.num_processes, args.process_id)
-        # When some do not come, JAX aborts this process with a message that names neither them nor the address.
+        # If a process does not come, JAX aborts this one with a message that names neither that process nor the
+        # address. So both are printed first.
         who, at = f"process {args.process_id} of {args.num_processes}", args.coordinator
         print(f"{who} waits for the others at {at}, at most {START_S} s", file=sys.stderr, flush=True)
-    jax.config.update("jax_enable_preemption_service", False)  # this service would ignore SIGTERM
+    jax.config.update("jax_enable_preemption_service", False)  # the service would ignore SIGTERM
     try:
         jax.distributed.initialize(
             args.coordinator,
@@ -238,12 +260,13 @@ def _come_together(args: argparse.Namespace) -> bool:
 
 
 def _check_place(coordinator: str, count: int, process: int) -> None:
+    """Raises ValueError for an address or number that makes JAX abort without a clear message."""
     if not 0 <= process < count:
         raise ValueError(f"--process-id is {process} and --num-processes {count}; number the processes from 0")
     host, _, port = coordinator.rpartition(":")
     try:
         if process == 0:
-            socket.create_server(("", int(port))).close()  # JAX aborts when the port is taken
+            socket.create_server(("", int(port))).close()  # JAX would abort if the port is taken
         else:
             socket.getaddrinfo(host.strip("[]"), port)
     except OSError as error:
@@ -252,6 +275,7 @@ def _check_place(coordinator: str, count: int, process: int) -> None:
 
 def _fail(error: BaseException) -> NoReturn:
     """Prints an error, unless a parser has printed it, and ends this process without waiting for the others."""
+    # Errors that a user can cause have status 2, as in argparse. Only unexpected ones need a traceback.
     status = 2 if isinstance(error, (ValueError, TypeError, OSError, FloatingPointError)) else 1
     if isinstance(error, SystemExit):
         status = error.code if isinstance(error.code, int) else 1
@@ -266,6 +290,7 @@ def _fail(error: BaseException) -> NoReturn:
         print(f"error: {text}", file=sys.stderr, flush=True)
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
+    # The others meet at process 0, and cannot print once it is gone.
     if is_first():
         time.sleep(LEAVE_S)
-    os._exit(status)  # a usual end would wait for all processes, one of which may be gone
+    os._exit(status)  # sys.exit would wait for all processes, and one may be gone

@@ -1,4 +1,4 @@
-"""How the benchmarks measure: medians of calls in turn, compiled loops of passes and rounds, excerpts of text."""
+"""Parts of the benchmarks: medians of calls in turn, compiled loops of passes and rounds, excerpts of text."""
 
 import argparse
 import functools
@@ -21,13 +21,13 @@ LOOP = 20  # rounds or passes inside one timed call, so that dispatch from the h
 
 
 def medians(calls: dict[str, Callable[[], Any]], repeats: int, inputs: Any = None) -> dict[str, float]:
-    """Returns each call's median seconds; the calls take turns.
+    """Returns the median seconds of each call. The calls take turns, so a change of the machine's load meets all.
 
     Args:
-      calls: what to time.
-      repeats: how often.
-      inputs: for each call a pytree that it consumes (its buffers are donated); a copy is made before each run, so
-        that copying caches is not timed.
+      calls: the functions to time, by name.
+      repeats: number of timings of each.
+      inputs: by name, a pytree for each call, whose buffers the call may donate; None: the calls take no argument.
+        The pytree is copied before each run, and the copy is not timed.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for run in range(repeats + 1):
@@ -42,7 +42,8 @@ def medians(calls: dict[str, Callable[[], Any]], repeats: int, inputs: Any = Non
 
 @functools.partial(jax.jit, static_argnames="width", donate_argnames="cache")
 def target_passes(target: specjax.LanguageModel, start_b: Array, cache: Any, *, width: int) -> Any:
-    """Runs ``LOOP`` target passes of ``width`` tokens, each fed the last's argmax."""
+    """Runs ``LOOP`` target passes of ``width`` tokens from ``start_b`` on, each fed the argmax of the one before."""
+    # The chain of inputs keeps XLA from dropping passes. All passes write the same slots, as attention caches allow.
 
     def one(_, carry):
         tokens_bt, cache = carry
@@ -55,7 +56,8 @@ def target_passes(target: specjax.LanguageModel, start_b: Array, cache: Any, *, 
 
 
 def simple_draw(state: specjax.State) -> Callable[..., tuple[Array, Array]]:
-    """Returns a ``draw`` that does no more than must be: greedily or at temperature 1, as the state asks."""
+    """Returns the cheapest ``draw``: greedy, or at temperature 1 if a row of the state has a temperature."""
+    # The drafter's own cost is measured, so filters, penalties and keys per row are left out.
 
     def draw(logits_bv, drafts_bg, index):
         key = jax.random.fold_in(jax.random.key(0), drafts_bg.sum() + index)
@@ -75,7 +77,7 @@ def simple_draw(state: specjax.State) -> Callable[..., tuple[Array, Array]]:
 
 @functools.partial(jax.jit, donate_argnames="state", static_argnames="with_target")
 def parts(target: specjax.LanguageModel, drafter: Any, state: specjax.State, *, with_target: bool) -> Any:
-    """Runs ``LOOP`` proposals, with a target pass over each or without: rounds that verify and write nothing."""
+    """Runs ``LOOP`` proposals, with or without a target pass over each: rounds that verify and write nothing."""
     draw = simple_draw(state)
 
     def one(_, carry):
@@ -90,7 +92,7 @@ def parts(target: specjax.LanguageModel, drafter: Any, state: specjax.State, *, 
             feed = specjax.Feed(fed_bt, state.length_b - 1, proposal.length_b + 1)
             output = target.forward(target.params, feed, cache)
             next_b, cache = jnp.argmax(output.logits_btv[:, -1], -1).astype(jnp.int32), output.cache
-        return tokens_bs.at[:, 0].set(next_b), draft, cache  # the next pass depends on this one: none can be left out
+        return tokens_bs.at[:, 0].set(next_b), draft, cache  # the next pass depends on this one, so XLA drops none
 
     return lax.fori_loop(0, LOOP, one, (state.tokens_bs, state.draft, state.cache))
 
@@ -102,7 +104,8 @@ def rounds(target: specjax.LanguageModel, drafter: Any, state: specjax.State) ->
 
 
 def ready(args: argparse.Namespace, drafter: Any, temperature: float, prompt: np.ndarray, slots: int) -> specjax.State:
-    """Returns the state of a prompt ``[1, t]``."""
+    """Returns the state of prompts ``[rows, t]``, which can run for as long as the slots or the model allow."""
+    # 16 slots are left for the drafts of the last round.
     room = min(args.model.max_positions or slots, slots - 16) - prompt.shape[1]
     sampling = specjax.Sampling(temperature=temperature)
     return specjax.prefill(args.model, prompt, drafter=drafter, sampling=sampling, max_new_tokens=room, slots=slots)
@@ -110,7 +113,7 @@ def ready(args: argparse.Namespace, drafter: Any, temperature: float, prompt: np
 
 @functools.cache
 def held_out_tokens(tokenizer_folder: Path) -> np.ndarray:
-    """Returns the tokens of the standard-library modules kept from training."""
+    """Returns the tokens of the standard-library modules that are held out from training."""
     tokenizer = specjax.open(tokenizer_folder).need_tokenizer()
     texts = [text for name, text in stdlib.modules().items() if stdlib.is_held_out(name)]
     return training.encode_texts(tokenizer, texts)

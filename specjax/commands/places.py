@@ -1,23 +1,23 @@
-"""Where the models and recipes are that come with the repository: in it, or in the current folder."""
+"""Finds the models and recipes of the repository: in the repository, or in the current folder."""
 
 from pathlib import Path
 
 import specjax
 
-REPOSITORY = Path(specjax.__file__).resolve().parent.parent  # of an installation in place, `pip install -e .`
+REPOSITORY = Path(specjax.__file__).resolve().parent.parent  # right for an installation in place, `pip install -e .`
 
 
 def shipped(name: str) -> Path | None:
-    """Returns the folder of a shipped checkpoint, or None if neither place has it."""
+    """Returns the folder of a shipped checkpoint, or None if it is in neither place."""
     folders = [place / "checkpoints" / name for place in (REPOSITORY, Path.cwd())]
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
 def folder_or_shipped(given: Path | None, name: str = "py-14m", option: str = "--target") -> Path:
-    """Returns the folder that an option names, or without one the shipped model's.
+    """Returns the folder that an option names, or the shipped model's if the option is not given.
 
     Raises:
-      ValueError: none is given, and the shipped model is not here.
+      ValueError: the option is not given, and the shipped model is in neither place.
     """
     folder = given or shipped(name)
     if folder is None:
@@ -29,6 +29,9 @@ def folder_or_shipped(given: Path | None, name: str = "py-14m", option: str = "-
 
 
 def recipe_folder(given: Path) -> Path:
-    """Returns a recipe's folder: the path itself, or one of the repository's, such as ``models/py-14m``."""
+    """Returns a recipe's folder: the path itself, or the same path in the repository, such as ``models/py-14m``.
+
+    A folder without a recipe is returned as it is: reading it is the error.
+    """
     folders = (given, REPOSITORY / given)
     return next((folder for folder in folders if (folder / "recipe.toml").is_file()), given)

@@ -1,4 +1,4 @@
-"""The command ``plan``: what fits on a device, what a round of g drafts takes at least, and the best g."""
+"""The command ``plan``: memory of a device, the least time of a round of g drafts, and the best g."""
 
 import argparse
 import contextlib
@@ -32,59 +32,61 @@ from specjax.planning import (
 from specjax.transformer import DecoderConfig
 
 FIGURES = ("bandwidth", "flops", "memory", "link", "latency")
-LEAST, MOST = 1e-12, 1e30  # of a figure: times stay finite
+LEAST, MOST = 1e-12, 1e30  # limits of a figure, so that times stay finite
 
 
-ABOUT = """Plans speculative decoding on paper: what fits, what a round of g drafts takes at least, and the best g.
+ABOUT = """Plans speculative decoding on paper: memory, the least time of a round of g drafts, and the best g.
 
   %(prog)s llama-3.1-8b --draft llama-3.2-1b --hardware h100 --acceptance 0.8
 
 TARGET and --draft are the name of a config that comes with specjax, or the path of a config.json or of its folder.
-With one device, a table over g is printed. With several, each has a line, at its best g. docs/scaling.md has the
-formulas, and says what they leave out.
+With one device, a table over g is printed. With several devices, each has one line, at its best g. docs/scaling.md
+has the formulas, and lists the parts that they leave out.
 """
 
 
 def main(argv: list[str] | None = None, prog: str = "plan.py") -> int:
-    """Plans what the arguments ask for and returns the exit status."""
+    """Runs the command and returns the exit status."""
     parser = argparse.ArgumentParser(prog, description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", metavar="TARGET", help=f"of {', '.join(names())}; or a path")
     parser.add_argument(
-        "--draft", required=True, metavar="MODEL|C", help="a model, or what a draft step costs in steps of the target"
+        "--draft", required=True, metavar="MODEL|C", help="a model, or the cost of a draft step in steps of the target"
     )
     parser.add_argument("--hardware", nargs="+", default=[], metavar="NAME", help=f"of {', '.join(HARDWARE)}")
     parser.add_argument(
         "--device-figures",
         default="",
         metavar="KEY=X,...",
-        help=f"{', '.join(FIGURES)}, in bytes, operations and seconds: in place of --hardware's, or of another device",
+        help=f"{', '.join(FIGURES)}, in bytes, operations, seconds: replace --hardware's, or describe another device",
     )
     parser.add_argument("--no-overlap", action="store_true", help="devices read and compute in turn, as small CPUs do")
     parser.add_argument("--mesh", default="", metavar="AXIS=N,...", help="data, tensor, expert; default: 1 of each")
     parser.add_argument(
         "--shard-draft", action="store_true", help="split the draft like the target, instead of copying"
     )
-    # Rates come in one of two forms, since the shares that bench prints are products of the chances.
+    # There are two options for the rates: the shares that bench prints are products of the probabilities.
     rates = parser.add_mutually_exclusive_group(required=True)
     rates.add_argument(
         "--acceptance",
         type=float,
         nargs="+",
         metavar="A",
-        help="chance that a draft is accepted if those before it were: one for all positions, or one each",
+        help="probability that a draft is accepted if all before it were: one for all positions, or one each",
     )
     rates.add_argument(
         "--by-position", type=float, nargs="+", metavar="P", help="share kept by position, as bench prints"
     )
-    parser.add_argument("--batch", type=int, default=1, help="rows, all together; default: %(default)s")
+    parser.add_argument("--batch", type=int, default=1, help="rows on all devices together; default: %(default)s")
     parser.add_argument("--context", type=int, default=4000, help="tokens of each row; default: %(default)s")
     parser.add_argument("--weights", choices=BYTES, default="bfloat16", help="default: %(default)s")
     parser.add_argument("--cache", choices=BYTES, default="bfloat16", help="default: %(default)s")
-    parser.add_argument("--sampling", choices=WARP, default="temperature", help="of any row; default: %(default)s")
+    parser.add_argument(
+        "--sampling", choices=WARP, default="temperature", help="the most that any row asks for; default: %(default)s"
+    )
     parser.add_argument("--max-draft", type=int, default=8, metavar="G", help="most drafts; default: %(default)s")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw tokens per second over g there")
     args = parser.parse_args(argv)
-    # All that can be wrong is found before anything is printed.
+    # All errors come before anything is printed.
     try:
         devices = choose_hardware(args.hardware, args.device_figures, not args.no_overlap)
         setting = make_setting(args)
@@ -102,12 +104,12 @@ def main(argv: list[str] | None = None, prog: str = "plan.py") -> int:
 
 
 def names() -> list[str]:
-    """Returns the models whose configs are shipped."""
+    """Returns the names of models whose configs are shipped."""
     return sorted(file.stem for file in CONFIGS.glob("*.json"))
 
 
 def open_config(name: str) -> DecoderConfig:
-    """Reads the config of a shipped name or of a path."""
+    """Reads the config of a shipped name, or at a path of a file or folder; raises ValueError for others."""
     if name in names():
         return read_config(CONFIGS / f"{name}.json")[0]
     if not os.path.exists(name):
@@ -116,7 +118,7 @@ def open_config(name: str) -> DecoderConfig:
 
 
 def parse_figures(text: str, known: tuple[str, ...], option: str) -> dict[str, float]:
-    """Reads ``key=number,...``; raises ValueError for unknown keys and for what is not from LEAST to MOST."""
+    """Reads ``key=number,...``; raises ValueError for unknown keys and for numbers that are not from LEAST to MOST."""
     figures = {}
     for part in filter(None, text.split(",")):
         key, _, value = (piece.strip() for piece in part.partition("="))
@@ -127,14 +129,14 @@ def parse_figures(text: str, known: tuple[str, ...], option: str) -> dict[str, f
         try:
             figures[key] = float(value)
         except ValueError:
-            figures[key] = math.nan
+            figures[key] = math.nan  # no comparison holds for it, so the error below names it
         if not LEAST <= figures[key] <= MOST:
             raise ValueError(f"{option} has {part!r}; give a number from {LEAST:g} to {MOST:g}")
     return figures
 
 
 def parse_mesh(text: str) -> Mesh:
-    """Reads ``axis=n,...``."""
+    """Reads ``axis=n,...``; raises ValueError for other text."""
     sizes = parse_figures(text, tuple(field.name for field in dataclasses.fields(Mesh)), "--mesh")
     for axis, size in sizes.items():
         if not size.is_integer():
@@ -143,12 +145,21 @@ def parse_mesh(text: str) -> Mesh:
 
 
 def describe(mesh: Mesh) -> str:
-    """Returns the mesh as it is given to ``--mesh``."""
+    """Returns the mesh as text for ``--mesh``."""
     return ",".join(f"{axis}={size}" for axis, size in dataclasses.asdict(mesh).items() if size > 1) or "one device"
 
 
 def choose_hardware(chosen: list[str], text: str, overlaps: bool = True) -> dict[str, Hardware]:
-    """Returns the devices by name, with the figures that replace theirs; without names, one of these figures alone."""
+    """Returns the devices by name.
+
+    Args:
+      chosen: keys of ``HARDWARE``. Without any, there is one device, described by ``text`` alone.
+      text: figures that replace those of all chosen devices, such as "bandwidth=2e10,flops=1e11".
+      overlaps: whether devices read and compute at the same time.
+
+    Raises:
+      ValueError: a name or figure is unknown, or no device is described.
+    """
     if unknown := [name for name in chosen if name not in HARDWARE]:
         raise ValueError(
             f"--hardware has {unknown[0]!r}; choose from {', '.join(HARDWARE)}, or describe it with --device-figures"
@@ -164,13 +175,15 @@ def choose_hardware(chosen: list[str], text: str, overlaps: bool = True) -> dict
 
 
 def make_setting(args: argparse.Namespace) -> Setting:
-    """Returns what is planned; raises ValueError for what cannot be."""
+    """Returns the setting of the arguments; raises ValueError if an argument is out of its range."""
+    # Each number by itself.
     for option, most in (("batch", 2**31 - 1), ("context", 2**31 - 1), ("max_draft", 100)):
         if not 1 <= getattr(args, option) <= most:
             raise ValueError(f"--{option.replace('_', '-')} is {getattr(args, option)}; give 1 to {most}")
     for rate in args.acceptance or args.by_position:
         if not 0 <= rate <= 1:
             raise ValueError(f"a rate of acceptance is {rate}; give shares of 1, from 0 to 1")
+    # The mesh must divide rows and models. A draft that is not split is whole on each part of the rows.
     mesh = parse_mesh(args.mesh)
     if args.batch % mesh.data:
         raise ValueError(f"data={mesh.data} does not divide --batch {args.batch}; choose a divisor, or another batch")
@@ -186,12 +199,13 @@ def make_setting(args: argparse.Namespace) -> Setting:
             check_mesh(draft.config, draft_mesh)
         except ValueError as error:
             raise ValueError(f"the draft on the mesh: {error}, or leave out --shard-draft") from None
+    # The plan needs the probability that a draft is kept, which --by-position has and --acceptance multiplies up to.
     survive = (tuple(rates) if args.by_position else kept(rates))[: args.max_draft]
     return Setting(target, mesh, args.batch, args.context, survive, draft, draft_mesh, args.sampling)
 
 
 def parse_draft(args: argparse.Namespace) -> Model | float:
-    """Reads ``--draft``."""
+    """Reads ``--draft``: a number is a cost, anything else names a model."""
     try:
         cost = float(args.draft)
     except ValueError:
@@ -202,10 +216,11 @@ def parse_draft(args: argparse.Namespace) -> Model | float:
 
 
 def check_fit(target: str, setting: Setting, name: str, hardware: Hardware) -> None:
-    """Raises ValueError if a device cannot hold its part; says which mesh would do, if one with more devices does."""
+    """Raises ValueError if a device cannot hold its part. The message names the smallest mesh that would do, if any."""
     room, needed = hardware.memory * (1 - RESERVE), memory(setting, len(setting.kept))
     if sum(needed) <= room:
         return
+    # Only tensor and expert make a device's part of the weights smaller. Each is doubled until 256 times as wide.
     cure, mesh = "lower --batch, --context or --weights, or split the rows over data", setting.mesh
     times = itertools.product([2**i for i in range(9)], repeat=2)
     wider = (Mesh(mesh.data, mesh.tensor * tensor, mesh.expert * expert) for tensor, expert in times)
@@ -223,12 +238,13 @@ def check_fit(target: str, setting: Setting, name: str, hardware: Hardware) -> N
 
 
 def short(value: float) -> str:
-    """Returns three digits, and whole numbers above 100."""
+    """Returns a number with three digits, or without decimals from 100 on."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def report(target: str, setting: Setting, devices: dict[str, Hardware], plans: dict[str, list[Round]]) -> None:
-    """Prints the tables."""
+    """Prints the table of memory, and a table over g, or for several devices one at the best g."""
+    # Memory is that of the longest drafts, the most that any line below needs.
     needed = memory(setting, len(setting.kept))
     size = f"{num_params(setting.target.config) / 1e9:.3g}B parameters"
     title = f"{target} ({size}), batch {setting.batch}, context {setting.context}, {describe(setting.mesh)}"
@@ -280,7 +296,7 @@ def plot(target: str, plans: dict[str, list[Round]], file: Path) -> None:
     Raises:
       ValueError: the file cannot be written.
     """
-    # A plot is an extra, so that its package may be missing.
+    # A plot is an extra, so its package may be missing. Agg needs no screen.
     try:
         import matplotlib
     except ImportError:
@@ -289,6 +305,7 @@ def plot(target: str, plans: dict[str, list[Round]], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    # One line for each device, with a dot at the best g.
     figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for name, rounds in plans.items():
         (line,) = axis.plot([r.num_draft for r in rounds], [r.tokens_per_second for r in rounds], label=name)

@@ -1,15 +1,15 @@
-"""The text that the shipped models are trained on and measured with: the standard library of the running Python."""
+"""The text for training and measuring the shipped models: the standard library of the running Python."""
 
 import hashlib
 import sysconfig
 from pathlib import Path
 
-# Folders that hold tests, tables of numbers or one generated string: little of them reads like Python.
+# Folders of tests, tables of numbers or one generated string: little text in them reads like Python.
 _SKIPPED = frozenset({"__pycache__", "site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"})
 
 
 def modules() -> dict[str, str]:
-    """Returns the source of each standard-library module of the running Python by dotted name, sorted by name.
+    """Returns the source of each standard-library module by dotted name, sorted by name.
 
     Tests, tables and generated modules are left out.
     """
@@ -26,5 +26,8 @@ def modules() -> dict[str, str]:
 
 
 def is_held_out(module: str, percent: int = 5) -> bool:
-    """Returns whether a module is kept from training: by a hash of its name, alike on every machine and version."""
+    """Returns whether a module is held out from training, about ``percent`` in 100 of all.
+
+    A hash of the name decides, so machines and versions of Python agree.
+    """
     return int.from_bytes(hashlib.sha256(module.encode()).digest()[:4], "big") % 100 < percent

@@ -1,4 +1,4 @@
-"""The HTML page that shows, round by round, where each token of a generation came from."""
+"""The HTML page that shows the origin of each token of a generation, round by round."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 ORIGINS = {
     "accepted": "drafted, and accepted by the target",
-    "corrected": "the target's own, where it rejected a draft",
-    "bonus": "the target's own, after drafts that it all accepted",
-    "target": "the target's own, with nothing drafted",
+    "corrected": "the target's own, in place of a rejected draft",
+    "bonus": "the target's own, after drafts that were all accepted",
+    "target": "the target's own, in a round without drafts",
 }
 
 
@@ -17,10 +17,10 @@ class Token(NamedTuple):
     """A token that was emitted.
 
     Attributes:
-      text: empty for one that ends inside a character, or inside what may be a stop string; the token that settles
-        it has it all.
+      text: the text that this token settles. A token that ends inside a character, or inside the beginning of a stop
+        string, has "". A later token then has the text of both.
       origin: a key of ``ORIGINS``.
-      special: the token's name if it is one that is not part of the text, like the one that ends it.
+      special: the name of a token that is not part of the text, such as a stop token; else "".
     """
 
     text: str
@@ -29,7 +29,7 @@ class Token(NamedTuple):
 
 
 class Round(NamedTuple):
-    """One target pass over a row: tokens drafted and accepted, and what was emitted."""
+    """One round of a row: number of tokens drafted and accepted, and the tokens emitted."""
 
     drafted: int
     accepted: int
@@ -48,10 +48,10 @@ def render(traces: Sequence[Trace], settings: Mapping[str, str], figures: Mappin
 
     Args:
       traces: one for each prompt.
-      settings: name -> value, how the text was made.
-      figures: name -> value, shown large.
+      settings: settings of the text, by name.
+      figures: figures to show large, by name.
     """
-    # The parts are made first, so that the page below reads as a page.
+    # The parts come first, so that the template below reads like the page.
     rounds = [each for trace in traces for each in trace.rounds]
     present = {token.origin for each in rounds for token in each.tokens}
     cards = "".join(f"<div><b>{escape(value)}</b>{escape(name)}</div>" for name, value in figures.items())
@@ -86,9 +86,11 @@ def render(traces: Sequence[Trace], settings: Mapping[str, str], figures: Mappin
 
 
 def _section(number: int, trace: Trace, count: int) -> str:
+    """Returns one prompt's strip of rounds and its text."""
     title = f"<h2>Prompt {number} of {count}</h2>" if count > 1 else ""
     emitted = sum(len(each.tokens) for each in trace.rounds)
     height = max(each.drafted for each in trace.rounds) + 1
+    # A column of the strip links to its round in the text, by the round's name.
     strip, text = [], []
     for index, each in enumerate(trace.rounds, 1):
         name = f"p{number}r{index}"
@@ -108,18 +110,19 @@ def _section(number: int, trace: Trace, count: int) -> str:
 
 
 def _token(token: Token) -> str:
-    # The mark of a line's end is drawn by the style sheet, so that copied text is the text.
+    # The style sheet draws the mark of a line's end, so copied text does not contain the mark.
     text = _visible(token.text).replace("\n", "<i></i>\n")
     special = f"<em>{escape(token.special)}</em>" if token.special else ""
     return f'<span class="t {token.origin}">{text}{special}</span>'
 
 
 def _visible(text: str) -> str:
-    """Returns text escaped; control characters, which HTML cannot hold, as their pictures."""
+    """Returns text escaped for HTML, with pictures in place of control characters, which HTML cannot hold."""
     return escape("".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in text))
 
 
 def _acceptance(rounds: Sequence[Round]) -> str:
+    """Returns the chart of acceptance rates by draft position."""
     places = range(max(each.drafted for each in rounds))
     rows = []
     for place in places:
@@ -134,6 +137,7 @@ def _acceptance(rounds: Sequence[Round]) -> str:
 
 
 def _tokens_per_round(rounds: Sequence[Round]) -> str:
+    """Returns the chart of rounds by the number of tokens emitted."""
     counts = Counter(len(each.tokens) for each in rounds)
     rows = []
     for size in range(1, max(counts) + 1):
@@ -153,7 +157,7 @@ def _bar(name: str, share: float, value: str, about: str, kind: str) -> str:
     )
 
 
-# Hues of Okabe and Ito, which the colour-blind tell apart.
+# Colours of Okabe and Ito, which colour-blind readers can tell apart.
 _STYLE = """
 :root {
   color-scheme: light dark;

@@ -1,4 +1,4 @@
-"""The command ``train``: trains the model or draft head of a recipe."""
+"""The command ``train``: trains the target, draft model or draft head of a recipe."""
 
 import argparse
 import dataclasses
@@ -23,15 +23,15 @@ from specjax import training
 from specjax.commands import hosts, stdlib
 from specjax.commands.places import recipe_folder
 
-HELD_OUT_PROMPTS = 20
-PROMPT_TOKENS, NEW_TOKENS, NUM_DRAFT = 64, 192, 5
+HELD_OUT_PROMPTS = 20  # excerpts over which acceptance is measured
+PROMPT_TOKENS, NEW_TOKENS, NUM_DRAFT = 64, 192, 5  # of each excerpt, if the models are long enough
 
 
 ABOUT = """Trains the model or draft head of a recipe: `%(prog)s models/NAME` writes checkpoints/NAME.
 
-A draft model or draft head (a recipe with drafts_for) needs its target in checkpoints/ first. Stopped at any time, the
-same command goes on from the last save in runs/NAME and ends with the same bits. With --mesh it trains over several
-devices, and may go on over others. Several processes must all see both folders.
+A draft model or draft head (a recipe with drafts_for) needs its target in checkpoints/ first. After a stop at any time,
+the same command goes on from the last save in runs/NAME and ends with the same bits. --mesh trains over several
+devices; a run may go on over other devices. With several processes, all must see both folders.
 """
 
 
@@ -43,17 +43,17 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="resumable state; default: %(default)s")
     parser.add_argument("--save-every", type=int, default=100, help="steps between saves; default: %(default)s")
     parser.add_argument(
-        "--fully-sharded", action="store_true", help="split parameters and optimiser state over data, too"
+        "--fully-sharded", action="store_true", help="split parameters and optimiser state over data as well"
     )
     hosts.add_mesh_options(parser)
     args = parser.parse_args(argv)
-    # Errors that a user can cause are one line; others keep their traceback.
+    # Errors that a user can cause are one line. Others keep their traceback.
     if args.save_every < 1:
         parser.error(f"--save-every is {args.save_every}; give at least 1")
     try:
         with hosts.run(args) as mesh:
             if args.fully_sharded and (mesh is None or mesh.shape["data"] == 1):
-                raise ValueError("--fully-sharded splits over data, of which there is one part; give --mesh data=N")
+                raise ValueError("--fully-sharded splits over data, which has one part; give --mesh data=N")
             rules = specjax.sharding.FULLY_SHARDED if args.fully_sharded else specjax.sharding.RULES
             train(recipe_folder(args.recipe), args.checkpoints, args.runs, args.save_every, mesh, rules)
     except (ValueError, FloatingPointError) as error:
@@ -73,14 +73,28 @@ def train(
     mesh: Mesh | None,
     rules: specjax.sharding.Rules,
 ) -> None:
-    """Runs all stages of a recipe and writes the checkpoint folder."""
-    # The recipe is checked before anything is loaded: sizes and steps follow from it.
+    """Runs all stages of a recipe and writes the checkpoint folder.
+
+    Args:
+      folder: the recipe's folder.
+      checkpoints: where targets are, and where the new checkpoint goes.
+      runs: where resumable state goes.
+      save_every: steps between saves.
+      mesh: the devices to train over; None is the default device.
+      rules: how parameters are split over the mesh.
+
+    Raises:
+      ValueError: the recipe is damaged or does not fit the mesh, the target is missing, or the run's folder belongs to
+        another recipe, text or target.
+      FloatingPointError: a loss is not finite.
+    """
+    # The recipe is checked before anything is loaded, since sizes and steps follow from it.
     recipe = training.read_recipe(folder)
     hosts.check_same({f"the digest of {folder}": recipe.digest})
     if mesh is not None:
         for stage in recipe.stages:
             training.split_rows(mesh, stage.rows)
-    # The text, and the tokenizer: its own for a target, the target's for what drafts for it.
+    # The text and the tokenizer. A target trains its own tokenizer. A drafter shares its target's.
     run = runs / recipe.name
     modules = stdlib.modules()
     kept = [text for name, text in modules.items() if not stdlib.is_held_out(name)]
@@ -92,26 +106,29 @@ def train(
         opened = specjax.open(checkpoints / recipe.drafts_for, mesh=mesh, rules=rules)
         teacher, tokenizer = opened.model, opened.need_tokenizer()
     corpus, held_out = training.encode_texts(tokenizer, kept), training.encode_texts(tokenizer, held)
+    # A run may only go on with the recipe, text and target that it began with.
     start_run(run, recipe, teacher, corpus)
     hosts.exchange("the first process has written what the run is of")
     hosts.check_same_folders(run)
     print(f"{len(kept)} modules, {len(corpus):,} tokens; held out: {len(held)} modules, {len(held_out):,} tokens")
 
+    # A drafter also learns from text that its target writes, since it will draft such text.
     texts = {"corpus": corpus}
     if teacher is not None and any(stage.text in ("samples", "both") for stage in recipe.stages):
         texts["samples"] = draw_samples(teacher, corpus, recipe, run / "samples.npy")
 
+    # The parameters, and a trial of the checkpoint: an error of writing must not come after hours of training.
     trainee = training.make_trainee(recipe, teacher, np.concatenate(list(texts.values())))
     params = trainee.init(jax.random.key(recipe.seed), None if mesh is None else trainee.places(mesh, rules))
-    trial = run / ".trial"  # what cannot be written is refused before it is trained
+    trial = run / ".trial"
     trainee.write(trial, halved(params), tokenizer, {})
     if hosts.is_first():
         shutil.rmtree(trial)
-    # The stages. Text on policy is drawn when its stage begins, by the draft as it is then.
+    # The stages. On-policy text is drawn when its stage begins, by the draft in its state of training at that time.
     history = []
     for number, stage in enumerate(recipe.stages):
         if stage.text == "on_policy":
-            draft: Any = trainee.drafter(params, 1)  # a ModelDrafter: recipes allow this text for draft models alone
+            draft: Any = trainee.drafter(params, 1)  # a ModelDrafter: recipes allow this text only for draft models
             texts["on_policy"] = draw_samples(draft.model, corpus, recipe, run / f"on-policy-{number}.npy")
         with tqdm(
             total=stage.steps,
@@ -136,7 +153,7 @@ def train(
             )
         history.append({**dataclasses.asdict(stage), "losses": [round(loss, 4) for loss in losses]})
 
-    # Stored in bfloat16, half the size; what is measured is what is stored.
+    # Parameters are stored in bfloat16, half the size. The figures are those of the stored parameters.
     stored = halved(params)
     measured = jax.tree.map(lambda x: x.astype(jnp.float32), stored)
     metrics = {
@@ -160,12 +177,17 @@ def train(
 
 
 def halved(params: Any) -> Any:
-    """Returns the parameters as they are stored."""
+    """Returns the parameters in bfloat16, as they are stored."""
     return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
 
 
 def start_run(run: Path, recipe: training.Recipe, teacher: specjax.LanguageModel | None, corpus: np.ndarray) -> None:
-    """Writes down what the folder's checkpoints come from, or makes sure that it is what they came from."""
+    """Writes the origin of a run into its folder, or compares it with the origin that is there.
+
+    Raises:
+      ValueError: the folder is a run of another recipe, text or target, or no run.
+    """
+    # All processes compute the digests: they hold parts of the target, and must agree.
     digest = hashlib.sha256(corpus.tobytes())
     for leaf in jax.tree.leaves(None if teacher is None else teacher.params):
         digest.update(specjax.sharding.gathered(leaf).tobytes())
@@ -178,7 +200,7 @@ def start_run(run: Path, recipe: training.Recipe, teacher: specjax.LanguageModel
         if run.is_dir() and any(run.iterdir()):
             raise ValueError(f"{run} holds something else than a run; move it away or give another --runs")
         run.mkdir(parents=True, exist_ok=True)
-        partial = run.with_name(f".{run.name}.partial")  # beside the folder, which counts as a run once it holds a file
+        partial = run.with_name(f".{run.name}.partial")  # outside the folder, which must hold no other file
         partial.write_text(json.dumps(origin), encoding="utf-8")
         partial.replace(file)
         return
@@ -191,7 +213,7 @@ def start_run(run: Path, recipe: training.Recipe, teacher: specjax.LanguageModel
 
 
 def batches(stage: training.Stage, texts: dict[str, np.ndarray], seed: int) -> Callable[[int], np.ndarray]:
-    """Returns ``batch(step)`` over the stage's text; over both texts, they take turns."""
+    """Returns ``batch(step) -> int32 [rows, sequence]`` over the stage's text. Two texts take turns."""
     names = ("corpus", "samples") if stage.text == "both" else (stage.text,)
     windows = [training.Windows(texts[name], stage.sequence, stage.rows, seed) for name in names]
     return lambda step: windows[step % len(windows)].batch(step // len(windows))
@@ -200,11 +222,14 @@ def batches(stage: training.Stage, texts: dict[str, np.ndarray], seed: int) -> C
 def draw_samples(
     model: specjax.LanguageModel, corpus: np.ndarray, recipe: training.Recipe, file: Path, rows: int = 64
 ) -> np.ndarray:
-    """Returns text drawn from a model after openings from the corpus: half of the rows at temperature 1, half
-    greedily, since the draft will serve both. Drawn once, then read from ``file``."""
+    """Returns tokens ``[n]`` of texts that a model wrote, with their openings from the corpus.
+
+    Half of the rows are drawn at temperature 1 and half greedily, since the draft will serve both. The text is drawn
+    once, and read from ``file`` after that.
+    """
     if file.is_file():
         return np.load(file)
-    # Rows are as long as the draft and the model allow, half of them greedy, until there are tokens enough.
+    # Rows are as long as the draft and the model allow. Batches are drawn until there are enough tokens.
     limit = min(recipe.architecture.get("max_position_embeddings", 2048), model.max_positions or sys.maxsize)
     openings = training.Windows(corpus, PROMPT_TOKENS, rows, recipe.seed)
     temperature = np.where(np.arange(rows) % 2, 0.0, 1.0).astype(np.float32)
@@ -227,7 +252,7 @@ def draw_samples(
     samples = np.concatenate(pieces)
     if not hosts.is_first():
         return samples
-    # Written whole or not at all, since a run that is stopped here goes on from the file.
+    # The file is written whole or not at all, since a run that is stopped here goes on from it.
     partial = file.with_suffix(".partial.npy")
     np.save(partial, samples)
     partial.replace(file)
@@ -241,7 +266,7 @@ def held_out_loss(
     recipe: training.Recipe,
     tokens: np.ndarray,
 ) -> float:
-    """Returns the mean next-token loss in nats over the held-out modules; of a head, that of its chains."""
+    """Returns the mean next-token loss in nats over the held-out modules; for a draft head, the loss of its chains."""
     sequence = max(stage.sequence for stage in recipe.stages)
     windows = training.Windows(tokens, sequence, 4, seed=0)
     teacher = None if recipe.head is None else teacher
@@ -253,13 +278,18 @@ def held_out_loss(
 def held_out_acceptance(
     target: specjax.LanguageModel, drafter: specjax.Drafter, tokens: np.ndarray, mesh: Mesh | None
 ) -> dict[str, dict]:
-    """Returns acceptance by position and tokens per round after held-out excerpts, greedy and at temperature 1."""
+    """Returns acceptance rates by position and tokens per round after held-out excerpts, greedy and at temperature 1.
+
+    The keys are "temperature 0" and "temperature 1".
+    """
+    # Prompt and text must fit both models. A short model has shorter prompts.
     limits = (target.max_positions, drafter.max_positions, PROMPT_TOKENS + NEW_TOKENS)
     limit = min(limit for limit in limits if limit is not None)
     length = min(PROMPT_TOKENS, limit // 2)
     prompts = training.Windows(tokens, length, HELD_OUT_PROMPTS, seed=0).batch(0)
     parts = 1 if mesh is None else mesh.shape["data"]
-    prompts = np.resize(prompts, (math.ceil(HELD_OUT_PROMPTS / parts) * parts, length))  # the first again, uncounted
+    # Over a mesh, the first prompts come again to fill the last part. They are not counted.
+    prompts = np.resize(prompts, (math.ceil(HELD_OUT_PROMPTS / parts) * parts, length))
     figures = {}
     for temperature in (0.0, 1.0):
         sampling = specjax.Sampling(temperature=temperature)
@@ -276,7 +306,7 @@ def held_out_acceptance(
 
 
 def plot(stages: list[dict], file: Path) -> None:
-    """Draws the losses of all stages, if matplotlib is installed."""
+    """Draws the losses of all stages with a running mean, if matplotlib is installed."""
     try:
         import matplotlib
     except ImportError:

@@ -1,4 +1,4 @@
-"""What was emitted after each prompt, round by round, and how it is printed while it is made."""
+"""The tokens emitted after each prompt, round by round, and their printing while they are made."""
 
 import os
 import sys
@@ -15,14 +15,17 @@ COLOURS = {"accepted": "\x1b[32m", "corrected": "\x1b[33m", "bonus": "\x1b[36m",
 
 
 class Transcript:
-    """A prompt and what was emitted after it, round by round.
+    """A prompt, and the tokens emitted after it, round by round.
 
     Attributes:
-      prompt: the text that is continued; ``prompt_ids`` are its tokens.
-      shown: what is printed ahead of the continuation.
-      messages: what a chat template made the prompt of, else None.
-      ids: the tokens emitted, those after a stop string in its round included; ``text`` has nothing of them.
-      counts: figures of the row, up to the round in which it was done.
+      prompt: the text to continue; ``prompt_ids`` are its tokens.
+      shown: the text printed before the continuation.
+      messages: the messages of which a chat template made the prompt, or None.
+      ids: the emitted tokens. Tokens after a stop string, in the same round, are among them; ``text`` leaves them out.
+      tokens: the same as ``trace_page.Token``.
+      rounds: the rounds until the row was done.
+      counts: figures of the row, until the round in which it was done.
+      done: whether the row met its limit, a stop token or a stop string.
     """
 
     def __init__(
@@ -48,21 +51,25 @@ class Transcript:
 
     @property
     def text(self) -> str:
+        """The continuation, without a stop string and the text after it."""
         return "".join(token.text for token in self.tokens)
 
     @property
     def stopped(self) -> str | None:
+        """The stop string that ended the text, or None."""
         return self._stream.stopped
 
     def add(self, generation: specjax.Generation, row: int) -> None:
-        """Takes note of a round, if the row was still running in it."""
+        """Adds a round, if the row was still running."""
         if self.done:
             return
+        # Statistics are sums over all rounds, so the round's figures are differences.
         before, self.counts = self.counts, counts_of(generation.stats, row)
         drafted, accepted = (self.counts[name] - before[name] for name in ("drafted", "accepted"))
         length = len(self.prompt_ids) + len(self.ids)
         new = generation.tokens[row, length : generation.lengths[row]].tolist()
         own = "target" if not drafted else "bonus" if accepted == drafted else "corrected"
+        # A round's first tokens are the accepted drafts, and its last one is the target's own.
         tokens = []
         for place, token in enumerate(new):
             ends = token in self._stop_tokens
@@ -71,6 +78,7 @@ class Transcript:
             tokens.append(Token(text, "accepted" if place < accepted else own, name if ends else ""))
         self.ids += new
         self.done = new[-1] in self._stop_tokens or self.stopped is not None or len(self.ids) == self._limit
+        # Text that was held back, since a stop string might have begun there, belongs to the last token.
         if self.done:
             tokens[-1] = tokens[-1]._replace(text=tokens[-1].text + self._stream.finish())
         self.tokens += tokens
@@ -84,7 +92,7 @@ def counts_of(stats: specjax.Stats, row: int) -> dict[str, Any]:
 
 
 class Printer:
-    """Prints text as it is accepted: the first unfinished prompt's live, the others' in turn."""
+    """Prints text while it is made: the first unfinished prompt live, the others when their turn comes."""
 
     def __init__(self, transcripts: list[Transcript]):
         self._transcripts, self._row, self._printed = transcripts, 0, 0
@@ -100,6 +108,7 @@ class Printer:
         return f"{colour}{text}{RESET}" if self._colour and colour and text else text
 
     def update(self) -> None:
+        """Prints the text since the last call."""
         while self._row < len(self._transcripts):
             transcript = self._transcripts[self._row]
             for token in transcript.tokens[self._printed :]:
@@ -116,13 +125,13 @@ class Printer:
 
 
 def follow(rounds: Iterator[specjax.Generation], transcripts: list[Transcript]) -> float:
-    """Prints the text while it is made, until all rows are done, and returns the seconds that making it took."""
+    """Prints the text of all rounds until all rows are done; returns the seconds of the rounds, without printing."""
     printer = Printer(transcripts)
     seconds = 0.0
     while not all(transcript.done for transcript in transcripts):
         start = time.perf_counter()
         generation = next(rounds)
-        seconds += time.perf_counter() - start  # decoding and printing text is not counted
+        seconds += time.perf_counter() - start  # without decoding and printing
         for row, transcript in enumerate(transcripts):
             transcript.add(generation, row)
         printer.update()

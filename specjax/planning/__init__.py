@@ -1,4 +1,4 @@
-"""Planning on paper: what fits a mesh of devices, and what a round takes at least."""
+"""Plans on paper: the memory that a model needs on a mesh of devices, and the least time of a round."""
 
 from pathlib import Path
 
@@ -30,4 +30,4 @@ from specjax.planning.rounds import kept as kept
 from specjax.planning.rounds import memory as memory
 from specjax.planning.rounds import plan_round as plan_round
 
-CONFIGS = Path(__file__).parent / "configs"  # of the models that can be planned by name
+CONFIGS = Path(__file__).parent / "configs"  # config.json of each model that can be planned by name

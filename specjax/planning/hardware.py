@@ -1,4 +1,4 @@
-"""Figures of accelerators, each with its public source; what ``roofline`` reckons with."""
+"""Figures of accelerators for ``roofline``, each with its public source."""
 
 import dataclasses
 import math
@@ -6,18 +6,19 @@ import math
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """A device, and what joins it to others.
+    """A device and its links to other devices.
 
     Attributes:
-      bandwidth: bytes per second that it reads from its memory.
-      flops: dense operations per second by dtype; a dtype that is not named is multiplied in bfloat16.
+      bandwidth: bytes per second that the device reads from its memory.
+      flops: dense operations per second by dtype, a key of ``roofline.BYTES``. A dtype that is missing here is
+        multiplied in bfloat16.
       memory: bytes.
       link: bytes per second that a device sends one way, to a switch or along one axis of a torus.
       latency: seconds of a collective through a switch, or of each hop in a torus.
-      torus: axes of the torus, or 0 for a switch.
-      island: devices that these links join.
-      beyond: as ``link`` and ``latency``, of collectives over several islands; None: not modelled.
-      overlaps: it reads and computes at the same time; otherwise in turn.
+      torus: number of axes of the torus, or 0 for a switch.
+      island: number of devices that these links join.
+      beyond: ``link`` and ``latency`` of collectives over several islands. None: such collectives are not modelled.
+      overlaps: whether the device reads and computes at the same time, or else in turn.
     """
 
     bandwidth: float
@@ -32,12 +33,12 @@ class Hardware:
 
 
 HARDWARE = {
-    # SXM, 80 GB. Memory, bandwidth, NVLink (900 GB/s is both ways) and peaks, which the page gives with sparsity, that
-    # is doubled: https://www.nvidia.com/en-us/data-center/h100/
+    # SXM, 80 GB. Memory, bandwidth, NVLink and peaks: https://www.nvidia.com/en-us/data-center/h100/
+    # That page gives NVLink both ways (900 GB/s), and peaks with sparsity; both are halved here.
     # Latency: 32 kB over 2, 4 and 8 devices took 8.7, 9.2 and 11.8 us with vLLM's all-reduce; NCCL, which XLA calls,
     # may take longer: https://github.com/sgl-project/sglang/pull/2904
-    # Beyond 8: one 400 Gb/s adapter per device, https://docs.nvidia.com/dgx/dgxh100-user-guide/, all eight at work in a
-    # ring over whole machines; 25 us is NCCL's own estimate for 128 bytes, https://github.com/NVIDIA/nccl/issues/1453
+    # Beyond 8: one 400 Gb/s adapter per device, https://docs.nvidia.com/dgx/dgxh100-user-guide/. A ring over whole
+    # machines uses all eight adapters. 25 us is NCCL's own estimate for 128 bytes, https://github.com/NVIDIA/nccl/issues/1453
     "h100": Hardware(
         memory=80e9,
         bandwidth=3.35e12,
@@ -48,7 +49,7 @@ HARDWARE = {
         beyond=(400e9, 25e-6),
     ),
     # Peaks, memory, bandwidth and pod: https://docs.cloud.google.com/tpu/docs/v5e, .../v5p and .../v6e. They give the
-    # interconnect of a chip both ways, all ports together (400, 1200 and 800 GB/s); ``link`` is one port one way.
+    # interconnect of a chip both ways, all ports together (400, 1200 and 800 GB/s). ``link`` is one port, one way.
     # Latency of a hop, and v5p's int8: https://jax-ml.github.io/scaling-book/sharding/ and .../tpus/
     "v5e": Hardware(
         memory=16e9,

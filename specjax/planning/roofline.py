@@ -1,8 +1,8 @@
-"""The least time that a pass takes on a mesh: what must be read, computed and sent.
+"""The least time of a pass on a mesh: bytes read, operations computed, bytes sent.
 
-Each pass over t tokens takes the longer of reading its bytes and doing its arithmetic (Williams et al. 2009), and its
-collectives on top, since each waits for the layer before it. All figures are of one device, in bytes and seconds.
-``docs/scaling.md`` gives the formulas and what they leave out.
+A pass takes the longer of reading and computing (Williams et al. 2009). The collectives are added, since each waits
+for the layer before it. All figures are per device, in bytes and seconds. ``docs/scaling.md`` gives the formulas and
+lists the parts that they leave out.
 """
 
 import dataclasses
@@ -18,15 +18,18 @@ from specjax.transformer import DecoderConfig
 from specjax.transformer.decoder import abstract_params
 
 BYTES = {"float32": 4, "bfloat16": 2, "float8": 1, "int8": 1}
-# All-reduces of a number per token that a split vocabulary costs, as docs/distributed.md counts them in the loop.
+# All-reduces, of one number per token each, that a split vocabulary costs. docs/distributed.md counts them in the
+# loop: filters search two thresholds, top-k's and top-p's, in 30 steps each.
 WARP = {"greedy": 2, "temperature": 5, "filters": 5 + 3 + 2 * 30}
 DRAW = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Devices by axis: rows are split over ``data``, heads, MLPs and vocabulary over ``tensor``, experts over
-    ``expert``."""
+    """Number of devices by axis.
+
+    Rows are split over ``data``; attention heads, MLPs and vocabulary over ``tensor``; experts over ``expert``.
+    """
 
     data: int = 1
     tensor: int = 1
@@ -39,7 +42,7 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A decoder and the dtypes, keys of ``BYTES``, of its weights and its cache."""
+    """A decoder, and the dtypes of its weights and its cache, which are keys of ``BYTES``."""
 
     config: DecoderConfig
     weights: str = "bfloat16"
@@ -47,7 +50,8 @@ class Model:
 
 
 def check_mesh(config: DecoderConfig, mesh: Mesh) -> None:
-    """Raises ValueError if the mesh does not divide the model; heads of keys and values need not be divided."""
+    """Raises ValueError if the mesh does not divide the model. It need not divide the key/value heads."""
+    # Key/value heads are missing here: if tensor does not divide them, each device holds all of them.
     experts = config.experts
     widths = {"num_attention_heads": config.num_attention_heads, "vocab_size": config.vocab_size}
     if not all(layer.experts for layer in config.each_layer):
@@ -67,13 +71,13 @@ def check_mesh(config: DecoderConfig, mesh: Mesh) -> None:
 
 
 class Weights(NamedTuple):
-    """What one device holds of a model's parameters: bytes, and multiplications that each token makes with them.
+    """One device's part of a model's parameters.
 
     Attributes:
-      looked_up: tables of which a pass reads a row per token.
-      dense: what every pass reads whole.
-      experts: its experts, of which a pass reads those that were chosen.
-      products: multiplications per token.
+      looked_up: bytes of tables from which a pass reads one row per token.
+      dense: bytes that every pass reads whole.
+      experts: bytes of experts, from which a pass reads the experts that were chosen.
+      products: multiplications per token with these parameters.
     """
 
     looked_up: float
@@ -83,22 +87,25 @@ class Weights(NamedTuple):
 
     @property
     def held(self) -> float:
+        """Bytes of all parameters on the device."""
         return self.looked_up + self.dense + self.experts
 
 
+# Names of the matrices that are split over tensor: by attention heads, by MLP width or vocabulary.
 _HEADS = {"q_proj", "q_b_proj", "o_proj", "k_up", "v_up"}
 _WIDTHS = {"gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"}
 
 
 @functools.cache
 def weights(model: Model, mesh: Mesh = Mesh()) -> Weights:
-    """Counts the parameters that one device holds, as ``abstract_params`` declares them."""
+    """Counts one device's part of the parameters that ``abstract_params`` declares."""
     config = model.config
     split = _HEADS | _WIDTHS | ({"k_proj", "v_proj"} if _splits_kv(config, mesh) else set())
     leaves, _ = jax.tree_util.tree_flatten_with_path(abstract_params(config, jnp.dtype("bfloat16")))
     looked_up, dense, stacks, products = 0.0, 0.0, 0.0, 0.0
     for path, leaf in leaves:
         names = [str(getattr(entry, "key", entry)) for entry in path]
+        # Vectors, such as biases and norms, are small: they count as whole.
         size = leaf.size / (mesh.tensor if leaf.ndim > 1 and not split.isdisjoint(names) else 1)
         width = 4 if leaf.dtype == jnp.float32 else BYTES[model.weights]  # a few parameters stay float32
         if "experts" in names and config.experts:
@@ -107,18 +114,19 @@ def weights(model: Model, mesh: Mesh = Mesh()) -> Weights:
         elif names[0] == "embed_positions" or (names[0] == "embed_tokens" and not config.tie_word_embeddings):
             looked_up += size * width
         else:
+            # Tied embeddings are among these: the output head reads all of them.
             dense += size * width
             products += size
     return Weights(looked_up, dense, stacks, products)
 
 
 def num_params(config: DecoderConfig) -> int:
-    """Returns the model's parameters."""
+    """Returns the number of the model's parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config, jnp.dtype("bfloat16"))))
 
 
 def _splits_kv(config: DecoderConfig, mesh: Mesh) -> bool:
-    """Whether keys and values are split: fewer heads than devices are copied to each, and so is the one latent."""
+    """Returns whether keys and values are split. Latents, and heads that do not divide, are copied to each device."""
     return config.latent is None and config.kv_heads % mesh.tensor == 0
 
 
@@ -133,7 +141,7 @@ def token_bytes(model: Model, mesh: Mesh = Mesh()) -> float:
 
 
 def touched_experts(num_experts: int, per_token: int, tokens: float) -> float:
-    """Returns how many experts the tokens are expected to visit, each choosing evenly and on its own."""
+    """Returns how many experts the tokens are expected to visit, if each token chooses evenly and independently."""
     return num_experts * (1 - (1 - per_token / num_experts) ** tokens)
 
 
@@ -153,7 +161,13 @@ class Messages(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """What one device does in a pass: bytes it reads, operations (a multiplication and its sum are two), messages."""
+    """One device's work in a pass.
+
+    Attributes:
+      read: bytes read from memory.
+      flops: operations; a multiplication and its addition are two.
+      messages: collectives.
+    """
 
     read: float
     flops: float
@@ -161,21 +175,33 @@ class Pass:
 
     @property
     def collectives(self) -> int:
+        """Number of all-reduces."""
         return sum(message.number for message in self.messages)
 
     @property
     def sent(self) -> float:
-        """Bytes that each device sends: an all-reduce scatters sums and gathers them, (n - 1) / n of its size each."""
+        """Bytes that each device sends.
+
+        An all-reduce over n devices scatters sums and gathers them. Each half sends (n - 1) / n of its size. Example,
+        n = 4, 8 MB: 12 MB.
+        """
         return sum(2 * (m.devices - 1) / m.devices * m.size * m.number for m in self.messages)
 
 
 def forward(
     model: Model, mesh: Mesh, rows: float, tokens: int, context: int, chosen: tuple[Messages, ...] = ()
 ) -> Pass:
-    """Counts a pass of ``tokens`` tokens in each of ``rows`` rows, the device's own, after ``context`` tokens.
+    """Counts a pass.
 
-    ``chosen`` is what choosing tokens from its logits sends, as ``choosing`` returns it.
+    Args:
+      model: the model.
+      mesh: its mesh.
+      rows: rows of one device.
+      tokens: tokens of each row in this pass.
+      context: tokens of each row before this pass.
+      chosen: collectives of choosing tokens from the pass's logits, from ``choosing``.
     """
+    # Weights are read once for all rows. Experts are read only if a token of some row chose them.
     config, held = model.config, weights(model, mesh)
     fed = rows * tokens
     read = held.dense
@@ -183,8 +209,9 @@ def forward(
         experts = config.experts
         read += held.experts * touched_experts(experts.num_experts, experts.per_token, fed) / experts.num_experts
     flops = 2 * held.products * fed
+    # Attention reads each row's cache, and multiplies queries with keys and scores with values. With latents, the
+    # projections are absorbed: scores are as wide as a cache entry, values as wide as the latent.
     heads, latent = config.num_attention_heads / mesh.tensor, config.latent
-    # Scores and values; absorbed latents are as wide as what is cached of them.
     entries = 2 * latent.key_value_rank + latent.rotary_width if latent else 2 * config.head_width
     seen = sum(min(context + tokens, layer.window or math.inf) for layer in config.each_layer)
     read += rows * seen * token_bytes(model, mesh)
@@ -193,11 +220,12 @@ def forward(
 
 
 def _messages(model: Model, mesh: Mesh, fed: float) -> tuple[Messages, ...]:
+    """Returns the all-reduces of hidden states of ``fed`` tokens."""
     config = model.config
-    size = fed * config.hidden_size * max(2, BYTES[model.weights])  # activations stay bfloat16 beside 8-bit weights
+    size = fed * config.hidden_size * max(2, BYTES[model.weights])  # activations of 8-bit weights are bfloat16
     mixed = sum(layer.experts for layer in config.each_layer)
     shared = mixed if config.experts and config.experts.shared_size else 0
-    # Over tensor: the embedding, each attention's output, each MLP that is dense or shared.
+    # Over tensor: the embedding, the output of each attention, and each MLP that is dense or shared.
     over_tensor = 1 + config.num_hidden_layers + (config.num_hidden_layers - mixed) + shared
     messages = (
         Messages(over_tensor, mesh.tensor, size),
@@ -207,14 +235,15 @@ def _messages(model: Model, mesh: Mesh, fed: float) -> tuple[Messages, ...]:
 
 
 def choosing(mesh: Mesh, rows: float, positions: int, sampling: str, verify: int = 0) -> tuple[Messages, ...]:
-    """Returns what is sent to warp the logits of so many positions in each row, to verify drafts, and to draw a token.
+    """Returns the all-reduces that warp the logits of a pass, verify drafts, and draw one token.
 
     Args:
-      mesh: of the target, whose logits a draft's are compared with, so that they are split alike.
-      rows: the device's own.
-      positions: of the target's pass g + 1, of the draft's 1.
+      mesh: the target's mesh, also for a draft's pass: the draft's logits are split like the target's, since
+        verification compares the two.
+      rows: rows of one device.
+      positions: positions of each row: g + 1 in the target's pass, 1 in a draft's.
       sampling: a key of ``WARP``.
-      verify: all-reduces of verification.
+      verify: number of all-reduces of verification.
     """
     if mesh.tensor == 1:
         return ()
@@ -223,7 +252,7 @@ def choosing(mesh: Mesh, rows: float, positions: int, sampling: str, verify: int
 
 
 class Seconds(NamedTuple):
-    """What a pass takes, and its parts."""
+    """The time of a pass, and its parts, in seconds."""
 
     memory: float
     arithmetic: float
@@ -243,11 +272,13 @@ def seconds(work: Pass, hardware: Hardware, dtype: str) -> Seconds:
 def all_reduce_seconds(hardware: Hardware, devices: int, size: float) -> float:
     """Returns the time of one all-reduce of ``size`` bytes.
 
-    A ring sends 2 (n - 1) / n of them. In a torus, n devices are taken to form a block without wraparound links: as
-    many axes as n has factors of two, at most all, each a link; a sum hops the length of each, and back.
+    A ring over n devices sends 2 (n - 1) / n of the bytes from each. In a torus, n devices are assumed to form a block
+    without wraparound links. The block has as many axes as n has factors of two, at most all of the torus, and one
+    link on each axis. A sum hops the length of each axis and back. Example, n = 16 in a torus of 2 axes: a block of
+    4 x 4, 2 links, 2 * 2 * (4 - 1) = 12 hops.
 
     Raises:
-      ValueError: the devices have no links, or no figures say how they are joined.
+      ValueError: the devices have no links, or no figures describe the links between their islands.
     """
     if devices == 1:
         return 0.0

@@ -1,6 +1,6 @@
-"""What a round of speculative decoding takes at least, what a device must hold for it, and the best number of drafts.
+"""The least time of a round of speculative decoding, the memory that it needs, and the best number of drafts.
 
-``docs/scaling.md`` gives the formulas and what they leave out.
+``docs/scaling.md`` gives the formulas and lists the parts that they leave out.
 """
 
 import dataclasses
@@ -12,27 +12,30 @@ from typing import NamedTuple
 from specjax.planning.hardware import Hardware
 from specjax.planning.roofline import Mesh, Model, Pass, Seconds, choosing, forward, seconds, token_bytes, weights
 
-RESERVE = 0.1  # of a device's memory, for activations, the compiled program and the runtime
-VERIFY = 3  # all-reduces of verification by blocks; without drafts 1 is left
+RESERVE = 0.1  # share of a device's memory for activations, the compiled program and the runtime
+VERIFY = 3  # all-reduces of the rule `block`; without drafts, 1
 
 
 def kept(acceptance: Sequence[float]) -> tuple[float, ...]:
-    """Returns how often each draft is kept: as often as it is accepted and all before it are, a product of rates."""
+    """Returns the probability that each draft is kept, which needs all drafts before it: products of rates.
+
+    Example: (0.8, 0.5) becomes (0.8, 0.4).
+    """
     return tuple(itertools.accumulate(acceptance, operator.mul))
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is planned.
+    """The target, drafter, mesh and batch to plan.
 
     Attributes:
       target: the target.
-      mesh: of the target.
-      batch: rows, all together.
+      mesh: the target's mesh.
+      batch: rows on all devices together.
       context: tokens of each row.
-      kept: how often each draft is kept, by position.
+      kept: the probability that each draft is kept, by position.
       draft: the draft model, or the time of a draft step in plain steps of the target.
-      draft_mesh: of the draft; the same as ``mesh``, or with nothing but its ``data`` axis.
+      draft_mesh: the draft's mesh: ``mesh``, or only the ``data`` axis of ``mesh``.
       sampling: a key of ``WARP``.
     """
 
@@ -47,11 +50,12 @@ class Setting:
 
     @property
     def rows(self) -> float:
+        """Rows of one device."""
         return self.batch / self.mesh.data
 
 
 class Memory(NamedTuple):
-    """Bytes on one device."""
+    """Bytes on one device. ``draft`` is the draft's weights and cache."""
 
     weights: float
     cache: float
@@ -60,7 +64,8 @@ class Memory(NamedTuple):
 
 
 def memory(setting: Setting, num_draft: int) -> Memory:
-    """Returns what one device holds: caches in specjax's slots, a power of two; logits and distributions in float32."""
+    """Returns the memory of one device. Logits and distributions are float32."""
+    # specjax allocates a power of two of slots. Example, context 4000 and g = 4: 4096.
     slots = 1 << (setting.context + num_draft).bit_length()
 
     def cache(model: Model, mesh: Mesh) -> float:
@@ -69,7 +74,7 @@ def memory(setting: Setting, num_draft: int) -> Memory:
     draft = 0.0
     if isinstance(setting.draft, Model):
         draft = weights(setting.draft, setting.draft_mesh).held + cache(setting.draft, setting.draft_mesh)
-    distributions = 2 * (num_draft + 1) + num_draft  # the target's logits and p, the draft's q
+    distributions = 2 * (num_draft + 1) + num_draft  # logits and p of the target, q of the draft
     return Memory(
         weights(setting.target, setting.mesh).held,
         cache(setting.target, setting.mesh),
@@ -83,13 +88,13 @@ class Round(NamedTuple):
 
     Attributes:
       num_draft: g.
-      emitted: tokens per row, the target's own included.
-      target: what the target's pass takes.
-      drafting: seconds of the draft's passes, their collectives included.
-      read: bytes that a device reads, the draft's included, as in what follows.
-      collectives: all-reduces.
-      sent: bytes that a device sends.
-      tokens_per_second: of all rows.
+      emitted: tokens per row, the target's own token included.
+      target: the time of the target's pass.
+      drafting: seconds of the draft's passes, collectives included.
+      read: bytes that a device reads, in the passes of target and draft.
+      collectives: all-reduces of both.
+      sent: bytes that a device sends in both.
+      tokens_per_second: tokens of all rows.
     """
 
     num_draft: int
@@ -103,13 +108,15 @@ class Round(NamedTuple):
 
     @property
     def seconds(self) -> float:
+        """Seconds of the round."""
         return self.target.total + self.drafting
 
 
 def plan_round(setting: Setting, hardware: Hardware, num_draft: int) -> Round:
-    """Returns a round of ``num_draft`` drafts; of 0, a step of plain decoding."""
+    """Returns a round of ``num_draft`` drafts. A round of 0 drafts is a step of plain decoding."""
     target, draft, rows, context = setting.target, setting.draft, setting.rows, setting.context
 
+    # The target's pass. Without drafts, one all-reduce of verification is left: the sum of the residual.
     def check(num_draft: int) -> Pass:
         verify = VERIFY if num_draft else 1
         chosen = choosing(setting.mesh, rows, num_draft + 1, setting.sampling, verify)
@@ -117,9 +124,11 @@ def plan_round(setting: Setting, hardware: Hardware, num_draft: int) -> Round:
 
     checking = check(num_draft)
     passes = [checking]
+    # The draft's passes, if the draft is a model. A draft that is only a cost reads and sends nothing here: its cost
+    # stands for all its time.
     if isinstance(draft, Model):
         # The first step feeds two tokens: the last draft may be new to the draft model.
-        widths = [2] * (num_draft > 0) + [1] * (num_draft - 1)
+        widths = [2] + [1] * (num_draft - 1) if num_draft else []
         chosen = choosing(setting.mesh, rows, 1, setting.sampling)
         steps = [forward(draft, setting.draft_mesh, rows, width, context, chosen) for width in widths]
         passes += steps
