@@ -246,7 +246,7 @@ class _Checker:
         causal = "a place depends on later places of the same pass (a block that is not causal); mask later places"
         self._expect(causal, self._errors(early, [x[:, :half] for x in short]))
         long = (
-            "the first places of a long pass depend on how long it is: it overwrites slots of a ring that its own early "
+            "the first places of a long pass depend on how long it is: it overwrites slots of a ring that its early "
             "places need (ring overwritten), or computes by shape"
         )
         self._expect(long, self._errors(short, [x[:, :BLOCK] for x in want]))
