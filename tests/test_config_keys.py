@@ -329,7 +329,7 @@ def test_folders_are_opened_and_converted_past_a_refusal(refused, tmp_path, capl
         specjax.load(refused)
     model = specjax.load(refused, ignore_config_keys=("is_causal",))
     assert len(warnings_of(caplog)) == 1 and "'_model_name_or_path'" in warnings_of(caplog)[0]
-    drafter = specjax.load_drafter(refused, model, 2, ignore_config_keys=("is_causal",))
+    drafter = specjax.load_drafter(f"model:{refused}", model, 2, ignore_config_keys=("is_causal",))
     assert drafter.num_draft == 2
     # A Hugging Face folder of the same, there and back.
     config = json.loads((refused / "config.json").read_text())
