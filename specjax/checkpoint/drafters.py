@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from specjax.checkpoint.eagle import fill_eagle, open_eagle
-from specjax.checkpoint.lent import read_onto
+from specjax.checkpoint.shared import read_onto
 from specjax.checkpoint.medusa import fill_medusa, open_medusa
 from specjax.checkpoint.models import check_dtype, default_dtype, load, load_tokenizer, new_folder, write_json
 from specjax.checkpoint.mtp import fill_mtp, open_mtp
@@ -106,9 +106,10 @@ def load_drafter(
         model = load(path, dtype, mesh, rules, ignore_config_keys)
         return _model_drafter(path, model, target, num_draft, tokenizer, mesh, rules)
     if kind == "mtp":
-        drafter, params = open_mtp(path, target, num_draft, dtype, chained, zero_first)
+        drafter, params = open_mtp(path, target, num_draft, dtype, chained, zero_first, ignore_config_keys)
     else:
-        drafter, params = {"eagle": open_eagle, "medusa": open_medusa}[kind](path, target, num_draft, dtype)
+        open_head = {"eagle": open_eagle, "medusa": open_medusa}[kind]
+        drafter, params = open_head(path, target, num_draft, dtype, ignore_config_keys)
     return read_onto(mesh, rules, drafter, params)
 
 

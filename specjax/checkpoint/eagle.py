@@ -2,14 +2,14 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from specjax.checkpoint.lent import errors_name, is_targets_embedding
+from specjax.checkpoint.shared import errors_name, is_targets_embedding
 from specjax.checkpoint.models import check_params, write_json
 from specjax.drafters.eagle import EagleHead, check_fit
 from specjax.drafters.feature import FeatureDrafter
@@ -21,14 +21,16 @@ from specjax.hf.eagle import (
     speculators_config,
     tensors_of_eagle,
 )
-from specjax.hf.keys import read_json
+from specjax.hf.keys import read_json, without_keys
 from specjax.hf.safetensors import open_tensors, write_tensors
 from specjax.types import LanguageModel
 
 _LOG = logging.getLogger(__name__)
 
 
-def open_eagle(path: Path, target: LanguageModel, num_draft: int, dtype: jnp.dtype) -> tuple[FeatureDrafter, Any]:
+def open_eagle(
+    path: Path, target: LanguageModel, num_draft: int, dtype: jnp.dtype, ignore_config_keys: Iterable[str] = ()
+) -> tuple[FeatureDrafter, Any]:
     """Opens an EAGLE-1, EAGLE-2 or EAGLE-3 head as a drafter of chains.
 
     ``drafter.head.describe()`` says which of the target's states the head reads, and so does the log of this module.
@@ -48,7 +50,7 @@ def open_eagle(path: Path, target: LanguageModel, num_draft: int, dtype: jnp.dty
         not known; a tensor is missing, of another shape, or unknown; the draft vocabulary is none of the target's; or
         the head does not fit the target in width, vocabulary or number of layers.
     """
-    raw = read_json(path / "config.json")
+    raw = without_keys(read_json(path / "config.json"), ignore_config_keys)
     with errors_name(path / "config.json"):
         _, fields = _described(raw, target)
     found = open_tensors(path)

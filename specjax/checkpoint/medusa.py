@@ -1,22 +1,25 @@
 """Folders of Medusa heads, in and out."""
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from specjax.checkpoint.lent import errors_name
+from specjax.checkpoint.shared import errors_name
 from specjax.checkpoint.models import write_json
 from specjax.drafters.medusa import MedusaDrafter, check_medusa_fit
-from specjax.hf.keys import read_json
+from specjax.hf.keys import read_json, without_keys
 from specjax.hf.medusa import MEDUSA_FILE, lies_in_target, medusa_parameters, medusa_tensors, open_medusa_tensors
 from specjax.hf.safetensors import write_tensors
 from specjax.types import LanguageModel
 
 
-def open_medusa(path: Path, target: LanguageModel, num_draft: int, dtype: jnp.dtype) -> tuple[MedusaDrafter, Any]:
+def open_medusa(
+    path: Path, target: LanguageModel, num_draft: int, dtype: jnp.dtype, ignore_config_keys: Iterable[str] = ()
+) -> tuple[MedusaDrafter, Any]:
     """Opens Medusa heads as a drafter of chains (Cai et al. 2024, arXiv 2401.10774, section 2.1).
 
     Heads past the first ``num_draft`` are not read.
@@ -36,7 +39,7 @@ def open_medusa(path: Path, target: LanguageModel, num_draft: int, dtype: jnp.dt
         missing, of another shape, or unknown; there are fewer heads than ``num_draft``; or the heads do not fit the
         target in width or vocabulary.
     """
-    raw = read_json(path / "config.json")
+    raw = without_keys(read_json(path / "config.json"), ignore_config_keys)
     with errors_name(path):
         params = medusa_parameters(raw, open_medusa_tensors(path, lies_in_target(raw)))
         vocab = params[0]["lm_head"]["kernel"].shape[1]

@@ -1,17 +1,17 @@
 """Folders of multi-token prediction modules, in the published layouts."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
-from specjax.checkpoint.lent import errors_name, is_targets_embedding, is_targets_head
+from specjax.checkpoint.shared import errors_name, is_targets_embedding, is_targets_head
 from specjax.checkpoint.models import check_params, write_json
 from specjax.drafters.feature import FeatureDrafter
 from specjax.drafters.mtp import MTPConfig, MTPDrafter, MTPHead, abstract_mtp_params
-from specjax.hf.keys import read_json
+from specjax.hf.keys import read_json, without_keys
 from specjax.hf.mtp import MTPLayout, mtp_layout, mtp_parameters, mtp_tensors
 from specjax.hf.safetensors import open_tensors, write_tensors
 from specjax.types import LanguageModel
@@ -24,6 +24,7 @@ def open_mtp(
     dtype: jnp.dtype,
     chained: bool = False,
     zero_first: bool = False,
+    ignore_config_keys: Iterable[str] = (),
 ) -> tuple[FeatureDrafter | MTPDrafter, Any]:
     """Opens MTP modules as a drafter: of DeepSeek-V3's layout in any family, of GLM-4.5, Qwen3-Next or MiMo.
 
@@ -47,7 +48,7 @@ def open_mtp(
         is missing, of another shape, or unknown; the modules do not fit the target in width, vocabulary or number of
         layers; or ``num_draft`` is too high.
     """
-    raw = read_json(path / "config.json")
+    raw = without_keys(read_json(path / "config.json"), ignore_config_keys)
     with errors_name(path / "config.json"):
         layout = mtp_layout(raw)
     modules = layout.decoder.num_hidden_layers
