@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from specjax.cache import ChainCache, KVCache
+from specjax.cache import KVCache
 from specjax.drafters.feature import Head
 from specjax.drafters.medusa import MedusaDrafter, head_logits
 from specjax.training import losses
+from specjax.training.chains import ChainCache
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import bind
 from specjax.types import LanguageModel, whole_feed
