@@ -1,5 +1,7 @@
 """A key/value cache of fixed shape, written from a different slot in each row."""
 
+from typing import Protocol
+
 import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
@@ -8,21 +10,24 @@ LayerCache = tuple[Array, ...]
 """One layer's arrays ``[b, k, s, h]``: keys and values, or latents."""
 
 
-@struct.dataclass
-class ChainCache:
-    """One layer's keys and values for chains that start at every slot at once, to train a draft head as it drafts.
+class AttendingCache(Protocol):
+    """A layer's part of another kind of cache. It stores keys and values, and attends to them, in its own way."""
 
-    Step j of the chain that starts at slot s is stored at slot s + j. Example: for the chain that starts at slot 8,
-    step 2 is entry 10 of ``steps[2]``. Step 0 is the true text.
+    def attend(
+        self,
+        query_bnth: Array,
+        new: LayerCache,
+        *,
+        scale: float,
+        window: int | None = None,
+        cap: float | None = None,
+        value_width: int | None = None,
+    ) -> tuple[Array, "AttendingCache"]:
+        """Returns the output and the cache with ``new``; see ``specjax.transformer.attention.store_and_attend``."""
+        ...
 
-    Attributes:
-      steps: for each step so far, arrays ``[b, k, t, h]``.
-    """
 
-    steps: tuple[LayerCache, ...] = ()
-
-
-Stored = LayerCache | ChainCache
+Stored = LayerCache | AttendingCache
 
 
 @struct.dataclass

@@ -184,8 +184,8 @@ def test_a_fault_in_the_order_of_chunks_is_seen(monkeypatch):
     honest = texts(read_at_once("model"))
     read = round_lib._read
 
-    def late(target, state, drafter, start_b, chunk):
-        return read(target, state, drafter, jnp.minimum(start_b + 1, state.length_b - 1), chunk)
+    def late(target, state, drafter, start_b, *settings, **options):
+        return read(target, state, drafter, jnp.minimum(start_b + 1, state.length_b - 1), *settings, **options)
 
     monkeypatch.setattr(round_lib, "_read", late)
     loop._generate_jit.clear_cache()

@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from specjax.checkpoint.eagle import fill_eagle, open_eagle
-from specjax.checkpoint.shared import read_onto
 from specjax.checkpoint.medusa import fill_medusa, open_medusa
 from specjax.checkpoint.models import check_dtype, default_dtype, load, load_tokenizer, new_folder, write_json
 from specjax.checkpoint.mtp import fill_mtp, open_mtp
 from specjax.checkpoint.opened import Opened
+from specjax.checkpoint.shared import read_onto
 from specjax.checks import check_integer
 from specjax.drafters.cascade import Cascade
 from specjax.drafters.eagle import EagleHead

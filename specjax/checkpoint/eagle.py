@@ -9,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from specjax.checkpoint.shared import errors_name, is_targets_embedding
 from specjax.checkpoint.models import check_params, write_json
+from specjax.checkpoint.shared import errors_name, is_targets_embedding
 from specjax.drafters.eagle import EagleHead, check_fit
 from specjax.drafters.feature import FeatureDrafter
 from specjax.hf.eagle import (

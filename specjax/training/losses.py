@@ -19,7 +19,7 @@ def next_token(logits_btv: Array, tokens_bt: Array) -> Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits_btv[:, :-1], tokens_bt[:, 1:]).mean()
 
 
-def kl(draft_btv: Array, target_btv: Array) -> Array:
+def kl(draft_btv: Array, target_btv: Array, counts_bt: Array | None = None) -> Array:
     """KL(p || q) in nats, the distillation loss (Hinton et al. 2015, arXiv 1503.02531).
 
     For draft models see Zhou et al. 2024, DistillSpec, arXiv 2310.08461.
@@ -27,19 +27,17 @@ def kl(draft_btv: Array, target_btv: Array) -> Array:
     Args:
       draft_btv: floats, logits of q, the draft's distribution.
       target_btv: floats, logits of p, the target's distribution.
+      counts_bt: bool, the positions that count; None for all.
 
     Returns:
-      The mean over rows and positions, a scalar of the dtype of the logits.
+      The mean over the positions that count, a scalar of the dtype of the logits; 0 if no position counts.
     """
-    return _kl(draft_btv, target_btv).mean()
-
-
-def _kl(draft_btv: Array, target_btv: Array) -> Array:
     p = jax.nn.softmax(target_btv)
-    return jnp.sum(p * (jax.nn.log_softmax(target_btv) - jax.nn.log_softmax(draft_btv)), axis=-1)
+    values_bt = jnp.sum(p * (jax.nn.log_softmax(target_btv) - jax.nn.log_softmax(draft_btv)), axis=-1)
+    return _mean(values_bt, counts_bt)
 
 
-def total_variation(draft_btv: Array, target_btv: Array) -> Array:
+def total_variation(draft_btv: Array, target_btv: Array, counts_bt: Array | None = None) -> Array:
     """TV(p, q) = 1 - sum_x min(p, q), from 0 to 1: one minus the acceptance rate of a draft token.
 
     The acceptance rate is from Leviathan et al. 2023, arXiv 2211.17192, corollary 3.6. As a loss the distance is from
@@ -48,15 +46,26 @@ def total_variation(draft_btv: Array, target_btv: Array) -> Array:
     Args:
       draft_btv: floats, logits of q, the draft's distribution.
       target_btv: floats, logits of p, the target's distribution.
+      counts_bt: bool, the positions that count; None for all.
 
     Returns:
-      The mean over rows and positions, a scalar of the dtype of the logits.
+      The mean over the positions that count, a scalar of the dtype of the logits; 0 if no position counts.
     """
-    return _total_variation(draft_btv, target_btv).mean()
+    return _mean(1 - jnp.minimum(jax.nn.softmax(draft_btv), jax.nn.softmax(target_btv)).sum(-1), counts_bt)
 
 
-def _total_variation(draft_btv: Array, target_btv: Array) -> Array:
-    return 1 - jnp.minimum(jax.nn.softmax(draft_btv), jax.nn.softmax(target_btv)).sum(-1)
+def _mean(values_bt: Array, counts_bt: Array | None) -> Array:
+    if counts_bt is None:
+        return values_bt.mean()
+    weights_bt = counts_bt.astype(values_bt.dtype)
+    return jnp.sum(values_bt * weights_bt) / jnp.maximum(jnp.sum(weights_bt), 1)
+
+
+IMITATIONS = {"kl": kl, "total_variation": total_variation}
+"""The losses that imitate a target, by the names that recipes use."""
+
+LOSSES = ("next_token", *IMITATIONS)
+"""The names of all losses."""
 
 
 def draft(loss: str, draft_btv: Array, target_btv: Array, tokens_bt: Array) -> Array:
@@ -67,7 +76,7 @@ def draft(loss: str, draft_btv: Array, target_btv: Array, tokens_bt: Array) -> A
     code of EAGLE-3 does the same (Li et al. 2025, arXiv 2503.01840).
 
     Args:
-      loss: "next_token", "kl" or "total_variation".
+      loss: one of ``LOSSES``.
       draft_btv: float32, the draft head's logits.
       target_btv: float32, the target's logits for the same positions.
       tokens_bt: int32, the tokens of the text at these positions.
@@ -78,13 +87,10 @@ def draft(loss: str, draft_btv: Array, target_btv: Array, tokens_bt: Array) -> A
     drafted_btv = jnp.isfinite(draft_btv)
     q = jnp.where(drafted_btv, draft_btv, _NEVER)
     wanted_bt = tokens_bt if loss == "next_token" else jnp.argmax(target_btv, axis=-1)
-    counts_bt = jnp.take_along_axis(drafted_btv, wanted_bt[..., None], axis=-1)[..., 0].astype(jnp.float32)
+    counts_bt = jnp.take_along_axis(drafted_btv, wanted_bt[..., None], axis=-1)[..., 0]
     if loss == "next_token":
-        values_bt = optax.softmax_cross_entropy_with_integer_labels(q, tokens_bt)
-    else:
-        p = jnp.where(drafted_btv, target_btv, _NEVER)
-        values_bt = {"kl": _kl, "total_variation": _total_variation}[loss](q, p)
-    return jnp.sum(values_bt * counts_bt) / jnp.maximum(jnp.sum(counts_bt), 1)
+        return _mean(optax.softmax_cross_entropy_with_integer_labels(q, tokens_bt), counts_bt)
+    return IMITATIONS[loss](q, jnp.where(drafted_btv, target_btv, _NEVER), counts_bt)
 
 
 _NEVER = -1e9  # the logit of a token without probability; unlike -inf, it gives finite gradients

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from specjax.cache import ChainCache, KVCache
+from specjax.cache import KVCache
 from specjax.drafters.feature import Head
 from specjax.drafters.medusa import MedusaDrafter, head_logits
 from specjax.training import losses
+from specjax.training.chains import ChainCache
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import bind
 from specjax.types import LanguageModel, whole_feed
@@ -25,15 +26,11 @@ class Objective(Protocol):
     def __call__(self, params: Any, tokens_bt: Array, teacher: LanguageModel | None) -> Array: ...
 
 
-_IMITATION = {"kl": losses.kl, "total_variation": losses.total_variation}
-
-
 def make_objective(loss: str, config: DecoderConfig) -> Objective:
     """Returns the objective of a model that learns from text or imitates a teacher.
 
     Args:
-      loss: "next_token"; or "kl" or "total_variation" against a teacher of the same vocabulary
-        (``specjax.training.losses``).
+      loss: one of ``losses.LOSSES``. The losses of ``losses.IMITATIONS`` need a teacher of the same vocabulary.
       config: the model's config. Its parameters are those of ``specjax.transformer.init_params``.
     """
 
@@ -49,7 +46,7 @@ def make_objective(loss: str, config: DecoderConfig) -> Objective:
             raise ValueError(f"loss {loss!r} needs a teacher; name it as drafts_for in the recipe")
         cache = teacher.init_cache(*tokens_bt.shape)
         taught = teacher.forward(teacher.params, whole_feed(tokens_bt), cache)
-        return _IMITATION[loss](logits(params, tokens_bt), taught.logits_btv)
+        return losses.IMITATIONS[loss](logits(params, tokens_bt), taught.logits_btv)
 
     return next_token if loss == "next_token" else imitate
 
@@ -65,8 +62,8 @@ def head_objective(loss: str, head: Head, steps: int) -> Objective:
     teacher's states, so the objective always needs a teacher.
 
     Args:
-      loss: "next_token", "kl" or "total_variation". "next_token" with one step is the loss of multi-token prediction
-        (DeepSeek-AI 2024, DeepSeek-V3, arXiv 2412.19437, section 2.2).
+      loss: one of ``losses.LOSSES``. "next_token" with one step is the loss of multi-token prediction (DeepSeek-AI
+        2024, DeepSeek-V3, arXiv 2412.19437, section 2.2).
       head: the draft head.
       steps: drafts of a chain that are trained, at least 1. Windows of text must have at least ``steps + 2`` tokens.
     """
@@ -131,7 +128,7 @@ def medusa_objective(loss: str, num_heads: int) -> Objective:
     objective always needs a teacher.
 
     Args:
-      loss: "next_token", "kl" or "total_variation".
+      loss: one of ``losses.LOSSES``.
       num_heads: how many Medusa heads. Windows of text must have at least ``num_heads + 2`` tokens.
     """
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from specjax.checks import check_integer
 from specjax.hf.config import decoder_config
+from specjax.training.losses import LOSSES
 
-LOSSES = ("next_token", "kl", "total_variation")
 TEXTS = ("corpus", "samples", "both", "on_policy")
 HEADS = ("mtp", "eagle", "medusa")
 
@@ -20,7 +20,8 @@ class Stage:
     """One run of the optimiser with one loss.
 
     Attributes:
-      loss: "next_token"; or "kl" or "total_variation" against the target that this model drafts for.
+      loss: one of ``losses.LOSSES``: "next_token"; or "kl" or "total_variation" against the target that this model
+        drafts for.
       text: "corpus"; "samples", drawn from the target; "both", in turn; or "on_policy", drawn from the trained model
         when the stage begins (Agarwal et al. 2024, arXiv 2306.13649; Zhou et al. 2024, DistillSpec, arXiv 2310.08461).
         Each stage on "on_policy" draws new text.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from specjax.cache import ChainCache, Stored, update
+from specjax.cache import LayerCache, Stored, update
 from specjax.transformer.config import DecoderConfig, LayerConfig
 from specjax.transformer.layers import Linear, RMSNorm, declare, make_norm, normal, rotate, softcap
 from specjax.types import Feed
@@ -80,57 +80,26 @@ def attend(
     return out.reshape(b, n, t, out.shape[-1])
 
 
-def attend_along_chains(
-    query_bnth: Array,
-    cache: ChainCache,
-    *,
-    scale: float,
-    window: int | None = None,
-    cap: float | None = None,
-    value_width: int | None = None,
-) -> Array:
-    """Attends from the last step of the chains that started at each slot (EAGLE-3's training-time test).
-
-    The query at slot i belongs to step j of the chain that started at slot i - j. It attends to the true entries of
-    slots 0 .. i - j and to one entry of each step 1 .. j of its own chain. Example, i = 10, j = 2: the chain started at
-    slot 8. The query sees the true slots 0 .. 8, the entry of step 1 at slot 9, and the entry of step 2 at slot 10.
-    No chain of j steps ends at a slot below j, so outputs of these slots mean nothing.
+def store_and_attend(
+    query_bnth: Array, new: LayerCache, feed: Feed, stored: Stored | None, **options: Any
+) -> tuple[Array, Stored]:
+    """Stores a layer's new keys and values, and attends to all that are stored.
 
     Args:
-      query_bnth: floats, queries of the last step, one for each slot.
-      cache: the entries of all steps, the last one included.
-      scale: as for ``attend``, like the arguments after it. A step without values has them in its keys.
+      query_bnth: floats, queries.
+      new: keys and values ``[b, k, t, h]`` of the feed's places, or keys alone that hold the values.
+      feed: the places.
+      stored: the layer's part of the cache. None: the places attend to each other.
+      **options: keyword arguments of ``attend``.
 
     Returns:
-      ``[b, n, t, values' h]``.
+      ``[b, n, t, values' h]``, and the layer's part of the cache with ``new``.
     """
-    b, n, t, h = query_bnth.shape
-    (true_keys, true_values), *chain = ((step[0], step[-1][..., :value_width]) for step in cache.steps)
-    k, j = true_keys.shape[1], len(chain)
-    query = query_bnth.reshape(b, k, n // k, t, h) * jnp.asarray(scale, query_bnth.dtype)
-    # Step 0 of every chain is the true text, shared by all chains: one matrix product.
-    slot_t = jnp.arange(t, dtype=jnp.int32)
-    seen_ts = slot_t[None, :] <= slot_t[:, None] - j
-    if window is not None:
-        seen_ts &= slot_t[None, :] > slot_t[:, None] - window
-    scores = softcap(jnp.einsum("bkqth,bksh->bkqts", query, true_keys, preferred_element_type=jnp.float32), cap)
-    scores = [jnp.where(seen_ts[None, None, None], scores, -jnp.inf)]
-    # Of each later step a query sees one entry, j - m slots before its own. A dot product per slot is enough.
-    own = [(_shifted(keys, j - m), _shifted(values, j - m)) for m, (keys, values) in enumerate(chain, 1)]
-    for keys, _ in own:
-        score = jnp.einsum("bkqth,bkth->bkqt", query, keys, preferred_element_type=jnp.float32)
-        scores.append(softcap(score, cap)[..., None])
-    # One softmax over both parts; the sums over values are split in the same way as the scores.
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(true_values.dtype)
-    out = jnp.einsum("bkqts,bksh->bkqth", weights[..., :t], true_values)
-    for m, (_, values) in enumerate(own):
-        out = out + weights[..., t + m, None] * values[:, :, None]
-    return out.reshape(b, n, t, out.shape[-1])
-
-
-def _shifted(x_bkth: Array, slots: int) -> Array:
-    """Returns at slot i the entry of slot i - ``slots``, or zeros if there is no such slot."""
-    return jnp.pad(x_bkth, ((0, 0), (0, 0), (slots, 0), (0, 0)))[:, :, : x_bkth.shape[2]]
+    if stored is not None and not isinstance(stored, tuple):
+        return stored.attend(query_bnth, new, **options)
+    stored = update(stored, new, feed.start_b)
+    keys, values = stored if len(stored) == 2 else (stored[0], None)
+    return attend(query_bnth, keys, values, feed, **options), stored
 
 
 def attention_windows(slots: int) -> tuple[int, ...]:
@@ -191,13 +160,9 @@ class Attention(nnx.Module):
             query, gate = jnp.split(query.reshape(b, t, self.n, 2 * self.h), 2, axis=-1)
         query = rotate(heads(query, self.n, self.q_norm), tables, interleaved)
         keys = rotate(heads(self.k_proj(x_btd), self.k, self.k_norm), tables, interleaved)
-        values, options = heads(self.v_proj(x_btd), self.k), {"scale": self.scale, "window": self.layer.window}
-        if isinstance(stored, ChainCache):
-            stored = ChainCache((*stored.steps, (keys, values)))
-            out = attend_along_chains(query, stored, cap=self.cap, **options)
-        else:
-            keys, values = stored = update(stored, (keys, values), feed.start_b)
-            out = attend(query, keys, values, feed, cap=self.cap, **options)
+        new = keys, heads(self.v_proj(x_btd), self.k)
+        options = {"scale": self.scale, "window": self.layer.window, "cap": self.cap}
+        out, stored = store_and_attend(query, new, feed, stored, **options)
         out = out.transpose(0, 2, 1, 3)
         out = out if gate is None else out * jax.nn.sigmoid(gate)
         return self.o_proj(out.reshape(b, t, self.n * self.h)), stored
@@ -254,12 +219,7 @@ class LatentAttention(nnx.Module):
         shared = rotate(compressed[..., r:], tables, interleaved)
         keys = jnp.concatenate([self.kv_a_layernorm(compressed[..., :r]), shared], axis=-1)
         options = {"scale": self.scale, "window": self.layer.window, "value_width": r}
-        if isinstance(stored, ChainCache):
-            stored = ChainCache((*stored.steps, (keys,)))
-            out = attend_along_chains(query, stored, **options)
-        else:
-            stored = update(stored, (keys,), feed.start_b)
-            out = attend(query, stored[0], None, feed, **options)
+        out, stored = store_and_attend(query, (keys,), feed, stored, **options)
         # The value projection comes after the sum over slots: once per query, not once per slot.
         out = jnp.einsum("bntr,nhr->btnh", out, self.v_up[...])
         return self.o_proj(out.reshape(b, t, self.n * latent.value_width)), stored
