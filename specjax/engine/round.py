@@ -103,9 +103,9 @@ def extend(
 def _read(target: LanguageModel, state: State, drafter: Drafter, start_b: Array, chunk: int, one_pass: bool) -> State:
     """Feeds each row's tokens from ``start_b`` on, all but the last, which the next round feeds.
 
-    Tokens that fit into a chunk of less than ``CHUNK`` are one pass. More are read in a loop of such passes, so that memory
-    does not grow with the prompt beyond the cache. The first pass of a row is the one that is not full: no later pass
-    then writes past the row's end.
+    Tokens that fit into a chunk of less than ``CHUNK`` are one pass. More are read in a loop of such passes, so that
+    memory does not grow with the prompt beyond the cache. The first pass of a row is the one that is not full: no later
+    pass then writes past the row's end.
     """
     missing_b = state.length_b - 1 - start_b
 
