@@ -6,6 +6,7 @@ order: logit bias; repetition, presence and frequency penalties; temperature; to
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -205,6 +206,7 @@ def warp(logits_btv: Array, sampling: Sampling) -> Array:
     Returns:
       float32 ``[b, t, v]``; each distribution sums to 1.
     """
+    chex.assert_rank(logits_btv, 3)
     greedy_b11 = _column(sampling.temperature) == 0
     greedy = jax.nn.one_hot(most_likely(logits_btv), logits_btv.shape[-1], dtype=jnp.float32)
 

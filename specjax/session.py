@@ -25,6 +25,7 @@ from specjax.types import Drafter, Generation, Stats, VerifyRule
 # row that met a stop string runs on.
 _ROUNDS_PER_LOOK = 4
 _COUNTS = ("rounds", "drafted", "accepted")
+_CONVERSATION_SLOTS = 2048  # of the caches of a conversation, unless the first turn needs more than half of them
 _SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
 
 Messages = str | Sequence[Mapping[str, Any]]
@@ -89,7 +90,8 @@ class Session:
           drafter: a drafter, or a text for ``specjax.load_drafter`` such as "model:DIR"; None is plain decoding.
           num_draft: g, tokens proposed per round. Only for a drafter that is given as a text.
           verify: a rule of ``specjax.verify``.
-          slots: tokens to allocate per row, for prompt, text and drafts. None allocates as many as each call needs.
+          slots: tokens to allocate per row, for prompt, text and drafts. None allocates as many as each call needs, and
+            at least 2048 for most conversations, so that later turns find room.
           seed: the seed of the first prompt that comes without a seed. Each further such prompt has the next seed.
 
         Raises:
@@ -243,7 +245,12 @@ class Session:
         return self._encode(template.render(messages, **(variables or {})), add_special_tokens=False)
 
     def _begin(
-        self, prompts: list[list[int]], max_new_tokens: Any, stop: Sequence[str], sampling: dict[str, Any]
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: Any,
+        stop: Sequence[str],
+        sampling: dict[str, Any],
+        slots: int | None = None,
     ) -> "tuple[State, list[_Row]]":
         """Reads prompts into new caches; returns the state, and the text of each row so far."""
         # A misspelt keyword would otherwise reach Sampling, whose own message does not list the parameters.
@@ -262,7 +269,7 @@ class Session:
             sampling=Sampling(**sampling),
             max_new_tokens=max_new_tokens,
             stop_tokens=self.opened.stop_tokens,
-            slots=self._slots,
+            slots=slots if self._slots is None else self._slots,
         )
         return state, rows
 
@@ -272,7 +279,10 @@ class Session:
         """Reads a conversation: only its new tokens if the kept caches hold its beginning, else all tokens."""
         kept, self._kept = self._kept, None  # ``extend`` and ``run`` donate the state, so it serves one turn
         if kept is None or not kept.begins(tokens, max_new_tokens, sampling):
-            state, (row,) = self._begin([tokens], max_new_tokens, stop, sampling)
+            # Later turns should find room. Slots that are not used cost memory, but no time.
+            roomy = len(tokens) + max_new_tokens <= _CONVERSATION_SLOTS // 2
+            slots = _CONVERSATION_SLOTS if roomy else None
+            state, (row,) = self._begin([tokens], max_new_tokens, stop, sampling, slots)
             return state, row
         row = _Row(self._tokenizer, tokens, self.opened.stop_tokens, stop, kept.stats)
         new = [tokens[len(kept.tokens) :]]

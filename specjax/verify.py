@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax.numpy as jnp
 from jax import Array
 
@@ -124,6 +125,7 @@ class ChainRule:
 
     def __call__(self, proposal: Proposal, target_btv: Array, draws: Draws) -> Verdict:
         rows, g = proposal.tokens_bg.shape
+        chex.assert_shape(target_btv, (rows, g + 1, None))
         q_bgv = proposal.q(target_btv.shape[-1])
         numerator, denominator, scale_bt = self.thresholds(proposal.tokens_bg, target_btv, q_bgv, proposal.length_b)
         proposed_bg = jnp.arange(g, dtype=jnp.int32)[None] < proposal.length_b[:, None]
@@ -150,6 +152,7 @@ class CoupledRule:
     def __call__(self, proposal: Proposal, target_btv: Array, draws: Draws) -> Verdict:
         # The target's own samples at all g + 1 positions. The first that differs from the draft is emitted.
         rows, g = proposal.tokens_bg.shape
+        chex.assert_shape(target_btv, (rows, g + 1, None))
         offsets = [jnp.full((rows,), j, jnp.int32) for j in range(g + 1)]
         own_bt = jnp.stack([draws.emit(target_btv[:, j], offsets[j]) for j in range(g + 1)], axis=1)
         proposed_bg = jnp.arange(g, dtype=jnp.int32)[None] < proposal.length_b[:, None]
