@@ -654,7 +654,7 @@ BAD_CONFIGS = {
         },
         r"inputs of layers \[2, 3, 7\]",
     ),
-    "a state behind the last layer": (
+    "a state after the last layer": (
         SPECULATORS,
         {"eagle_aux_hidden_state_layer_ids": [2, 4, 9]},
         r"hidden states \(2, 4, 9\).*8 layers",
@@ -782,7 +782,7 @@ def test_an_eagle_1_head_made_by_hand_needs_what_the_target_lends(name):
     head = EagleHead(DecoderConfig(VOCAB, WIDTH, 20, 1, 4, 2), (-1,), version=1, own_embedding=True)
     drafter = FeatureDrafter(head.init_params(jax.random.key(0)), head, 2)
     prompt, length = specjax.pad_prompts([[1]])
-    with pytest.raises(ValueError, match=f"the target has no {name}, which the drafter needs; give LanguageModel"):
+    with pytest.raises(ValueError, match=rf"the target has no {name}, which the drafter needs; give LanguageModel\("):
         specjax.generate(dataclasses.replace(TARGET, **{name: None}), prompt, length, drafter=drafter, max_new_tokens=2)
 
 
