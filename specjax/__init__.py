@@ -1,7 +1,14 @@
-"""Speculative decoding for JAX: exact, in one compiled loop.
+"""Exact speculative decoding for JAX, in one compiled loop.
 
-Shape suffixes, everywhere: b rows, t query tokens, s cache slots, v vocabulary, d model width, n query heads,
-k key/value heads, h head width, f MLP width, g draft tokens of a round.
+- ``open``, ``Session``: strings in, strings out.
+- ``generate``, ``stream``: tokens in, tokens out. ``prefill``, ``step``, ``run``, ``extend``, ``insert`` and ``stop``
+  are their parts, pure functions over a ``State``.
+- ``load``, ``load_drafter``, ``save``, ``save_drafter``, ``convert_hf``, ``export_hf``: folders.
+- ``LanguageModel`` and ``Drafter``: the contracts for models and drafters of your own (``specjax.types``).
+
+Array names inside the library end in a shape suffix, one letter per axis: b rows, t query tokens, s cache slots,
+v vocabulary, d model width, n query heads, k key/value heads, h width of an attention head, f MLP width, g draft tokens
+per round. Public keywords, and the fields of ``Generation`` and ``Stats``, have no suffix.
 """
 
 from specjax import hf as hf

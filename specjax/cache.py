@@ -1,45 +1,50 @@
-"""A key/value cache of fixed shape, written at an offset of its own in each row."""
+"""A key/value cache of fixed shape, written from a different slot in each row."""
+
+from typing import Protocol
 
 import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
 
 LayerCache = tuple[Array, ...]
-"""What one layer keeps of each token, in arrays ``[b, k, s, h]``: its keys and values, or its latents."""
+"""One layer's arrays ``[b, k, s, h]``: keys and values, or latents."""
 
 
-@struct.dataclass
-class ChainCache:
-    """What one layer of a draft head keeps of chains that start at every slot at once, for training it as it drafts.
+class AttendingCache(Protocol):
+    """A layer's part of another kind of cache. It stores keys and values, and attends to them, in its own way."""
 
-    The chain that starts at slot s has one entry of each step behind it: that of step j at slot s + j.
+    def attend(
+        self,
+        query_bnth: Array,
+        new: LayerCache,
+        *,
+        scale: float,
+        window: int | None = None,
+        cap: float | None = None,
+        value_width: int | None = None,
+    ) -> tuple[Array, "AttendingCache"]:
+        """Returns the output and the cache with ``new``; see ``specjax.transformer.attention.store_and_attend``."""
+        ...
 
-    Attributes:
-      steps: per step, arrays ``[b, k, t, h]``.
-    """
 
-    steps: tuple[LayerCache, ...] = ()
-
-
-Stored = LayerCache | ChainCache
+Stored = LayerCache | AttendingCache
 
 
 @struct.dataclass
 class KVCache:
-    """What all layers keep; slot equals position.
+    """The cache of all layers; slot equals position.
 
-    Arrays of their own for each layer, not one stacked array: a layer reads and writes its own without slicing the
-    others.
+    Each layer has its own arrays, not a slice of one stacked array, so that reads and writes need no slicing.
 
     Attributes:
-      layers: per layer, arrays ``[b, k, s, h]``.
+      layers: for each layer, arrays ``[b, k, s, h]``.
     """
 
     layers: tuple[Stored, ...]
 
 
 def allocate(layers: int, rows: int, slots: int, kv_heads: int, widths: tuple[int, ...], dtype: jnp.dtype) -> KVCache:
-    """Returns an empty cache; each layer has one array for each of the ``widths`` h."""
+    """Returns an empty cache: per layer, one array ``[rows, kv_heads, slots, h]`` for each h in ``widths``."""
 
     def layer() -> LayerCache:
         return tuple(jnp.zeros((rows, kv_heads, slots, width), dtype) for width in widths)
@@ -55,14 +60,14 @@ def update(stored: LayerCache | None, new: LayerCache, start_b: Array) -> LayerC
 
 
 def write(cache_bksh: Array, new_bkth: Array, start_b: Array) -> Array:
-    """Writes t slots of each row from ``start_b[i]`` on.
+    """Returns the cache with t slots of row i written from slot ``start_b[i]`` on.
 
-    The caller guarantees ``start_b + t <= s``: ``dynamic_update_slice`` would silently shift a write that does not
-    fit onto good slots. One update per row, since XLA keeps each in place, while a vmapped update becomes a scatter
-    with a loop of its own.
+    The caller guarantees ``start_b + t <= s``. Otherwise ``dynamic_update_slice`` silently shifts the write onto good
+    slots: with s = 10 and t = 4 a write from slot 8 lands on slots 6 to 9.
     """
     new_bkth = new_bkth.astype(cache_bksh.dtype)
     zero = jnp.zeros((), start_b.dtype)
+    # One update per row: XLA does each in place, while a vmapped update becomes a scatter with a loop of its own.
     for row in range(cache_bksh.shape[0]):
         index = (jnp.full((), row, start_b.dtype), zero, start_b[row], zero)
         cache_bksh = lax.dynamic_update_slice(cache_bksh, new_bkth[row : row + 1], index)

@@ -1,7 +1,7 @@
 """Sampling parameters, the one function that turns logits into probabilities, and the keys of every draw.
 
-Draft, verification and bonus all go through :func:`warp`, so that what is scored is what is sampled. The order:
-logit bias; repetition, presence and frequency penalties; temperature; top-k; top-p; min-p.
+Drafting, verification and the emitted token all use :func:`warp`, so the scored distribution is the sampled one. The
+order: logit bias; repetition, presence and frequency penalties; temperature; top-k; top-p; min-p.
 """
 
 from typing import Any
@@ -16,23 +16,26 @@ from jax.typing import ArrayLike
 
 @struct.dataclass
 class Sampling:
-    """How to sample: each field one number for all rows, or one per row ``[b]``.
+    """How to sample. Each field is one number for all rows, or one number per row ``[b]``.
 
-    All are traced: changing them compiles nothing. The defaults leave the model's distribution as it is.
+    All fields are traced, so a change of a number compiles nothing. The defaults leave the model's distribution as it
+    is.
 
     Attributes:
-      temperature: divides the logits; 0 is greedy decoding, where ties go to the lowest token id.
-      top_k: keep the k most likely tokens, and those that tie with the last of them; 0 keeps all.
-      top_p: keep the fewest most likely tokens whose probabilities reach top_p, and ties (Holtzman et al. 2020).
-      min_p: keep tokens of at least min_p times the highest probability (Nguyen et al. 2024).
+      temperature: divides the logits. 0 is greedy decoding, where ties go to the lowest token id.
+      top_k: keep the k most likely tokens, and tokens that tie with the last of these; 0 keeps all.
+      top_p: keep the fewest most likely tokens whose probabilities reach top_p, and ties (Holtzman et al. 2020,
+        arXiv 1904.09751); 1 keeps all.
+      min_p: keep tokens of at least min_p times the highest probability (Nguyen et al. 2024, arXiv 2407.01082); 0 keeps
+        all.
       repetition_penalty: divides positive and multiplies negative logits of tokens that occur in the prompt or
-        the output (Keskar et al. 2019).
-      presence_penalty: subtracted from the logits of tokens that occur in the output.
-      frequency_penalty: subtracted once for each time a token occurs in the output.
+        the output (Keskar et al. 2019, arXiv 1909.05858); 1 changes nothing.
+      presence_penalty: subtracted from the logits of tokens that occur in the output; 0 changes nothing.
+      frequency_penalty: subtracted once for each time a token occurs in the output; 0 changes nothing.
       seed: integers, or JAX keys, which are consumed. A row's text depends on its own seed alone. One integer s gives
-        row i the seed s + i; one key gives it that key folded with i.
-      logit_bias: added to the logits, ``[v]`` or ``[b, v]``. None adds nothing; going from None to an array
-        compiles anew.
+        row i the seed s + i. One key gives row i the key ``jax.random.fold_in(key, i)``.
+      logit_bias: floats added to the logits, ``[v]`` or ``[b, v]``. None adds nothing. A change from None to an array
+        compiles again.
     """
 
     temperature: ArrayLike = 1.0
@@ -46,7 +49,11 @@ class Sampling:
     logit_bias: ArrayLike | None = None
 
     def per_row(self, rows: int) -> "Sampling":
-        """Returns the parameters as float32 and int32 arrays ``[rows]``, the bias as ``[rows, v]``."""
+        """Returns the parameters with one entry per row.
+
+        Arrays are ``[rows]``: ``top_k`` int32, ``seed`` uint32 or keys, all others float32. The bias is float32
+        ``[rows, v]``, or None.
+        """
 
         def spread(value: ArrayLike, dtype: Any) -> Array:
             return jnp.broadcast_to(jnp.asarray(value, dtype), (rows,))
@@ -69,7 +76,7 @@ class Sampling:
 
 
 def is_key(seed: Any) -> bool:
-    """Returns whether a seed is made of JAX keys of the new kind (``jax.random.key``)."""
+    """Returns whether a seed consists of typed JAX keys (``jax.random.key``)."""
     return jnp.issubdtype(getattr(seed, "dtype", np.dtype(int)), jax.dtypes.prng_key)
 
 
@@ -78,24 +85,24 @@ def _seeds(seed: Any, rows: int) -> Array:
     if is_key(seed):
         row_b = jnp.arange(rows, dtype=jnp.uint32)
         return seed if seed.ndim else jax.vmap(jax.random.fold_in, (None, 0))(seed, row_b)
-    # By way of NumPy, since a Python int above 2**31 does not fit JAX's default integer.
+    # Converted by NumPy first: a Python int of 2**31 or more does not fit JAX's default integer.
     seed = seed if isinstance(seed, jax.Array) else np.asarray(seed)
     seed = jnp.asarray(seed.astype(jnp.uint32))
     return seed if seed.ndim else seed + jnp.arange(rows, dtype=jnp.uint32)
 
 
 def _column(value_b: ArrayLike) -> Array:
-    """``[b]`` as ``[b, 1, 1]``, to meet ``[b, t, v]``."""
+    """Returns ``[b]`` as ``[b, 1, 1]``, to be combined with ``[b, t, v]``."""
     return jnp.reshape(jnp.asarray(value_b), (-1, 1, 1))
 
 
 @struct.dataclass
 class Counts:
-    """How often each token occurs; zeros while no row has a penalty.
+    """How often each token occurs. All counts are 0 if no row has a penalty.
 
     Attributes:
-      prompt_bv: int32, in the prompt.
-      output_bv: int32, among the tokens emitted so far.
+      prompt_bv: int32, occurrences in the prompt.
+      output_bv: int32, occurrences among the tokens emitted so far.
     """
 
     prompt_bv: Array
@@ -111,7 +118,15 @@ def _penalized(sampling: Sampling) -> Array:
 
 
 def count_tokens(tokens_bs: Array, prompt_length_b: Array, length_b: Array, vocab: int, sampling: Sampling) -> Counts:
-    """Counts the tokens of each row."""
+    """Counts the tokens of each row.
+
+    Args:
+      tokens_bs: int32, prompt and output; padding past a row's length.
+      prompt_length_b: int32, tokens of each prompt.
+      length_b: int32, tokens of prompt and output.
+      vocab: v.
+      sampling: per-row parameters. Without penalties nothing is counted.
+    """
     rows, slots = tokens_bs.shape
     slot_s = jnp.arange(slots, dtype=jnp.int32)[None]
 
@@ -123,31 +138,34 @@ def count_tokens(tokens_bs: Array, prompt_length_b: Array, length_b: Array, voca
         prompt_bs = slot_s < prompt_length_b[:, None]
         return Counts(histogram(prompt_bs), histogram((slot_s < length_b[:, None]) & ~prompt_bs))
 
+    # Most requests have no penalty, and counting costs a scatter over all tokens.
     empty = jnp.zeros((rows, vocab), jnp.int32)
     return lax.cond(_penalized(sampling), counted, lambda: Counts(empty, empty))
 
 
 def penalize(logits_btv: Array, sampling: Sampling, counts: Counts, drafts_bg: Array, first: int | Array = 0) -> Array:
-    """Adds the bias and applies the penalties.
+    """Returns float32 logits ``[b, t, v]`` with the bias added and the penalties applied.
 
     Position j of a round counts drafts 0 .. j - 1 as emitted. If position j is used at all, they were accepted.
 
     Args:
-      logits_btv: float32, of t positions of the round from ``first`` on.
+      logits_btv: float32, for t positions of the round from position ``first`` on.
       sampling: per-row parameters.
-      counts: of the tokens emitted before this round.
-      drafts_bg: int32, the round's drafts; those from the last position on are ignored.
-      first: position of the first of the logits, 0 .. g + 1 - t.
+      counts: counts of the tokens emitted before this round.
+      drafts_bg: int32, the round's drafts. Position j ignores drafts j and later.
+      first: position of the first logits, 0 .. g + 1 - t. Example, g = 3: verification has t = 4 and ``first`` 0.
     """
     t, vocab = logits_btv.shape[1:]
     if sampling.logit_bias is not None:
         logits_btv = logits_btv + jnp.asarray(sampling.logit_bias)[:, None]
 
     def penalized() -> Array:
+        # Drafts before a position count as output there.
         drafted_btv = lax.dynamic_slice_in_dim(_prefix_counts(drafts_bg, vocab), first, t, axis=1)
         output_btv = counts.output_bv[:, None] + drafted_btv
         occurs_btv = (output_btv > 0).astype(jnp.float32)
         seen_btv = (counts.prompt_bv[:, None] + output_btv) > 0
+        # The repetition penalty looks at the prompt as well, the two others at the output alone.
         factor = _column(sampling.repetition_penalty)
         repeated = jnp.where(logits_btv > 0, logits_btv / factor, logits_btv * factor)
         logits = jnp.where(seen_btv, repeated, logits_btv)
@@ -158,7 +176,7 @@ def penalize(logits_btv: Array, sampling: Sampling, counts: Counts, drafts_bg: A
 
 
 def _prefix_counts(drafts_bg: Array, vocab: int) -> Array:
-    """Returns int32 ``[b, g+1, v]``: at j, how often each token occurs among the first j drafts."""
+    """Returns int32 ``[b, g+1, v]``: entry j holds how often each token occurs among the first j drafts."""
     one_hot = jax.nn.one_hot(drafts_bg, vocab, dtype=jnp.int32)
     return jnp.pad(jnp.cumsum(one_hot, axis=1), ((0, 0), (1, 0), (0, 0)))
 
@@ -166,7 +184,7 @@ def _prefix_counts(drafts_bg: Array, vocab: int) -> Array:
 def most_likely(scores_xv: Array) -> Array:
     """Returns int32 ``[..]``, the lowest id of the highest score.
 
-    That is ``jnp.argmax``, as two reductions that XLA vectorises: on a CPU 5 times faster.
+    The result is that of ``jnp.argmax``. Two reductions that XLA vectorises make it 5 times faster on a CPU.
     """
     vocab = scores_xv.shape[-1]
     highest_x1 = jnp.max(scores_xv, axis=-1, keepdims=True)
@@ -177,23 +195,24 @@ def most_likely(scores_xv: Array) -> Array:
 def warp(logits_btv: Array, sampling: Sampling) -> Array:
     """Returns the distribution that is sampled: temperature, top-k, top-p, min-p, in this order.
 
-    Rows at temperature 0 get a one-hot at the lowest id of the highest logit. At one-hot distributions every
-    verification rule is the greedy rule.
+    Rows at temperature 0 get a one-hot distribution at the lowest id of the highest logit. With one-hot distributions
+    every verification rule is the greedy rule.
 
     Args:
-      logits_btv: float32, penalties applied.
+      logits_btv: float32, with penalties applied.
       sampling: per-row parameters.
 
     Returns:
-      float32 ``[b, t, v]``, each summing to 1.
+      float32 ``[b, t, v]``; each distribution sums to 1.
     """
     greedy_b11 = _column(sampling.temperature) == 0
     greedy = jax.nn.one_hot(most_likely(logits_btv), logits_btv.shape[-1], dtype=jnp.float32)
 
     def sampled() -> Array:
-        # The highest logit becomes 0, or a tiny temperature would divide it to infinity.
+        # The highest logit becomes 0. Otherwise a tiny temperature would divide it to infinity.
         below_btv = logits_btv - jnp.max(logits_btv, axis=-1, keepdims=True)
         probs = jax.nn.softmax(below_btv / jnp.where(greedy_b11, 1.0, _column(sampling.temperature)), axis=-1)
+        # Filters search the vocabulary for a threshold, so they run only if some row asks for one.
         filters = (
             (jnp.asarray(sampling.top_k) > 0) | (jnp.asarray(sampling.top_p) < 1) | (jnp.asarray(sampling.min_p) > 0)
         )
@@ -205,25 +224,26 @@ def warp(logits_btv: Array, sampling: Sampling) -> Array:
 
 def _filter(probs_btv: Array, sampling: Sampling) -> Array:
     top_k, top_p, min_p = _column(sampling.top_k), _column(sampling.top_p), _column(sampling.min_p)
+    # A threshold in place of a sort: tokens at or above it stay, so ties stay together.
     kth = _largest(probs_btv, lambda at_least: jnp.sum(at_least, axis=-1, keepdims=True) >= top_k)
     probs = jnp.where((top_k == 0) | (probs_btv >= kth), probs_btv, 0.0)
 
     wanted = top_p * jnp.sum(probs, axis=-1, keepdims=True)
     last = _largest(probs, lambda at_least: jnp.sum(jnp.where(at_least, probs, 0.0), axis=-1, keepdims=True) >= wanted)
-    # At top_p = 1 rounding of the sum would drop the tail.
+    # At top_p = 1 all tokens stay; rounding of the sum would drop the least likely.
     probs = jnp.where((top_p == 1) | (probs >= last), probs, 0.0)
 
     probs = jnp.where(probs >= min_p * jnp.max(probs, axis=-1, keepdims=True), probs, 0.0)
     probs = probs / jnp.sum(probs, axis=-1, keepdims=True)
-    # A row without filters keeps its bits, whatever its neighbours ask for.
+    # A row without filters keeps its exact bits, whatever the other rows ask for.
     return jnp.where((top_k == 0) & (top_p == 1) & (min_p == 0), probs_btv, probs)
 
 
 def _largest(probs_btv: Array, enough: Any) -> Array:
-    """Returns ``[b, t, 1]``, the largest float32 x in [0, 1] for which ``enough(probs >= x)``, exactly.
+    """Returns ``[b, t, 1]``, the largest float32 x in [0, 1] for which ``enough(probs >= x)``, to the last bit.
 
-    Non-negative floats are ordered as their bit patterns, so 30 halvings find x to the last bit. On a CPU this is
-    7 to 14 times faster than a sort of 4096 entries, and it needs only sums over the vocabulary.
+    Non-negative floats are ordered like their bit patterns, so 30 bisections find x exactly. On a CPU this is 7 to 14
+    times faster than a sort of 4096 entries. Over devices it needs only sums over the vocabulary.
     """
 
     def set_bit(i: Array, bits: Array) -> Array:
@@ -235,17 +255,18 @@ def _largest(probs_btv: Array, enough: Any) -> Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-# The purposes of a draw. Two draws of one row share noise only if purpose and place are the same.
+# The purposes of a draw. Two draws of one row have the same noise only if purpose and place are the same.
 _EMIT, _DRAFT, _ACCEPT = 0, 1, 2
 
 
 def row_keys(sampling: Sampling) -> Array:
-    """Returns one Threefry key per row, for which ``random_bits`` is written, from the rows' seeds."""
+    """Returns one Threefry key per row, made from the rows' seeds. ``random_bits`` takes Threefry keys only."""
     seed_b: Any = sampling.seed
     if not is_key(seed_b):
         return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0, impl="threefry2x32"), seed_b)
     if str(jax.random.key_impl(seed_b)) == "threefry2x32":
         return seed_b
+    # A key of another kind gives the bits of a Threefry key.
     bits = jax.vmap(lambda key: jax.random.bits(key, (2,), jnp.uint32))(seed_b)
     return jax.random.wrap_key_data(bits, impl="threefry2x32")
 
@@ -254,15 +275,16 @@ def row_keys(sampling: Sampling) -> Array:
 class RoundDraws:
     """The draws of one round (a ``types.Draws``).
 
-    Noise for the emitted token is keyed by (row, absolute position): a position is emitted once. Noise for drafts
-    and acceptance is keyed by (row, where the round starts, place in the round). The absolute position would not
-    do: block verification decides from *all* of a round's drafts and uniforms, so those after the cut are no
-    longer independent of what was kept, and the next round would visit their positions again.
+    The emitted token's noise is keyed by (row, absolute position), since a position is emitted once. Noise for drafts
+    and acceptance is keyed by (row, length at the round's start, place in the round), not by absolute position. The
+    reason: block verification decides from *all* drafts and uniforms of a round. So rejected drafts are not independent
+    of the accepted length, and the next round visits their positions again. Example: a round starts at length 10 with
+    g = 3 and accepts one draft. The next round starts at length 12 and drafts position 12 again, with other noise.
 
     Attributes:
-      keys_b: one key per row.
+      keys_b: one Threefry key per row.
       length_b: int32, the rows' lengths as the round starts.
-      sampled: bool scalar, whether any row has a temperature; without, no noise is computed.
+      sampled: bool scalar, whether any row has a temperature above 0. If none has, no noise is computed.
     """
 
     keys_b: Array
@@ -276,16 +298,16 @@ class RoundDraws:
         return keys
 
     def uniforms(self, count: int) -> Array:
-        """Returns ``[b, count]`` in [0, 1)."""
+        """Returns float32 ``[b, count]`` in [0, 1), one for each draft position."""
         keys = self._keys(_ACCEPT, self.length_b)
         return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
 
     def emit(self, weights_bv: Array, offset_b: Array) -> Array:
-        """Draws the token to emit ``offset_b`` places past the row's end."""
+        """Returns int32 ``[b]``, the token to emit ``offset_b`` places past the row's end."""
         return self._race(weights_bv, lambda: self._keys(_EMIT, self.length_b + offset_b))
 
     def draft(self, weights_bv: Array, index: int | Array) -> Array:
-        """Draws the draft token ``index``, with noise of its own."""
+        """Returns int32 ``[b]``, the draft token ``index``. Its noise is used for no other draw."""
         index_b = jnp.full_like(self.length_b, index)
         return self._race(weights_bv, lambda: self._keys(_DRAFT, self.length_b, index_b))
 
@@ -294,25 +316,29 @@ class RoundDraws:
 
 
 def exponential_race(weights_bv: Array, keys_b: Array) -> Array:
-    """Draws one token per row with probability proportional to its weight: the first of independent exponential
-    arrivals with these rates, argmax(w / E). The same as Gumbel-max, argmax(log w + G) with G = -log E, for one
-    logarithm less. Keys are consumed.
+    """Draws one token per row with probability proportional to its weight.
 
-    Arrival times are exact to 2**-32, so that rare tokens keep their probabilities.
+    The token is the first of independent exponential arrivals with the weights as rates: argmax(w / E). This equals the
+    Gumbel-max trick, argmax(log w + G) with G = -log E, and needs one logarithm less. Keys are consumed.
+
+    Args:
+      weights_bv: float32, at least 0.
+      keys_b: one Threefry key per row.
 
     Returns:
-      int32 ``[b]``; a token of weight 0 is never drawn unless all are 0.
+      int32 ``[b]``. A token of weight 0 is never drawn unless all weights are 0.
     """
+    # 32 random bits per token, where jax.random.uniform has 23: rare tokens keep their probabilities.
     uniform_bv = (random_bits(keys_b, weights_bv.shape[-1]).astype(jnp.float32) + 0.5) * 2.0**-32
-    arrival_bv = -jnp.log1p(-jnp.minimum(uniform_bv, 1 - 2.0**-24))  # finite, or the only possible token could lose
+    arrival_bv = -jnp.log1p(-jnp.minimum(uniform_bv, 1 - 2.0**-24))  # finite, so that the only possible token wins
     return most_likely(weights_bv / arrival_bv)
 
 
 def random_bits(keys_b: Array, count: int) -> Array:
     """Returns uint32 ``[b, count]``: ``jax.random.bits`` of each Threefry key (Salmon et al. 2011), bit for bit.
 
-    Unrolled, so that XLA fuses the 20 rounds with what uses them. JAX's own is a loop over memory on a CPU, which
-    makes a race over 4096 tokens 3 times slower.
+    The 20 rounds are unrolled, so XLA fuses them with the code that uses the bits. On a CPU JAX's own function is a
+    loop over memory, with which a race over 4096 tokens takes 3 times as long.
     """
     key_b2 = jax.random.key_data(keys_b)
     first, second = key_b2[:, :1], key_b2[:, 1:]

@@ -1,4 +1,4 @@
-"""Strings in, strings out: a session completes texts, chats, and streams, on a model that ``specjax.open`` opened."""
+"""Sessions: text completion, chat and streaming with a model that ``specjax.open`` opened. Strings in, strings out."""
 
 import dataclasses
 import os
@@ -21,7 +21,8 @@ from specjax.sharding import gathered
 from specjax.text.stream import TextStream
 from specjax.types import Drafter, Generation, Stats, VerifyRule
 
-# Rounds between two looks at the text for stop strings. A look costs a return to the host; a row drafts on until then.
+# Rounds between two searches of the text for stop strings. Each search returns to the host. Until the next search, a
+# row that met a stop string runs on.
 _ROUNDS_PER_LOOK = 4
 _COUNTS = ("rounds", "drafted", "accepted")
 _SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
@@ -32,16 +33,16 @@ Messages = str | Sequence[Mapping[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What followed one prompt. ``str(result)`` is its text.
+    """The generated continuation of one prompt. ``str(completion)`` is its text.
 
     Attributes:
-      text: the text that was generated, without the stop token and what follows a stop string.
-      tokens: the tokens that were generated, a stop token or the end of a stop string included.
+      text: the generated text, without a stop token. It ends before a stop string.
+      tokens: the generated tokens. A stop token is included, and so are the tokens of a stop string.
       finish_reason: "stop token", "stop string", or "length" for a row that reached ``max_new_tokens``.
       prompt_tokens: how many tokens the prompt has.
-      rounds: passes of the target, one for each round.
-      drafted: tokens that were drafted.
-      accepted: drafted tokens that were accepted.
+      rounds: how many rounds ran; each has one pass of the target.
+      drafted: how many tokens were drafted.
+      accepted: how many drafted tokens were accepted.
     """
 
     text: str
@@ -57,17 +58,17 @@ class Completion:
 
     @property
     def message(self) -> dict[str, str]:
-        """The text as the assistant's message, to append to a conversation."""
+        """The text as a message of the assistant, to append to a conversation."""
         return {"role": "assistant", "content": self.text}
 
 
 class Session:
-    """Completes texts and chats with one model, and a drafter for it.
+    """Completes texts and chats with one model, and drafts with one drafter.
 
-    Under a mesh (``jax.set_mesh``), the number of prompts must be a multiple of the mesh's ``data`` axis.
+    Under a mesh (``jax.set_mesh``), the number of prompts must be a multiple of the size of the mesh's ``data`` axis.
 
     Attributes:
-      opened: the model and what belongs to it.
+      opened: the model, its tokenizer, stop tokens and chat template.
       drafter: the drafter, or None.
     """
 
@@ -81,15 +82,15 @@ class Session:
         slots: int | None = None,
         seed: int = 0,
     ):
-        """Opens the folder and the drafter, where paths are given.
+        """Opens the folder and the drafter if they are given by name.
 
         Args:
-          opened: what ``specjax.open`` returned, or a folder for it.
-          drafter: a drafter, or text for ``specjax.load_drafter`` such as "model:DIR"; None is plain decoding.
-          num_draft: g, tokens proposed per round, of a drafter given as text.
+          opened: the result of ``specjax.open``, or a folder, which is then opened.
+          drafter: a drafter, or a text for ``specjax.load_drafter`` such as "model:DIR"; None is plain decoding.
+          num_draft: g, tokens proposed per round. Only for a drafter that is given as a text.
           verify: a rule of ``specjax.verify``.
-          slots: tokens to allocate per row, prompt and text together; None allocates what each call needs.
-          seed: of the first prompt that comes without a seed. Each further one has the next seed.
+          slots: tokens to allocate per row, for prompt, text and drafts. None allocates as many as each call needs.
+          seed: the seed of the first prompt that comes without a seed. Each further such prompt has the next seed.
 
         Raises:
           ValueError: the folder has no tokenizer; or as for ``specjax.open`` and ``specjax.load_drafter``.
@@ -112,24 +113,24 @@ class Session:
         """Continues texts.
 
         Args:
-          prompts: a text, or a list of texts, which are one batch.
+          prompts: a text, or a list of texts, which is one batch.
           max_new_tokens: the most tokens to generate, an integer or one per prompt.
-          stop: texts to end before. A row whose text meets one is no longer drafted.
-          **sampling: parameters of ``specjax.Sampling``, each one number or one per prompt: temperature (1 unless
-            given), top_k, top_p, seed, ...
+          stop: stop strings. A text ends before the first stop string, and its row stops.
+          **sampling: parameters of ``specjax.Sampling``: temperature (default 1), top_k, top_p, seed and so on. Each
+            is one value, or one per prompt.
 
         Returns:
-          The result of one text, or a list with a result for each.
+          A ``Completion`` if ``prompts`` is a text, else a list with a ``Completion`` for each text.
 
         Raises:
           TypeError: ``prompts`` is neither a text nor a list of texts; or as for ``specjax.generate``.
-          ValueError: a prompt has no token, or an argument is out of its range; as for ``specjax.generate``.
+          ValueError: a prompt has no tokens; or as for ``specjax.generate``.
         """
         texts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"prompts is {prompts!r}; give a text, or a list of texts (messages: Session.chat)")
         state, rows = self._begin([self._encode(text) for text in texts], max_new_tokens, stop, sampling)
-        # Without stop strings, the whole generation is one call of the device.
+        # Without stop strings the host has nothing to look at, so one call of the device runs all rounds.
         _exhaust(self._run(state, rows, _ROUNDS_PER_LOOK if stop else None))
         results = [row.result() for row in rows]
         return results[0] if isinstance(prompts, str) else results
@@ -146,19 +147,26 @@ class Session:
         """Answers a conversation, laid out by the model's chat template.
 
         To go on, append ``result.message`` and the next message to the list, and call again. The session keeps the
-        caches of the last conversation. If the new conversation's tokens begin with all tokens in the caches (the
-        earlier prompt and its answer), only what follows is read. Otherwise the whole conversation is read again:
-        another conversation; a template that lays out an earlier answer otherwise than it was generated, such as
-        without its reasoning; an answer that ended at a stop string; other sampling parameters; or no room in the
-        slots. The text has the same law in all cases.
+        caches of its last conversation: the earlier prompt and answer. If the new conversation's tokens begin with all
+        tokens in the caches, only the new tokens are read. Otherwise the whole conversation is read again. The text has
+        the same law in both cases. The whole conversation is read again for:
+
+        - another conversation;
+        - a template that lays out an earlier answer in other tokens, such as without its reasoning;
+        - an answer that ended at a stop string;
+        - other sampling parameters;
+        - too few slots in the caches.
 
         Args:
           messages: the conversation, as a list of ``{"role": ..., "content": ...}``; or a text, which is one message
             of the user.
           max_new_tokens: the most tokens to generate.
-          stop: texts to end before.
-          variables: what else the template reads, such as ``{"enable_thinking": False}``.
+          stop: stop strings. The answer ends before the first.
+          variables: further variables of the template, such as ``{"enable_thinking": False}``.
           **sampling: as for ``complete``. A conversation that goes on keeps its seed unless another is given.
+
+        Returns:
+          The answer.
 
         Raises:
           ValueError: the folder has no chat template, or the template refuses the messages; or as for ``complete``.
@@ -181,15 +189,18 @@ class Session:
     ) -> Iterator[str]:
         """Like ``complete`` for one text, or ``chat`` for a list of messages, but yields the text piece by piece.
 
-        Arguments are checked, and the prompt is read, when this is called rather than at the first piece.
+        The call itself checks the arguments and reads the prompt, before the first piece is asked for.
 
         Args:
           prompt: a text to continue, or a list of messages to answer.
           max_new_tokens, stop, variables, sampling: as for ``chat``.
 
         Yields:
-          Pieces of text, none of them empty. A piece never splits a character. The generator returns the
-          ``Completion``, which is the value of ``yield from``.
+          Pieces of text, none of them empty. A piece never splits a character. The generator's return value, which
+          ``yield from`` gives, is the ``Completion``.
+
+        Raises:
+          ValueError, TypeError: as for ``complete`` or ``chat``.
         """
         if isinstance(prompt, str):
             state, (row,) = self._begin([self._encode(prompt)], max_new_tokens, stop, sampling)
@@ -198,7 +209,10 @@ class Session:
         return self._pieces(state, row, None if isinstance(prompt, str) else sampling)
 
     def _pieces(self, state: State, row: "_Row", kept_sampling: dict[str, Any] | None) -> Iterator[str]:
-        """Yields the text of a row, and keeps the state of a conversation, whose sampling parameters are given."""
+        """Yields the text of a row.
+
+        ``kept_sampling`` holds a conversation's sampling parameters: its caches are kept at the end. None keeps none.
+        """
         rounds = self._run(state, [row], 1)
         while True:
             try:
@@ -211,6 +225,7 @@ class Session:
                 yield piece
 
     def _encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Returns the tokens of a text, at least one."""
         tokens = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         if not tokens:
             raise ValueError(f"the prompt {text!r} has no tokens; give at least one character")
@@ -230,11 +245,13 @@ class Session:
     def _begin(
         self, prompts: list[list[int]], max_new_tokens: Any, stop: Sequence[str], sampling: dict[str, Any]
     ) -> "tuple[State, list[_Row]]":
-        """Reads prompts into new caches."""
+        """Reads prompts into new caches; returns the state, and the text of each row so far."""
+        # A misspelt keyword would otherwise reach Sampling, whose own message does not list the parameters.
         unknown = sorted(sampling.keys() - set(_SAMPLING))
         if unknown:
             raise TypeError(f"there is no argument {unknown[0]!r}; sampling parameters are {', '.join(_SAMPLING)}")
         rows = [_Row(self._tokenizer, tokens, self.opened.stop_tokens, stop) for tokens in prompts]
+        # Each prompt has its own seed, so that the same prompt twice has two texts.
         if "seed" not in sampling:
             sampling = sampling | {"seed": self._seed}
             self._seed = (self._seed + len(prompts)) % 2**32
@@ -252,8 +269,8 @@ class Session:
     def _go_on(
         self, tokens: list[int], max_new_tokens: int, stop: Sequence[str], sampling: dict[str, Any]
     ) -> "tuple[State, _Row]":
-        """Reads a conversation: what is new of it if the kept caches begin it, else all of it."""
-        kept, self._kept = self._kept, None  # the engine takes the state over, so it is used once
+        """Reads a conversation: only its new tokens if the kept caches hold its beginning, else all tokens."""
+        kept, self._kept = self._kept, None  # ``extend`` and ``run`` donate the state, so it serves one turn
         if kept is None or not kept.begins(tokens, max_new_tokens, sampling):
             state, (row,) = self._begin([tokens], max_new_tokens, stop, sampling)
             return state, row
@@ -274,12 +291,12 @@ class Session:
           The last state.
         """
         while not all(row.ended for row in rows):
-            # 1. The device runs a few rounds, or all.
+            # 1. The device runs as few rounds as the caller wants to wait for new text, or all.
             state = run(self.opened.model, state, drafter=self.drafter, verify=self._verify, rounds=rounds)
             generation, done_b = gathered((state.generation, state.done_b))
-            # 2. New tokens become text.
+            # 2. New tokens become text, since stop strings can only be found in text.
             pieces = [row.add(generation, i, done_b[i]) for i, row in enumerate(rows)]
-            # 3. A row whose text met a stop string ends on the device, too.
+            # 3. The device knows nothing of stop strings. Without this, such a row would run to its limit.
             met_b = np.asarray([row.ended for row in rows])
             if (met_b & ~done_b).any():
                 state = stop(state, met_b)
@@ -289,13 +306,13 @@ class Session:
 
 @dataclasses.dataclass(frozen=True)
 class _Kept:
-    """The caches of a conversation.
+    """The caches of a conversation, for its next turn.
 
     Attributes:
-      state: of one row.
-      tokens: all tokens of the row.
-      stats: counts so far.
-      sampling: the parameters that the caller gave.
+      state: the engine's state, of one row.
+      tokens: all tokens of the row, prompt and answer.
+      stats: counts over all turns so far, NumPy arrays ``[1]``.
+      sampling: the sampling parameters that the caller gave.
     """
 
     state: State
@@ -304,20 +321,21 @@ class _Kept:
     sampling: dict[str, Any]
 
     def begins(self, tokens: list[int], max_new_tokens: int, sampling: dict[str, Any]) -> bool:
-        """Returns whether a conversation goes on from here: its tokens begin with these, and there is room for it."""
+        """Returns whether a conversation goes on from here: it begins with these tokens, and the slots hold its end."""
         held, slots = len(self.tokens), self.state.tokens_bs.shape[1]
         same = sampling.keys() == self.sampling.keys() and all(
             np.array_equal(sampling[name], self.sampling[name]) for name in sampling
         )
+        # A round writes num_draft + 1 places past the row's end.
         fits = len(tokens) + max_new_tokens + self.state.num_draft + 1 <= slots
         return same and fits and len(tokens) > held and tokens[:held] == self.tokens
 
 
 class _Row:
-    """A prompt and the text that follows it so far.
+    """A prompt and its text so far.
 
     Attributes:
-      ended: the text is at its end.
+      ended: whether the text has ended.
     """
 
     def __init__(
@@ -328,7 +346,7 @@ class _Row:
         stop: Sequence[str],
         before: Stats | None = None,
     ):
-        """Starts after a prompt; ``before`` are the counts of earlier turns of its row."""
+        """Starts a text after a prompt. ``before`` holds the row's counts of earlier turns, to be taken off."""
         self._prompt, self._stop_tokens, self._before = prompt, stop_tokens, before
         self._stream = TextStream(tokenizer, prompt, stop)
         self._tokens: list[int] = []
@@ -341,12 +359,13 @@ class _Row:
         return self._reason is not None
 
     def add(self, generation: Generation, row: int, done: Any) -> str:
-        """Takes the row's new tokens; returns the text that became certain with them."""
+        """Takes the row's new tokens; returns the new text, less what a stop string or a character may still change."""
         if self.ended:
             return ""
         piece = ""
         start = len(self._prompt) + len(self._tokens)
-        # One by one, since the row ends at the first that is a stop token or completes a stop string.
+        # 1. Text. Tokens go in one by one, since the row ends at the first one that is a stop token or completes a
+        # stop string: later tokens of the same round do not count.
         for token in generation.tokens[row, start : generation.lengths[row]].tolist():
             self._tokens.append(token)
             if token in self._stop_tokens:
@@ -355,25 +374,28 @@ class _Row:
             piece += self._stream.push([token])
             if self._stream.stopped is not None:
                 break
+        # 2. Why the row ended. At the end, text that was held back may still complete a stop string.
         if self._reason is None and done:
             self._reason = "length"
         if self._reason is not None:
             piece += self._stream.finish()
-        if self._stream.stopped is not None:  # text that was held back until the end may complete one, too
+        if self._stream.stopped is not None:
             self._reason = "stop string"
         self._texts.append(piece)
+        # 3. Counts of this turn alone: those of a row that goes on include the earlier turns.
         for name in _COUNTS:
             earlier = 0 if self._before is None else getattr(self._before, name)[row]
             self._counts[name] = int(getattr(generation.stats, name)[row] - earlier)
         return piece
 
     def result(self) -> Completion:
+        """Returns the completion of a text that has ended."""
         assert self._reason is not None
         return Completion("".join(self._texts), self._tokens, self._reason, len(self._prompt), **self._counts)
 
 
 def _exhaust(rounds: Iterator[Any]) -> Any:
-    """Runs a generator to its end, and returns what it returns."""
+    """Runs a generator to its end; returns its return value."""
     while True:
         try:
             next(rounds)
@@ -382,6 +404,6 @@ def _exhaust(rounds: Iterator[Any]) -> Any:
 
 
 def _mesh_of(opened: Opened) -> Any:
-    """Returns the mesh that the model's parameters are on, or None."""
+    """Returns the mesh that the model's parameters are split over, or None."""
     places = [leaf.sharding for leaf in jax.tree.leaves(opened.model.params) if isinstance(leaf, jax.Array)]
     return next((place.mesh for place in places if isinstance(place, NamedSharding)), None)

@@ -1,8 +1,9 @@
-"""Where parameters and rows go on a mesh of devices.
+"""How parameters and rows are placed on a mesh of devices.
 
-Parameters are split by one table from the logical axes that they declare to the axes of the mesh, and what is computed
-from them follows. Rows never look at each other, so the ``data`` axis runs a loop of its own in each of its parts
-(``by_rows``): no round communicates along it, and a part whose rows are done waits for no other.
+Parameters declare logical axes. One table (``RULES``) maps logical axes to the axes of the mesh, and the compiler
+derives the placement of everything computed from them. Rows never look at each other. So each part of the ``data`` axis
+runs its own loop over rounds (``by_rows``). No round communicates along ``data``, and a part whose rows are done waits
+for no other part.
 """
 
 import dataclasses
@@ -32,17 +33,19 @@ RULES: Rules = MappingProxyType(
         "experts": "expert",
     }
 )
-"""Logical axis -> mesh axis; None keeps it whole. One that the mesh lacks splits nothing."""
+"""Logical axis -> mesh axis. None keeps the axis whole, and so does a mesh axis that the mesh lacks."""
 
 FULLY_SHARDED: Rules = MappingProxyType({**RULES, "embed": "data"})
-"""Rules for training: the width of the residual stream, which nearly all parameters have, is split over ``data`` also.
-Each device holds its part alone of parameters and optimiser state (Rajbhandari et al. 2020, ZeRO, section 5)."""
+"""Rules for training: the width of the residual stream is split over ``data`` as well. Nearly all parameters have this
+axis, so each device holds only its part of parameters and optimiser state (Rajbhandari et al. 2020, ZeRO, section 5,
+arXiv 1910.02054)."""
 
 ROWS, WHOLE = PartitionSpec("data"), PartitionSpec()
-"""How ``by_rows`` treats an array: rows come first in it, or every part of the data axis gets it whole."""
+"""How ``by_rows`` treats an array. ROWS: its first axis is rows and is split. WHOLE: each part gets the whole array."""
 
 _MESH_AXES = ("data", "tensor", "expert")
-_MAY_STAY_WHOLE = ("kv_heads",)  # fewer key and value heads than devices is common, and they are small
+# Models often have fewer key and value heads than devices. These parameters are small, so they may stay whole.
+_MAY_STAY_WHOLE = ("kv_heads",)
 
 
 def make_mesh(data: int = 1, tensor: int = 1, expert: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
@@ -50,12 +53,12 @@ def make_mesh(data: int = 1, tensor: int = 1, expert: int = 1, devices: Sequence
 
     Args:
       data: parts that rows are split into.
-      tensor: parts that heads, MLP widths and vocabularies are split into.
+      tensor: parts that attention heads, MLP widths and vocabularies are split into.
       expert: parts that the experts of mixtures are split into.
-      devices: the devices, of which the first ``data * tensor * expert`` are taken; None: all that there are.
+      devices: the first ``data * tensor * expert`` of these devices are used. None: those of ``jax.devices()``.
 
     Raises:
-      ValueError: a size is below 1, or there are fewer devices.
+      ValueError: a size is below 1, or there are fewer devices than the mesh needs.
     """
     sizes = (data, tensor, expert)
     for name, size in zip(_MESH_AXES, sizes, strict=True):
@@ -74,20 +77,21 @@ def make_mesh(data: int = 1, tensor: int = 1, expert: int = 1, devices: Sequence
 def shard(model: T, mesh: Mesh, rules: Rules = RULES) -> T:
     """Returns the model or drafter with its parameters on the mesh.
 
-    Then ``specjax.generate`` and the others run on it under ``jax.set_mesh(mesh)``, without further arguments. A
-    drafter may be split otherwise than its target: a small one is best replicated, by ``rules={}``. On a mesh of
-    several processes, all call it, with the same arrays, of which each keeps its parts.
+    ``specjax.generate`` and the other functions then run on the mesh under ``jax.set_mesh(mesh)``, without further
+    arguments. A drafter may have other rules than its target: replicate a small one with ``rules={}``. On a mesh of
+    several processes, every process must call ``shard`` with the same arrays; each keeps its own parts.
 
     Args:
-      model: a ``LanguageModel`` or a drafter. What belongs to no parameter that declares its axes is replicated.
-      mesh: its axes are ``data``, ``tensor`` and ``expert``, or some of them, or those that ``rules`` name; see
+      model: a ``LanguageModel`` or a drafter. Arrays outside of parameters that declare axes are replicated.
+      mesh: a mesh with axes ``data``, ``tensor`` and ``expert``, or some of them, or those that ``rules`` name; see
         ``make_mesh``.
-      rules: logical axis -> mesh axis. Logical axes that it lacks, or gives None, stay whole; so do key and value heads
-        that do not divide over their axis.
+      rules: logical axis -> mesh axis. Logical axes that are missing or None stay whole. Key and value heads that do
+        not divide over their mesh axis stay whole, too.
 
     Raises:
-      TypeError, ValueError: an argument is of another kind; a rule names an axis that there is not; the mesh has one
-        that no rule uses; a model declares no axes and is not to be replicated; an axis does not divide.
+      TypeError: ``model`` is neither a model nor a drafter, or ``mesh`` or ``rules`` is of another type.
+      ValueError: a rule names an unknown axis; the mesh has an axis that no rule uses, or one of type Explicit; the
+        model declares no axes and ``rules`` would split it; or an axis does not divide over the devices.
     """
     return jax.tree.map(_put, model, shardings(model, mesh, rules))
 
@@ -95,12 +99,13 @@ def shard(model: T, mesh: Mesh, rules: Rules = RULES) -> T:
 def _put(array: Any, place: NamedSharding) -> jax.Array:
     if place.is_fully_addressable or (isinstance(array, jax.Array) and not array.is_fully_addressable):
         return jax.device_put(array, place)
-    whole = np.asarray(array)  # device_put would send an array of this process alone to the others, which not all can
+    # device_put would send an array of this process to the others, which not all backends can.
+    whole = np.asarray(array)
     return jax.make_array_from_callback(whole.shape, place, whole.__getitem__)
 
 
 def shardings(model: T, mesh: Mesh, rules: Rules = RULES) -> T:
-    """Returns the model with a ``NamedSharding`` for each array; arguments and errors are those of ``shard``."""
+    """Returns the model with a ``NamedSharding`` in place of each array. Arguments and errors are as in ``shard``."""
     if isinstance(model, type) or not dataclasses.is_dataclass(model):
         raise TypeError(f"model is {model!r}; give a LanguageModel or a drafter")
     _check_mesh(mesh)
@@ -109,7 +114,10 @@ def shardings(model: T, mesh: Mesh, rules: Rules = RULES) -> T:
 
 
 def _walk(node: Any, mesh: Mesh, rules: Rules) -> Any:
-    """Goes through the dataclasses in a model or drafter to those that hold ``params`` and declare their axes."""
+    """Returns shardings for a model or drafter.
+
+    Dataclasses are searched for those that hold ``params`` and declare axes. All other arrays are replicated.
+    """
     if not dataclasses.is_dataclass(node):
         return jax.tree.map(lambda _: NamedSharding(mesh, WHOLE), node)
     assert not isinstance(node, type)
@@ -128,6 +136,8 @@ def _place(mesh: Mesh, rules: Rules, path: Any, array: Any, axes: tuple[Axis, ..
     name, shape = jax.tree_util.keystr(path), array.shape
     if len(axes) != len(shape):
         raise ValueError(f"parameter {name} is {shape} and declares the axes {axes}; declare one for each dimension")
+    # A dimension stays whole if no rule splits it. A rule that cannot be followed is an error, since a parameter that
+    # silently stayed whole might not fit into memory.
     split: list[str | None] = []
     for dimension, axis in zip(shape, axes, strict=True):
         logical, parts = axis if isinstance(axis, tuple) else (axis, dimension)
@@ -180,10 +190,10 @@ def _check_rules(mesh: Mesh, rules: Any) -> None:
 
 
 def gathered(tree: T) -> T:
-    """Returns a tree's arrays as NumPy arrays, whole in every process.
+    """Returns a tree with whole NumPy arrays in every process.
 
-    ``jax.device_get`` does where one process holds them. Where several hold parts, as of what ``generate`` returns
-    under a mesh of several hosts, all of them must call this, at the same point.
+    If one process holds all arrays, ``jax.device_get`` does the same. If several processes hold parts, every process
+    must call ``gathered`` at the same point. Example: the result of ``generate`` under a mesh of several hosts.
     """
 
     def whole(x: Any) -> Any:
@@ -194,18 +204,19 @@ def gathered(tree: T) -> T:
 
 
 def by_rows(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """Returns ``function`` such that each part of the mesh's data axis runs it for its rows alone.
+    """Returns ``function`` split over rows: each part of the mesh axis ``data`` runs it for its own rows.
 
-    It is ``function`` itself where no mesh with a data axis of more than one device is set, and in a ``shard_map`` or
-    ``pmap`` of the caller's over that axis. The other axes are the compiler's as before.
+    Returns ``function`` itself if the mesh has no ``data`` axis of more than one device, or if the caller is already
+    inside a ``shard_map`` or ``pmap`` over ``data``. The compiler splits the other axes as usual.
 
     Args:
-      function: of positional arguments, which it treats row by row.
-      in_specs: a prefix of the tree of arguments, of ``ROWS`` and ``WHOLE``.
-      out_specs: the same of what it returns.
+      function: takes positional arguments and treats them row by row.
+      in_specs: ``ROWS`` or ``WHOLE`` for each argument, or a tree of them that is a prefix of the arguments' tree.
+      out_specs: the same for the results.
 
     Raises:
-      ValueError: the mesh is of another kind, or the rows do not divide over the axis.
+      ValueError: the mesh has an axis of type Explicit. Calling the result raises ValueError, too, if the rows do not
+        divide over the axis.
     """
     mesh, axis = jax.sharding.get_abstract_mesh(), "data"
     _check_types(mesh.axis_names, mesh.axis_types)
@@ -214,13 +225,13 @@ def by_rows(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Call
         return function
 
     def split(*args: Any) -> Any:
-        rows = {x.shape[0] for x in _under(ROWS, in_specs, args)}
+        rows = {x.shape[0] for x in _leaves_with_spec(ROWS, in_specs, args)}
         if any(size % count for size in rows):
             raise ValueError(
                 f"{max(rows)} rows do not divide over the {count} parts of the mesh axis {axis!r}; give a multiple of "
                 f"{count}, or make that axis smaller"
             )
-        # What varies over the rows is known here: the types of intermediate values need not say it.
+        # check_vma=False: the specs say which arrays vary over rows, so types of intermediate values need not.
         mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names={axis}, check_vma=False)
         return jax.jit(mapped)(*args)
 
@@ -228,13 +239,16 @@ def by_rows(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Call
 
 
 def open_parts(axis: str) -> int:
-    """Returns how many parts the mesh that is set has along an axis; 1 where it has none or is split already."""
+    """Returns the size of a mesh axis over which the caller may still split.
+
+    The size is 1 if there is no such axis, or if the caller is already inside a ``shard_map`` over it.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if axis in mesh.manual_axes else mesh.shape.get(axis, 1)
 
 
-def _under(spec: PartitionSpec, specs: Any, tree: Any) -> list[Any]:
-    """Returns the leaves of ``tree`` for which the prefix ``specs`` says ``spec``."""
+def _leaves_with_spec(spec: PartitionSpec, specs: Any, tree: Any) -> list[Any]:
+    """Returns the leaves of ``tree`` to which the prefix ``specs`` assigns ``spec``."""
     spread = jax.tree.map(lambda spec, part: jax.tree.map(lambda _: spec, part), specs, tree, is_leaf=_is_spec)
     pairs = zip(jax.tree.leaves(spread, is_leaf=_is_spec), jax.tree.leaves(tree), strict=True)
     return [leaf for given, leaf in pairs if given == spec]

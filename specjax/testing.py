@@ -1,7 +1,7 @@
-"""Models whose law is known, for tests of loops and drafters.
+"""Models whose distribution is known, for tests of loops and drafters.
 
-A table model reads its next-token logits from a table, through a real cache: each round writes the tokens it is
-given at their slots and reads them back, so that a wrong offset, a stale slot or a token never fed changes its law.
+A table model looks up its next-token logits in a table, through a real cache. Each pass writes its tokens at their
+slots and reads them back. So a wrong offset, a stale slot or a token that was never fed changes the distribution.
 """
 
 import functools
@@ -13,6 +13,7 @@ from jax import Array, lax
 from specjax.types import LanguageModel, Output
 
 
+# Cached, so that all models of one order have the same static functions and share compilations.
 @functools.cache
 def _functions(order: int):
     def init_cache(rows: int, slots: int) -> Array:
@@ -22,6 +23,7 @@ def _functions(order: int):
         write = jax.vmap(lambda row, new, at: lax.dynamic_update_slice(row, new, (at,)))
         cache = write(cache, feed.tokens_bt, feed.start_b)
         logits_btv = table_logits(params, cache, feed.position_bt, order)
+        # Hidden states carry nothing here; drafters that capture them get the right shape.
         features = tuple(jnp.zeros((*feed.tokens_bt.shape, 1), jnp.float32) for _ in capture)
         return Output(logits_btv, features, cache)
 
@@ -29,9 +31,19 @@ def _functions(order: int):
 
 
 def table_logits(table: Array, cache: Array, position_bt: Array, order: int) -> Array:
-    """Looks up the logits after each position: ``table[token at i - order + 1, .., token at i]``.
+    """Returns the logits after each position i, ``table[token at i - order + 1, .., token at i]``.
 
-    Slots before the first token count as token 0.
+    Slots before the first token count as token 0. Example, order 2: the logits after position 0 are
+    ``table[0, token at 0]``.
+
+    Args:
+      table: float32, of shape ``[v] * (order + 1)``.
+      cache: int32 ``[b, s]``, the tokens of the rows.
+      position_bt: int32, the positions.
+      order: how many tokens decide, at least 1.
+
+    Returns:
+      float32 ``[b, t, v]``.
     """
     index = []
     for back in reversed(range(order)):
@@ -42,7 +54,12 @@ def table_logits(table: Array, cache: Array, position_bt: Array, order: int) -> 
 
 
 def table_model(logits: Array) -> LanguageModel:
-    """Returns a model whose next token depends on the last k by ``logits``, float32 of shape ``[v] * (k + 1)``."""
+    """Returns a model whose next token depends on the last k tokens by ``logits``.
+
+    Args:
+      logits: floats of shape ``[v] * (k + 1)``, with k at least 1. ``logits[a, b]`` are the logits of the token after
+        tokens a and b, for k = 2.
+    """
     logits = jnp.asarray(logits, jnp.float32)
     init_cache, forward = _functions(logits.ndim - 1)
     return LanguageModel(params=logits, forward=forward, init_cache=init_cache, vocab_size=logits.shape[-1])

@@ -1,11 +1,12 @@
-"""Verification rules: which draft tokens stay, and what is emitted after them.
+"""Verification rules: which draft tokens are accepted, and which token is emitted after them.
 
-Each rule keeps the target's distribution exactly, whatever the drafter. They are array functions that know no
-model. p is the target, q the draft. A rule over one chain is split in two: a pure function from (drafts, p, q) to
-acceptance thresholds and stop distributions, which tests enumerate, and a few lines that compare with uniforms.
+Each rule keeps the target's distribution exactly, for any drafter. Rules are array functions and know no model. p is
+the target's distribution, q the distribution that a draft was drawn from. A rule over one chain has two parts. The
+first is a pure function from (drafts, p, q) to acceptance thresholds and residual scales; tests enumerate this part.
+The second compares the thresholds with uniforms.
 
-At T = 0 the engine's distributions are one-hot, and every rule here becomes greedy verification: keep drafts while
-they are the target's argmax, then emit its argmax.
+At temperature 0 the engine's distributions are one-hot. Then every rule here is greedy verification: drafts are
+accepted while they are the target's argmax, and the target's argmax is emitted after them.
 """
 
 import dataclasses
@@ -19,12 +20,14 @@ from specjax.types import Draws, Proposal, Verdict
 
 
 class Thresholds(NamedTuple):
-    """Draft i succeeds when ``u_i * denominator < numerator``: strict and free of division.
+    """Acceptance thresholds: draft i succeeds if ``u_i * denominator < numerator``.
+
+    The comparison is strict, so a draft with p = 0 never succeeds. Nothing is divided, so q = 0 is no special case.
 
     Attributes:
-      numerator_bg: at least 0.
-      denominator_bg: at least 0.
-      scale_bt: ``[b, g+1]``; stopping after n drafts, the next token is drawn from max(scale_n p - q, 0).
+      numerator_bg: float32, at least 0.
+      denominator_bg: float32, at least 0.
+      scale_bt: float32 ``[b, g+1]``. If n drafts are accepted, the next token is drawn from max(scale_n p - q, 0).
     """
 
     numerator_bg: Array
@@ -40,11 +43,13 @@ def at_tokens(probs_bgv: Array, tokens_bg: Array) -> Array:
 def token_thresholds(tokens_bg: Array, p_btv: Array, q_bgv: Array, length_b: Array) -> Thresholds:
     """Rejection sampling: draft i succeeds with probability min(1, p / q) (Leviathan et al. 2023, section 2.3).
 
+    Example: a draft with p = 0.2 and q = 0.5 succeeds if u < 0.4.
+
     Args:
       tokens_bg: int32, the drafts.
       p_btv: float32, the target's g + 1 distributions.
-      q_bgv: float32, those that the drafts were drawn from.
-      length_b: int32, how many of the g count.
+      q_bgv: float32, the distributions that the drafts were drawn from.
+      length_b: int32, how many of the g drafts count.
     """
     del length_b
     g = tokens_bg.shape[1]
@@ -53,9 +58,13 @@ def token_thresholds(tokens_bg: Array, p_btv: Array, q_bgv: Array, length_b: Arr
 
 
 def block_thresholds(tokens_bg: Array, p_btv: Array, q_bgv: Array, length_b: Array) -> Thresholds:
-    """Block verification: P_i = min(1, P_{i-1} p / q); draft i < g succeeds with probability S / (S + 1 - P_i),
-    S = sum_x max(P_i p_{i+1} - q_{i+1}, 0), and draft g with probability P_g (Sun et al. 2025, arXiv 2403.10444).
-    The arguments are those of ``token_thresholds``."""
+    """Block verification (Sun et al. 2025, arXiv 2403.10444).
+
+    P_0 = 1 and P_i = min(1, P_{i-1} p / q) at draft i. With S = sum_x max(P_i p_{i+1} - q_{i+1}, 0), draft i succeeds
+    with probability S / (S + 1 - P_i). The last draft succeeds with probability P_i. The arguments are those of
+    ``token_thresholds``.
+    """
+    # P_0 .. P_g, one after the other, since each is clipped. A draft with q = 0 was never drawn.
     rows, g = tokens_bg.shape
     p_at, q_at = at_tokens(p_btv[:, :g], tokens_bg), at_tokens(q_bgv, tokens_bg)
     ratio = jnp.where(q_at > 0, p_at / jnp.where(q_at > 0, q_at, 1), 0)
@@ -63,11 +72,13 @@ def block_thresholds(tokens_bg: Array, p_btv: Array, q_bgv: Array, length_b: Arr
     for i in range(g):
         scales.append(jnp.minimum(1, scales[-1] * ratio[:, i]))
     scale_bt = jnp.stack(scales, axis=1)
+    # S and S + 1 - P of every draft. The distribution q after the last draft does not exist; zeros stand for it.
     reached_bg = scale_bt[:, 1:]
     q_next = jnp.concatenate([q_bgv[:, 1:], jnp.zeros_like(q_bgv[:, :1])], axis=1)
     left_bg = jnp.maximum(reached_bg[..., None] * p_btv[:, 1:] - q_next, 0).sum(-1)
     over_bg = left_bg + 1 - reached_bg
-    certain_bg = over_bg <= 0  # S = 0 and P = 1: the two models agree from here on
+    certain_bg = over_bg <= 0  # S = 0 and P = 1: p and q agree at the next position
+    # The last draft of a row has no next distribution to compare.
     last_bg = jnp.arange(g, dtype=jnp.int32)[None] == length_b[:, None] - 1
     one = jnp.ones((), p_btv.dtype)
     return Thresholds(
@@ -78,18 +89,21 @@ def block_thresholds(tokens_bg: Array, p_btv: Array, q_bgv: Array, length_b: Arr
 
 
 def leading_successes(success_bg: Array) -> Array:
-    """Returns how many drafts succeed before the first that fails."""
+    """Returns int32 ``[b]``, how many drafts succeed before the first that fails."""
     return jnp.cumprod(success_bg.astype(jnp.int32), axis=-1).sum(-1, dtype=jnp.int32)
 
 
 def last_success(success_bg: Array) -> Array:
-    """Returns the place, from 1, of the last success, or 0. A failure before it does not matter."""
+    """Returns int32 ``[b]``, the place of the last success, counted from 1, or 0 without any.
+
+    Failures before the last success do not matter: [True, False, True] gives 3.
+    """
     place_g = jnp.arange(1, success_bg.shape[1] + 1, dtype=jnp.int32)
     return jnp.max(jnp.where(success_bg, place_g[None], 0), axis=-1, initial=0)
 
 
 def residual(p_bv: Array, q_bv: Array, scale_b: Array) -> Array:
-    """Returns weights of the next token, max(scale p - q, 0), or p where these are all zero."""
+    """Returns ``[b, v]``, the next token's weights max(scale p - q, 0), or p if all of them are 0."""
     left_bv = jnp.maximum(scale_b[:, None] * p_bv - q_bv, 0)
     return jnp.where(left_bv.sum(-1, keepdims=True) > 0, left_bv, p_bv)
 
@@ -99,8 +113,9 @@ class ChainRule:
     """A rule that compares uniforms with thresholds and draws the next token from a residual.
 
     Attributes:
-      thresholds: ``(tokens_bg, p_btv, q_bgv, length_b) -> Thresholds``.
-      keep: ``success_bg -> num_accepted_b``.
+      thresholds: ``thresholds(tokens_bg, p_btv, q_bgv, length_b) -> Thresholds``.
+      keep: ``keep(success_bg) -> num_accepted_b``.
+      shares_noise: False, see ``VerifyRule``.
     """
 
     thresholds: Callable[[Array, Array, Array, Array], Thresholds]
@@ -114,6 +129,7 @@ class ChainRule:
         proposed_bg = jnp.arange(g, dtype=jnp.int32)[None] < proposal.length_b[:, None]
         success_bg = (draws.uniforms(g) * denominator < numerator) & proposed_bg
         accepted_b = self.keep(success_bg)
+        # After all drafts of a row nothing was rejected, so nothing is subtracted: the next token comes from p.
         row_b = jnp.arange(rows)
         q_next = jnp.concatenate([q_bgv, jnp.zeros_like(target_btv[:, :1])], axis=1)[row_b, accepted_b]
         q_next = jnp.where((accepted_b < proposal.length_b)[:, None], q_next, 0)
@@ -123,11 +139,16 @@ class ChainRule:
 
 @dataclasses.dataclass(frozen=True)
 class CoupledRule:
-    """Draft and target sample with the same noise; drafts stay while the two samples agree."""
+    """Draft and target sample with the same noise. Drafts are accepted while the two samples agree.
+
+    Attributes:
+      shares_noise: True, see ``VerifyRule``.
+    """
 
     shares_noise: bool = dataclasses.field(default=True, init=False)
 
     def __call__(self, proposal: Proposal, target_btv: Array, draws: Draws) -> Verdict:
+        # The target's own samples at all g + 1 positions. The first that differs from the draft is emitted.
         rows, g = proposal.tokens_bg.shape
         offsets = [jnp.full((rows,), j, jnp.int32) for j in range(g + 1)]
         own_bt = jnp.stack([draws.emit(target_btv[:, j], offsets[j]) for j in range(g + 1)], axis=1)
@@ -140,8 +161,8 @@ token = ChainRule(token_thresholds, leading_successes)
 """Token-by-token rejection sampling (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318)."""
 
 block = ChainRule(block_thresholds, last_success)
-"""Block verification (Sun et al. 2025, arXiv 2403.10444): never keeps fewer tokens than ``token`` on average."""
+"""Block verification (Sun et al. 2025, arXiv 2403.10444). Its mean accepted length is never below that of ``token``."""
 
 coupled = CoupledRule()
-"""Drafter-invariant sampling (Daliri, Musco, Suresh 2024, arXiv 2408.07978): a seed gives the same text with any
-drafter, any number of drafts, or none."""
+"""Drafter-invariant sampling (Daliri, Musco, Suresh 2024, arXiv 2408.07978). A seed gives the same text with any
+drafter, with any number of drafts, and without a drafter."""

@@ -59,12 +59,14 @@ class TableHead:
     def fuse(self, params, features):
         return features[0]
 
-    def run(self, params, target, tokens_bt, states_btd, cache, start_b):
+    def run(self, params, target, feed, states_btd, cache):
+        start_b = feed.start_b
         first_b = jnp.argmax(states_btd[:, 0], axis=-1).astype(jnp.int32)
         cache = cache.at[:, 0].set(jnp.where(start_b == 0, first_b, cache[:, 0]))
-        cache = jax.vmap(lambda row, new, at: lax.dynamic_update_slice(row, new, (at,)))(cache, tokens_bt, start_b + 1)
-        place_bt = start_b[:, None] + 1 + jnp.arange(tokens_bt.shape[1], dtype=jnp.int32)[None]
-        return table_logits(params, cache, place_bt, ORDER), cache
+        cache = jax.vmap(lambda row, new, at: lax.dynamic_update_slice(row, new, (at,)))(
+            cache, feed.tokens_bt, start_b + 1
+        )
+        return table_logits(params, cache, feed.position_bt + 1, ORDER), cache
 
     def logits(self, params, target, states_bd):
         return states_bd
@@ -92,8 +94,8 @@ class Deaf(Led):
     """A model that feeds itself something else where the first's drafts are taken."""
 
     def propose(self, state, context, draw):
-        def deaf(logits_bv, prefix_bi):
-            token_b, probs_bv = draw(logits_bv, prefix_bi)
+        def deaf(logits_bv, drafts_bg, index):
+            token_b, probs_bv = draw(logits_bv, drafts_bg, index)
             return jnp.where(proposes(context.length_b), (token_b + 1) % VOCAB, token_b), probs_bv
 
         return super().propose(state, context, deaf)
@@ -158,7 +160,7 @@ def rounds(target, drafter, prompts, number):
     for _ in range(number):
         before, state = state, step(target, state)
         drafted, accepted = (
-            np.asarray(getattr(state.stats, name) - getattr(before.stats, name)) for name in ("drafted_b", "accepted_b")
+            np.asarray(getattr(state.stats, name) - getattr(before.stats, name)) for name in ("drafted", "accepted")
         )
         yield from zip(proposes(np.asarray(before.length_b)).tolist(), drafted.tolist(), accepted.tolist(), strict=True)
 
@@ -212,10 +214,10 @@ def test_each_row_takes_the_firsts_drafts_or_the_seconds(second):
     drafter = Cascade(NGramDrafter(DRAFTS), second(target(), DRAFTS))
     prompt, length = specjax.pad_prompts([[5, 6, 1, 2, 5, 6], [1, 2, 3], [0, 4, 0, 4]])
     state = specjax.prefill(target(), prompt, length, drafter=drafter, max_new_tokens=20)
-    context = specjax.Context(target(), state.cache, state.tokens_bs, state.length_b)
+    context = specjax.Context(target(), state.cache, state.tokens_bs, state.length_b, jnp.full((3,), 19, jnp.int32))
 
-    def draw(logits_bv, prefix_bi):
-        return jnp.full((3,), 6 - prefix_bi.shape[1], jnp.int32), jax.nn.softmax(logits_bv)
+    def draw(logits_bv, drafts_bg, index):
+        return jnp.full((3,), 6 - index, jnp.int32), jax.nn.softmax(logits_bv)
 
     proposal, _ = drafter.propose(state.draft, context, draw)
     assert proposal.length_b.tolist() == [DRAFTS] * 3
@@ -230,9 +232,10 @@ def test_each_row_takes_the_firsts_drafts_or_the_seconds(second):
 
 def test_two_deterministic_drafters_have_no_probabilities():
     drafter = Cascade(NGramDrafter(DRAFTS, 3, 4), NGramDrafter(DRAFTS, 1, 2))
-    context = specjax.Context(None, None, jnp.asarray([[1, 2, 3, 9, 1, 2, 3], [4, 5, 4, 6, 7, 8, 4]]), jnp.full(2, 7))
+    tokens_bs = jnp.asarray([[1, 2, 3, 9, 1, 2, 3], [4, 5, 4, 6, 7, 8, 4]])
+    context = specjax.Context(None, None, tokens_bs, jnp.full(2, 7), jnp.full(2, 9))
     context = jax.tree.map(lambda x: x.astype(jnp.int32), context)
-    state = drafter.start(context, (), 7)
+    state = drafter.init(None, 2, 7)
     proposal, _ = drafter.propose(state, context, None)
     assert proposal.probs_bgv is None
     assert proposal.tokens_bg.tolist() == [[9, 1, 2], [6, 7, 8]]
@@ -251,17 +254,16 @@ def test_both_get_the_hidden_states_that_they_ask_for():
         wanted: tuple[int, ...] = struct.field(pytree_node=False, default=())
         capture = property(lambda self: self.wanted)
 
-        def start(self, context, features, slots):
-            assert features == tuple(f"state {index}" for index in self.wanted)
+        def observe(self, state, context, event):
+            assert event.features == tuple(f"state {index}" for index in self.wanted)
+            told.append(self.wanted)
 
-        def commit(self, state, context, verdict, features):
-            self.start(context, features, 0)
-
+    told = []
     drafter = Cascade(Asks(wanted=(2, -1)), Asks(wanted=(0, 2)))
     assert drafter.capture == (2, -1, 0)
     features = tuple(f"state {index}" for index in drafter.capture)
-    state = drafter.start(None, features, 0)
-    drafter.commit(state, None, None, features)
+    drafter.observe(drafter.init(None, 1, 1), None, specjax.Event(None, features, None))
+    assert told == [(2, -1), (0, 2)]
 
 
 def test_limits_are_the_tighter_ones():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -329,7 +330,7 @@ def test_folders_are_opened_and_converted_past_a_refusal(refused, tmp_path, capl
         specjax.load(refused)
     model = specjax.load(refused, ignore_config_keys=("is_causal",))
     assert len(warnings_of(caplog)) == 1 and "'_model_name_or_path'" in warnings_of(caplog)[0]
-    drafter = specjax.load_drafter(refused, model, 2, ignore_config_keys=("is_causal",))
+    drafter = specjax.load_drafter(f"model:{refused}", model, 2, ignore_config_keys=("is_causal",))
     assert drafter.num_draft == 2
     # A Hugging Face folder of the same, there and back.
     config = json.loads((refused / "config.json").read_text())
@@ -381,3 +382,17 @@ def test_keys_of_heads_that_switch_something_on_are_refused(head, value):
     read, raw = HEADS[head]
     with pytest.raises(ValueError, match=r"mtp_twist.*unknown.*--ignore-config-key mtp_twist"):
         read({**raw, "mtp_twist": value})
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_switch_opens_draft_heads(kind, tmp_path):
+    folder = tmp_path / kind
+    shutil.copytree(ROOT / "checkpoints" / f"py-14m-{kind}", folder)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, "mtp_twist": 2}))
+    target = specjax.load(ROOT / "checkpoints" / "py-14m")
+    with pytest.raises(ValueError, match=r"config\.json.*mtp_twist.*--ignore-config-key mtp_twist"):
+        specjax.load_drafter(f"{kind}:{folder}", target, 2)
+    drafter = specjax.load_drafter(f"cascade:ngram,{kind}:{folder}", target, 2, ignore_config_keys=["mtp_twist"])
+    wanted = specjax.load_drafter(f"cascade:ngram,{kind}:{ROOT}/checkpoints/py-14m-{kind}", target, 2)
+    assert jax.tree.all(jax.tree.map(np.array_equal, drafter, wanted))

@@ -765,7 +765,7 @@ BAD_TARGETS = {
     "vocabulary": (random_target(vocab=VOCAB + 2), "for 40 tokens and the target has 42"),
     "too few layers": (random_target(layers=6), r"what it stands for with 6 layers, \[2, 3, 3\], is not three states"),
     "no layers": (dataclasses.replace(TARGET, num_layers=None), "set LanguageModel.num_layers"),
-    "no embedding": (dataclasses.replace(TARGET, embed=None), "no embed, unembed or num_layers"),
+    "no embedding": (dataclasses.replace(TARGET, embed=None), "the target has no embed, which the drafter needs"),
 }
 
 
@@ -782,9 +782,7 @@ def test_an_eagle_1_head_made_by_hand_needs_what_the_target_lends(name):
     head = EagleHead(DecoderConfig(VOCAB, WIDTH, 20, 1, 4, 2), (-1,), version=1, own_embedding=True)
     drafter = FeatureDrafter(head.init_params(jax.random.key(0)), head, 2)
     prompt, length = specjax.pad_prompts([[1]])
-    with pytest.raises(
-        ValueError, match=f"the head uses the target's {name}, which it does not have; set LanguageModel"
-    ):
+    with pytest.raises(ValueError, match=f"the target has no {name}, which the drafter needs; give LanguageModel"):
         specjax.generate(dataclasses.replace(TARGET, **{name: None}), prompt, length, drafter=drafter, max_new_tokens=2)
 
 

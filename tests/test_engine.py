@@ -364,6 +364,21 @@ def test_rounds_by_hand():
     assert rounds == whole.stats.rounds.max()
 
 
+@pytest.mark.parametrize("more", [1, 8, 9, 17, 20])
+@pytest.mark.parametrize("traced", [False, True])
+def test_extended_rows_go_on_beside_one_whose_slots_are_nearly_full(more, traced):
+    """Where a row that rests leaves no room for the new tokens of the others in one pass, several passes read them."""
+    long, new_tokens = [0, 1, 2, 3, 4] * 5, [(3 * i + 1) % VOCAB for i in range(more)]
+    state = specjax.prefill(TARGET, [long, [3]], max_new_tokens=3, slots=64 if traced else 32, sampling=GREEDY)
+    extend = functools.partial(specjax.extend, TARGET, max_new_tokens=3)
+    tokens, lengths = np.array([[0] * more, new_tokens]), np.array([0, more])
+    state = (jax.jit(extend) if traced else extend)(state, tokens, lengths)
+    out = jax.device_get(specjax.run(TARGET, state).generation)
+    assert [row.tolist() for row in out.rows()] == [
+        texts(run(prompt=[prompt], length=None, max_new_tokens=3))[0] for prompt in (long, [3, *new_tokens])
+    ]
+
+
 # A model with attention.
 
 CONFIG = DecoderConfig(

@@ -72,7 +72,6 @@ NGRAM = NGramDrafter(DRAFTS, 1, 2)
 DRAFTERS = {
     "n-gram": NGRAM,
     "recurrent model": DRAFT,
-    "recurrent model, in a loop": ModelDrafter(near(PURE), DRAFTS, unrolled=False),
     "recurrent and attention": ModelDrafter(near(HYBRID), DRAFTS),
     "recurrent model of another vocabulary": other_vocabulary(),
     "mtp, chained": mtp(1, lambda params, config: FeatureDrafter(params, MTPHead(config), DRAFTS)),
@@ -124,9 +123,8 @@ def test_text_is_that_of_plain_decoding(drafter):
     assert 0 < out.stats.accepted.sum() < out.stats.drafted.sum()
 
 
-@pytest.mark.parametrize("drafter", [NGRAM, DRAFT], ids=["n-gram", "recurrent model"])
-def test_text_of_recurrent_layers_alone(drafter):
-    out = generate(PURE, drafter, slots=64)
+def test_text_of_recurrent_layers_alone():
+    out = generate(PURE, DRAFT, slots=64)
     assert texts(out) == plain("r")
     assert 0 < out.stats.accepted.sum() < out.stats.drafted.sum()
 
@@ -147,14 +145,12 @@ def test_a_recurrent_target_leaves_no_early():
         generate(HYBRID, EarlyExitDrafter(1, DRAFTS))
 
 
-@pytest.mark.parametrize("num_draft", range(1, 6))
-@pytest.mark.parametrize("kinds", ["r", "ra"])
+@pytest.mark.parametrize(("kinds", "num_draft"), [("r", 1), ("ra", 2), ("r", 3), ("ra", 4), ("r", 5)])
 def test_a_draft_that_is_the_target_is_always_right(kinds, num_draft):
     """Of ragged prompts, greedy and drawn. A state that is one token off would cost acceptance."""
-    if (kinds, num_draft) in [("ra", 2), ("ra", 4)]:
-        pytest.skip("the recurrent layers alone show it")
     model = target(kinds)
-    out = generate(model, ModelDrafter(model, num_draft), verify.coupled, temperature=(0, 1, 0, 1), slots=64)
+    drafter = ModelDrafter(model, num_draft, unrolled=num_draft < 4)
+    out = generate(model, drafter, verify.coupled, temperature=(0, 1, 0, 1), slots=64)
     np.testing.assert_array_equal(out.stats.accepted, out.stats.drafted)
     rounds = -(-NEW // (num_draft + 1))
     np.testing.assert_array_equal(out.stats.rounds, rounds)
@@ -177,11 +173,12 @@ def test_long_prompts_are_read_in_chunks():
     state = specjax.run(HYBRID, state, drafter=drafter, verify=verify.coupled)
     out = state.generation.to_host()
     np.testing.assert_array_equal(out.stats.accepted, out.stats.drafted)
-    options["max_new_tokens"] = np.int32([new, 0, new, new])
+    assert texts(out)[1] == first[1]
     whole = [text + added for text, added in zip(first, more, strict=True)]
     state = specjax.prefill(HYBRID, whole, **options)
     at_once = specjax.run(HYBRID, state, drafter=drafter, verify=verify.coupled).generation
-    assert texts(out) == texts(at_once)
+    for row in (0, 2, 3):
+        assert texts(out)[row] == texts(at_once)[row]
 
 
 # Faults that these tests must see.
@@ -208,14 +205,16 @@ def test_a_draft_whose_commit_keeps_all_is_seen():
 
 # The law.
 
-LAW_VOCAB, TOKENS, ROWS = 3, 4, 4000
+LAW_VOCAB, TOKENS, ROWS = 3, 4, 3000
 LAW_PROMPTS = ((0,), (1, 2, 1), (2, 0, 1, 2, 0))
 LAW_TARGET = target("ra", LAW_VOCAB, 5)
-LAW_DRAFTERS = {
-    "recurrent": ModelDrafter(target("r", LAW_VOCAB, 6), 2),
-    "n-gram, else recurrent": Cascade(NGramDrafter(2, 1, 2), ModelDrafter(target("r", LAW_VOCAB, 6), 2)),
+LAW_DRAFTER = ModelDrafter(target("r", LAW_VOCAB, 6), 2)
+FILTERED = {"temperature": 0.7, "top_k": 2}
+LAW_CASES = {
+    "token": (LAW_DRAFTER, verify.token, {}),
+    "block, a cascade, filtered": (Cascade(NGramDrafter(2, 1, 2), LAW_DRAFTER), verify.block, FILTERED),
+    "coupled": (LAW_DRAFTER, verify.coupled, {}),
 }
-RULES = {"token": verify.token, "block": verify.block, "coupled": verify.coupled}
 
 
 def exact_law(model, prompt, **warping):
@@ -257,19 +256,14 @@ def p_value(model, drafter, rule, **warping):
     return float(gammaincc(jnp.float32(freedom / 2), jnp.float32(statistic / 2)))
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_joint_law(rule):
-    p = p_value(LAW_TARGET, LAW_DRAFTERS["recurrent"], rule)
-    assert p > 1e-3
-
-
-def test_joint_law_of_a_cascade_when_filtered():
-    drafter = LAW_DRAFTERS["n-gram, else recurrent"]
-    assert p_value(LAW_TARGET, drafter, verify.block, temperature=0.7, top_k=2) > 1e-3
+@pytest.mark.parametrize("case", LAW_CASES.values(), ids=LAW_CASES)
+def test_joint_law(case):
+    drafter, rule, warping = case
+    assert p_value(LAW_TARGET, drafter, rule, **warping) > 1e-3
 
 
 def test_a_commit_that_keeps_all_has_another_law():
     def commit(cache, feed, kept_b):
         return LAW_TARGET.commit(cache, feed, jnp.full_like(kept_b, feed.tokens_bt.shape[1]))
 
-    assert p_value(LAW_TARGET.replace(commit=commit), LAW_DRAFTERS["recurrent"], verify.block) < 1e-6
+    assert p_value(LAW_TARGET.replace(commit=commit), LAW_DRAFTER, verify.block) < 1e-6

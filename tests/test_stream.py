@@ -56,8 +56,8 @@ def tokens_of(tokenizer):
     return st.lists(st.integers(0, tokenizer.get_vocab_size() + 1), max_size=40)
 
 
-def behind(before, whole):
-    """Returns what is behind the longest beginning that two texts share."""
+def after_shared(before, whole):
+    """Returns what comes after the longest beginning that two texts share."""
     shared = 0
     while shared < min(len(before), len(whole)) and before[shared] == whole[shared]:
         shared += 1
@@ -65,7 +65,7 @@ def behind(before, whole):
 
 
 def expected(tokenizer, prompt, tokens):
-    return behind(tokenizer.decode(prompt), tokenizer.decode(prompt + tokens))
+    return after_shared(tokenizer.decode(prompt), tokenizer.decode(prompt + tokens))
 
 
 def cut(text, stop):
@@ -263,7 +263,7 @@ def test_time_is_linear(piece):
     assert seconds(4000) < 20 * few
 
 
-def test_nothing_comes_behind_the_end():
+def test_nothing_comes_after_the_end():
     tokenizer = TOKENIZERS["byte-level"]
     stream = TextStream(tokenizer, stop=("b",))
     assert stream.push([BYTE_PIECES.index(b"aab")]) == "aa"

@@ -546,7 +546,7 @@ def test_control_block_residual_without_scale():
     p, q = fault_tables(32)
 
     def unscaled(*arguments):
-        return verify.block_thresholds(*arguments)._replace(scale_bs=jnp.ones_like(arguments[1][..., 0]))
+        return verify.block_thresholds(*arguments)._replace(scale_bt=jnp.ones_like(arguments[1][..., 0]))
 
     faulty = verify.ChainRule(unscaled, verify.last_success)
     assert_caught("block residual without its scale", faulty, p, q, told=q)

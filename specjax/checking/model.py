@@ -188,11 +188,10 @@ class _Checker:
         self._pass = jax.jit(run)
         self.want = self._whole(self.tokens_bs)
         if not _finite(self.want):
-            short = _finite(self._whole(self.tokens_bs[:, :BLOCK]))
-            raise _broken(
-                f"a pass over {slots} places gives logits or states that are NaN or infinite"
-                + f", and one over {BLOCK} does not: a ring may be too short for the pass (ring overwritten)" * short
-            )
+            reason = ""
+            if _finite(self._whole(self.tokens_bs[:, :BLOCK])):
+                reason = f", and one over {BLOCK} does not: a ring may be too short for the pass (ring overwritten)"
+            raise _broken(f"a pass over {slots} places gives logits or states that are NaN or infinite{reason}")
         self.spreads = [spread(x) for x in self.want]
         tree = (target.params, target.init_cache(1, 1), jax.eval_shape(self._pass, *self._arguments(self.tokens_bs))[0])
         self.tolerance = default_tolerance(tree) if tolerance is None else tolerance
@@ -246,8 +245,8 @@ class _Checker:
         causal = "a place depends on later places of the same pass (a block that is not causal); mask later places"
         self._expect(causal, self._errors(early, [x[:, :half] for x in short]))
         long = (
-            "the first places of a long pass depend on how long it is: it overwrites slots of a ring that its own early "
-            "places need (ring overwritten), or computes by shape"
+            "the first places of a long pass depend on how long it is: it overwrites slots of a ring that its own "
+            "early places need (ring overwritten), or computes by shape"
         )
         self._expect(long, self._errors(short, [x[:, :BLOCK] for x in want]))
         early = [x[:, :cut] for x in self._whole(self._changed(cut))]

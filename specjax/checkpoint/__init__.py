@@ -1,1 +1,1 @@
-"""Everything that opens or writes a folder: models, drafters, conversion."""
+"""Opening and writing folders: models, drafters, conversion from and to Hugging Face."""

@@ -28,7 +28,7 @@ from specjax.hf.safetensors import write_tensors
 from specjax.hf.weights import Parameter, open_weights, tensors_of
 from specjax.transformer.decoder import abstract_params
 
-# What goes along unchanged, where it is there.
+# Files that are copied unchanged if the source has them.
 _COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -51,22 +51,23 @@ def convert_hf(
 ) -> tuple[str, ...]:
     """Writes a checkpoint folder from a Hugging Face folder.
 
-    Tensors are read one by one; the memory taken is one copy of the parameters and, for a moment, one tensor.
+    Tensors are read one by one. Memory holds one copy of the parameters and, for a moment, one more tensor.
 
     Args:
       source: a folder with ``config.json`` and safetensors.
       destination: the folder to make.
-      dtype: of the parameters; None keeps what each tensor has, and makes bfloat16 of float8.
-      progress: called as parameters are read.
+      dtype: dtype of the parameters. None keeps the dtype of each tensor; float8 becomes bfloat16 and float64 float32.
+      progress: called after each parameter, as ``progress(done, total)`` in bytes.
       ignore_config_keys: as for ``specjax.load``. The config that is written does not have these keys.
 
     Returns:
-      Lines that say which tensors made which parameters, and what was left out.
+      Lines of text: which tensors made which parameters, which were left out, and which files were copied.
 
     Raises:
-      ValueError: the source is no folder of a supported model or is damaged, or the destination exists.
-      OSError: the destination cannot be written. Nothing is left of it.
+      ValueError: the source is not a folder of a supported model or is damaged; or the destination exists.
+      OSError: the destination cannot be written. No part of it is left.
     """
+    # 1. Everything that can be refused without reading a weight is refused first.
     source, destination = Path(source).absolute(), Path(destination).absolute()
     _check_ends(source, destination)
     wanted = None if dtype is None else check_dtype(dtype)
@@ -77,6 +78,7 @@ def convert_hf(
 
     expected = jax.tree.map(abstract, weights.params, is_leaf=lambda x: isinstance(x, Parameter))
     check_params(expected, abstract_params(weights.config))
+    # 2. Progress counts bytes, since parameters differ in size by orders of magnitude.
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(expected)]
     done = 0
 
@@ -85,6 +87,7 @@ def convert_hf(
         done += size
         progress(done, sum(sizes))
 
+    # 3. The host's memory holds the parameters: a model that is converted need not fit an accelerator.
     with new_folder(destination, replace=False) as folder, jax.default_device(jax.local_devices(backend="cpu")[0]):
         companions = _copy_companions(source, folder)
         write_json(folder / "config.json", _config(weights.raw, jax.tree.leaves(expected)))
@@ -101,21 +104,22 @@ def export_hf(
     dtype: jnp.dtype | str | None = None,
     shard_bytes: int = 5 * 10**9,
 ) -> tuple[Path, ...]:
-    """Writes a Hugging Face folder, as ``transformers`` loads it, from a checkpoint folder.
+    """Writes a Hugging Face folder, which ``transformers`` loads, from a checkpoint folder.
 
     Args:
       source: a checkpoint folder.
       destination: the folder to make.
-      dtype: of the tensors; None keeps what is stored.
-      shard_bytes: the most bytes of tensors in one file.
+      dtype: dtype of the tensors; None keeps the stored dtypes.
+      shard_bytes: the most bytes of tensors in one file. A larger tensor has a file of its own.
 
     Returns:
-      The files beside ``config.json``.
+      The paths of the files that were copied and of the safetensors files and their index.
 
     Raises:
-      ValueError: the source is no checkpoint folder or is damaged, or the destination exists.
-      OSError: the destination cannot be written. Nothing is left of it.
+      ValueError: the source is not a checkpoint folder or is damaged; or the destination exists.
+      OSError: the destination cannot be written. No part of it is left.
     """
+    # 1. Everything that can be refused without reading a weight is refused first.
     source, destination = Path(source).absolute(), Path(destination).absolute()
     _check_ends(source, destination)
     if not (source / "params").is_dir():
@@ -127,12 +131,14 @@ def export_hf(
     if dtype is not None:
         floating = check_dtype(dtype)
         stored = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, floating), stored)
+    # 2. The host's memory holds the parameters, as in ``convert_hf``.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         params = load_params(source, stored)
         tensors = tensors_of(sources(raw["model_type"], config), params)
         with new_folder(destination, replace=False) as folder:
             companions = _copy_companions(source, folder)
             write_json(folder / "config.json", _config(raw, jax.tree.leaves(stored)))
+            # Otherwise transformers picks the tokenizer's class by model_type, which this tokenizer need not fit.
             if "tokenizer_config.json" not in companions and "tokenizer.json" in companions:
                 write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
             files = write_tensors(folder, tensors, shard_bytes)
@@ -140,9 +146,9 @@ def export_hf(
 
 
 def _check_ends(source: Path, destination: Path) -> None:
-    """Checks where to read and write, and the small files that go along, before the work begins."""
+    """Raises ValueError unless the source can be read, its small files included, and the destination is free."""
     if not source.is_dir():
-        raise ValueError(f"{source} is not a folder; give that of a model")
+        raise ValueError(f"{source} is not a folder; give the folder of a model")
     if os.path.lexists(destination):
         raise ValueError(f"{destination} exists; remove it or give another name")
     if os.path.lexists(source / "tokenizer.json"):
@@ -151,6 +157,7 @@ def _check_ends(source: Path, destination: Path) -> None:
 
 
 def _copy_companions(source: Path, folder: Path) -> list[str]:
+    """Copies the files of ``_COMPANIONS`` that there are; returns their names."""
     there = [name for name in _COMPANIONS if (source / name).is_file()]
     for name in there:
         shutil.copyfile(source / name, folder / name)
@@ -158,7 +165,7 @@ def _copy_companions(source: Path, folder: Path) -> list[str]:
 
 
 def _config(raw: dict[str, Any], leaves: list[Any]) -> dict[str, Any]:
-    """Returns a ``config.json`` for parameters that are not quantised, with the dtype that most of them have."""
+    """Returns a ``config.json`` for parameters that are not quantised. Its dtype is that of the largest parameter."""
     left = {key: value for key, value in raw.items() if key not in ("dtype", "torch_dtype", "quantization_config")}
     largest = max(leaves, key=lambda leaf: leaf.size)
     usual = {"architectures": [ARCHITECTURES[raw["model_type"]]]}

@@ -1,4 +1,4 @@
-"""One door to all drafters, by a text that names kind and folder; and the writer of draft heads."""
+"""Opening any drafter by a text that names its kind and folder, and writing draft heads."""
 
 import functools
 import os
@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from specjax.checkpoint.eagle import fill_eagle, open_eagle
-from specjax.checkpoint.lent import read_onto
 from specjax.checkpoint.medusa import fill_medusa, open_medusa
 from specjax.checkpoint.models import check_dtype, default_dtype, load, load_tokenizer, new_folder, write_json
 from specjax.checkpoint.mtp import fill_mtp, open_mtp
 from specjax.checkpoint.opened import Opened
+from specjax.checkpoint.shared import read_onto
 from specjax.checks import check_integer
 from specjax.drafters.cascade import Cascade
 from specjax.drafters.eagle import EagleHead
@@ -33,12 +33,13 @@ from specjax.text.vocabulary import match_vocabularies
 from specjax.types import Drafter, LanguageModel
 
 WHOLE_ON_EACH: Rules = MappingProxyType({})
-"""Rules that split nothing. Splitting a small draft costs more messages between devices than it saves memory."""
+"""Rules that split nothing over devices. Splitting a small draft model costs more in messages between devices than it
+saves in memory."""
 
 _FOLDERS = ("model", "eagle", "mtp", "medusa")
 _ALLOWED = (
     "model:DIR, eagle:DIR, mtp:DIR, medusa:DIR, ngram, early-exit:LAYERS, or cascade:A,B of these, where B drafts the "
-    "rows for which A has nothing"
+    "rows in which A has nothing"
 )
 
 
@@ -55,7 +56,7 @@ def load_drafter(
     zero_first: bool = False,
     ignore_config_keys: Iterable[str] = (),
 ) -> Drafter:
-    """Opens the drafter that a text names, for a target.
+    """Opens the drafter that a text names, for one target. docs/drafters.md compares the kinds.
 
     ================== ==================================================================================
     spec               drafter
@@ -66,32 +67,39 @@ def load_drafter(
     medusa:DIR         Medusa heads, alone or in the folder of their model
     ngram              copies what followed the row's last tokens earlier in the row
     early-exit:4       the target's own first 4 layers
-    cascade:A,B        A, and B for the rows in which A has nothing; cascade:A,B,C is cascade:(A,B),C
+    cascade:A,B        A, and B in the rows in which A has nothing; cascade:A,B,C is cascade:(A,B),C
     ================== ==================================================================================
 
     Args:
       spec: kind and folder, as in the table. In a cascade, folders have no comma in their names.
-      target: the model to draft for, or what ``specjax.open`` returned for it.
+      target: the model to draft for, or the result of ``specjax.open``.
       num_draft: g, tokens proposed per round.
-      dtype: of parameters and computation; None means ``specjax.default_dtype()``.
-      tokenizer: the target's; None takes that of an ``Opened`` target. With a tokenizer, a draft model of another
-        vocabulary becomes a ``SharedVocabularyDrafter``. Without one, its tokenizer is taken to be the target's.
-      mesh: where the parameters go, as for ``specjax.load``; the target's mesh, if the target is on one.
-      rules: as for ``specjax.shard``. By default each device holds the whole draft, which is best for a small one;
-        ``specjax.sharding.RULES`` splits it like the target.
-      chained: of several MTP modules, feed the first one its own states, instead of one module per token.
-      zero_first: MTP modules take the embedding at position 0 for zero, as vLLM does and others do not.
-      ignore_config_keys: as for ``specjax.load``, of draft models.
+      dtype: dtype of parameters and computation; None means ``specjax.default_dtype()``.
+      tokenizer: the target's tokenizer; None takes the tokenizer of an ``Opened`` target. With a tokenizer, a draft
+        model of another vocabulary becomes a ``SharedVocabularyDrafter``. Without a tokenizer, the draft model must
+        have the target's vocabulary.
+      mesh: where the parameters go, as for ``specjax.load``. Give the target's mesh if the target is on one.
+      rules: as for ``specjax.shard``. By default each device holds the whole drafter, which is best for a small one.
+        ``specjax.sharding.RULES`` splits the drafter like the target.
+      chained: only for several MTP modules: the first module drafts all tokens and takes its own states. Otherwise
+        each module drafts one token.
+      zero_first: only for MTP modules: the embedding at position 0 is zero, as in vLLM. Other engines differ.
+      ignore_config_keys: as for ``specjax.load``, for the config of a draft model or draft head.
+
+    Returns:
+      The drafter, whose parameters are read.
 
     Raises:
-      ValueError: the text names no drafter; ``num_draft`` is below 1, or more than the heads can draft; a file of the
-        folder is missing, damaged or pickled; the drafter does not fit the target; or as for ``specjax.load``.
-      TypeError: ``spec`` is no string; or as ``specjax.shard``.
+      ValueError: the text names no drafter; ``num_draft`` is below 1, or is more than the draft heads can draft; a file
+        of the folder is missing, damaged or pickled; the drafter does not fit the target; or as for ``specjax.load``.
+      TypeError: ``spec`` is not a string; or as for ``specjax.shard``.
     """
+    # 1. What the text says. An ``Opened`` target knows the tokenizer, so that the caller need not.
     check_integer("num_draft", num_draft, 1)
     kind, value = _parse(spec)
     if isinstance(target, Opened):
         target, tokenizer = target.model, tokenizer or target.tokenizer
+    # 2. Kinds without a folder of their own.
     if kind == "cascade":
         options = {"chained": chained, "zero_first": zero_first, "ignore_config_keys": ignore_config_keys}
         again = functools.partial(load_drafter, **options)
@@ -101,25 +109,33 @@ def load_drafter(
         return NGramDrafter(num_draft=num_draft)
     if kind == "early-exit":
         return EarlyExitDrafter(int(value), num_draft)
+    # 3. Folders. Of a draft head, only shapes are opened first: whether it fits the target is known before it is read.
     path, dtype = Path(value).absolute(), check_dtype(default_dtype() if dtype is None else dtype)
     if kind == "model":
         model = load(path, dtype, mesh, rules, ignore_config_keys)
         return _model_drafter(path, model, target, num_draft, tokenizer, mesh, rules)
     if kind == "mtp":
-        drafter, params = open_mtp(path, target, num_draft, dtype, chained, zero_first)
+        drafter, params = open_mtp(path, target, num_draft, dtype, chained, zero_first, ignore_config_keys)
     else:
-        drafter, params = {"eagle": open_eagle, "medusa": open_medusa}[kind](path, target, num_draft, dtype)
+        open_head = {"eagle": open_eagle, "medusa": open_medusa}[kind]
+        drafter, params = open_head(path, target, num_draft, dtype, ignore_config_keys)
     return read_onto(mesh, rules, drafter, params)
 
 
 def _parse(spec: str) -> tuple[str, str]:
-    """Returns the kind that a spec names and what follows its colon."""
+    """Returns the kind of a spec and the text after its colon.
+
+    Raises:
+      TypeError, ValueError: as for ``load_drafter``.
+    """
+    # Each kind has its own idea of a value, so each is checked by itself.
     if not isinstance(spec, str):
         raise TypeError(f"spec is {spec!r}; give a string: {_ALLOWED}")
     kind, _, value = spec.partition(":")
     parts = value.split(",") if kind == "cascade" else []
     if _names_one(spec) or (len(parts) > 1 and all(map(_names_one, parts))):
         return kind, value
+    # A folder alone is the likeliest slip, so its message says how to name the kind.
     if os.path.isdir(spec):
         raise ValueError(
             f"spec is {spec!r}, a folder without its kind; give model:{spec} for a language model, or eagle:, mtp: or "
@@ -145,24 +161,27 @@ def _model_drafter(
     mesh: Mesh | None,
     rules: Rules,
 ) -> Drafter:
-    """Returns a drafter of a model: of the target's vocabulary, or of another if the target's tokenizer is known."""
-    alike = model.vocab_size == target.vocab_size
-    if tokenizer is None and not alike:
+    """Returns the drafter of a draft model, whose vocabulary may be another if the target's tokenizer is known."""
+    # 1. Without the target's tokenizer, vocabularies of one size are taken to be the same.
+    same_size = model.vocab_size == target.vocab_size
+    if tokenizer is None and not same_size:
         raise ValueError(
             f"{path} has a vocabulary of {model.vocab_size} tokens and the target one of {target.vocab_size}; give the "
             "target's tokenizer to draft the tokens that both have, or a drafter that shares it"
         )
     if tokenizer is None:
         return ModelDrafter(model, num_draft)
+    # 2. With it, the same tokens need no translation, whatever else the two tokenizers do.
     own = load_tokenizer(path)
-    if alike and own.get_vocab() == tokenizer.get_vocab():
+    if same_size and own.get_vocab() == tokenizer.get_vocab():
         return ModelDrafter(model, num_draft)
+    # 3. Other vocabularies are matched token by token.
     try:
         shared = match_vocabularies(tokenizer, own, target.vocab_size, model.vocab_size)
     except ValueError as error:
         raise ValueError(f"{path} cannot draft for this target: {error}") from None
     drafter = shared_vocabulary_drafter(model, shared, num_draft)
-    return drafter if mesh is None else shard(drafter, mesh, rules)  # its tables: the model is there already
+    return drafter if mesh is None else shard(drafter, mesh, rules)  # only its tables move: the model is there
 
 
 def folders_of(spec: str) -> list[Path]:
@@ -172,7 +191,7 @@ def folders_of(spec: str) -> list[Path]:
 
 
 def short_name(spec: str) -> str:
-    """Returns what figures call the drafter of a spec."""
+    """Returns the name of a spec's drafter for tables and plots, such as "ngram, else py-14m-eagle"."""
     kind, _, value = spec.partition(":")
     if kind == "cascade":
         return ", else ".join(map(short_name, value.split(",")))
@@ -190,25 +209,26 @@ def save_drafter(
 ) -> None:
     """Writes a draft head in its published layout, for ``load_drafter`` and for other engines.
 
-    EAGLE heads are written in speculators' layout, MTP modules in that of the target's family, Medusa heads in that
-    of FasterDecoding/Medusa. A draft model is no head: ``specjax.save`` writes it. Several processes all call this,
-    with a folder that all see.
+    EAGLE heads are written in speculators' layout, MTP modules in the layout of the target's family, and Medusa heads
+    in the layout of FasterDecoding/Medusa. Draft models are written by ``specjax.save`` instead. In a job of several
+    processes, all processes call this function, with one folder that all see.
 
     Args:
-      path: the folder to make, or to replace.
-      drafter: the head as a drafter: a ``FeatureDrafter``, an ``MTPDrafter`` or a ``MedusaDrafter``.
-      target: the model that the head drafts for, or what ``specjax.open`` returned for it.
-      config: what describes the head. EAGLE: the keys of any layout that ``load_drafter`` reads. MTP: the target's
-        Hugging Face config, or one with layers of other sizes. Medusa: None, since the parameters say all.
+      path: the folder to make or to replace.
+      drafter: the draft head as a drafter: a ``FeatureDrafter``, an ``MTPDrafter`` or a ``MedusaDrafter``.
+      target: the model that the head drafts for, or the result of ``specjax.open``.
+      config: describes the draft head. EAGLE: the keys of any layout that ``load_drafter`` reads. MTP: the target's
+        Hugging Face config, or a config with layers of other sizes. Medusa: None, since the parameters say all.
       target_name: the target's name or path, for other engines.
-      metrics: what ``metrics.json`` is to hold; None writes none.
+      metrics: the content of ``metrics.json``; None writes no such file.
 
     Raises:
-      TypeError: the drafter is no draft head.
+      TypeError: the drafter is not a draft head.
       ValueError: the config is missing, is given for Medusa heads, describes other parameters than the drafter's, or
         does not fit the target.
-      OSError: the folder cannot be written; what was there stays.
+      OSError: the folder cannot be written. A folder that was there before stays.
     """
+    # 1. Say what is wrong before anything is gathered or written.
     head = drafter.head if isinstance(drafter, FeatureDrafter) else drafter
     if not isinstance(head, (EagleHead, MTPHead, MTPDrafter, MedusaDrafter)):
         raise TypeError(
@@ -218,8 +238,9 @@ def save_drafter(
     if (config is None) != isinstance(head, MedusaDrafter):
         wanted = "give None, for Medusa heads" if config is not None else "give the keys of the head's config.json"
         raise ValueError(f"config is {config!r}; {wanted}")
+    # 2. One process writes. All must take part in gathering the parameters, which are small.
     model = target.model if isinstance(target, Opened) else target
-    params = gathered(drafter.params)  # heads are small
+    params = gathered(drafter.params)
     if jax.process_index() != 0:
         return
     with new_folder(path) as folder:

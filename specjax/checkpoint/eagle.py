@@ -1,16 +1,16 @@
-"""Folders of EAGLE heads: published ones of all layouts in, speculators' layout out."""
+"""Folders of EAGLE heads. All published layouts are read; speculators' layout is written."""
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from specjax.checkpoint.lent import errors_name, is_targets_embedding
 from specjax.checkpoint.models import check_params, write_json
+from specjax.checkpoint.shared import errors_name, is_targets_embedding
 from specjax.drafters.eagle import EagleHead, check_fit
 from specjax.drafters.feature import FeatureDrafter
 from specjax.hf.eagle import (
@@ -21,37 +21,41 @@ from specjax.hf.eagle import (
     speculators_config,
     tensors_of_eagle,
 )
-from specjax.hf.keys import read_json
+from specjax.hf.keys import read_json, without_keys
 from specjax.hf.safetensors import open_tensors, write_tensors
 from specjax.types import LanguageModel
 
 _LOG = logging.getLogger(__name__)
 
 
-def open_eagle(path: Path, target: LanguageModel, num_draft: int, dtype: jnp.dtype) -> tuple[FeatureDrafter, Any]:
+def open_eagle(
+    path: Path, target: LanguageModel, num_draft: int, dtype: jnp.dtype, ignore_config_keys: Iterable[str] = ()
+) -> tuple[FeatureDrafter, Any]:
     """Opens an EAGLE-1, EAGLE-2 or EAGLE-3 head as a drafter of chains.
 
-    ``drafter.head.describe()`` says which of the target's states the head reads, and so does the log of this module.
-    An embedding that equals the target's is dropped: the head then uses the target's.
+    ``drafter.head.describe()`` says which of the target's states the draft head reads; the log of this module says the
+    same. An embedding that equals the target's is dropped, and the target's is used.
 
     Args:
-      path: a folder with ``config.json`` and safetensors, of SafeAILab's EAGLE, of SpecForge or of speculators.
+      path: a folder with ``config.json`` and safetensors, of SafeAILab's EAGLE, SpecForge or speculators.
       target: the model to draft for.
       num_draft: g, tokens proposed per round.
-      dtype: of parameters and computation.
+      dtype: dtype of parameters and computation.
+      ignore_config_keys: as for ``specjax.load``.
 
     Returns:
-      The drafter, of parameters that are shapes and dtypes, and a tree like them of ``Parameter``.
+      The drafter, with shapes and dtypes in place of parameters, and a tree of ``Parameter`` in the same structure.
 
     Raises:
-      ValueError: a file is missing, damaged or pickled; the config is of no EAGLE head, or has a key or value that is
-        not known; a tensor is missing, of another shape, or unknown; the draft vocabulary is none of the target's; or
-        the head does not fit the target in width, vocabulary or number of layers.
+      ValueError: a file is missing, damaged or pickled; the config is not of an EAGLE head, or has an unknown key or
+        value; a tensor is missing, unknown, or of another shape; the draft vocabulary does not map into the target's;
+        or the draft head does not fit the target in width, vocabulary or number of layers.
     """
-    raw = read_json(path / "config.json")
+    raw = without_keys(read_json(path / "config.json"), ignore_config_keys)
     with errors_name(path / "config.json"):
         _, fields = _described(raw, target)
     found = open_tensors(path)
+    # Which tensors there are decides what the head is: whether it embeds by itself, and has its own draft ids.
     with errors_name(path):
         tensors, draft_of_v = eagle_tensors(found), None
         if fields["version"] == 3:
@@ -73,22 +77,25 @@ def fill_eagle(
     target_name: str | None,
     num_draft: int,
 ) -> None:
-    """Writes a head in speculators' layout into a folder.
+    """Writes an EAGLE head in speculators' layout into a folder.
 
     Args:
       folder: an empty folder.
-      config: describes the head, with the keys of any layout that ``open_eagle`` reads.
-      params: the head's, as ``EagleHead.init_params`` returns them.
+      config: describes the draft head, with the keys of any layout that ``open_eagle`` reads.
+      params: the parameters, in the structure that ``EagleHead.init_params`` returns.
       target: the model that the head drafts for.
-      target_name: the target's name or path, for other engines; None keeps what ``config`` says of the target.
-      num_draft: tokens per round, a hint for other engines, used where ``config`` has none.
+      target_name: the target's name or path, for other engines. None keeps the target that ``config`` names.
+      num_draft: tokens per round, a hint for other engines. Used only if ``config`` has no ``speculators_config``, or
+        with ``target_name``.
 
     Raises:
-      ValueError: as for ``open_eagle``; or the parameters are not those that the config describes.
+      ValueError: as for ``open_eagle``; or the parameters are other than the config describes.
     """
+    # 1. Check that the config describes these parameters: other engines trust it.
     config, fields = _described(config, target)
     head = _head(fields, target, own_embedding="embed_tokens" in params, mapped="draft_of_v" in params)
     _check_params(params, head)
+    # 2. What speculators asks for beyond the draft head itself: the target, and how to draft.
     kind = config["speculators_model_type"]
     about = {
         "architectures": ["EagleSpeculator" if kind == "eagle" else "Eagle3Speculator"],
@@ -108,16 +115,16 @@ def fill_eagle(
 
 
 def eagle_head(config: Mapping[str, Any], target: LanguageModel) -> EagleHead:
-    """Returns the head that a config of any layout describes, which drafts all of the vocabulary if it says so.
+    """Returns the draft head that a config of any layout describes.
 
-    The target embeds tokens for it, unless its states have another width than the head's.
+    The head uses the target's embedding, unless the target's states have another width than the head's.
 
     Args:
-      config: what describes the head.
-      target: the model it drafts for.
+      config: describes the draft head.
+      target: the model that the head drafts for.
 
     Raises:
-      ValueError: the config is of no EAGLE head, has a key or value that is not known, or does not fit the target.
+      ValueError: the config is not of an EAGLE head, has an unknown key or value, or does not fit the target.
     """
     _, fields = _described(config, target)
     width = fields["decoder"].hidden_size
@@ -125,7 +132,7 @@ def eagle_head(config: Mapping[str, Any], target: LanguageModel) -> EagleHead:
 
 
 def _described(raw: Mapping[str, Any], target: LanguageModel) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns a config in speculators' layout, and the arguments of ``EagleHead`` that it stands for."""
+    """Returns a config in speculators' layout, and the arguments of ``EagleHead`` that it describes."""
     if target.num_layers is None:
         raise ValueError("the target does not say how many layers it has; set LanguageModel.num_layers")
     try:
@@ -136,7 +143,11 @@ def _described(raw: Mapping[str, Any], target: LanguageModel) -> tuple[dict[str,
 
 
 def _head(fields: Mapping[str, Any], target: LanguageModel, own_embedding: bool, mapped: bool) -> EagleHead:
-    """Returns the head of what ``_described`` returned, fit for the target; ``mapped``: its draft ids are its own."""
+    """Returns the head of the arguments that ``_described`` returned, after checking that it fits the target.
+
+    ``mapped``: draft ids differ from the target's ids.
+    """
+    # Draft ids that are the target's need no table.
     if not mapped and fields.get("draft_vocab_size") == fields["decoder"].vocab_size:
         fields = {**fields, "draft_vocab_size": None}
     head = EagleHead(**fields, own_embedding=own_embedding)
@@ -145,6 +156,7 @@ def _head(fields: Mapping[str, Any], target: LanguageModel, own_embedding: bool,
 
 
 def _check_params(params: Any, head: EagleHead) -> None:
+    """Raises ValueError unless the parameters have the head's shapes, and the draft ids are complete."""
     check_params(params, head.abstract_params())
     if "draft_of_v" in params:
         draft_of_v, count = np.asarray(params["draft_of_v"]), head.draft_vocab_size or 0

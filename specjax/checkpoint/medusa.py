@@ -1,42 +1,46 @@
-"""Folders of Medusa heads, in and out."""
+"""Reading and writing folders of Medusa heads."""
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from specjax.checkpoint.lent import errors_name
 from specjax.checkpoint.models import write_json
+from specjax.checkpoint.shared import errors_name
 from specjax.drafters.medusa import MedusaDrafter, check_medusa_fit
-from specjax.hf.keys import read_json
+from specjax.hf.keys import read_json, without_keys
 from specjax.hf.medusa import MEDUSA_FILE, lies_in_target, medusa_parameters, medusa_tensors, open_medusa_tensors
 from specjax.hf.safetensors import write_tensors
 from specjax.types import LanguageModel
 
 
-def open_medusa(path: Path, target: LanguageModel, num_draft: int, dtype: jnp.dtype) -> tuple[MedusaDrafter, Any]:
+def open_medusa(
+    path: Path, target: LanguageModel, num_draft: int, dtype: jnp.dtype, ignore_config_keys: Iterable[str] = ()
+) -> tuple[MedusaDrafter, Any]:
     """Opens Medusa heads as a drafter of chains (Cai et al. 2024, arXiv 2401.10774, section 2.1).
 
-    Heads past the first ``num_draft`` are not read.
+    Only the first ``num_draft`` heads are read.
 
     Args:
       path: a folder with ``config.json`` and ``medusa_lm_head.safetensors`` (or ``model.safetensors``); or the folder
-        of a whole model that was trained together with its heads (Medusa-2, section 2.2.2) and holds them.
-      target: the model to draft for; heads of a whole model are for that model.
-      num_draft: g, tokens proposed per round, at most one per head.
-      dtype: of parameters and computation.
+        of a whole model that was trained together with its heads (Medusa-2, section 2.2.2).
+      target: the model to draft for. Heads in a whole model's folder are for that model.
+      num_draft: g, tokens proposed per round, at most the number of heads.
+      dtype: dtype of parameters and computation.
+      ignore_config_keys: as for ``specjax.load``.
 
     Returns:
-      The drafter, of parameters that are shapes and dtypes, and a tree like them of ``Parameter``.
+      The drafter, with shapes and dtypes in place of parameters, and a tree of ``Parameter`` in the same structure.
 
     Raises:
-      ValueError: a file is missing, damaged or pickled; the config has a key or value that is not known; a tensor is
-        missing, of another shape, or unknown; there are fewer heads than ``num_draft``; or the heads do not fit the
-        target in width or vocabulary.
+      ValueError: a file is missing, damaged or pickled; the config has an unknown key or value; a tensor is missing,
+        unknown, or of another shape; there are fewer heads than ``num_draft``; or the heads do not fit the target in
+        width or vocabulary.
     """
-    raw = read_json(path / "config.json")
+    raw = without_keys(read_json(path / "config.json"), ignore_config_keys)
     with errors_name(path):
         params = medusa_parameters(raw, open_medusa_tensors(path, lies_in_target(raw)))
         vocab = params[0]["lm_head"]["kernel"].shape[1]
@@ -55,12 +59,13 @@ def fill_medusa(folder: Path, params: Any, target_name: str | None) -> None:
 
     Args:
       folder: an empty folder.
-      params: of the heads, as ``MedusaDrafter`` holds them.
+      params: the parameters, in the structure of ``MedusaDrafter.params``.
       target_name: the target's name or path, for other engines.
 
     Raises:
       ValueError: the heads differ in their shapes or in the number of their blocks.
     """
+    # The layout's config has one size for all heads.
     shapes = {i: jax.tree.map(jnp.shape, params[i]) for i in range(len(params))}
     other = next((i for i in shapes if shapes[i] != shapes[0]), None)
     if other is not None:
@@ -75,10 +80,11 @@ def fill_medusa(folder: Path, params: Any, target_name: str | None) -> None:
         "vocab_size": vocab,
     }
     write_json(folder / "config.json", config)
+    # The layout has one file of a fixed name, whatever its size.
     (file,) = write_tensors(folder, medusa_tensors(params), shard_bytes=sys.maxsize)
     file.rename(folder / MEDUSA_FILE)
 
 
 def _width(target: LanguageModel) -> int:
-    """Returns the width of the target's state after its final norm; nothing is computed."""
+    """Returns the width of the target's state after its final norm; computes nothing."""
     return target.state_specs(MedusaDrafter.capture)[0].shape[-1]

@@ -1,4 +1,7 @@
-"""Self-contained checkpoint folders: ``config.json``, ``tokenizer.json``, ``params/`` (Orbax), ``metrics.json``."""
+"""Checkpoint folders, which hold ``config.json``, ``tokenizer.json``, ``params/`` (Orbax) and ``metrics.json``.
+
+``load`` opens Hugging Face folders too.
+"""
 
 import contextlib
 import functools
@@ -30,8 +33,9 @@ from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import abstract_params, decoder_model
 from specjax.types import LanguageModel
 
-_LEAST_BUFFER = 64 * 10**6
-_LEAST_CHUNK, _CHUNKS = 4 * 2**20, 64  # bytes, and about how many an array of more has
+_LEAST_BUFFER = 64 * 10**6  # bytes that Orbax may read or write at a time
+_LEAST_CHUNK = 4 * 2**20  # bytes
+_CHUNKS = 64  # about how many chunks an array of more than _LEAST_CHUNK * _CHUNKS bytes has
 
 
 def default_dtype() -> jnp.dtype:
@@ -46,20 +50,21 @@ def save(
     tokenizer: Tokenizer | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a checkpoint folder, replacing one that is there only once the new one is whole.
+    """Writes a checkpoint folder. A folder that is there is replaced when the new one is complete.
 
-    Several processes all call it, with a folder that all see, and each writes the parameters that it holds. What
-    ``specjax.open`` opened is written by ``save(path, opened.config, opened.model.params, opened.tokenizer)``.
+    In a job of several processes, all processes call this function, with one folder that all see. Each writes the
+    parameters that it holds. To write an ``Opened`` model:
+    ``save(path, opened.config, opened.model.params, opened.tokenizer)``.
 
     Args:
       path: the folder.
-      config: what ``config.json`` is to hold, Hugging Face's keys.
-      params: nested dict of arrays, as ``specjax.transformer.init_params`` returns.
+      config: the content of ``config.json``, in Hugging Face's keys.
+      params: nested dicts of arrays, as ``specjax.transformer.init_params`` returns them.
       tokenizer: the tokenizer; None writes none.
-      metrics: what ``metrics.json`` is to hold; None writes none.
+      metrics: the content of ``metrics.json``; None writes no such file.
 
     Raises:
-      ValueError: the config is of no supported model, or the parameters are not those it describes.
+      ValueError: the config is not of a supported model, or the parameters are other than the config describes.
     """
     check_params(params, abstract_params(decoder_config(config)))
     with _folder_of_all(path) as folder:
@@ -74,7 +79,8 @@ def save(
 
 @contextlib.contextmanager
 def _folder_of_all(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields the ``new_folder`` of the first process to all of them; it is in its place when they leave."""
+    """Yields the first process's ``new_folder`` to all processes. The folder is in its place when they leave."""
+    # The first process alone makes and renames the folder. Its name has the process id, so the others must be told.
     with new_folder(path) if jax.process_index() == 0 else contextlib.nullcontext() as folder:
         name = np.frombuffer((b"" if folder is None else folder.name.encode()).ljust(256, b"\0"), np.uint8)
         told = np.asarray(multihost_utils.broadcast_one_to_all(name)).tobytes().rstrip(b"\0").decode()
@@ -84,13 +90,13 @@ def _folder_of_all(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike, replace: bool = True) -> Iterator[Path]:
-    """Yields a folder to fill, which takes the place of ``path`` once it is whole.
+    """Yields a folder to fill, which takes the place of ``path`` when it is complete.
 
-    When anything fails it is removed, and ``path`` stays as it was. A run that is killed leaves beside it a hidden
-    folder that ends in ``.partial``.
+    If anything fails, the new folder is removed and ``path`` stays as it was. A killed process leaves a hidden folder
+    next to ``path``, whose name ends in ``.partial``.
 
     Raises:
-      ValueError: ``path`` exists in the end, and is not to be replaced.
+      ValueError: with ``replace=False``, ``path`` exists when the folder is complete.
     """
     path = Path(path).absolute()
     partial, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
@@ -102,6 +108,7 @@ def new_folder(path: str | os.PathLike, replace: bool = True) -> Iterator[Path]:
         elif not replace:
             raise ValueError(f"{path} has come to exist meanwhile; remove it or give another name")
         else:
+            # A folder cannot be renamed onto a full one, so the old folder steps aside first.
             path.rename(old)
             partial.rename(path)
             shutil.rmtree(old, ignore_errors=True)
@@ -124,10 +131,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def save_params(folder: Path, params: Any) -> None:
-    """Writes ``params/``, from several processes each its parts; all must call it.
+    """Writes ``params/``. In a job of several processes all must call this function; each writes its parts.
 
-    JAX arrays of a CPU are written as they lie, with buffers of no more than the largest. Large ones are cut along all
-    dimensions into chunks, since a reader of a slice reads, and holds, the whole of each chunk that it touches.
+    Arrays in the memory of a CPU are written without a copy, with buffers no larger than the largest array. Large
+    arrays are cut into chunks along all dimensions: a reader of a slice holds every chunk that the slice touches.
     """
     buffer = max(_LEAST_BUFFER, *(leaf.nbytes + 1 for leaf in jax.tree.leaves(params)))
     handler = ocp.StandardCheckpointHandler(save_concurrent_gb=buffer / 1e9)  # type: ignore  (any number will do)
@@ -145,23 +152,24 @@ def load(
     rules: Rules = RULES,
     ignore_config_keys: Iterable[str] = (),
 ) -> LanguageModel:
-    """Opens a checkpoint folder, or a Hugging Face folder with safetensors.
+    """Opens the model of a checkpoint folder, or of a Hugging Face folder with safetensors.
 
-    Parameters go to their devices one by one; of a Hugging Face folder, files are mapped and never read whole.
+    Parameters go to their devices one by one. Safetensors files are mapped into memory and never read whole.
 
     Args:
       path: the folder.
       dtype: dtype of parameters and computation; None means ``default_dtype()``.
-      mesh: the parameters are split over it as ``specjax.shard`` does, each process holding its own parts alone; None
-        is the default device.
+      mesh: the mesh to split the parameters over, as ``specjax.shard`` does. Each process holds only its own parts.
+        None is the default device.
       rules: as for ``specjax.shard``.
-      ignore_config_keys: keys to read ``config.json`` without, such as ("auto_map",), to get past a refusal of what a
-        key says. A dot leads into an object: "rope_scaling.factor". Keys that are not there do no harm.
+      ignore_config_keys: keys of ``config.json`` to leave out, such as ("auto_map",). Use it to open a model that was
+        refused because of such a key. A dot names a key inside an object: "rope_scaling.factor". Keys that are not
+        there are no error.
 
     Raises:
       ValueError: the folder or a file of it is missing, truncated, of an unsupported model, or does not fit its
         ``config.json``; or the mesh or the rules do not fit the model.
-      TypeError: as ``specjax.shard``.
+      TypeError: as for ``specjax.shard``.
     """
     return load_described(Path(path).absolute(), dtype, mesh, rules, ignore_config_keys)[0]
 
@@ -169,7 +177,7 @@ def load(
 def load_described(
     path: Path, dtype: jnp.dtype | str | None, mesh: Mesh | None, rules: Rules, ignore_config_keys: Iterable[str]
 ) -> tuple[LanguageModel, dict[str, Any]]:
-    """Returns what ``load`` does, and the keys of ``config.json`` that describe the model."""
+    """Returns the model as ``load`` does, and the keys of ``config.json`` that describe the model."""
     dtype = check_dtype(default_dtype() if dtype is None else dtype)
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; give one with config.json and params/, or with safetensors files")
@@ -184,16 +192,16 @@ def load_described(
 
 
 def _placed(config: DecoderConfig, dtype: jnp.dtype, mesh: Mesh | None, rules: Rules) -> Any:
-    """Returns the parameters' shapes and dtypes, and where each goes if there is a mesh."""
+    """Returns the parameters' shapes and dtypes, with shardings if there is a mesh."""
     return placed(decoder_model(config, abstract_params(config, dtype)), mesh, rules)
 
 
 def placed(model: Any, mesh: Mesh | None, rules: Rules) -> Any:
-    """Returns the parameters' shapes and dtypes, and where each goes if there is a mesh.
+    """Returns the parameters' shapes and dtypes, with shardings if there is a mesh.
 
     Args:
-      model: a model or drafter of one's own ``params``, whose leaves have shapes and dtypes.
-      mesh, rules: as for ``load``, errors too.
+      model: a model or drafter with a field ``params``; its leaves need only shape and dtype.
+      mesh, rules: as for ``load``, errors included.
     """
     if mesh is None:
         return model.params
@@ -202,7 +210,7 @@ def placed(model: Any, mesh: Mesh | None, rules: Rules) -> Any:
 
 
 def check_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
-    """Returns a floating dtype by its name; raises ValueError if it is another."""
+    """Returns the dtype of that name; raises ValueError unless it is float32, bfloat16 or float16."""
     try:
         known = jnp.dtype(dtype)
     except TypeError:
@@ -229,7 +237,7 @@ def check_params(params: Any, wanted: Any) -> None:
 def load_params(path: Path, abstract: Any) -> Any:
     """Reads ``params/`` in the dtypes of ``abstract``, onto its shardings or the default device.
 
-    A few at a time, since Orbax holds what it reads twice over until it is on the device.
+    Few arrays are read at a time: Orbax holds an array twice until the array is on its device.
     """
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), abstract)
@@ -241,7 +249,7 @@ def load_params(path: Path, abstract: Any) -> Any:
 
 
 def stored_params(path: Path, wanted: Any) -> Any:
-    """Returns shapes and dtypes of the parameters in ``params/``, as nested dicts of the paths of ``wanted``."""
+    """Returns shapes and dtypes of the parameters in ``params/``, in nested dicts with the structure of ``wanted``."""
     with _reading(path):
         stored = _metadata(path)
         found = {names: stored[tuple(map(str, names))] for names in parameters(wanted)}
@@ -250,19 +258,19 @@ def stored_params(path: Path, wanted: Any) -> Any:
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Makes a ValueError of all that Orbax and TensorStore raise for files that are absent or cut short."""
+    """Turns every error that Orbax and TensorStore raise for missing or truncated files into a ValueError."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # they raise many types, and for one fault now this one, now that one
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{path / 'params'} cannot be read as the parameters that config.json describes ({reason}); "
-            "it is truncated, damaged or of another model, copy or convert it again"
+            "it is truncated, damaged or of another model: copy or convert it again"
         ) from error
 
 
 def _metadata(path: Path) -> dict[tuple[str, ...], Any]:
-    """Returns what Orbax says of each array in ``params/``, by its path. Numbers of layers are strings there."""
+    """Returns Orbax's metadata of each array in ``params/``, by its path. In these paths, numbers are strings."""
     with ocp.StandardCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(path / "params").item_metadata
     if metadata is None:
@@ -271,7 +279,11 @@ def _metadata(path: Path) -> dict[tuple[str, ...], Any]:
 
 
 def _largest_read(path: Path, expected: Any) -> int:
-    """Returns a bound on the bytes of the chunks that a device's part of an array touches."""
+    """Returns the most bytes that reading one device's part of one array may take, over all arrays.
+
+    A part that begins within a chunk touches up to two chunks more than its own length fills. Example: chunks of 10
+    entries, a part of 25: at most 25 + 2 * 10 = 45 entries are read.
+    """
     stored = _metadata(path)
 
     def touched(names: ParameterPath, like: jax.ShapeDtypeStruct) -> int:
@@ -284,10 +296,10 @@ def _largest_read(path: Path, expected: Any) -> int:
 
 
 def read_params(params: Any, abstract: Any, on_read: Callable[[int], None] = lambda size: None) -> Any:
-    """Reads the ``Parameter`` of a tree one by one in the dtypes of ``abstract``, onto its shardings or the default
-    device.
+    """Reads the ``Parameter`` leaves of a tree one by one, in the dtypes of ``abstract``, onto its shardings or the
+    default device.
 
-    ``on_read`` is told the bytes of each.
+    ``on_read(size)`` is called after each, with its bytes.
     """
 
     def read(parameter: Parameter, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -296,7 +308,7 @@ def read_params(params: Any, abstract: Any, on_read: Callable[[int], None] = lam
         else:
             part = functools.partial(parameter.read, like.dtype)
             array = jax.make_array_from_callback(parameter.shape, like.sharding, part)
-        jax.block_until_ready(array)
+        jax.block_until_ready(array)  # or the host would read all parameters before the first is on its device
         on_read(array.nbytes)
         return array
 
@@ -311,7 +323,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """
     file = Path(path) / "tokenizer.json"
     if not file.is_file():
-        raise ValueError(f"{file} does not exist; a checkpoint folder must hold one")
+        raise ValueError(f"{file} does not exist; add the model's tokenizer.json")
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises plain Exception
@@ -319,10 +331,12 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
 
 def load_stop_tokens(path: str | os.PathLike) -> tuple[int, ...]:
-    """Returns the tokens that end a text: ``eos_token_id`` of ``generation_config.json``, else of ``config.json``.
+    """Returns the ids of the tokens that end a text; empty if the folder names none.
+
+    The ids are ``eos_token_id`` of ``generation_config.json``, or else of ``config.json``.
 
     Raises:
-      ValueError: a file is damaged, or names something else than one token id or a list of them.
+      ValueError: a file is damaged, or ``eos_token_id`` is neither a token id nor a list of token ids.
     """
     for name in ("generation_config.json", "config.json"):
         file = Path(path) / name

@@ -1,17 +1,17 @@
 """Folders of multi-token prediction modules, in the published layouts."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
-from specjax.checkpoint.lent import errors_name, is_targets_embedding, is_targets_head
 from specjax.checkpoint.models import check_params, write_json
+from specjax.checkpoint.shared import errors_name, is_targets_embedding, is_targets_head
 from specjax.drafters.feature import FeatureDrafter
 from specjax.drafters.mtp import MTPConfig, MTPDrafter, MTPHead, abstract_mtp_params
-from specjax.hf.keys import read_json
+from specjax.hf.keys import read_json, without_keys
 from specjax.hf.mtp import MTPLayout, mtp_layout, mtp_parameters, mtp_tensors
 from specjax.hf.safetensors import open_tensors, write_tensors
 from specjax.types import LanguageModel
@@ -24,39 +24,44 @@ def open_mtp(
     dtype: jnp.dtype,
     chained: bool = False,
     zero_first: bool = False,
+    ignore_config_keys: Iterable[str] = (),
 ) -> tuple[FeatureDrafter | MTPDrafter, Any]:
-    """Opens MTP modules as a drafter: of DeepSeek-V3's layout in any family, of GLM-4.5, Qwen3-Next or MiMo.
+    """Opens MTP modules as a drafter (DeepSeek-V3, section 2.2).
 
-    Of a whole model's folder, only the modules' tensors are read. Embeddings and output heads that lie beside them
-    are compared with the target's, and kept only if they differ.
+    DeepSeek-V3's layout is read for any family, and the layouts of GLM-4.5, Qwen3-Next and MiMo. In a whole model's
+    folder, only the modules' tensors are read. The modules' own embeddings and output heads are compared with the
+    target's, and kept only if they differ.
 
     Args:
-      path: a Hugging Face folder: a model's with its modules, or one of modules alone.
+      path: a Hugging Face folder of a model with its modules, or of modules alone.
       target: the model to draft for.
-      num_draft: g, tokens proposed per round: any number where one module is chained, else at most one per module.
-      dtype: of parameters and computation.
-      chained: feed the first of several modules its own states, instead of one module per token. A single module is
-        always chained.
-      zero_first: take the embedding at position 0 for zero, as vLLM does and others do not.
+      num_draft: g, tokens proposed per round. Any number if one module is chained, else at most one per module.
+      dtype: dtype of parameters and computation.
+      chained: only for several modules: the first module drafts all tokens and takes its own states. Otherwise each
+        module drafts one token. A single module is always chained.
+      zero_first: the embedding at position 0 is zero, as in vLLM. Other engines differ.
+      ignore_config_keys: as for ``specjax.load``.
 
     Returns:
-      The drafter, of parameters that are shapes and dtypes, and a tree like them of ``Parameter``.
+      The drafter, with shapes and dtypes in place of parameters, and a tree of ``Parameter`` in the same structure.
 
     Raises:
-      ValueError: a file is missing or damaged; the config is of no layout that is known, or has no modules; a tensor
-        is missing, of another shape, or unknown; the modules do not fit the target in width, vocabulary or number of
+      ValueError: a file is missing or damaged; the config is of an unknown layout, or has no modules; a tensor is
+        missing, unknown, or of another shape; the modules do not fit the target in width, vocabulary or number of
         layers; or ``num_draft`` is too high.
     """
-    raw = read_json(path / "config.json")
+    # 1. The config says how many modules there are, so ``num_draft`` is checked before any tensor.
+    raw = without_keys(read_json(path / "config.json"), ignore_config_keys)
     with errors_name(path / "config.json"):
         layout = mtp_layout(raw)
     modules = layout.decoder.num_hidden_layers
     chained = chained or modules == 1
     if not chained and num_draft > modules:
         raise ValueError(
-            f"num_draft is {num_draft}, but {path} has {modules} MTP modules of one draft each; give at most that, or "
-            "chained=True to draft all with the first"
+            f"num_draft is {num_draft}, but {path} has {modules} MTP modules of one draft each; give at most "
+            f"{modules}, or chained=True to draft all with the first"
         )
+    # 2. The tensors say whether the modules embed and unembed by themselves.
     with errors_name(path):
         _check_fits(layout, target)
         tensors = layout.select(open_tensors(path))
@@ -68,6 +73,7 @@ def open_mtp(
             own_head=layout.held("lm_head.kernel", tensors),
         )
         params = mtp_parameters(layout, tensors, abstract_mtp_params(config))
+    # 3. Modules that draft nothing are not read, nor are copies of the target's tables.
     used = 1 if chained else num_draft
     config, params = _without_the_targets(config, {k: params[k] for k in range(used)}, target)
     abstract = abstract_mtp_params(config, dtype)
@@ -77,17 +83,18 @@ def open_mtp(
 
 
 def fill_mtp(folder: Path, config: Mapping[str, Any], params: Any) -> None:
-    """Writes MTP modules into a folder, in the layout of a family: DeepSeek-V3's, unless the family has its own.
+    """Writes MTP modules into a folder, in the layout of the family. Most families have DeepSeek-V3's layout.
 
     Args:
       folder: an empty folder.
-      config: a Hugging Face config: the target's, or one of modules with layers of other sizes. The number of modules
+      config: the target's Hugging Face config, or a config of modules with layers of other sizes. The number of modules
         is added to it.
-      params: of the modules, as ``specjax.drafters.mtp.init_mtp_params`` returns.
+      params: the modules' parameters, as ``specjax.drafters.mtp.init_mtp_params`` returns them.
 
     Raises:
-      ValueError: the config is of a family without a layout, or the parameters are not those it describes.
+      ValueError: the config is of a family without a layout, or the parameters are other than the config describes.
     """
+    # Two keys may hold the number of modules. One is written, so that they cannot contradict each other.
     config = {key: value for key, value in config.items() if key != "num_mtp_layers"}
     config["num_nextn_predict_layers"] = len(params)
     layout = mtp_layout(config)
@@ -100,7 +107,7 @@ def fill_mtp(folder: Path, config: Mapping[str, Any], params: Any) -> None:
 
 
 def _check_fits(layout: MTPLayout, target: LanguageModel) -> None:
-    """Raises ValueError unless the modules have the target's sizes and the target lends what they share."""
+    """Raises ValueError unless the modules have the target's sizes, and the target has what they share with it."""
     for name in ("embed", "unembed"):
         if getattr(target, name) is None:
             raise ValueError(
@@ -119,10 +126,14 @@ def _check_fits(layout: MTPLayout, target: LanguageModel) -> None:
 
 
 def _without_the_targets(config: MTPConfig, params: Any, target: LanguageModel) -> tuple[MTPConfig, Any]:
-    """Returns config and parameters of as many modules, without embeddings and heads that equal the target's."""
+    """Returns config and parameters without embeddings and output heads that equal the target's.
+
+    The config counts as many modules as ``params`` holds.
+    """
     count = len(params)
     decoder = dataclasses.replace(config.decoder, num_hidden_layers=count, layers=config.decoder.each_layer[:count])
     config = dataclasses.replace(config, decoder=decoder)
+    # Either all modules use the target's table or none does: the config has one field for all.
     if config.own_embedding and all(is_targets_embedding(params[k]["embed_tokens"]["weight"], target) for k in params):
         config = dataclasses.replace(config, own_embedding=False)
         params = {k: {name: part for name, part in params[k].items() if name != "embed_tokens"} for k in params}

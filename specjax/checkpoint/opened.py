@@ -1,4 +1,4 @@
-"""One door to a model's folder: all that generation needs of it."""
+"""``specjax.open``: a model's folder with everything that generation needs of it."""
 
 import dataclasses
 import os
@@ -21,14 +21,14 @@ _OF_STORAGE = ("dtype", "torch_dtype", "quantization_config")
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A model's folder, as ``specjax.open`` returns it.
+    """An opened model folder, the result of ``specjax.open``.
 
     Attributes:
       path: the folder.
       model: the model.
       tokenizer: the tokenizer, or None if the folder has none.
-      stop_tokens: the ids of tokens that end a text; empty if the folder names none.
-      chat_template: how a conversation is laid out as text, or None if the folder does not say.
+      stop_tokens: ids of the tokens that end a text; empty if the folder names none.
+      chat_template: lays a conversation out as text, or None if the folder has no template.
       config: the keys of ``config.json`` that describe the model and its stop tokens, for ``specjax.save``.
     """
 
@@ -56,30 +56,33 @@ def open(
     rules: Rules = RULES,
     ignore_config_keys: Iterable[str] = (),
 ) -> Opened:
-    """Opens a checkpoint folder, or a Hugging Face folder with safetensors: model, tokenizer, stop tokens, template.
+    """Opens a checkpoint folder, or a Hugging Face folder with safetensors.
 
-    ``specjax.load`` opens the model alone, and takes the same arguments.
+    The result holds the model, the tokenizer, the stop tokens and the chat template. ``specjax.load`` opens only the
+    model, and takes the same arguments.
 
     Args:
       path: the folder.
-      dtype: of parameters and computation; None means ``specjax.default_dtype()``.
-      mesh: the parameters are split over it, as ``specjax.shard`` does; None is the default device.
+      dtype: dtype of parameters and computation; None means ``specjax.default_dtype()``.
+      mesh: the mesh to split the parameters over, as ``specjax.shard`` does; None is the default device.
       rules: as for ``specjax.shard``.
       ignore_config_keys: as for ``specjax.load``.
 
     Raises:
       ValueError: a file of the folder is damaged; or as for ``specjax.load``. A missing ``tokenizer.json`` or chat
         template is no error.
-      TypeError: as ``specjax.shard``.
+      TypeError: as for ``specjax.shard``.
     """
     path = Path(path).absolute()
-    # The small files first: an error in one of them should not wait for the parameters.
+    # 1. The small files come first: an error in one of them should not wait for the parameters.
     there = path.is_dir()
     tokenizer = load_tokenizer(path) if os.path.lexists(path / "tokenizer.json") else None
     template = find_chat_template(path) if there else None
     stop_tokens = load_stop_tokens(path) if there else ()
+    # 2. The config goes with the model, so that ``specjax.save`` can write both. It says how the model computes, not
+    # how this folder stored it. Stop tokens may come from another file, so they are put into the config.
     model, raw = load_described(path, dtype, mesh, rules, ignore_config_keys)
     config = {key: value for key, value in raw.items() if key not in _OF_STORAGE}
-    if stop_tokens:  # another file may have named them
+    if stop_tokens:
         config["eos_token_id"] = list(stop_tokens)
     return Opened(path, model, tokenizer, stop_tokens, template, config)

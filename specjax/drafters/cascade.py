@@ -1,4 +1,4 @@
-"""One drafter, and another for the rows where it proposes nothing."""
+"""One drafter, and a second one for the rows in which the first proposes nothing."""
 
 import dataclasses
 from typing import Any
@@ -13,7 +13,7 @@ from specjax.types import Cache, Context, Drafter, Draw, Event, LanguageModel, P
 
 @struct.dataclass
 class CascadeState:
-    """What the two drafters remember between rounds, a pytree each."""
+    """The states of the two drafters, a pytree each."""
 
     first: Any
     second: Any
@@ -21,18 +21,20 @@ class CascadeState:
 
 @struct.dataclass
 class Cascade:
-    """Takes the first drafter's proposal for each row in which it makes one, and the second's for the others.
+    """Uses the first drafter's proposal in rows where it makes one, and the second drafter's in all other rows.
 
-    The first should cost nothing and may often have nothing, such as ``NGramDrafter``; the second should always have
-    something. Where the first's drafts are taken, the second's ``draw`` returns them, so the second writes them into
-    its cache as if it had drafted them. If they are taken in all rows, a second with ``follow`` gets them by that and
-    drafts nothing. More than two nest on the left: ``Cascade(Cascade(a, b), c)``.
+    The first drafter should be cheap and may often propose nothing, like ``NGramDrafter``. The second should always
+    propose something. In rows that use the first drafter's tokens, the second drafter's ``draw`` returns these tokens,
+    so the second writes them into its cache as if it had drafted them. If all rows use them and the second has
+    ``follow``, then ``follow`` gets the tokens and the second does not draft. Nest more than two drafters on the left:
+    ``Cascade(Cascade(a, b), c)``.
 
-    Whether the first proposes anything must not depend on what it draws, since the second draws with the same noise.
+    Whether the first drafter proposes anything must not depend on its draws, since the second draws with the same
+    noise.
 
     Attributes:
-      first: asked first.
-      second: of the same ``num_draft``.
+      first: the drafter that is asked first.
+      second: the drafter for the other rows, with the same ``num_draft``.
     """
 
     first: Any
@@ -43,7 +45,8 @@ class Cascade:
         """g.
 
         Raises:
-          TypeError, ValueError: the two are no drafters, draft different numbers of tokens, or nest on the right.
+          TypeError: one of the two is not a drafter.
+          ValueError: the two draft different numbers of tokens, or the second is a ``Cascade``.
         """
         for name, part in (("first", self.first), ("second", self.second)):
             if isinstance(part, type) or not hasattr(part, "propose"):
@@ -81,25 +84,28 @@ class Cascade:
         return CascadeState(self.first.init(target, rows, slots), self.second.init(target, rows, slots))
 
     def observe(self, state: CascadeState, context: Context, event: Event) -> CascadeState:
-        """Lets both take note."""
+        """Returns both drafters' states after the event."""
         return CascadeState(
             self.first.observe(state.first, context, self._event(self.first, event)),
             self.second.observe(state.second, context, self._event(self.second, event)),
         )
 
     def propose(self, state: CascadeState, context: Context, draw: Draw) -> tuple[Proposal, CascadeState]:
-        """Returns the first's proposal in rows where there is one, the second's in others."""
+        """Returns the first drafter's proposal in rows where there is one, the second's in the other rows."""
+        # The second drafter starts from whatever the first wrote into the target's cache.
         first, first_state = self.first.propose(state.first, context, draw)
         if first.cache is not None:
             context = dataclasses.replace(context, cache=first.cache)
         taken_b = first.length_b > 0
 
+        # The noise of `draw` is used in all rows, so other rows get the same drafts with and without a cascade.
         def draw_first(logits_bv: Array, drafts_bg: Array, index: int | Array) -> tuple[Array, Array]:
             token_b, probs_bv = draw(logits_bv, drafts_bg, index)
             first_b = lax.dynamic_index_in_dim(first.tokens_bg, index, axis=1, keepdims=False)
             return jnp.where(taken_b, first_b, token_b), probs_bv
 
         second, second_state = self._second(state.second, context, draw_first, first.tokens_bg, taken_b)
+        # One-hot probabilities are made only if the other drafter has real ones.
         probs_bgv = None
         if first.probs_bgv is not None or second.probs_bgv is not None:
             vocab = context.target.vocab_size
@@ -116,19 +122,21 @@ class Cascade:
     def _second(
         self, state: Any, context: Context, draw: Draw, tokens_bg: Array, taken_b: Array
     ) -> tuple[Proposal, Any]:
-        """Lets the second propose, unless no row needs it and it can follow without."""
+        """Returns the second's proposal and state. If no row needs a proposal, ``follow`` replaces ``propose``."""
 
         def propose(state: Any, cache: Cache) -> tuple[Proposal, Any]:
             return self.second.propose(state, dataclasses.replace(context, cache=cache), draw)
 
         if not hasattr(self.second, "follow"):
             return propose(state, context.cache)
+        # Without a proposal of the second drafter a loop needs a value of the same shapes. It is never used, except for
+        # the target's cache, which must stay as it is.
         shapes, _ = jax.eval_shape(propose, state, context.cache)
         writes = shapes.cache is not None
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), dataclasses.replace(shapes, cache=None))
         nothing = dataclasses.replace(nothing, cache=context.cache if writes else None)
         turns = jnp.any(~taken_b).astype(jnp.int32)
-        # Loops of no turn or one: lax.cond would copy all caches in both of its branches.
+        # Two loops, one of no turn and one of one turn, since lax.cond would copy all caches in both of its branches.
         second, state = lax.fori_loop(
             jnp.int32(0), turns, lambda _, x: propose(x[1], x[0].cache if writes else context.cache), (nothing, state)
         )
@@ -138,6 +146,6 @@ class Cascade:
         return second, state
 
     def _event(self, part: Drafter, event: Event) -> Event:
-        """Returns the event with the features that one of the two asked for."""
+        """Returns the event with the features that ``part`` asked for."""
         features = tuple(event.features[self.capture.index(index)] for index in part.capture)
         return dataclasses.replace(event, features=features)

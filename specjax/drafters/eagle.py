@@ -1,4 +1,4 @@
-"""EAGLE heads: a decoder layer, or a few, that draft from the target's own hidden states."""
+"""EAGLE draft heads: one decoder layer or a few, which draft from the target's hidden states."""
 
 import dataclasses
 import functools
@@ -21,30 +21,30 @@ from specjax.types import Feed, LanguageModel
 
 @dataclasses.dataclass(frozen=True)
 class EagleHead:
-    """What fixes an EAGLE head's shapes and computation; a ``Head`` of ``specjax.drafters.feature``.
+    """The description of an EAGLE draft head; a ``Head`` of ``specjax.drafters.feature``.
 
-    EAGLE-1 (Li et al. 2024, arXiv 2401.15077, section 4.1; the head of EAGLE-2 is the same) predicts the target's last
-    state from ``fc([embedding ; state])``, and the target's head reads it. EAGLE-3 (Li et al. 2025, arXiv 2503.01840,
-    section 3.1) fuses several states of the target into one by ``fc``, goes on from its own, and has a head of its own,
-    often over a part of the vocabulary.
+    EAGLE-1 (Li et al. 2024, arXiv 2401.15077, section 4.1) predicts the target's last state from
+    ``fc([embedding ; state])``. The target's output head then gives the logits. EAGLE-2 has the same draft head.
+    EAGLE-3 (Li et al. 2025, arXiv 2503.01840, section 3.1) fuses several states of the target into one by ``fc``. From
+    the second draft on it reads its own states. It has its own output head, often over a part of the vocabulary.
 
     Attributes:
-      decoder: the layers; its ``vocab_size`` is the target's, its ``max_position_embeddings`` means nothing.
+      decoder: describes the layers. Its ``vocab_size`` is the target's; its ``max_position_embeddings`` is ignored.
       capture: hidden-state indices of the target: 0 the embedding output, i the output of layer i. EAGLE-1: ``(-1,)``,
         the state after the final norm.
       version: 1 or 3.
       target_hidden_size: width of the target's states, None for ``decoder.hidden_size``.
       draft_vocab_size: u, how many of the target's tokens can be drafted; None for all. EAGLE-1: None.
-      own_embedding: the head embeds tokens itself, otherwise the target does.
-      fc_bias: ``fc`` has a bias. EAGLE-1 only, as the following are of EAGLE-3.
-      norm_before_residual: the first layer's residual is the normed state, not the state.
-      norm_before_fc: the fused states are normed together before ``fc``.
-      fc_norm: they are normed one by one; not both.
-      norm_output: the head goes on from its normed states (EAGLE-3.1).
+      own_embedding: whether the draft head has its own embedding; otherwise the target embeds.
+      fc_bias: whether ``fc`` has a bias; EAGLE-1 only.
+      norm_before_residual: whether the first layer's residual is the normed state; EAGLE-3 only, like the fields below.
+      norm_before_fc: whether the target's states are normed together before ``fc``.
+      fc_norm: whether the target's states are normed one by one before ``fc``. Not together with ``norm_before_fc``.
+      norm_output: whether the next draft reads the normed states of the draft before it (EAGLE-3.1).
 
     Raises:
-      ValueError: a size is out of range, ``version`` is neither 1 nor 3, or fields contradict one another or the
-        version; the message names which.
+      ValueError: a size is out of range, ``version`` is neither 1 nor 3, or fields contradict each other or the
+        version. The message names the fields.
     """
 
     decoder: DecoderConfig
@@ -67,6 +67,7 @@ class EagleHead:
             check_integer("draft_vocab_size", self.draft_vocab_size, 1, self.vocab_size)
         if self.version not in (1, 3):
             raise ValueError(f"version is {self.version!r}; give 1 (also for EAGLE-2) or 3")
+        # Each version has fields that the other lacks. A field that is silently ignored would draft badly.
         features = [name for name in _OF_EAGLE_3 if getattr(self, name)]
         if self.version == 1 and (features or self.draft_vocab_size or self.capture != (-1,)):
             raise ValueError(
@@ -82,6 +83,7 @@ class EagleHead:
             )
         if self.norm_before_fc and self.fc_norm:
             raise ValueError("norm_before_fc and fc_norm are both true; the states are normed together or one by one")
+        # Only `fc` of EAGLE-3 changes the width, and embeddings of the target do not go through it.
         width, other = self.decoder.hidden_size, self.target_hidden_size
         if width != other and (self.version == 1 or not self.own_embedding):
             raise ValueError(
@@ -95,11 +97,11 @@ class EagleHead:
 
     @property
     def states(self) -> int:
-        """How many of the target's states are fused."""
+        """How many of the target's hidden states are fused."""
         return len(self.capture)
 
     def describe(self) -> str:
-        """Returns a line for people: which of the target's states are read, above all."""
+        """Returns one line for people: the size, the target's states that are read, and the draft vocabulary."""
         layers, width = self.decoder.num_hidden_layers, self.decoder.hidden_size
         size = f"EAGLE-{self.version} head, {layers} layer{'s' if layers > 1 else ''} of width {width}"
         if self.version == 1:
@@ -113,8 +115,8 @@ class EagleHead:
     def init_params(self, key: Array, dtype: jnp.dtype = jnp.dtype("float32")) -> Any:
         """Returns freshly drawn parameters as a nested dict of arrays; ``key`` is consumed.
 
-        A reduced draft vocabulary, ``draft_of_v`` int32 ``[v]``, holds the draft's id of each of the target's tokens,
-        and -1 for those that are never drafted; here it is the target's first ``draft_vocab_size`` tokens.
+        With a reduced draft vocabulary, ``draft_of_v`` int32 ``[v]`` holds the draft's id of each target token, and -1
+        for tokens that are never drafted. Here the draft vocabulary is the target's first ``draft_vocab_size`` tokens.
         """
         return _EAGLE.init(self, key, dtype)
 
@@ -123,33 +125,41 @@ class EagleHead:
         return _EAGLE.abstract(self, dtype)
 
     def axes(self, params: Any) -> Any:
-        """Returns what each parameter's dimensions stand for, in a tree like ``params``."""
+        """Returns a tree like ``params``, with a tuple of ``Axis`` in place of each array."""
         return _EAGLE.axes(self, _dtype_of(params))
 
     def check_fit(self, target: LanguageModel, width: int) -> None:
-        """Raises ValueError unless the target's states are ``width`` wide as the head reads them, and the target embeds
-        tokens and, for EAGLE-1, unembeds states."""
+        """Checks that the draft head can read the target.
+
+        Args:
+          target: the target.
+          width: width of the target's hidden states.
+
+        Raises:
+          ValueError: the draft head reads states of another width; the target has no ``embed`` and the draft head no
+            embedding; or the target has no ``embed`` or ``unembed`` and the draft head is EAGLE-1.
+        """
         if self.target_hidden_size != width:
             raise ValueError(
                 f"the head reads states {self.target_hidden_size} wide and the target's are {width}; {_CURE}"
             )
-        if self.version == 1:  # reads logits from states in the dtype of the target's embeddings
+        if self.version == 1:  # `logits` needs both: it unembeds states in the dtype of the target's embeddings
             target.require("embed", "unembed")
         elif not self.own_embedding:
             target.require("embed")
 
     def init_cache(self, params: Any, rows: int, slots: int) -> KVCache:
-        """Makes an empty cache."""
+        """Returns an empty cache of the draft head's layers."""
         return empty_cache(self.decoder, rows, slots, _dtype_of(params))
 
     def fuse(self, params: Any, features: tuple[Array, ...]) -> Array:
-        """Returns ``[b, t, d]`` from one ``[b, t, target's d]`` for each index of ``capture``."""
+        """Returns states ``[b, t, d]``, made from one ``[b, t, target's d]`` for each index of ``capture``."""
         return self._bind(params).fuse([x.astype(_dtype_of(params)) for x in features])
 
     def run(
         self, params: Any, target: LanguageModel, feed: Feed, states_btd: Array, cache: KVCache
     ) -> tuple[Array, KVCache]:
-        """As ``specjax.drafters.feature.Head.run``."""
+        """Runs one pass; see ``specjax.drafters.feature.Head.run``."""
         module = self._bind(params)
         if self.own_embedding:
             embedded_btd = module.embed_tokens(feed.tokens_bt)
@@ -159,7 +169,7 @@ class EagleHead:
         return module(embedded_btd.astype(states_btd.dtype), states_btd, cache, feed)
 
     def logits(self, params: Any, target: LanguageModel, states_bd: Array) -> Array:
-        """Returns float32 ``[b, v]`` logits of states ``[b, d]``, -inf for tokens that are never drafted."""
+        """Returns float32 logits ``[b, v]`` of states ``[b, d]``. Tokens that are never drafted have -inf."""
         module = self._bind(params)
         if isinstance(module, _Eagle3):
             return module.logits(states_bd)
@@ -177,7 +187,7 @@ _OF_EAGLE_3 = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output
 
 
 def check_fit(head: EagleHead, target: LanguageModel) -> None:
-    """Raises ValueError unless the head is made for a target of this width, vocabulary and number of layers."""
+    """Raises ValueError unless the draft head fits the target's width, vocabulary and number of layers."""
     target.require("embed", "unembed", "num_layers")
     assert target.num_layers is not None
     head.check_fit(target, target.embedding_spec.shape[-1])
@@ -191,7 +201,7 @@ def check_fit(head: EagleHead, target: LanguageModel) -> None:
 
 
 class _BareLayer(DecoderLayer):
-    """EAGLE-1's first layer: nothing is normed before its attention."""
+    """EAGLE-1's first layer. There is no norm before its attention."""
 
     def __init__(self, config: DecoderConfig, layer: LayerConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         super().__init__(config, layer, dtype, rngs)
@@ -206,7 +216,7 @@ class _BareLayer(DecoderLayer):
 
 
 class _FusingLayer(nnx.Module):
-    """EAGLE-3's first layer: attention over embedding and state side by side."""
+    """EAGLE-3's first layer. Its attention reads embedding and state side by side, 2 d wide."""
 
     def __init__(self, head: EagleHead, dtype: jnp.dtype, rngs: nnx.Rngs):
         config, width = head.decoder, head.decoder.hidden_size
@@ -266,7 +276,8 @@ class _Eagle3(nnx.Module):
         layers = [DecoderLayer(config, layer, dtype, rngs) for layer in config.each_layer[1:]]
         self.layers = nnx.List([_FusingLayer(head, dtype, rngs), *layers])
         self.norm = make_norm(config, width, dtype)
-        # Logits of some tokens are looked up by all tokens' ids; over devices that would move more than it saves.
+        # With a reduced draft vocabulary, logits are looked up by the target's ids. With logits split over devices, the
+        # look-up would move more than the split saves.
         axes = ("embed", "vocab" if head.draft_vocab_size is None else None)
         self.lm_head = Linear(width, head.draft_vocab_size or head.vocab_size, False, dtype, rngs, axes)
         if head.draft_vocab_size is not None:
@@ -280,6 +291,7 @@ class _Eagle3(nnx.Module):
         return self.fc(fused if self.input_norm is None else self.input_norm(fused))
 
     def __call__(self, embedded_btd: Array, x_btd: Array, cache: KVCache, feed: Feed) -> tuple[Array, KVCache]:
+        # Only the first layer reads the embedding.
         first, *others = self.layers
         layers = [functools.partial(first, embedded_btd), *others]
         states, cache = run_layers(layers, self.head.decoder, x_btd, cache, feed)
@@ -289,6 +301,7 @@ class _Eagle3(nnx.Module):
         logits_bu = self.lm_head(x_bd if self.head.norm_output else self.norm(x_bd)).astype(jnp.float32)
         if self.head.draft_vocab_size is None:
             return logits_bu
+        # From the draft's ids to the target's. Tokens outside of the draft vocabulary look up entry 0 and are masked.
         draft_of_v = self.draft_of_v[...]
         return jnp.where((draft_of_v >= 0)[None], logits_bu[:, jnp.maximum(draft_of_v, 0)], -jnp.inf)
 

@@ -310,7 +310,8 @@ class MTPDrafter:
                 states_btd, stored = module(context.target, feed, states_btd, cache.layers[k - 1])
                 kept.append(stored)
             cache, final_b = KVCache(tuple(kept)), event.end_b + 1
-        start_b = jnp.maximum(final_b - g, 0)
+        # The slot of the last known state is written again, too: propose draws from it, also with one module.
+        start_b = jnp.maximum(jnp.minimum(final_b - g, event.end_b - 1), 0)
         states_btd = jnp.where(kept_b1[:, :, None], known(start_b, 2 * g), state.states_btd)
         return MTPState(cache, states_btd, jnp.where(kept_b1[:, 0], start_b, state.start_b))
 

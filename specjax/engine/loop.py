@@ -225,7 +225,8 @@ def extend(
         ``[rows, width]``, right-padded.
       lengths: integers ``[rows]``, 0 .. width; a row of 0 stays as it is.
       drafter: the drafter that ``state`` was made with.
-      max_new_tokens: the most tokens that an extended row emits from now on, an integer or one per row.
+      max_new_tokens: the most tokens that an extended row emits from now on, an integer or one per row. Under ``jit``
+        nothing checks that all fits: each row, also one of length 0, needs ``width`` free slots.
 
     Raises:
       ValueError, TypeError: as for ``generate``; or the tokens and ``max_new_tokens`` do not fit into the slots of

@@ -67,7 +67,7 @@ def start(
         logprobs=Logprobs.empty(rows, slots, top_logprobs) if logprobs else None,
         num_draft=drafter.num_draft,
     )
-    return _read(target, state, drafter, zero_b, chunk)
+    return _read(target, state, drafter, zero_b, chunk, one_pass=chunk < CHUNK)
 
 
 def extend(
@@ -96,15 +96,16 @@ def extend(
         request=request,
     )
     # A row that is not extended has all but its last token in the cache, and nothing to read.
-    return _read(target, state, drafter, old_b - 1, chunk)
+    one_pass = new_bt.shape[1] <= chunk < CHUNK
+    return _read(target, state, drafter, old_b - 1, chunk, one_pass)
 
 
-def _read(target: LanguageModel, state: State, drafter: Drafter, start_b: Array, chunk: int) -> State:
+def _read(target: LanguageModel, state: State, drafter: Drafter, start_b: Array, chunk: int, one_pass: bool) -> State:
     """Feeds each row's tokens from ``start_b`` on, all but the last, which the next round feeds.
 
-    A prompt of less than ``CHUNK`` tokens is one pass. A longer one is read in a loop of such passes, so that memory
-    does not grow with the prompt beyond the cache. The first pass of a row is the one that is not full: no later pass
-    then writes past the row's end.
+    Tokens that fit into a chunk of less than ``CHUNK`` are one pass. More are read in a loop of such passes, so that
+    memory does not grow with the prompt beyond the cache. The first pass of a row is the one that is not full: no later
+    pass then writes past the row's end.
     """
     missing_b = state.length_b - 1 - start_b
 
@@ -117,7 +118,7 @@ def _read(target: LanguageModel, state: State, drafter: Drafter, start_b: Array,
         context = Context(target, cache, state.tokens_bs, state.length_b, _room(state))
         return cache, drafter.observe(draft, context, Event(feed, output.features, count_b))
 
-    if chunk < CHUNK:
+    if one_pass:
         cache, draft = read(start_b, missing_b, state.cache, state.draft)
         return dataclasses.replace(state, cache=cache, draft=draft)
     chunks = (jnp.max(missing_b) + (chunk - 1)) // chunk

@@ -1,4 +1,4 @@
-"""Tokens to text and back: vocabularies, chat templates, text streams."""
+"""Tokens as text and text as tokens: vocabularies, chat templates, text streams."""
 
 from specjax.text.chat import ChatTemplate as ChatTemplate
 from specjax.text.chat import load_chat_template as load_chat_template

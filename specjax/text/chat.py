@@ -22,7 +22,7 @@ def load_chat_template(path: str | os.PathLike) -> "ChatTemplate":
     """Opens the chat template of a checkpoint folder or a Hugging Face folder.
 
     Raises:
-      ValueError: the folder has no chat template; or as for ``find_chat_template``.
+      ValueError: the folder has no chat template, or ``find_chat_template`` raises.
     """
     template = find_chat_template(path)
     if template is None:
@@ -36,9 +36,9 @@ def load_chat_template(path: str | os.PathLike) -> "ChatTemplate":
 def find_chat_template(path: str | os.PathLike) -> "ChatTemplate | None":
     """Opens the chat template of a checkpoint folder or a Hugging Face folder; returns None if there is none.
 
-    It is ``chat_template.jinja``, else ``chat_template`` of ``tokenizer_config.json``: a string, or a list of named
-    templates with one called "default". Special tokens come from ``tokenizer_config.json``, and for folders without
-    ``added_tokens_decoder`` there, from ``special_tokens_map.json``, which then goes first.
+    The template is ``chat_template.jinja``. Without this file it is ``chat_template`` of ``tokenizer_config.json``: a
+    string, or a list of named templates with one called "default". Special tokens come from ``tokenizer_config.json``.
+    If it has no ``added_tokens_decoder``, ``special_tokens_map.json`` is read as well and goes before it.
 
     Raises:
       ValueError: the path is no folder, a file is damaged, or the template does not compile.
@@ -47,11 +47,13 @@ def find_chat_template(path: str | os.PathLike) -> "ChatTemplate | None":
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give one with chat_template.jinja or tokenizer_config.json")
     config_file, file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    # Older folders keep special tokens in a file of their own.
     config = _read_json(config_file)
     if "added_tokens_decoder" not in config:
         config |= _read_json(folder / "special_tokens_map.json")
     tokens = {name: _content(config.get(name)) for name in SPECIAL_TOKENS}
     tokens = {name: token for name, token in tokens.items() if token is not None}
+    # A file beside the config is the newer way to store a template, and transformers prefers it as well.
     if file.is_file():
         return ChatTemplate(_read(file), tokens, str(file))
     source, name = config.get("chat_template"), f"{config_file}: chat_template"
@@ -67,8 +69,8 @@ def find_chat_template(path: str | os.PathLike) -> "ChatTemplate | None":
 class ChatTemplate:
     """A Jinja template that lays out a conversation, as ``apply_chat_template`` of ``transformers`` renders it.
 
-    Templates come with a model, so they run in Jinja's sandbox: they read their variables, and change nothing.
-    The text already holds special tokens, the first one included: encode it with ``add_special_tokens=False``.
+    Templates come with a model and are not trusted. They run in Jinja's sandbox, where they read their variables and
+    change nothing. The text already holds all special tokens, so encode it with ``add_special_tokens=False``.
 
     Reference: https://huggingface.co/docs/transformers/chat_templating_writing
     """
@@ -87,7 +89,7 @@ class ChatTemplate:
         self._tokens, self._name = dict(tokens or {}), name
         try:
             self._template = _environment().from_string(source)
-        except Exception as error:  # Jinja hands on what Python's own compiler makes of a strange template
+        except Exception as error:  # Jinja raises whatever Python's own compiler raises
             place = f" at line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise ValueError(f"{name} does not compile{place} ({_reason(error)}); copy it again or repair it") from None
 
@@ -98,23 +100,26 @@ class ChatTemplate:
 
         Args:
           messages: the conversation, in order; a message is ``{"role": ..., "content": ...}``.
-          add_generation_prompt: end with what opens an answer of the model.
-          **variables: what else the template reads, such as ``tools`` or ``enable_thinking``; they go before
-            special tokens of the same name.
+          add_generation_prompt: whether the text ends with the beginning of an answer of the model.
+          **variables: other variables of the template, such as ``tools`` or ``enable_thinking``. They go before special
+            tokens of the same name.
 
         Raises:
-          ValueError: the messages or variables are not plain JSON values, or the template refuses them, fails on
-            them, or tries what the sandbox forbids.
+          ValueError: the messages or variables are not plain JSON values; or the template refuses them, fails on them,
+            or tries something that the sandbox forbids.
         """
+        # A string is a sequence, too, and would be read as one message per letter.
         listed = isinstance(messages, Sequence) and not isinstance(messages, str)
         if not listed or not all(isinstance(message, Mapping) for message in messages):
             raise ValueError(f'messages is {messages!r}; give a list such as [{{"role": "user", "content": "Hello"}}]')
         values = {"tools": None, "documents": None, **self._tokens, **variables}
         values |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        # Plain JSON values only: the sandbox cannot watch the methods of other objects.
         try:
-            values = json.loads(json.dumps(values))  # methods of richer objects would be beyond the sandbox's watch
+            values = json.loads(json.dumps(values))
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"messages and variables must be plain JSON values ({error}); convert them") from None
+        # A template is a program and can fail in any way. Each kind of failure has its own remedy in the message.
         try:
             return self._template.render(values)
         except _RefusalError as error:
@@ -123,7 +128,7 @@ class ChatTemplate:
             raise ValueError(
                 f"{self._name} tries what a template may not ({_reason(error)}); take one from a trusted source"
             ) from None
-        except Exception as error:  # a template is a program, and can fail in any way
+        except Exception as error:
             raise ValueError(
                 f"{self._name} fails on the messages ({type(error).__name__}: {_reason(error)}); "
                 "give messages that it supports, or repair it"
@@ -135,7 +140,7 @@ class _RefusalError(jinja2.TemplateError):
 
 
 class _Generation(Extension):
-    """The tag ``{% generation %}``, by which training finds the model's own words; here it is only a scope."""
+    """The tag ``{% generation %}``. It marks the model's own words for training; here it is only a scope."""
 
     tags = {"generation"}
 
@@ -145,7 +150,7 @@ class _Generation(Extension):
 
 
 class _PublicNamespace(Namespace):
-    """Refuses names such as ``__call__``, by which calls would get around the sandbox."""
+    """A namespace that refuses names such as ``__call__``, which would let a template leave the sandbox."""
 
     def __init__(*args: Any, **kwargs: Any):  # `self` is a name that templates may use
         attributes = dict(*args[1:], **kwargs)
@@ -183,7 +188,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Like Jinja's, but without escapes for HTML."""
+    """Returns JSON like Jinja's own filter, but without escapes for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -196,11 +201,12 @@ def _strftime_now(form: str) -> str:
 
 
 def _reason(error: Exception) -> str:
+    # One short line: errors of templates may quote whole conversations.
     return " ".join(str(error).split())[:300]
 
 
 def _content(token: Any, key: str = "content") -> str | None:
-    """Returns a text that stands for itself or under a key of an object."""
+    """Returns a token that is a string or an object with the string under ``key``; None for anything else."""
     token = token.get(key) if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
 
@@ -213,7 +219,7 @@ def _read(file: Path) -> str:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """Returns the object that a JSON file holds; an empty one if there is no file."""
+    """Returns the object that a JSON file holds, or an empty dict if there is no such file."""
     if not file.is_file():
         return {}
     try:

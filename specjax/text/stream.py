@@ -1,4 +1,4 @@
-"""Tokens as text while they are made."""
+"""Text of tokens, piece by piece while the tokens are generated."""
 
 import operator
 from collections.abc import Sequence
@@ -8,36 +8,38 @@ import numpy as np
 from numpy.typing import ArrayLike
 from tokenizers import Tokenizer
 
-# Tokens behind which a decoder forgets: a UTF-8 character has 4 bytes, and a token at least one of them.
+# A decoder has forgotten a token after so many others: a UTF-8 character has at most 4 bytes, and each token at least
+# one of them.
 CONTEXT = 8
 
 
 class TextStream:
     """Turns a row's tokens into text piece by piece, in time linear in the tokens.
 
-    The pieces together are what ``tokenizer.decode(prompt + tokens)`` has behind ``tokenizer.decode(prompt)``, however
-    the tokens were divided: a character is never split, bytes that form none come out as U+FFFD, and special tokens
-    are left out. (A prompt that ends inside a character is itself decoded otherwise once that is complete; then the
-    pieces are what follows the two decoded texts' common beginning.)
+    The joined pieces do not depend on how the tokens were divided into pushes. They are the text of
+    ``tokenizer.decode(prompt + tokens)`` after its common beginning with ``tokenizer.decode(prompt)``. The whole
+    decoded prompt is that common beginning, except for a prompt that ends inside a character. A character is never
+    split. Bytes that form no character become U+FFFD. Special tokens are left out.
 
-    Text ends before the first place where a stop string begins; of several that begin there, the shortest is the one
-    that ``stopped`` names. What may yet turn out to be held back is held back: bytes of an unfinished character, and
-    the beginning of a stop string.
+    The text ends before the first place where a stop string begins. If several stop strings begin at this place,
+    ``stopped`` names the shortest. Text that is not certain yet is held back: bytes of an unfinished character, and the
+    beginning of a stop string. Example, stop string "END": after "the E" the stream has returned "the ".
 
     Attributes:
       stopped: the stop string that was met, or None.
     """
 
-    # ``tokenizers.decoders.DecodeStream`` does not serve: it raises where byte tokens turn out not to be UTF-8, holds
-    # text back for ever where it ends with U+FFFD, and cannot be asked for what it still holds.
+    # ``tokenizers.decoders.DecodeStream`` is no substitute. It raises if byte tokens are not UTF-8, holds text that
+    # ends with U+FFFD back for ever, and has no way to return the text that it still holds.
 
     def __init__(self, tokenizer: Tokenizer, prompt_tokens: ArrayLike = (), stop: Sequence[str] = ()):
-        """Starts behind a prompt.
+        """Starts after a prompt.
 
         Args:
-          tokenizer: what the tokens belong to. Ids that it does not know have no text.
-          prompt_tokens: ``[t]`` integers, what lies before: it decides, for one, whether a first space is text.
-          stop: texts to end before; they count where they begin in pushed tokens, not in the prompt.
+          tokenizer: the tokenizer of the tokens. Ids that it does not know have no text.
+          prompt_tokens: ``[t]`` integers, the tokens before the first pushed one. They decide, for one, whether a first
+            space is text.
+          stop: stop strings. Only those that begin in the text of pushed tokens count, not those of the prompt.
 
         Raises:
           ValueError: a stop string is empty or no string, or a token is not an integer from 0 to 2**31 - 1.
@@ -47,17 +49,19 @@ class TextStream:
         self.stopped: str | None = None
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._special = {token for token, about in tokenizer.get_added_tokens_decoder().items() if about.special}
-        # A run of byte tokens, such as <0xE6>, becomes characters or one U+FFFD each only as a whole, at its end.
+        # A run of byte tokens, such as <0xE6>, is decoded as a whole at its end: to characters, or to one U+FFFD each.
         names = [f"<0x{byte:{form}}>" for byte in range(256) for form in ("02X", "02x")]
         self._bytes = {tokenizer.token_to_id(name) for name in names} - {None}
-        self._window = self._visible(prompt_tokens)  # the last tokens, and of their text, what has been dealt with
+        # A decoder needs a few tokens of context. `_window` holds the last tokens, `_shown` the part of their text that
+        # has been released.
+        self._window = self._visible(prompt_tokens)
         self._shorten()
         self._shown = tokenizer.decode(self._window)
         self._held = ""  # text that may be the beginning of a stop string
         self._finished = False
 
     def push(self, tokens: ArrayLike) -> str:
-        """Returns the text that became certain with these tokens; nothing once a stop string was met.
+        """Returns the text that became certain with these tokens; "" after a stop string was met.
 
         Args:
           tokens: ``[t]`` integers, the next tokens of the row.
@@ -72,14 +76,14 @@ class TextStream:
         return self._release("".join(map(self._decode, self._visible(tokens))))
 
     def finish(self) -> str:
-        """Returns the text that was held back, the text being at its end."""
+        """Ends the stream and returns the text that was held back."""
         if self._finished or self.stopped is not None:
             return ""
         self._finished = True
-        return self._release(_behind(self._shown, self._tokenizer.decode(self._window)), last=True)
+        return self._release(_after(self._shown, self._tokenizer.decode(self._window)), last=True)
 
     def _visible(self, tokens: ArrayLike) -> list[int]:
-        """Returns the tokens that have text: those that ``decode`` does not skip."""
+        """Returns the tokens that have text: no special tokens and no unknown ids, which ``decode`` skips."""
         array = np.asarray(tokens)
         whole = array.ndim == 1 and (not array.size or np.issubdtype(array.dtype, np.integer))
         if not whole or any((array < 0) | (array >= 2**31)):
@@ -91,26 +95,28 @@ class TextStream:
         """Returns the text that one more token makes certain."""
         self._window.append(token)
         if token in self._bytes:
-            return ""
-        new = _behind(self._shown, _certain(self._tokenizer.decode(self._window)))
+            return ""  # the run of byte tokens may go on
+        new = _after(self._shown, _certain(self._tokenizer.decode(self._window)))
         if new:
             self._shorten()
             self._shown = _certain(self._tokenizer.decode(self._window))
         return new
 
     def _shorten(self) -> None:
-        """Drops old tokens from the window, but none of a run of byte tokens that reaches into it."""
+        """Drops old tokens from the window. A run of byte tokens that reaches into the window is kept whole."""
         start = max(0, len(self._window) - CONTEXT)
         while start and self._window[start - 1] in self._bytes:
             start -= 1
         del self._window[:start]
 
     def _release(self, new: str, last: bool = False) -> str:
-        """Returns text up to a stop string, or up to where one may have begun."""
+        """Returns the text up to a stop string, or up to the place where a stop string may have begun."""
         text = self._held + new
+        # The first place wins, then the shortest string.
         matches = ((text.find(stop), len(stop), stop) for stop in self._stop if stop in text)
         start, _, match = min(matches, default=(len(text), 0, None))
         end = len(text) if last else self._doubtful(text)
+        # A longer stop string may have begun before the match; then the match has to wait.
         if match is not None and start <= end:
             self.stopped, self._held = match, ""
             return text[:start]
@@ -118,17 +124,17 @@ class TextStream:
         return text[:end]
 
     def _doubtful(self, text: str) -> int:
-        """Returns where the longest end of the text starts that begins a stop string."""
+        """Returns the start of the longest end of ``text`` that begins a stop string, or ``len(text)`` if none does."""
         longest = max(map(len, self._stop), default=1)
         starts = range(max(0, len(text) - longest + 1), len(text))
         return next((i for i in starts if any(stop.startswith(text[i:]) for stop in self._stop)), len(text))
 
 
 def _certain(text: str) -> str:
-    """Returns a text without the U+FFFD at its end, which stands for bytes that the next may complete."""
+    """Returns ``text`` without a U+FFFD at its end, which stands for bytes that the next token may complete."""
     return text.removesuffix("\ufffd")
 
 
-def _behind(shown: str, text: str) -> str:
-    """Returns the text behind the beginning that the two have in common."""
+def _after(shown: str, text: str) -> str:
+    """Returns the part of ``text`` after its common beginning with ``shown``."""
     return text[sum(takewhile(bool, map(operator.eq, shown, text))) :]

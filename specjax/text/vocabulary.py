@@ -1,4 +1,4 @@
-"""What two vocabularies have in common: tokens are compared by the bytes they stand for."""
+"""Maps between two vocabularies. Tokens are compared by the bytes that they stand for."""
 
 import dataclasses
 import json
@@ -10,8 +10,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 MAX_PIECES = 4
-"""Draft tokens that one target token may become. Four spell all but the longest words and runs of foreign letters, and
-a drafter feeds one more than this in every round."""
+"""The most draft tokens for one target token. Four spell all but the longest words and runs of foreign letters. More
+would cost time: a drafter feeds one more than this in every round."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -19,9 +19,9 @@ class VocabularyMap:
     """A target's tokens in terms of a draft's.
 
     Attributes:
-      draft_of_v: int32 ``[v]``, the draft's id of each token that both have, -1 for the others.
-      pieces_vp: int32 ``[v, p]``, draft tokens that spell each token, zeros behind them. A shared token is one piece.
-      num_pieces_v: int32 ``[v]``, how many of the p count; 0 where the draft has nothing like it.
+      draft_of_v: int32 ``[v]``, the draft's id of each token that both vocabularies have, -1 for other tokens.
+      pieces_vp: int32 ``[v, p]``, the draft tokens that spell each token, then zeros. A shared token is one piece.
+      num_pieces_v: int32 ``[v]``, how many of the p pieces count; 0 if no draft tokens spell the token.
 
     Raises:
       ValueError: the shapes do not fit, an id or a count is out of range, or a shared token is not its one piece.
@@ -32,6 +32,7 @@ class VocabularyMap:
     num_pieces_v: np.ndarray
 
     def __post_init__(self):
+        # Drafters index arrays with these ids on the device, where a wrong id would raise nothing.
         (vocab,), shape, count_shape = np.shape(self.draft_of_v), np.shape(self.pieces_vp), np.shape(self.num_pieces_v)
         if len(shape) != 2 or shape[0] != vocab or not shape[1] or count_shape != (vocab,):
             raise ValueError(
@@ -48,15 +49,15 @@ class VocabularyMap:
 
     @property
     def num_shared(self) -> int:
-        """How many of the target's tokens the draft has too."""
+        """How many of the target's tokens the draft has as well."""
         return int((self.draft_of_v >= 0).sum())
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
     """Returns the bytes that each id stands for; None for special tokens and for ids without a token.
 
-    Known are byte-level BPE, where a letter of GPT-2's alphabet is a byte, and the SentencePiece style, where a mark
-    such as "▁" is a space and ``<0x0A>`` may be a byte. A token at the start of a text keeps its space.
+    Two kinds of tokenizer are known. In byte-level BPE a letter of GPT-2's alphabet is a byte. In the SentencePiece
+    style a mark such as "▁" is a space, and ``<0x0A>`` may be a byte. A token at the start of a text keeps its space.
 
     Raises:
       ValueError: the tokenizer is of another kind.
@@ -71,24 +72,25 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
 def match_vocabularies(
     target_tokenizer: Tokenizer, draft_tokenizer: Tokenizer, target_size: int, draft_size: int
 ) -> VocabularyMap:
-    """Finds the tokens that two vocabularies share, and spells the target's others in the draft's tokens.
+    """Finds the tokens that two vocabularies share, and spells the target's other tokens in draft tokens.
 
-    Ordinary tokens are shared if they stand for the same bytes, special tokens if they have the same name; one is
-    never matched with the other. Of several ids for the same bytes the lowest one counts, byte-fallback tokens last:
-    text is written with those only where nothing else spells it. A token of more than ``MAX_PIECES`` pieces keeps the
-    last ones. A special token that is not shared has no pieces.
+    Ordinary tokens are shared if they stand for the same bytes, special tokens if they have the same name. An ordinary
+    token never matches a special one. If several ids stand for the same bytes, the lowest id counts. Byte-fallback
+    tokens come last, because a tokenizer uses them only if nothing else spells the text. A token of more than
+    ``MAX_PIECES`` pieces keeps its last pieces. A special token that is not shared has no pieces.
 
     Args:
-      target_tokenizer: of the model whose text is wanted.
-      draft_tokenizer: of the model that drafts.
-      target_size: v, size of the target's logits. It may exceed the tokenizer's: such ids are unshared.
-      draft_size: size of the draft's logits; tokens that its tokenizer has beyond them are not used.
+      target_tokenizer: the target's.
+      draft_tokenizer: the draft model's.
+      target_size: v, size of the target's logits. Ids past the tokenizer's last one are unshared.
+      draft_size: size of the draft's logits. Tokens of the draft's tokenizer past this size are not used.
 
     Raises:
       ValueError: a tokenizer is of an unknown kind, a size is below 1, or no ordinary token is shared.
     """
     if target_size < 1 or draft_size < 1:
         raise ValueError(f"target_size is {target_size} and draft_size {draft_size}; give at least 1")
+    # Shared tokens first. Without any ordinary one, the two models can say nothing to each other.
     target_tokens = token_bytes(target_tokenizer)[:target_size]
     draft_ids = _text_ids(draft_tokenizer, draft_size)
     draft_of_v = np.full((target_size,), -1, np.int32)
@@ -103,11 +105,13 @@ def match_vocabularies(
     for name, i in _special_ids(target_tokenizer, target_size).items():
         draft_of_v[i] = draft_names.get(name, -1)
 
+    # Unshared tokens are spelled. The last pieces are kept: they are the nearest to the token that follows.
     spell = _speller(draft_tokenizer, draft_ids, draft_size)
     pieces: list[list[int]] = [[int(i)] if i >= 0 else [] for i in draft_of_v]
     for i, data in enumerate(target_tokens):
         if data and draft_of_v[i] < 0:
             pieces[i] = spell(data)[-MAX_PIECES:]
+    # Ragged lists to one array: a drafter on the device needs a fixed width.
     num_pieces_v = np.asarray([len(ids) for ids in pieces], np.int32)
     pieces_vp = np.zeros((target_size, num_pieces_v.max()), np.int32)
     pieces_vp[np.arange(pieces_vp.shape[1]) < num_pieces_v[:, None]] = [i for ids in pieces for i in ids]
@@ -115,11 +119,11 @@ def match_vocabularies(
 
 
 def _text_ids(tokenizer: Tokenizer, size: int) -> dict[bytes, int]:
-    """Returns the id below ``size`` that text of these bytes is written with."""
+    """Returns for each token's bytes the id below ``size`` that a tokenizer would write them with."""
     tokens = [(i, data) for i, data in enumerate(token_bytes(tokenizer)[:size]) if data]
-    # Only a byte-fallback token such as <0x41> has a longer name than what it stands for.
+    # Only a byte-fallback token such as <0x41> has a name longer than its bytes. These tokens are sorted last.
     tokens.sort(key=lambda token: len(tokenizer.id_to_token(token[0]) or "") > len(token[1]))
-    return {data: i for i, data in reversed(tokens)}
+    return {data: i for i, data in reversed(tokens)}  # reversed, so that the first id wins
 
 
 def _special_ids(tokenizer: Tokenizer, size: int) -> dict[str, int]:
@@ -128,7 +132,8 @@ def _special_ids(tokenizer: Tokenizer, size: int) -> dict[str, int]:
 
 
 def _speller(tokenizer: Tokenizer, ids: dict[bytes, int], size: int) -> Callable[[bytes], list[int]]:
-    """Returns a function from the bytes of a token to the draft's tokens for them, in the midst of a text."""
+    """Returns a function from a token's bytes to the draft tokens that spell them in the middle of a text."""
+    # In the middle of a text no tokenizer may add a space, cut the text or pad it.
     spec = json.loads(tokenizer.to_str())
     spec.update(truncation=None, padding=None)
     for part in ("normalizer", "pre_tokenizer"):
@@ -140,14 +145,14 @@ def _speller(tokenizer: Tokenizer, ids: dict[bytes, int], size: int) -> Callable
         try:
             text = data.decode("utf-8")
         except UnicodeDecodeError:
-            return _longest_first(data, ids)  # part of a letter
+            return _longest_first(data, ids)  # the bytes are part of a character
         return [ids[data]] if data in ids else [i for i in inner.encode(text, add_special_tokens=False).ids if i < size]
 
     return spell
 
 
 def _longest_first(data: bytes, ids: dict[bytes, int]) -> list[int]:
-    """Spells bytes by the longest token at each place; a byte that starts none is left out."""
+    """Spells bytes by the longest token at each place. A byte at which no token starts is left out."""
     pieces, at = [], 0
     while at < len(data):
         end = next((end for end in range(len(data), at, -1) if data[at:end] in ids), None)
@@ -158,7 +163,7 @@ def _longest_first(data: bytes, ids: dict[bytes, int]) -> list[int]:
 
 
 def _without_first_space(step: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Returns a normalizer or pre-tokenizer that does not put a space before the text."""
+    """Returns the normalizer or pre-tokenizer ``step`` changed so that it puts no space before the text."""
     if step is None or step["type"] == "Prepend":
         return None
     if step["type"] == "Sequence":
@@ -170,11 +175,13 @@ def _without_first_space(step: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _reader(spec: dict[str, Any]) -> Callable[[str], bytes]:
-    """Returns a function from a token's name to its bytes, as the tokenizer's decoder would read it."""
+    """Returns a function from a token's name to its bytes, as the tokenizer's decoder reads it."""
+    # Each kind of tokenizer is known by a step of its decoder or pre-tokenizer.
     steps = [*_steps(spec["decoder"]), *_steps(spec["pre_tokenizer"])]
     kinds = [step["type"] for step in steps]
     if "ByteLevel" in kinds:
         return _byte_level
+    # The mark of a space is named by a Metaspace step or, in older files, by a step that replaces the mark by a space.
     marks = [step["replacement"] for step in steps if step["type"] == "Metaspace"]
     replacements = [step for step in _steps(spec["decoder"]) if step["type"] == "Replace" and step["content"] == " "]
     marks += [step["pattern"]["String"] for step in replacements if "String" in step["pattern"]]
@@ -194,7 +201,7 @@ def _reader(spec: dict[str, Any]) -> Callable[[str], bytes]:
 
 
 def _steps(step: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Returns a decoder or pre-tokenizer as the list of its parts."""
+    """Returns the parts of a decoder or pre-tokenizer; sequences within sequences are flattened."""
     if step is None:
         return []
     if step["type"] == "Sequence":
@@ -204,7 +211,10 @@ def _steps(step: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _alphabet() -> dict[str, int]:
-    """Returns the byte of each letter: printable Latin-1 is itself, the other bytes are letters from 256 on."""
+    """Returns the byte of each letter of GPT-2's alphabet.
+
+    A printable Latin-1 letter stands for its own byte. Letters 256, 257, ... stand for the other bytes in order.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}

@@ -1,4 +1,4 @@
-"""Training of targets and drafts: recipes, text, losses, and a loop that resumes to the bit."""
+"""Training of targets and drafters: recipes, text, losses, and a loop that resumes exactly."""
 
 from specjax.training.data import END_OF_TEXT as END_OF_TEXT
 from specjax.training.data import Windows as Windows

@@ -1,4 +1,4 @@
-"""Training text: a tokenizer for it, its tokens, and windows drawn from them."""
+"""Training text: a tokenizer, the text's tokens, and batches of windows of tokens."""
 
 from collections.abc import Iterable
 
@@ -9,10 +9,12 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Returns a byte-level byte-pair encoding (Sennrich et al. 2016), id 0 being the end of a text.
+    """Returns a byte-level byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909). Id 0 is ``END_OF_TEXT``.
 
-    It has at most ``vocab_size`` tokens, fewer where the texts have fewer pairs, and never fewer than 257: one for each
-    byte beside the end.
+    Args:
+      texts: the texts whose pairs are counted.
+      vocab_size: the most tokens. There are fewer if the texts have too few pairs, but never fewer than 257: one for
+        each byte, and the end of a text.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -30,29 +32,31 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
-    """Returns int32 ``[n]``, the tokens of all texts, each behind an end-of-text token, or what else the tokenizer puts
-    there.
+    """Returns int32 ``[n]``, the tokens of all texts one after the other.
+
+    Each text starts with the token ``END_OF_TEXT`` if the tokenizer has it, as those of ``train_tokenizer`` have.
+    Other tokenizers start a text with a token of their own, or with none.
 
     Args:
-      tokenizer: of any kind; ``train_tokenizer``'s have the token ``END_OF_TEXT``.
+      tokenizer: of any kind.
       texts: at least one.
     """
     end = tokenizer.token_to_id(END_OF_TEXT)
-    first = [] if end is None else [end]  # other tokenizers put a token of their own before a text
+    first = [] if end is None else [end]
     pieces = [np.asarray([*first, *encoding.ids], np.int32) for encoding in tokenizer.encode_batch(list(texts))]
     return np.concatenate(pieces)
 
 
 class Windows:
-    """Batches of token windows; the batch of a step is a function of (seed, step), so training can resume anywhere.
+    """Batches of token windows. A batch is a function of (seed, step), so training can resume at any step.
 
-    Each epoch visits every window once, in an order and from an offset of its own.
+    Each epoch visits every window once. Each epoch has its own order and its own offset of the first window.
 
     Args:
       tokens: integers ``[n]``.
       length: tokens in a window.
       rows: windows in a batch.
-      seed: of orders and offsets, at least 0.
+      seed: seed of orders and offsets, at least 0.
 
     Raises:
       ValueError: the tokens hold no whole batch.
@@ -60,6 +64,7 @@ class Windows:
 
     def __init__(self, tokens: np.ndarray, length: int, rows: int, seed: int):
         self.tokens, self.length, self.rows, self.seed = tokens, length, rows, seed
+        # One window fewer than fit, so that an epoch may start at any offset below `length`.
         self.batches_per_epoch = (len(tokens) - length) // length // rows
         if self.batches_per_epoch < 1:
             raise ValueError(
@@ -67,7 +72,8 @@ class Windows:
             )
 
     def batch(self, step: int) -> np.ndarray:
-        """Returns ``[rows, length]``, the batch of a step from 0 on, in the dtype of the tokens."""
+        """Returns ``[rows, length]``, the batch of ``step`` (from 0), in the dtype of the tokens."""
+        # The generator is made anew for each step: no state has to be saved with a checkpoint.
         epoch, index = divmod(step, self.batches_per_epoch)
         rng = np.random.default_rng((self.seed, epoch))
         offset = rng.integers(self.length)

@@ -1,4 +1,4 @@
-"""The optimiser loop: resumable to the bit, since a step depends on nothing but its number and the state."""
+"""The optimiser loop. A step depends only on its number and the state, so a run resumes to the last bit."""
 
 import contextlib
 import functools
@@ -20,7 +20,11 @@ from specjax.types import LanguageModel
 
 
 def make_optimizer(stage: Stage) -> optax.GradientTransformation:
-    """Returns AdamW (Loshchilov and Hutter 2019) with warm-up, linear decay to zero, and clipping at norm 1."""
+    """Returns AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) for a stage.
+
+    The learning rate rises linearly for ``warmup_steps`` and decays linearly to zero at the last step. Gradients are
+    clipped at global norm 1.
+    """
     schedule = optax.schedules.join_schedules(
         [
             optax.schedules.linear_schedule(0.0, stage.peak_learning_rate, stage.warmup_steps),
@@ -35,16 +39,17 @@ def make_optimizer(stage: Stage) -> optax.GradientTransformation:
             b1=0.9,
             b2=0.95,
             weight_decay=stage.weight_decay,
+            # Matrices only: decay would pull the scales of norms to 0.
             mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
         ),
     )
 
 
 def split_rows(mesh: Mesh, rows: int) -> NamedSharding:
-    """Returns how the rows of a batch are split: over the mesh's ``data`` axis, if it has one.
+    """Returns the sharding of a batch of ``rows`` rows: split over the mesh axis ``data``, or whole without this axis.
 
     Raises:
-      ValueError: they do not divide over it.
+      ValueError: the rows do not divide over the axis.
     """
     count = mesh.shape.get("data", 1)
     if rows % count:
@@ -66,31 +71,34 @@ def fit(
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     save_every: int = 100,
 ) -> tuple[Any, list[float]]:
-    """Runs one stage, continuing from the newest checkpoint in ``folder``.
+    """Runs one stage, from the newest checkpoint in ``folder`` if there is one.
 
-    With parameters on a mesh it runs over that mesh: they and the optimiser's state stay where they are, rows are split
-    over the axis ``data``, and each process makes only the rows of its devices. What is split over ``data`` itself, by
-    ``specjax.sharding.FULLY_SHARDED``, is gathered for each step. Several processes call it alike. A run may go on
-    over another mesh, or over none; its losses are then the same to rounding.
+    A run that was stopped and continued computes the same losses, to the last bit, as a run that was not.
+
+    With parameters on a mesh the stage runs over this mesh. Parameters and the optimiser's state stay where they are.
+    Rows are split over the axis ``data``, and each process makes only the rows of its devices. Parameters that are
+    split over ``data`` (``specjax.sharding.FULLY_SHARDED``) are gathered for each step. With several processes, all
+    must call ``fit`` with the same arguments. A stage may continue on another mesh or on none; then its losses agree up
+    to rounding.
 
     Args:
-      objective: what to minimise.
-      params: arrays, where a fresh run starts; on a mesh, as ``specjax.shard`` places them.
-      stage: what to run.
+      objective: the function to minimise.
+      params: arrays, the parameters of a fresh run. On a mesh: as ``specjax.shard`` places them.
+      stage: the stage to run.
       batch: ``batch(step)`` returns int32 ``[rows, sequence]``, a function of the step alone.
-      folder: of this stage's checkpoints, one that all processes see; a run that was stopped goes on from there and
-        computes the same losses, to the last bit, as one that was not.
-      teacher: the model to imitate, if the objective wants one, on the mesh of the parameters.
-      on_step: called with the number of steps done and the loss of each step, those of an earlier run included.
+      folder: the folder of this stage's checkpoints. All processes must see the same folder.
+      teacher: the model to imitate, if the objective needs one; on the same mesh as the parameters.
+      on_step: ``on_step(steps_done, loss)`` is called for each step, also for steps of an earlier run.
       save_every: steps between checkpoints.
 
     Returns:
-      The parameters and the loss of every step.
+      The parameters, and the loss of every step.
 
     Raises:
       FloatingPointError: the loss is not finite.
-      ValueError: rows do not divide over the mesh, or parameters and teacher are not all on one mesh, or all on none.
+      ValueError: rows do not divide over the mesh, or parameters and teacher are not all on one mesh or all on none.
     """
+    # Each parameter keeps its place, and so do its moments in the optimiser's state. Scalars are everywhere.
     optimizer, mesh = make_optimizer(stage), _mesh(params, teacher)
     params = jax.tree.map(jnp.array, params)  # a copy: updates donate it
     places = jax.tree.map(lambda x: x.sharding, params)
@@ -106,15 +114,17 @@ def fit(
 
     @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(places, state_places, everywhere))
     def update(params, opt_state, tokens_bt, teacher):
-        teacher = _gathered(teacher, teacher_places)
-        loss, grads = jax.value_and_grad(lambda x: objective(_gathered(x, places), tokens_bt, teacher))(params)
+        teacher = _gather_data_axis(teacher, teacher_places)
+        whole = functools.partial(_gather_data_axis, places=places)
+        loss, grads = jax.value_and_grad(lambda x: objective(whole(x), tokens_bt, teacher))(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, loss
 
     opt_state = jax.jit(optimizer.init, out_shardings=state_places)(params)
+    # The losses so far are part of a checkpoint, so a resumed run reports the whole stage.
     history: list[float] = []
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    with ocp.CheckpointManager(folder.absolute(), options=options) as manager, _set(mesh):
+    with ocp.CheckpointManager(folder.absolute(), options=options) as manager, _mesh_context(mesh):
         newest = manager.latest_step()
         if newest is not None:
             restored = manager.restore(
@@ -128,6 +138,7 @@ def fit(
             history = restored["history"]["losses"]
         for step, loss in enumerate(history):
             on_step(step + 1, loss)
+        # The step's number alone decides its batch. The last step is always saved: it is the result of the stage.
         for step in range(len(history), stage.steps):
             params, opt_state, loss = update(params, opt_state, _split(batch(step), mesh), teacher)
             history.append(float(loss))
@@ -146,6 +157,7 @@ def fit(
 
 
 def _mesh(params: Any, teacher: LanguageModel | None) -> Mesh | None:
+    """Returns the one mesh of all arrays; None if they are on no mesh."""
     arrays = [leaf for leaf in jax.tree.leaves((params, teacher)) if isinstance(leaf, Array)]
     places = [array.sharding for array in arrays]
     meshes = {place.mesh if isinstance(place, NamedSharding) else None for place in places}
@@ -158,21 +170,22 @@ def _mesh(params: Any, teacher: LanguageModel | None) -> Mesh | None:
     return mesh
 
 
-def _set(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+def _mesh_context(mesh: Mesh | None) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def _split(tokens_bt: np.ndarray, mesh: Mesh | None) -> Array | np.ndarray:
     if mesh is None:
         return tokens_bt
+    # Each process copies only the rows of its own devices.
     return jax.make_array_from_callback(tokens_bt.shape, split_rows(mesh, len(tokens_bt)), tokens_bt.__getitem__)
 
 
-def _gathered(params: Any, places: Any) -> Any:
-    """Returns a tree of parameters whole along ``data``, as rows of a batch need them.
+def _gather_data_axis(params: Any, places: Any) -> Any:
+    """Returns parameters that are whole along ``data``, since every row of a batch needs them.
 
-    Left to itself the partitioner moves activations about between a split by rows and one by width: for a step of a
-    model of four layers 105 gathers and 46 exchanges, in place of one gather for each of 30 matrices.
+    Without this constraint the partitioner moves activations between a split by rows and a split by width. A step of a
+    model of four layers would take 105 gathers and 46 exchanges, not one gather for each of 30 matrices.
     """
 
     def gather(x: Array, place: jax.sharding.Sharding) -> Array:

@@ -1,4 +1,4 @@
-"""Losses of language models and of drafts that imitate one: means over positions."""
+"""Losses of language models and of drafters that imitate one. Each loss is a mean over positions."""
 
 import jax
 import jax.numpy as jnp
@@ -7,75 +7,90 @@ from jax import Array
 
 
 def next_token(logits_btv: Array, tokens_bt: Array) -> Array:
-    """Cross-entropy of each token given those before it, in nats.
+    """Cross-entropy of each token given the tokens before it, in nats.
 
     Args:
-      logits_btv: floats, at position i of the token at i + 1.
-      tokens_bt: int32.
+      logits_btv: floats; position i holds the logits of the token at i + 1.
+      tokens_bt: int32, the tokens at positions 0 .. t - 1.
 
     Returns:
-      The mean over rows and positions, a scalar of the dtype of ``logits_btv``; so of all losses here.
+      The mean over rows and positions, a scalar of the dtype of ``logits_btv``.
     """
     return optax.softmax_cross_entropy_with_integer_labels(logits_btv[:, :-1], tokens_bt[:, 1:]).mean()
 
 
-def kl(draft_btv: Array, target_btv: Array) -> Array:
-    """KL(p || q) in nats: what a draft costs that imitates its target (Hinton et al. 2015, arXiv 1503.02531; of drafts,
-    Zhou et al. 2024, DistillSpec, arXiv 2310.08461).
+def kl(draft_btv: Array, target_btv: Array, counts_bt: Array | None = None) -> Array:
+    """KL(p || q) in nats, the distillation loss (Hinton et al. 2015, arXiv 1503.02531).
+
+    For draft models see Zhou et al. 2024, DistillSpec, arXiv 2310.08461.
 
     Args:
-      draft_btv: floats, logits of q.
-      target_btv: floats, logits of p.
+      draft_btv: floats, logits of q, the draft's distribution.
+      target_btv: floats, logits of p, the target's distribution.
+      counts_bt: bool, the positions that count; None for all.
+
+    Returns:
+      The mean over the positions that count, a scalar of the dtype of the logits; 0 if no position counts.
     """
-    return _kl(draft_btv, target_btv).mean()
-
-
-def _kl(draft_btv: Array, target_btv: Array) -> Array:
     p = jax.nn.softmax(target_btv)
-    return jnp.sum(p * (jax.nn.log_softmax(target_btv) - jax.nn.log_softmax(draft_btv)), axis=-1)
+    values_bt = jnp.sum(p * (jax.nn.log_softmax(target_btv) - jax.nn.log_softmax(draft_btv)), axis=-1)
+    return _mean(values_bt, counts_bt)
 
 
-def total_variation(draft_btv: Array, target_btv: Array) -> Array:
-    """TV(p, q) = 1 - sum_x min(p, q), from 0 to 1: one minus the acceptance of a draft token (Leviathan et al. 2023,
-    cor. 3.6; as a loss, Zhou et al. 2024, DistillSpec, arXiv 2310.08461).
+def total_variation(draft_btv: Array, target_btv: Array, counts_bt: Array | None = None) -> Array:
+    """TV(p, q) = 1 - sum_x min(p, q), from 0 to 1: one minus the acceptance rate of a draft token.
+
+    The acceptance rate is from Leviathan et al. 2023, arXiv 2211.17192, corollary 3.6. As a loss the distance is from
+    Zhou et al. 2024, DistillSpec, arXiv 2310.08461.
 
     Args:
-      draft_btv: floats, logits of q.
-      target_btv: floats, logits of p.
+      draft_btv: floats, logits of q, the draft's distribution.
+      target_btv: floats, logits of p, the target's distribution.
+      counts_bt: bool, the positions that count; None for all.
+
+    Returns:
+      The mean over the positions that count, a scalar of the dtype of the logits; 0 if no position counts.
     """
-    return _total_variation(draft_btv, target_btv).mean()
+    return _mean(1 - jnp.minimum(jax.nn.softmax(draft_btv), jax.nn.softmax(target_btv)).sum(-1), counts_bt)
 
 
-def _total_variation(draft_btv: Array, target_btv: Array) -> Array:
-    return 1 - jnp.minimum(jax.nn.softmax(draft_btv), jax.nn.softmax(target_btv)).sum(-1)
+def _mean(values_bt: Array, counts_bt: Array | None) -> Array:
+    if counts_bt is None:
+        return values_bt.mean()
+    weights_bt = counts_bt.astype(values_bt.dtype)
+    return jnp.sum(values_bt * weights_bt) / jnp.maximum(jnp.sum(weights_bt), 1)
+
+
+IMITATIONS = {"kl": kl, "total_variation": total_variation}
+"""The losses that imitate a target, by the names that recipes use."""
+
+LOSSES = ("next_token", *IMITATIONS)
+"""The names of all losses."""
 
 
 def draft(loss: str, draft_btv: Array, target_btv: Array, tokens_bt: Array) -> Array:
-    """The loss of a draft head that may draft only part of the vocabulary: all other logits are -inf.
+    """Loss of a draft head that may have a reduced draft vocabulary; logits of all other tokens are -inf.
 
-    The target's distribution is restricted to what can be drafted; a position whose likeliest token (or, for
-    "next_token", whose token) cannot be counts for nothing, as in the code that EAGLE-3 was published with
-    (Li et al. 2025, arXiv 2503.01840).
+    The target's distribution is restricted to the draft vocabulary. A position counts only if its wanted token can be
+    drafted: for "next_token" the token of the text, for the other losses the target's most likely token. The published
+    code of EAGLE-3 does the same (Li et al. 2025, arXiv 2503.01840).
 
     Args:
-      loss: "next_token", "kl" or "total_variation".
-      draft_btv: float32, the head's logits.
-      target_btv: float32, the target's logits for the same tokens.
-      tokens_bt: int32, the tokens that came.
+      loss: one of ``LOSSES``.
+      draft_btv: float32, the draft head's logits.
+      target_btv: float32, the target's logits for the same positions.
+      tokens_bt: int32, the tokens of the text at these positions.
 
     Returns:
-      The mean over the positions that count, a float32 scalar; 0 where none does.
+      The mean over the positions that count, a float32 scalar; 0 if no position counts.
     """
     drafted_btv = jnp.isfinite(draft_btv)
     q = jnp.where(drafted_btv, draft_btv, _NEVER)
     wanted_bt = tokens_bt if loss == "next_token" else jnp.argmax(target_btv, axis=-1)
-    counts_bt = jnp.take_along_axis(drafted_btv, wanted_bt[..., None], axis=-1)[..., 0].astype(jnp.float32)
+    counts_bt = jnp.take_along_axis(drafted_btv, wanted_bt[..., None], axis=-1)[..., 0]
     if loss == "next_token":
-        values_bt = optax.softmax_cross_entropy_with_integer_labels(q, tokens_bt)
-    else:
-        p = jnp.where(drafted_btv, target_btv, _NEVER)
-        values_bt = {"kl": _kl, "total_variation": _total_variation}[loss](q, p)
-    return jnp.sum(values_bt * counts_bt) / jnp.maximum(jnp.sum(counts_bt), 1)
+        return _mean(optax.softmax_cross_entropy_with_integer_labels(q, tokens_bt), counts_bt)
+    return IMITATIONS[loss](q, jnp.where(drafted_btv, target_btv, _NEVER), counts_bt)
 
 
-_NEVER = -1e9  # a logit whose token has no probability, and no infinities in its gradient
+_NEVER = -1e9  # the logit of a token without probability; unlike -inf, it gives finite gradients

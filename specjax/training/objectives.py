@@ -1,4 +1,4 @@
-"""From a stage of a recipe to the function that the optimiser minimises."""
+"""Objectives: the functions that the optimiser minimises."""
 
 from typing import Any, Protocol
 
@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from specjax.cache import ChainCache, KVCache
+from specjax.cache import KVCache
 from specjax.drafters.feature import Head
 from specjax.drafters.medusa import MedusaDrafter, head_logits
 from specjax.training import losses
+from specjax.training.chains import ChainCache
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import bind
 from specjax.types import LanguageModel, whole_feed
@@ -18,26 +19,19 @@ from specjax.types import LanguageModel, whole_feed
 class Objective(Protocol):
     """``objective(params, tokens_bt, teacher) -> scalar``, in nats or, for total variation, as a fraction.
 
-    ``params`` are float32, ``tokens_bt`` int32, and the scalar float32. Raises ValueError if it needs a teacher and
-    there is none.
+    ``params`` are float32, ``tokens_bt`` is int32, and the scalar is float32. An objective that needs a teacher raises
+    ValueError without one.
     """
 
     def __call__(self, params: Any, tokens_bt: Array, teacher: LanguageModel | None) -> Array: ...
 
 
-_IMITATION = {"kl": losses.kl, "total_variation": losses.total_variation}
-
-
 def make_objective(loss: str, config: DecoderConfig) -> Objective:
-    """Returns the objective of a model that is trained on text or to imitate a teacher.
+    """Returns the objective of a model that learns from text or imitates a teacher.
 
     Args:
-      loss: "next_token"; or "kl" or "total_variation", against a teacher of the same vocabulary
-        (``specjax.training.losses``).
-      config: of the model, whose parameters are those of ``specjax.transformer.init_params``.
-
-    Returns:
-      A function whose call raises ValueError where it imitates and there is no teacher.
+      loss: one of ``losses.LOSSES``. The losses of ``losses.IMITATIONS`` need a teacher of the same vocabulary.
+      config: the model's config. Its parameters are those of ``specjax.transformer.init_params``.
     """
 
     def logits(params: Any, tokens_bt: Array) -> Array:
@@ -52,26 +46,26 @@ def make_objective(loss: str, config: DecoderConfig) -> Objective:
             raise ValueError(f"loss {loss!r} needs a teacher; name it as drafts_for in the recipe")
         cache = teacher.init_cache(*tokens_bt.shape)
         taught = teacher.forward(teacher.params, whole_feed(tokens_bt), cache)
-        return _IMITATION[loss](logits(params, tokens_bt), taught.logits_btv)
+        return losses.IMITATIONS[loss](logits(params, tokens_bt), taught.logits_btv)
 
     return next_token if loss == "next_token" else imitate
 
 
 DECAY = 0.8
-"""Weight of a step of the chain against the one before it: what is drafted later is needed less often."""
+"""Weight of each draft relative to the draft before it. Later drafts are needed less often."""
 
 
 def head_objective(loss: str, head: Head, steps: int) -> Objective:
-    """Returns the objective of a head that drafts a chain: the mean over steps, weighted by powers of ``DECAY``.
+    """Returns the objective of a draft head that drafts a chain.
+
+    The loss is the mean over the steps of the chain, weighted by powers of ``DECAY``. The draft head reads the
+    teacher's states, so the objective always needs a teacher.
 
     Args:
-      loss: "next_token", "kl" or "total_variation". One step of "next_token" is the loss of multi-token prediction
-        (DeepSeek-AI 2024, DeepSeek-V3, section 2.2).
-      head: the head.
-      steps: drafts of a chain that are trained, at least 1; windows of text must be longer by 2 at least.
-
-    Returns:
-      A function whose call raises ValueError where there is no teacher, whose states the head reads.
+      loss: one of ``losses.LOSSES``. "next_token" with one step is the loss of multi-token prediction (DeepSeek-AI
+        2024, DeepSeek-V3, arXiv 2412.19437, section 2.2).
+      head: the draft head.
+      steps: drafts of a chain that are trained, at least 1. Windows of text must have at least ``steps + 2`` tokens.
     """
 
     def objective(params: Any, tokens_bt: Array, teacher: LanguageModel | None) -> Array:
@@ -82,7 +76,8 @@ def head_objective(loss: str, head: Head, steps: int) -> Objective:
         drafts = chain_logits(head, params, teacher, tokens_bt, taught.features, steps)
         total = jnp.float32(0)
         for j, draft_btv in enumerate(drafts):
-            # Slot i predicts token i + 2, as the teacher does at position i + 1. Slots below j start no such chain.
+            # Slot i predicts token i + 2, like the teacher at position i + 1. Example: slot 3 has read the state at
+            # position 3 and token 4, and drafts token 5. No chain of j steps ends at a slot below j.
             value = losses.draft(loss, draft_btv[:, j:-1], taught.logits_btv[:, j + 1 : -1], tokens_bt[:, j + 2 :])
             total += DECAY**j * value
         return total / sum(DECAY**j for j in range(steps))
@@ -93,22 +88,25 @@ def head_objective(loss: str, head: Head, steps: int) -> Objective:
 def chain_logits(
     head: Head, params: Any, teacher: LanguageModel, tokens_bt: Array, features: tuple[Array, ...], steps: int
 ) -> list[Array]:
-    """Returns what a head drafts in each step of chains that start at every slot at once.
+    """Returns a draft head's logits in each step of chains that start at every slot at once.
 
-    The head is run as it drafts (Li et al. 2025, EAGLE-3, section 3.2, "training-time test"): from the second step on
-    it is fed its own states, and sees the true ones before its chain and its own within.
+    The draft head runs as it does when it drafts (Li et al. 2025, EAGLE-3, arXiv 2503.01840, section 3.2,
+    "training-time test"). From the second step on it is fed its own states. It attends to the true entries before its
+    chain and to its own entries within the chain.
 
     Args:
-      head: the head.
-      params: its parameters.
+      head: the draft head.
+      params: the draft head's parameters.
       teacher: the target.
       tokens_bt: int32, text.
       features: the target's captured states ``[b, t, d]`` over the text.
-      steps: how many, at least 1.
+      steps: length of the chains, at least 1.
 
     Returns:
-      Logits ``[b, t - 1, v]`` per step: at slot i those for token i + 2, of the chain that started j slots before.
+      Logits ``[b, t - 1, v]`` for each step j. Slot i holds the logits for token i + 2, drafted by the chain that
+      started at slot i - j.
     """
+    # Slot i joins the state at position i with token i + 1, so the last state has no partner.
     rows = tokens_bt.shape[0]
     feed = whole_feed(tokens_bt[:, 1:])
     layers = jax.eval_shape(lambda: head.init_cache(params, rows, 1)).layers
@@ -119,20 +117,19 @@ def chain_logits(
         states_btd, cache = head.run(params, teacher, feed, states_btd, cache)
         flat = head.logits(params, teacher, states_btd.reshape(-1, states_btd.shape[-1]))
         logits.append(flat.reshape(rows, -1, flat.shape[-1]))
-        states_btd = jnp.pad(states_btd[:, :-1], ((0, 0), (1, 0), (0, 0)))  # the next step is one slot further on
+        states_btd = jnp.pad(states_btd[:, :-1], ((0, 0), (1, 0), (0, 0)))  # step j + 1 is one slot later
     return logits
 
 
 def medusa_objective(loss: str, num_heads: int) -> Objective:
-    """Returns the objective of Medusa heads: the mean over heads, weighted by powers of ``DECAY`` (Cai et al. 2024,
-    section 2.2.1).
+    """Returns the objective of Medusa heads (Cai et al. 2024, arXiv 2401.10774, section 2.2.1).
+
+    The loss is the mean over the heads, weighted by powers of ``DECAY``. The heads read the teacher's states, so the
+    objective always needs a teacher.
 
     Args:
-      loss: "next_token", "kl" or "total_variation".
-      num_heads: heads; the windows of text must be longer by 2 at least.
-
-    Returns:
-      A function whose call raises ValueError where there is no teacher, whose states the heads read.
+      loss: one of ``losses.LOSSES``.
+      num_heads: how many Medusa heads. Windows of text must have at least ``num_heads + 2`` tokens.
     """
 
     def objective(params: Any, tokens_bt: Array, teacher: LanguageModel | None) -> Array:
@@ -143,7 +140,8 @@ def medusa_objective(loss: str, num_heads: int) -> Objective:
         taught = teacher.forward(teacher.params, whole_feed(tokens_bt), cache, MedusaDrafter.capture)
         total = jnp.float32(0)
         for i in range(num_heads):
-            # Position s predicts token s + 2 + i, as the teacher does at position s + 1 + i.
+            # Head i at position s predicts token s + 2 + i, like the teacher at position s + 1 + i. Example: head 0 at
+            # position 3 drafts token 5; token 4 is the target's own.
             draft_btv = head_logits(params[i], taught.features[0][:, : length - 2 - i])
             value = losses.draft(loss, draft_btv, taught.logits_btv[:, i + 1 : -1], tokens_bt[:, i + 2 :])
             total += DECAY**i * value

@@ -1,4 +1,4 @@
-"""Recipes: what to train on what, read from ``models/NAME/recipe.toml``."""
+"""Recipes, read from ``models/NAME/recipe.toml``: which model to train, on which text, with which losses."""
 
 import dataclasses
 import hashlib
@@ -9,30 +9,31 @@ from typing import Any
 
 from specjax.checks import check_integer
 from specjax.hf.config import decoder_config
+from specjax.training.losses import LOSSES
 
-LOSSES = ("next_token", "kl", "total_variation")
 TEXTS = ("corpus", "samples", "both", "on_policy")
 HEADS = ("mtp", "eagle", "medusa")
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One run of the optimiser over one loss.
+    """One run of the optimiser with one loss.
 
     Attributes:
-      loss: ``next_token``; or ``kl`` or ``total_variation`` against the model that this one drafts for.
-      text: ``corpus``; ``samples`` drawn from that model; ``both``, in turn; or ``on_policy``, drawn from the model
-        that is trained, as it is when the stage begins, so that several such stages draw anew (Agarwal et al. 2024,
-        arXiv 2306.13649; Zhou et al. 2024, DistillSpec, arXiv 2310.08461).
+      loss: one of ``losses.LOSSES``: "next_token"; or "kl" or "total_variation" against the target that this model
+        drafts for.
+      text: "corpus"; "samples", drawn from the target; "both", in turn; or "on_policy", drawn from the trained model
+        when the stage begins (Agarwal et al. 2024, arXiv 2306.13649; Zhou et al. 2024, DistillSpec, arXiv 2310.08461).
+        Each stage on "on_policy" draws new text.
       steps: optimiser steps.
       rows: windows in a batch.
       sequence: tokens in a window.
-      peak_learning_rate: reached after ``warmup_steps`` and decayed linearly to zero.
-      warmup_steps: steps of linear rise.
-      weight_decay: AdamW's, on matrices only.
+      peak_learning_rate: the learning rate after ``warmup_steps``; it then decays linearly to zero.
+      warmup_steps: steps in which the learning rate rises linearly; fewer than ``steps``.
+      weight_decay: AdamW's weight decay, on matrices only.
 
     Raises:
-      ValueError: a name is unknown, or a number out of range: ``warmup_steps`` must be below ``steps``.
+      ValueError: a name is unknown, or a number is out of range.
     """
 
     loss: str
@@ -61,22 +62,22 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A model to train.
+    """The description of a model or draft head to train.
 
     Attributes:
-      name: of the folders ``models/NAME`` and ``checkpoints/NAME``.
-      seed: of parameters, batches and samples.
-      architecture: what the ``config.json`` is to hold: Hugging Face's keys of a model, or of a head.
-      stages: trained one after the other.
-      drafts_for: the model that this one drafts for, or None. Its tokenizer is used.
-      sample_tokens: tokens drawn for stages on samples, and for each that is on policy.
+      name: NAME of the folders ``models/NAME`` and ``checkpoints/NAME``.
+      seed: the seed of parameters, batches and samples.
+      architecture: the content of the ``config.json``: Hugging Face's keys of a model or of a draft head.
+      stages: the stages, trained one after the other.
+      drafts_for: the name of the target that this model drafts for, or None. The target's tokenizer is used.
+      sample_tokens: how many tokens are drawn for stages on samples, and for each stage on "on_policy".
       digest: hash of the recipe file.
-      head: the kind of draft head that is trained, of ``HEADS``; None for a model.
-      chain_steps: drafts of a chain that a head is trained for, 1 for models.
+      head: the kind of draft head that is trained, one of ``HEADS``; None for a model.
+      chain_steps: drafts of a chain that a draft head is trained for; 1 for models.
 
     Raises:
-      ValueError: a number is out of range or a name unknown; the architecture is of no supported model; a stage is
-        longer than the model's positions; or a head has no target.
+      ValueError: a number is out of range, or a name is unknown; the architecture is not supported; a stage's windows
+        are longer than the model's positions; or a draft head has no target.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Recipe:
     chain_steps: int = 1
 
     def __post_init__(self):
+        # All contradictions are found here, before training starts.
         check_integer("seed", self.seed, 0)
         check_integer("chain_steps", self.chain_steps, 1)
         if self.drafts_for is not None and not isinstance(self.drafts_for, str):
@@ -98,6 +100,7 @@ class Recipe:
             raise ValueError(f"head {self.head!r} is unknown; choose from {HEADS}")
         if self.head is not None and self.drafts_for is None:
             raise ValueError(f"a head of kind {self.head!r} needs drafts_for")
+        # A draft head's config is read with its target, which is not open here (``make_trainee``).
         if self.head is None:
             longest = decoder_config(self.architecture, strict=True).max_position_embeddings
             for stage in self.stages:
@@ -113,11 +116,11 @@ class Recipe:
 
 
 def read_recipe(folder: Path) -> Recipe:
-    """Reads ``recipe.toml`` in a model's folder, whose name is the recipe's.
+    """Reads ``recipe.toml`` in a model's folder. The folder's name is the recipe's name.
 
     Raises:
-      ValueError: the file is absent, not TOML, or has an unknown or missing key or value; or a stage wants a model to
-        imitate or text drawn from one, and there is none.
+      ValueError: the file is missing or is not TOML; a key or a value is unknown or missing; or a stage needs a target
+        to imitate or to draw text from, and the recipe names none.
     """
     file = folder / "recipe.toml"
     try:
@@ -127,12 +130,15 @@ def read_recipe(folder: Path) -> Recipe:
         raise ValueError(f"{file} does not exist; give a folder of models/") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not valid TOML: {error}") from None
+    # The two tables that every recipe has are checked first, since the code below reads into them.
     for key, kind, example in (("architecture", dict, "[architecture]"), ("stages", list, "[[stages]]")):
         if not isinstance(raw.get(key), kind):
             raise ValueError(f"{file}: {key} is {'missing' if key not in raw else repr(raw[key])}; give {example}")
     architecture = raw.pop("architecture")
+    # Models and MTP modules have a decoder's config; a family is needed to read one.
     if "head" not in raw or raw["head"] == "mtp":
         architecture = {"model_type": "llama", **architecture}
+    # Known keys are popped, so that only unknown ones are left. A misspelled key must not be ignored.
     try:
         recipe = Recipe(
             name=folder.resolve().name,
@@ -149,6 +155,7 @@ def read_recipe(folder: Path) -> Recipe:
         raise ValueError(f"{file}: {error}") from None
     if raw:
         raise ValueError(f"{file}: unknown keys {sorted(raw)}")
+    # Stages that need the target, or text that is drawn.
     for stage in recipe.stages:
         if recipe.drafts_for is None and (stage.loss != "next_token" or stage.text != "corpus"):
             raise ValueError(f"{file}: a stage with loss {stage.loss!r} on {stage.text!r} needs drafts_for")

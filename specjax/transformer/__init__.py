@@ -1,4 +1,4 @@
-"""One decoder for all families in flax.nnx, and the pure functions that the engine takes."""
+"""One decoder for all families in flax.nnx, and the pure functions that the engine calls."""
 
 from specjax.transformer.config import DecoderConfig as DecoderConfig
 from specjax.transformer.config import ExpertsConfig as ExpertsConfig

@@ -1,4 +1,4 @@
-"""What fixes a decoder's shapes and computation, whatever family it comes from."""
+"""The description of a decoder: everything that fixes its shapes and its computation, for all families."""
 
 import dataclasses
 from typing import Literal, get_args
@@ -15,14 +15,15 @@ MAX_HEAD = 2**16
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary positions (Su et al. 2021), after whatever scaling the family applies to them.
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864), after the scaling of the family.
 
     Attributes:
-      frequencies: radians per position of each rotated pair; a head's entries past twice their number stay as they are.
+      frequencies: radians per position of each rotated pair. Entries of an attention head past the pairs stay as they
+        are: with 3 frequencies, entries 0 .. 5 are rotated.
       scale: multiplies cosines and sines (YaRN's attention factor; Peng et al. 2023, section 3.4).
-      interleaved: the pairs are neighbours (2j, 2j + 1), not halves (j, j + r).
-      dynamic: (base, factor, original length) of dynamic NTK scaling, in which a position p past the original length
-        is rotated with the frequencies of a text that ends there. None: frequencies do not depend on the position.
+      interleaved: pair j of r pairs holds entries 2j and 2j + 1. False: it holds entries j and j + r.
+      dynamic: (base, factor, original length) of dynamic NTK scaling. A position past the original length is rotated
+        with the frequencies of a text that ends at this position. None: frequencies do not depend on the position.
     """
 
     frequencies: tuple[float, ...]
@@ -38,12 +39,12 @@ def plain_rope(width: int, theta: float = 10000.0) -> Rope:
 
 @dataclasses.dataclass(frozen=True)
 class LayerConfig:
-    """What may differ from layer to layer.
+    """The settings that may differ from layer to layer.
 
     Attributes:
-      rope: rotary positions, or None for a layer without.
+      rope: rotary positions, or None for a layer without positions.
       window: tokens that a query sees, itself included (sliding-window attention), or None for all.
-      experts: the layer's MLP is the mixture of ``DecoderConfig.experts``.
+      experts: whether the layer's MLP is the mixture ``DecoderConfig.experts``.
     """
 
     rope: Rope | None
@@ -57,10 +58,10 @@ class LatentConfig:
 
     Attributes:
       query_rank: width of the queries' latent, or None for queries straight from the hidden state.
-      key_value_rank: r, width of the latent that keys and values are made of.
-      plain_width: entries of a query or key head without rotary positions.
-      rotary_width: entries with them; the key's are shared by all heads.
-      value_width: entries of a value head.
+      key_value_rank: r, width of the latent from which keys and values are projected.
+      plain_width: entries of a query or key without rotary positions, per attention head.
+      rotary_width: entries of a query or key with rotary positions. All attention heads share the key's.
+      value_width: entries of a value, per attention head.
     """
 
     query_rank: int | None
@@ -72,20 +73,20 @@ class LatentConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertsConfig:
-    """A mixture of experts (Shazeer et al. 2017).
+    """A mixture of experts (Shazeer et al. 2017, arXiv 1701.06538).
 
     Attributes:
-      num_experts: e.
-      per_token: experts that each token goes to.
+      num_experts: e, experts of a layer.
+      per_token: c, experts that each token goes to.
       intermediate_size: width of one expert.
       score: how router logits become scores, "softmax" or "sigmoid".
-      renormalize: the chosen experts' scores are divided by their sum.
+      renormalize: whether the chosen experts' scores are divided by their sum.
       scale: multiplies the chosen experts' weights.
       groups: experts are chosen within the best groups only (DeepSeek-V3, section 2.1.2); 1 for no groups.
-      best_groups: groups that are chosen from.
-      corrected: a bias for each expert is added to the scores for the choice alone.
-      shared_size: width of the MLP that every token goes through beside the experts, 0 for none.
-      shared_gate: the sigmoid of one more projection of the token weighs that MLP's output (Qwen3-Next).
+      best_groups: how many groups the experts are chosen from.
+      corrected: whether a bias per expert is added to the scores. It decides the choice, not the weights.
+      shared_size: width of the shared MLP that every token goes through as well; 0 for none.
+      shared_gate: whether the sigmoid of one more projection of the token scales the shared MLP's output (Qwen3-Next).
     """
 
     num_experts: int
@@ -120,25 +121,26 @@ class DecoderConfig:
       learned_positions: a table of ``max_position_embeddings`` vectors is added to the embeddings.
       norm: "rms"; "rms_one_plus", which multiplies by 1 + weight; or "layer", LayerNorm with biases.
       norm_eps: added to the variance or mean square.
-      sandwich_norms: norms behind attention and MLP as well as before them.
-      query_key_norm: RMS norms over each query and key head.
+      sandwich_norms: norms after attention and MLP as well as before them.
+      query_key_norm: norms over the query and the key of each attention head.
       activation: of the MLP; "gelu_tanh" is the tanh approximation.
       gated_mlp: ``down(act(gate(x)) * up(x))``; otherwise ``down(act(up(x)))``.
       attention_bias: biases on the query, key and value projections (on latents: on those from the hidden state).
       output_bias: bias on the attention's output projection.
-      output_gate: what the heads return is multiplied by the sigmoid of one more projection, held in the second half of
-        each head's part of the query projection (Qwen3-Next). Not with latent attention.
+      output_gate: the output of the attention heads is multiplied by the sigmoid of one more projection (Qwen3-Next).
+        This projection is the second half of each head's part of the query projection. Not with latent attention.
       mlp_bias: biases on the MLP's projections.
-      tie_word_embeddings: the head is the embedding.
+      tie_word_embeddings: the output head is the embedding.
       embedding_scale: multiplies the embeddings, rounded to their dtype.
-      attention_scale: multiplies query-key products; None means ``head_dim ** -0.5``.
+      attention_scale: multiplies query-key products; None means ``head_dim ** -0.5``, or for latent attention
+        ``(plain_width + rotary_width) ** -0.5``.
       attention_softcap: c in ``c * tanh(scores / c)`` (Gemma 2), or None.
       logit_softcap: the same for the logits.
       latent: multi-head latent attention in place of grouped-query attention.
       experts: the mixture of the layers that have one.
 
     Raises:
-      ValueError: a number is out of range, a name unknown, or sizes do not go together; the message names which.
+      ValueError: a number is out of range, a name is unknown, or sizes contradict each other. The message names them.
     """
 
     vocab_size: int
@@ -170,6 +172,7 @@ class DecoderConfig:
     experts: ExpertsConfig | None = None
 
     def __post_init__(self):
+        # Defaults that follow from other fields come first, so that the checks see the values in use.
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None:
@@ -181,6 +184,7 @@ class DecoderConfig:
                     f"{self.num_attention_heads}; give head_dim"
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        # Each field by itself. Later checks divide by these numbers.
         for name, most in _MOST.items():
             check_integer(name, getattr(self, name), 1, most)
         for name in ("norm_eps", "embedding_scale", "attention_scale", "attention_softcap", "logit_softcap"):
@@ -191,6 +195,7 @@ class DecoderConfig:
         for name, choices in (("norm", get_args(Norm)), ("activation", get_args(Activation))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose from {choices}")
+        # Fields that must agree with each other.
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
@@ -210,6 +215,7 @@ class DecoderConfig:
             raise ValueError(
                 f"layers has {len(self.each_layer)} entries for num_hidden_layers {self.num_hidden_layers}"
             )
+        # Latent attention rotates a part of each query only.
         rotary = self.latent.rotary_width if self.latent else self.head_width
         for layer in self.each_layer:
             if layer.window is not None:
@@ -219,6 +225,7 @@ class DecoderConfig:
             if layer.rope and 2 * len(layer.rope.frequencies) > rotary:
                 pairs = len(layer.rope.frequencies)
                 raise ValueError(f"rotary positions turn {pairs} pairs of entries, but a head has {rotary} entries")
+        # The router takes the best groups and then experts within them: both choices must be possible.
         if self.experts:
             experts = self.experts
             for name in ("num_experts", "per_token", "intermediate_size", "groups", "best_groups"):

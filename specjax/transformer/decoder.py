@@ -1,4 +1,4 @@
-"""A decoder, as a flax module and as the pure functions that the engine takes."""
+"""A decoder, as a flax module and as the pure functions that the engine calls."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, x_btd: Array, feed: Feed, tables: tuple[Array, Array] | None, stored: Stored | None
     ) -> tuple[Array, Stored]:
-        """Returns the residual stream after the layer, and what the layer keeps of its tokens."""
+        """Returns the residual stream ``[b, t, d]`` after the layer, and the layer's part of the cache."""
         y_btd, stored = self.self_attn(self.input_layernorm(x_btd), feed, tables, stored)
         x_btd = x_btd + (y_btd if self.attention_post_norm is None else self.attention_post_norm(y_btd))
         y_btd = self.mlp(self.post_attention_layernorm(x_btd))
@@ -50,7 +50,7 @@ class DecoderLayer(nnx.Module):
 
 
 RunLayer = Callable[[Array, Feed, tuple[Array, Array] | None, Stored | None], tuple[Array, Stored]]
-"""What a ``DecoderLayer`` is called with, and what it returns."""
+"""The type of ``DecoderLayer.__call__``."""
 
 
 def run_layers(
@@ -60,11 +60,19 @@ def run_layers(
     cache: KVCache | None,
     feed: Feed,
 ) -> tuple[list[Array], KVCache]:
-    """Runs a config's layers, or the first few of them, over the places of a feed; the other layers' cache stays.
+    """Runs layers over the places of a feed.
+
+    Args:
+      layers: all layers of the config, or the first few. The cache of layers that are left out stays as it is.
+      config: describes the layers.
+      x_btd: the residual stream before the first layer.
+      cache: of all layers; None: each layer attends within the feed.
+      feed: the places.
 
     Returns:
       The residual stream before the layers and after each of them, and the cache.
     """
+    # Cosines and sines are computed once for each kind of rope, not once for each layer.
     position_bt = feed.position_bt
     ropes = dict.fromkeys(layer.rope for layer in config.each_layer)
     tables = {rope: rotary_tables(position_bt, rope) for rope in ropes}
@@ -79,7 +87,7 @@ def run_layers(
 
 
 class Decoder(nnx.Module):
-    """The model. Layers are unrolled: a scan would copy each layer's weights and cache out of a stack."""
+    """The model. Layers are unrolled, because a scan would copy each layer's weights and cache out of a stack."""
 
     def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
@@ -98,13 +106,14 @@ class Decoder(nnx.Module):
         capture: tuple[int, ...] = (),
         depth: int | None = None,
     ) -> tuple[Array, tuple[Array, ...], KVCache]:
-        """Runs one pass, as ``LanguageModel.forward`` says; without a cache the block stands alone.
+        """Runs one pass, as ``LanguageModel.forward`` says.
 
         Args:
           feed: the places.
-          cache: of all layers, or None.
-          capture: hidden-state indices.
-          depth: leaves out the layers past the first so many.
+          cache: of all layers. None: each layer attends within the feed.
+          capture: hidden-state indices: 0 the embedding output, i the output of layer i, -1 the state after the final
+            norm.
+          depth: runs the first ``depth`` layers only; None for all.
 
         Returns:
           Float32 logits ``[b, t, v]``, one ``[b, t, d]`` state per captured index, and the cache.
@@ -112,20 +121,20 @@ class Decoder(nnx.Module):
         config = self.config
         x_btd = self.embed(feed.tokens_bt)
         if config.learned_positions:
-            last = config.max_position_embeddings - 1  # places that are not real may lie past it
+            last = config.max_position_embeddings - 1  # places that are not real may lie past the table
             x_btd = x_btd + self.embed_positions(jnp.minimum(feed.position_bt, last))
         states, cache = run_layers(self.layers[:depth], config, x_btd, cache, feed)
         states.append(self.norm(states[-1]))  # index -1
         return self.unembed(states[-1]), tuple(states[i] for i in capture), cache
 
     def embed(self, tokens_bt: Array) -> Array:
-        """Returns the tokens' embeddings, scaled if the family does so."""
+        """Returns the tokens' embeddings ``[b, t, d]``, times the family's ``embedding_scale``."""
         x_btd = self.embed_tokens(tokens_bt)
         scale = self.config.embedding_scale
         return x_btd if scale == 1 else x_btd * jnp.asarray(scale, x_btd.dtype)
 
     def unembed(self, normed_btd: Array) -> Array:
-        """Returns float32 logits of states after the final norm."""
+        """Returns float32 logits ``[b, t, v]`` of states after the final norm."""
         head = self.embed_tokens.logits if self.config.tie_word_embeddings else self.lm_head
         return softcap(head(normed_btd).astype(jnp.float32), self.config.logit_softcap)
 
@@ -134,14 +143,15 @@ _DECODER = Functional(Decoder)
 
 
 def init_params(config: DecoderConfig, key: Array, dtype: jnp.dtype = jnp.dtype("float32")) -> Any:
-    """Returns freshly drawn parameters of that dtype as a nested dict of arrays; ``key`` is consumed."""
+    """Returns freshly drawn parameters of ``dtype`` as a nested dict of arrays; ``key`` is consumed."""
     return _DECODER.init(config, key, dtype)
 
 
 @functools.cache
 def abstract_params(config: DecoderConfig, dtype: jnp.dtype = jnp.dtype("float32")) -> Any:
     """Returns the parameters' shapes and dtypes without computing them."""
-    kinds = tuple(dict.fromkeys(config.each_layer))  # one layer of each: flax takes its time over a hundred
+    # One layer of each kind is traced, since flax is slow over a hundred layers.
+    kinds = tuple(dict.fromkeys(config.each_layer))
     small = dataclasses.replace(config, num_hidden_layers=len(kinds), layers=kinds)
     tree = jax.eval_shape(lambda: init_params(small, jax.random.key(0), dtype))
     layers = {i: tree["layers"][kinds.index(layer)] for i, layer in enumerate(config.each_layer)}
@@ -154,7 +164,7 @@ def dtype_of(params: Any) -> jnp.dtype:
 
 
 def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtype) -> KVCache:
-    """Returns an empty cache of the decoder's layers, of keys and values or of latents."""
+    """Returns an empty cache: per layer keys and values ``[b, k, s, h]``, or latents ``[b, 1, s, r + rotary]``."""
     if config.latent is None:
         heads, widths = config.kv_heads, (config.head_width, config.head_width)
     else:
@@ -178,7 +188,7 @@ class _Functions(NamedTuple):
 
 @functools.cache
 def _functions(config: DecoderConfig, dtype: jnp.dtype) -> _Functions:
-    # Cached, so that two models of one architecture share their static functions and hence their compilations.
+    # Cached, so that two models of one architecture have the same static functions and share compilations.
     def forward(params, feed, cache, capture=()):
         return Output(*bind(config, params)(feed, cache, capture))
 
@@ -201,7 +211,7 @@ def _functions(config: DecoderConfig, dtype: jnp.dtype) -> _Functions:
 
 
 def decoder_model(config: DecoderConfig, params: Any) -> LanguageModel:
-    """Returns the decoder as a ``LanguageModel``; it computes in the dtype of its ``init_params``."""
+    """Returns the decoder as a ``LanguageModel``. It computes in the dtype of ``params``, made by ``init_params``."""
     return LanguageModel(
         params=params,
         vocab_size=config.vocab_size,

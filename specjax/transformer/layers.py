@@ -1,4 +1,4 @@
-"""The small parts of a decoder."""
+"""The small parts of a decoder: linear maps, embeddings, norms, MLPs and rotary positions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,25 +19,28 @@ ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype, std: float = 0.02) -> Array:
-    """Returns the initial values of a weight."""
+    """Returns the initial values of a weight: normal, with mean 0 and standard deviation ``std``."""
     return std * jax.random.normal(rngs.params(), shape, dtype)
 
 
 def declare(value: Array, *axes: Axis) -> nnx.Param:
-    """Returns a parameter that says what its dimensions stand for."""
+    """Returns a parameter that declares an ``Axis`` for each of its dimensions."""
     return nnx.Param(value, axes=axes)
 
 
 def declared_axes(state: nnx.State) -> Any:
-    """Returns a nested dict like the parameters', with the axes of each; those that say nothing are never split."""
+    """Returns a nested dict like the parameters', with the axes of each parameter.
+
+    A parameter that declares none gets None for each dimension: it is never split.
+    """
     return nnx.to_pure_dict(state, lambda param: param.get_metadata().get("axes", (None,) * len(param.shape)))
 
 
 class Linear(nnx.Module):
-    """``x @ kernel + bias``, between the two ``axes``.
+    """``x @ kernel + bias``. ``axes`` are the ``Axis`` of the inputs and of the outputs.
 
-    The kernel is ``[in, out]``: at the widths of speculative decoding XLA's CPU products are 1.2 to 1.5 times faster
-    with it than with ``[out, in]`` (docs/performance.md); a GPU does not mind.
+    The kernel is ``[in, out]``. At the widths of speculative decoding XLA's CPU products are 1.2 to 1.5 times faster
+    with it than with ``[out, in]`` (docs/performance.md). On a GPU both are equally fast.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table of ``[v, d]``, also the head of models that tie the two."""
+    """A table ``[v, d]`` of one vector per token. Models that tie embedding and output head use it for both."""
 
     def __init__(self, vocab: int, width: int, dtype: jnp.dtype, rngs: nnx.Rngs, axis: Axis = "vocab"):
         self.weight = declare(normal(rngs, (vocab, width), dtype), axis, "embed")
@@ -67,12 +70,12 @@ class Embedding(nnx.Module):
         return jnp.take(self.weight[...], tokens_bt, axis=0)
 
     def logits(self, x_btd: Array) -> Array:
-        """Returns the products with each entry of the table, ``[b, t, v]``."""
+        """Returns ``[b, t, v]``, the product of each state with each vector of the table."""
         return lax.dot_general(x_btd, self.weight[...], (((2,), (1,)), ((), ())))
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm (Zhang and Sennrich 2019), computed in float32."""
+    """Root-mean-square norm (Zhang and Sennrich 2019, arXiv 1910.07467). The mean square is float32."""
 
     def __init__(self, width: int, eps: float, dtype: jnp.dtype):
         self.weight = nnx.Param(jnp.ones((width,), dtype))
@@ -83,7 +86,7 @@ class RMSNorm(nnx.Module):
 
 
 class RMSNormOnePlus(nnx.Module):
-    """Root-mean-square norm that multiplies by 1 + weight, in float32 throughout (Gemma)."""
+    """Root-mean-square norm that multiplies by 1 + weight (Gemma). The product is float32, too."""
 
     def __init__(self, width: int, eps: float, dtype: jnp.dtype):
         self.weight = nnx.Param(jnp.zeros((width,), dtype))
@@ -100,7 +103,7 @@ def _rms(x: Array, eps: float) -> Array:
 
 
 class LayerNorm(nnx.Module):
-    """Layer norm (Ba et al. 2016), computed in float32."""
+    """Layer norm (Ba et al. 2016, arXiv 1607.06450), computed in float32."""
 
     def __init__(self, width: int, eps: float, dtype: jnp.dtype):
         self.weight = nnx.Param(jnp.ones((width,), dtype))
@@ -119,12 +122,12 @@ NORMS = {"rms": RMSNorm, "rms_one_plus": RMSNormOnePlus, "layer": LayerNorm}
 
 
 def make_norm(config: DecoderConfig, width: int, dtype: jnp.dtype) -> RMSNorm | RMSNormOnePlus | LayerNorm:
-    """Returns the family's kind of norm."""
+    """Returns a norm of ``width`` entries, of the kind that ``config.norm`` names."""
     return NORMS[config.norm](width, config.norm_eps, dtype)
 
 
 class MLP(nnx.Module):
-    """``down(act(gate(x)) * up(x))`` (Shazeer 2020), or ``down(act(up(x)))`` without the gate."""
+    """``down(act(gate(x)) * up(x))`` (Shazeer 2020, arXiv 2002.05202), or ``down(act(up(x)))`` without the gate."""
 
     def __init__(self, config: DecoderConfig, inner: int, dtype: jnp.dtype, rngs: nnx.Rngs):
         width, bias = config.hidden_size, config.mlp_bias
@@ -139,17 +142,17 @@ class MLP(nnx.Module):
 
 
 def softcap(x: Array, cap: float | None) -> Array:
-    """Returns ``cap * tanh(x / cap)``, or x where there is no cap."""
+    """Returns ``cap * tanh(x / cap)``, or ``x`` if ``cap`` is None."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def positions(start_b: Array, width: int) -> Array:
-    """Returns the positions of ``width`` tokens from ``start_b`` on, ``[b, t]`` in its dtype."""
+    """Returns the positions of ``width`` tokens from ``start_b`` on: ``[b, t]``, in the dtype of ``start_b``."""
     return start_b[:, None] + jnp.arange(width, dtype=start_b.dtype)[None]
 
 
 def rotary_tables(position_bt: Array, rope: Rope | None) -> tuple[Array, Array] | None:
-    """Returns cosines and sines of each pair's angle, ``[b, 1, t, pairs]`` in float32; None without a rope."""
+    """Returns cosines and sines of each pair's angle, float32 ``[b, 1, t, pairs]``; None without a rope."""
     if rope is None:
         return None
     position = position_bt[:, None, :, None].astype(jnp.float32)
@@ -157,8 +160,8 @@ def rotary_tables(position_bt: Array, rope: Rope | None) -> tuple[Array, Array] 
     if rope.dynamic is not None:
         theta, factor, original = rope.dynamic
         width = 2 * len(rope.frequencies)
-        # The base of a text of p + 1 tokens: each position takes that of the text that ends with it, so that a key
-        # does not depend on what was fed together with it.
+        # Each position p takes the base of a text of p + 1 tokens, so a key does not depend on the tokens that were fed
+        # together with it.
         length = jnp.maximum(position + 1, float(original))
         base = theta * (factor * length / original - (factor - 1)) ** (width / (width - 2))
         frequency = base ** (-jnp.arange(0, width, 2, dtype=jnp.float32)[None, None, None, :] / width)
@@ -169,8 +172,13 @@ def rotary_tables(position_bt: Array, rope: Rope | None) -> tuple[Array, Array] 
 def rotate(x: Array, tables: tuple[Array, Array] | None, interleaved: bool = False) -> Array:
     """Rotates queries or keys ``[b, heads, t, h]`` by their positions.
 
-    Entries behind the rotated pairs pass as they are. Interleaved pairs come out as halves: queries and keys are
-    permuted alike, which no product between them sees.
+    Entries past the rotated pairs stay as they are. Interleaved pairs come out as halves: queries and keys are permuted
+    in the same way, so their products do not change.
+
+    Args:
+      x: floats, queries or keys.
+      tables: cosines and sines, as ``rotary_tables`` returns them; None rotates nothing.
+      interleaved: see ``Rope``.
     """
     if tables is None:
         return x

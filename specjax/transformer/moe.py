@@ -1,4 +1,7 @@
-"""Mixtures of experts that drop no token: a full expert would couple the rows of a batch."""
+"""Mixtures of experts that drop no token.
+
+Experts of limited capacity would drop tokens, and then the text of one row would depend on the other rows.
+"""
 
 import functools
 from collections.abc import Callable
@@ -20,7 +23,7 @@ class Router(nnx.Module):
     def __init__(self, config: DecoderConfig, experts: ExpertsConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.experts = experts
         self.kernel = declare(normal(rngs, (config.hidden_size, experts.num_experts), dtype), "embed", None)
-        # Differences between scores decide; bfloat16 would round them away.
+        # Float32, since small differences between scores decide and bfloat16 would round them away.
         bias = jnp.zeros((experts.num_experts,), jnp.float32)
         self.e_score_correction_bias = nnx.Param(bias) if experts.corrected else None
 
@@ -29,6 +32,7 @@ class Router(nnx.Module):
         experts = self.experts
         logits_me = x_md.astype(jnp.float32) @ self.kernel[...].astype(jnp.float32)
         scores_me = jax.nn.softmax(logits_me) if experts.score == "softmax" else jax.nn.sigmoid(logits_me)
+        # The choice may use other numbers than the weights: a bias balances the experts' load (DeepSeek-V3).
         choice_me = scores_me
         if self.e_score_correction_bias is not None:
             choice_me = scores_me + self.e_score_correction_bias[...][None]
@@ -39,6 +43,7 @@ class Router(nnx.Module):
             chosen_mc = lax.top_k(best_mg, experts.best_groups)[1]
             allowed_mg = jnp.any(jax.nn.one_hot(chosen_mc, experts.groups, dtype=bool), axis=1)
             choice_me = jnp.where(allowed_mg[:, :, None], grouped_mgx, -jnp.inf).reshape(choice_me.shape)
+        # Weights come from the scores themselves, without the bias.
         chosen_mc = lax.top_k(choice_me, experts.per_token)[1]
         weights_mc = jnp.take_along_axis(scores_me, chosen_mc, axis=1)
         if experts.renormalize:
@@ -73,8 +78,8 @@ Stacks = tuple[Array, Array, Array]
 def _run(
     activation: Activation, x_md: Array, chosen_mc: Array, weights_mc: Array, stacks: Stacks, absent: bool = False
 ) -> Array:
-    # XLA's CPU ragged products read every expert: 20 times slower for one token (docs/performance.md). A GPU would
-    # wait for the host at every branch of the loop.
+    # Two programs for one result. On a CPU XLA's ragged products read every expert, which makes one token 20 times
+    # slower (docs/performance.md). On a GPU every branch of the loop over experts would wait for the host.
     return lax.platform_dependent(
         x_md,
         chosen_mc,
@@ -86,9 +91,14 @@ def _run(
 
 
 def _in_parts(run: Callable[..., Array]) -> Callable[..., Array]:
-    """Each part of the mesh's expert axis runs the experts that it holds; their outputs are added up."""
+    """Returns ``run`` split over the mesh axis "expert": each part runs the experts it holds, and outputs are added.
+
+    The compiler cannot partition grouped (ragged) matrix products, so this uses ``shard_map``.
+    """
 
     def part(id_e: Array, x_md: Array, chosen_mc: Array, weights_mc: Array, stacks: Stacks) -> Array:
+        # Expert ids become places in this part's stacks. A choice of another part's expert gets the place after the
+        # last one and the weight 0.
         place_mc = chosen_mc - id_e[0]
         held_mc = (place_mc >= 0) & (place_mc < id_e.shape[0])
         place_mc = jnp.where(held_mc, place_mc, id_e.shape[0])
@@ -97,6 +107,7 @@ def _in_parts(run: Callable[..., Array]) -> Callable[..., Array]:
         return lax.psum(y_md.astype(jnp.float32), "expert").astype(y_md.dtype)
 
     def whole(x_md: Array, chosen_mc: Array, weights_mc: Array, stacks: Stacks) -> Array:
+        # Inside a part an array has no index of its own, so each part gets the ids of its experts.
         id_e = jnp.arange(stacks[0].shape[0], dtype=chosen_mc.dtype)
         split, same = PartitionSpec("expert"), PartitionSpec()
         specs = (split, same, same, same, split)
@@ -107,7 +118,10 @@ def _in_parts(run: Callable[..., Array]) -> Callable[..., Array]:
 
 
 def expert_by_expert(activation: Activation, x_md: Array, chosen_mc: Array, weights_mc: Array, stacks: Stacks) -> Array:
-    """Sends all tokens through each expert that any of them chose, and keeps what was chosen."""
+    """Sends all tokens through each expert that any token chose, and keeps the outputs of the tokens that chose it.
+
+    Arguments and result are those of ``Experts.__call__``, as of ``sorted_by_expert``.
+    """
     gates, ups, downs = stacks
     activate = ACTIVATIONS[activation]
 
@@ -131,7 +145,7 @@ def sorted_by_expert(
 ) -> Array:
     """Sorts tokens by expert and sends them through ``ragged_dot``, whose groups may have any size.
 
-    ``absent``: some choices are of no expert here, e, and add nothing.
+    ``absent``: choices may be e, one more than the last expert. Such a choice is of no expert here and adds nothing.
     """
     gates, ups, downs = stacks
     expert_n = chosen_mc.reshape(-1)
@@ -140,13 +154,14 @@ def sorted_by_expert(
     x_nd = x_md[order_n // chosen_mc.shape[1]]
     hidden_nf = ACTIVATIONS[activation](lax.ragged_dot(x_nd, gates, sizes_e)) * lax.ragged_dot(x_nd, ups, sizes_e)
     y_nd = lax.ragged_dot(hidden_nf, downs, sizes_e) * weights_mc.reshape(-1)[order_n][:, None]
-    if absent:  # sorted behind all groups, where ragged products may hold anything
+    if absent:  # these are sorted after all groups, where ragged products may hold anything
         y_nd = jnp.where((expert_n[order_n] < gates.shape[0])[:, None], y_nd, 0)
+    # Sorting the order itself gives the inverse permutation: outputs return to their tokens.
     return jnp.sum(y_nd[jnp.argsort(order_n)].reshape(*chosen_mc.shape, -1), axis=1)
 
 
 class MoE(nnx.Module):
-    """Each token's sum over its experts, and over the shared one that all tokens visit, where there is one."""
+    """The layer's MLP as a mixture: each token's weighted sum over its experts, plus the shared MLP if there is one."""
 
     def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         experts = config.experts

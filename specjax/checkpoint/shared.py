@@ -1,4 +1,4 @@
-"""What the folders of all heads share: how parameters are read, and tables that are repeated from the target."""
+"""What the folders of all draft heads share: reading parameters, and finding copies of the target's own tables."""
 
 import contextlib
 import dataclasses
@@ -16,13 +16,13 @@ from specjax.hf.weights import Parameter
 from specjax.sharding import Rules, gathered
 from specjax.types import LanguageModel
 
-_COMPARED = 1024  # rows at a time
+_COMPARED = 1024  # rows at a time: a whole table of the target need not fit the host twice
 D = TypeVar("D")
 
 
 @contextlib.contextmanager
 def errors_name(path: Path) -> Iterator[None]:
-    """Puts a path in front of the message of any ValueError raised inside."""
+    """Context manager that puts a path before the message of any ValueError raised inside."""
     try:
         yield
     except ValueError as error:
@@ -30,21 +30,21 @@ def errors_name(path: Path) -> Iterator[None]:
 
 
 def read_onto(mesh: Mesh | None, rules: Rules, drafter: D, params: Any) -> D:
-    """Returns the drafter with parameters that are read, by each process the parts that its devices hold.
+    """Returns the drafter with its parameters read. Each process reads the parts that its devices hold.
 
     Args:
-      mesh, rules: as for ``specjax.load``, errors too.
-      drafter: its parameters are shapes and dtypes.
-      params: a tree like them of ``Parameter``.
+      mesh, rules: as for ``specjax.load``, errors included.
+      drafter: a drafter with shapes and dtypes in place of parameters.
+      params: a tree of ``Parameter`` in the same structure.
     """
     assert dataclasses.is_dataclass(drafter) and not isinstance(drafter, type)
     return dataclasses.replace(drafter, params=read_params(params, placed(drafter, mesh, rules)))
 
 
 def is_targets_embedding(table_vd: Parameter, target: LanguageModel) -> bool:
-    """Returns whether a stored embedding ``[v, d]`` is the target's, bit for bit in the target's dtype.
+    """Returns whether a stored embedding ``[v, d]`` equals the target's, bit for bit in the target's dtype.
 
-    The target has ``embed``.
+    The target must have ``embed``.
     """
     assert target.embed is not None
     embed = target.embed
@@ -52,15 +52,17 @@ def is_targets_embedding(table_vd: Parameter, target: LanguageModel) -> bool:
 
 
 def is_targets_head(kernel_dv: Parameter, target: LanguageModel) -> bool:
-    """Returns whether a stored output head ``[d, v]`` is the target's, bit for bit in the target's dtype.
+    """Returns whether a stored output head ``[d, v]`` equals the target's, bit for bit in the target's dtype.
 
-    The target has ``embed`` and ``unembed``. Rows of its kernel are the logits of unit vectors.
+    The target must have ``embed`` and ``unembed``. Its output head is known only as a function. Row i of the head's
+    kernel is the logits of unit vector i.
     """
     assert target.unembed is not None
     unembed, like = target.unembed, target.embedding_spec
 
     def rows(start: int, end: int) -> jax.Array:
         unit_bd = jax.nn.one_hot(jnp.arange(start, end), like.shape[-1], dtype=like.dtype)
+        # An accelerator's default precision would round the kernel's entries.
         with jax.default_matmul_precision("highest"):
             return unembed(target.params, unit_bd[None])[0].astype(like.dtype)
 
@@ -68,7 +70,7 @@ def is_targets_head(kernel_dv: Parameter, target: LanguageModel) -> bool:
 
 
 def _equal(parameter: Parameter, rows: Callable[[int, int], jax.Array]) -> bool:
-    """Returns whether a table equals the one whose rows from start to end ``rows`` returns."""
+    """Returns whether a stored table equals the target's, of which ``rows(start, end)`` returns some rows."""
     for start in range(0, parameter.shape[0], _COMPARED):
         end = min(start + _COMPARED, parameter.shape[0])
         known = gathered(rows(start, end))
