@@ -1,4 +1,4 @@
-"""Hugging Face model folders, in and out: configs, tensor names, safetensors."""
+"""Reading and writing Hugging Face model folders: configs, tensor names, safetensors."""
 
 from specjax.hf.config import decoder_config as decoder_config
 from specjax.hf.names import sources as sources

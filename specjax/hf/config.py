@@ -1,4 +1,4 @@
-"""``config.json`` of a Hugging Face folder -> ``DecoderConfig``, through the reader of its family."""
+"""Reads the ``config.json`` of a Hugging Face folder as a ``DecoderConfig``, with the reader of its family."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -11,21 +11,21 @@ from specjax.hf.families import ARCHITECTURES, FAMILIES
 from specjax.hf.keys import Keys, read_json, switch, warn_unknown, without_keys
 from specjax.transformer.config import DecoderConfig
 
-# Published folders of these families bring code which transformers has since taken over, under the same names.
+# Published folders of these families bring code. transformers contains the same code, in classes of these names.
 _TAKEN_OVER = {"deepseek_v3": "DeepseekV3", "phi3": "Phi3"}
 
 
 def decoder_config(raw: Mapping[str, Any], strict: bool = False) -> DecoderConfig:
     """Reads the keys of a Hugging Face ``config.json``.
 
-    A key that transformers' config class does not have cannot change what transformers computes. All such keys are
-    named in one warning and ignored. A key that the class has, and that the decoder does not understand, must have the
-    class's default.
+    Keys that transformers' config class does not have cannot change what transformers computes. One warning names all
+    such keys, and they are ignored. A key that the class has and the decoder does not understand must have the class's
+    default.
 
     Args:
-      raw: the keys.
-      strict: refuse keys that the class does not have, unless they are null, false or text: in a recipe they are
-        misspelt, and in the config of a draft head they may be the head's.
+      raw: the content of the file.
+      strict: refuse keys that the class does not have, unless they are null, false or text. In a recipe such keys are
+        misspelt; in the config of a draft head they may be the draft head's.
 
     Raises:
       ValueError: the ``model_type`` is not supported; a key is missing; or a key that might change the forward pass
@@ -37,12 +37,12 @@ def decoder_config(raw: Mapping[str, Any], strict: bool = False) -> DecoderConfi
 
 
 def read_keys(raw: Mapping[str, Any], strict: bool = False) -> tuple[DecoderConfig, dict[str, Any], tuple[str, ...]]:
-    """Returns what ``decoder_config`` returns, the config of the text part, and unknown keys, of which nothing is said.
+    """Returns the decoder's config, the raw config of the text part, and the names of unknown keys, without a warning.
 
     Raises:
       ValueError: as for ``decoder_config``.
     """
-    # Multimodal Gemma 3 has a config in its config.
+    # 1. Multimodal Gemma 3 has the text part's config inside its own.
     if raw.get("model_type") == "gemma3":
         text, outer = _text_part(raw)
         try:
@@ -50,11 +50,12 @@ def read_keys(raw: Mapping[str, Any], strict: bool = False) -> tuple[DecoderConf
         except ValueError as error:
             raise ValueError(f"text_config: {error}") from None
         return config, text, (*outer, *unknown)
+    # 2. The family.
     kind = raw.get("model_type", "llama")
     if not isinstance(kind, str) or kind not in FAMILIES:
         supported = ", ".join(sorted([*FAMILIES, "gemma3"]))
         raise ValueError(f"model_type {kind!r} is not supported; supported: {supported}")
-    # The family's reader takes what it understands; the tables judge the rest.
+    # 3. The family's reader takes the keys that it understands. The tables of class_keys.py judge the others.
     keys = _all_keys(raw, ARCHITECTURES[kind])
     quantization_block(raw)
     config = FAMILIES[kind](keys)
@@ -62,17 +63,22 @@ def read_keys(raw: Mapping[str, Any], strict: bool = False) -> tuple[DecoderConf
 
 
 def unknown_keys(keys: Keys, kind: str, strict: bool = False) -> tuple[str, ...]:
-    """Returns the names of the keys that nobody took and that the class of a ``model_type`` does not have.
+    """Returns the names of keys that were never taken and that the class of a ``model_type`` does not have.
 
     Raises:
-      ValueError: a key that the class has, or that transformers reads all the same, has another value than is computed.
+      ValueError: a key that the class has, or that transformers reads although no class has it, asks for something
+        that is not computed; or as for ``strict`` of ``decoder_config``.
     """
     unknown = keys.unknown({**UNDECLARED, **CLASS_KEYS[kind]})
     return keys.switched_off() if strict else unknown
 
 
 def _all_keys(raw: Mapping[str, Any], architecture: str) -> Keys:
-    """Returns the keys of a config without those that have no effect."""
+    """Returns the keys of a config, less the keys that have no effect on logits.
+
+    Raises:
+      ValueError: the config is of another architecture, or brings code of its own.
+    """
     if raw.get("architectures") not in (None, [], [architecture]):
         raise ValueError(
             f"architectures is {raw['architectures']!r}; supported for model_type {raw.get('model_type')!r}: "
@@ -90,11 +96,11 @@ def _check_code(raw: Mapping[str, Any]) -> None:
     if not code:
         return
     known = _TAKEN_OVER.get(raw.get("model_type", "llama"), "no name")
-    # Code of a tokenizer has no part in the model.
+    # A folder's code for its tokenizer does not change the model.
     entries = code.items() if isinstance(code, Mapping) else [("AutoModel", code)]
     for name, value in entries:
-        held = name.startswith(("AutoConfig", "AutoModel"))
-        if held and not re.fullmatch(rf"(.*\.)?{known}(Config|Model|For\w+)", str(value)):
+        of_model = name.startswith(("AutoConfig", "AutoModel"))
+        if of_model and not re.fullmatch(rf"(.*\.)?{known}(Config|Model|For\w+)", str(value)):
             raise ValueError(
                 f"auto_map is {code!r}: the folder brings code of its own, which is never run and may compute "
                 f"something else than the model_type says{switch('auto_map')}"
@@ -102,18 +108,19 @@ def _check_code(raw: Mapping[str, Any]) -> None:
 
 
 def _text_part(raw: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Returns the config of the text part of multimodal Gemma 3, as a model of its own, and unknown keys beside it.
+    """Returns the config of multimodal Gemma 3's text part as a model's own config, and unknown keys next to it.
 
     Raises:
-      ValueError: the wrapper has no text part, or one that it would compute otherwise.
+      ValueError: there is no text part, or the multimodal model would compute it in another way than it says.
     """
+    # 1. The keys next to the text part. Keys of images do not change the text part.
     keys = _all_keys(raw, "Gemma3ForConditionalGeneration")
     text = keys.take("text_config")
-    # The text part needs no key of the images.
     keys.ignore(*("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index"))
     keys.ignore(*("boi_token_id", "eoi_token_id", "image_token_id"))
     tied = keys.flag("tie_word_embeddings", True)
     unknown = unknown_keys(keys, "gemma3")
+    # 2. The text part itself must not contradict them.
     if not isinstance(text, Mapping) or text.get("model_type", "gemma3_text") != "gemma3_text":
         raise ValueError(f"text_config is {text!r}; it must be the config of a 'gemma3_text' model")
     if text.get("tie_word_embeddings", tied) != tied:
@@ -125,6 +132,7 @@ def _text_part(raw: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]
             f"final_logit_softcapping is {text['final_logit_softcapping']!r} in text_config, where transformers does "
             f"not apply it; remove it{switch('final_logit_softcapping')}"
         )
+    # 3. What the text part needs of the outer config to stand alone.
     kept = {key: raw[key] for key in ("eos_token_id", "quantization_config") if raw.get(key) is not None}
     own = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "tie_word_embeddings": tied}
     return {**text, **kept, **own}, unknown
@@ -135,33 +143,35 @@ def read_config(path: Path, ignore_config_keys: Iterable[str] = ()) -> tuple[Dec
 
     Args:
       path: the file.
-      ignore_config_keys: keys to read the config without, as for ``without_keys``.
+      ignore_config_keys: as for ``without_keys``.
 
     Returns:
-      The decoder, and the keys that describe it: of multimodal Gemma 3, the text part's.
+      The decoder's config, and the keys that describe the model; for multimodal Gemma 3, the keys of the text part.
 
     Raises:
-      ValueError: the file is absent, is not a JSON object, or describes a model that ``decoder_config`` refuses.
+      ValueError: the file is missing, is not a JSON object, or describes a model that ``decoder_config`` refuses.
+      TypeError: ``ignore_config_keys`` is a string.
     """
     raw = without_keys(read_json(path), ignore_config_keys)
     if "model_type" not in raw:
-        raise ValueError(f'{path} has no model_type; add that of the model, such as "llama"')
+        raise ValueError(f'{path} has no model_type; add the model\'s, such as "llama"')
     try:
         config, text, unknown = read_keys(raw)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    except RecursionError:  # in the repr of a value for a message
+    except RecursionError:  # from the repr of a value, for a message
         raise ValueError(f"{path}: a value is nested too deeply to be a model's; write the file again") from None
     warn_unknown(path, unknown)
     return config, text
 
 
 def quantization_block(raw: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Returns the rows and columns that share a scale in block-scaled FP8 weights, or None for plain weights.
+    """Returns the rows and columns of a block that shares a scale in float8 weights, or None for plain weights.
 
     Raises:
       ValueError: the weights are quantised in another way.
     """
+    # Every key may change how the weights are read, so unknown keys are refused (``finish``).
     quantization = raw.get("quantization_config")
     if quantization is None:
         return None

@@ -1,4 +1,7 @@
-"""A reader of each family's ``config.json`` keys. Defaults are those of transformers' config classes."""
+"""A reader of the ``config.json`` keys of each family.
+
+A reader takes every key that it understands. Defaults are the defaults of transformers' config classes.
+"""
 
 import dataclasses
 import math
@@ -30,7 +33,10 @@ FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
 
 
 def take_sizes(keys: Keys, **defaults: Any) -> dict[str, Any]:
-    """Takes what nearly all families share, as arguments of DecoderConfig; ``defaults`` are the family's own."""
+    """Takes the keys that nearly all families share, as arguments of DecoderConfig.
+
+    ``defaults`` holds the family's own defaults. A key without a default must be there.
+    """
     defaults = {"max_position_embeddings": 2048, "num_key_value_heads": None, "rms_norm_eps": 1e-6, **defaults}
 
     def default(key: str) -> tuple[Any, ...]:
@@ -52,7 +58,7 @@ _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads
 
 
 def take_activation(keys: Keys, key: str, default: str) -> Activation:
-    """Takes the name of an activation; raises ValueError if it is not known."""
+    """Takes the name of an activation; raises ValueError if it is unknown."""
     name = keys.take(key, default)
     if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise ValueError(f"{key} is {name!r}; supported: {', '.join(_ACTIVATIONS)}")
@@ -60,6 +66,7 @@ def take_activation(keys: Keys, key: str, default: str) -> Activation:
 
 
 def _head_width(keys: Keys, sizes: dict[str, Any]) -> int:
+    """Takes the width of an attention head, by default ``hidden_size / num_attention_heads``."""
     head_dim = keys.integer("head_dim", None, most=MAX_HEAD, optional=True)
     if head_dim is not None:
         return head_dim
@@ -82,17 +89,22 @@ def layers_of(
     """Returns the layers, and the longest text that all of them serve, as arguments of DecoderConfig.
 
     Args:
-      sizes: of ``take_sizes``.
-      head_dim: entries of a head that may be rotated.
-      ropes: of ``take_rope``.
-      kinds: the type of each layer.
+      sizes: what ``take_sizes`` returned.
+      head_dim: entries of an attention head that may be rotated.
+      ropes: what ``take_rope`` returned.
+      kinds: the type of each layer, as in ``layer_types``.
       window: tokens that a layer of sliding attention sees.
-      **options: of ``read_rope``.
+      **options: further arguments of ``read_rope``.
+
+    Raises:
+      ValueError: the types are not one known type for each layer, or a type lacks its window or rotary positions.
     """
+    # 1. Frequencies are computed once for each type, not for each layer.
     if not isinstance(kinds, list) or len(kinds) != sizes["num_hidden_layers"]:
         raise ValueError(f"layer_types is {kinds!r}; it must name each of the {sizes['num_hidden_layers']} layers")
     longest = sizes["max_position_embeddings"]
     read = {kind: read_rope(ropes[kind], head_dim, longest, **options) for kind in ropes}
+    # 2. Each layer gets what its type says. Without types of their own, rotary positions are under "".
     layers = []
     for kind in kinds:
         if kind not in (FULL_ATTENTION, SLIDING_ATTENTION):
@@ -107,16 +119,16 @@ def layers_of(
 
 
 def _same_kind(keys: Keys, sizes: dict[str, Any], window: int | None) -> list[str]:
-    """Returns the type of each layer where all have the same, and takes a ``layer_types`` that says so too."""
+    """Returns the type of each layer if all have the same type; takes a ``layer_types`` that agrees."""
     kinds = [FULL_ATTENTION if window is None else SLIDING_ATTENTION] * sizes["num_hidden_layers"]
     keys.only("layer_types", kinds, None)
     return kinds
 
 
-def _alike(
+def _uniform_layers(
     keys: Keys, sizes: dict[str, Any], head_dim: int, window: int | None = None, theta: float = 10000.0
 ) -> dict[str, Any]:
-    """Takes the keys of layers that are all of one kind, as arguments of DecoderConfig."""
+    """Takes the keys of layers that are all of one type, as arguments of DecoderConfig."""
     kinds = _same_kind(keys, sizes, window)
     return sizes | {"head_dim": head_dim} | layers_of(sizes, head_dim, take_rope(keys, theta), kinds, window)
 
@@ -129,7 +141,7 @@ def _llama(keys: Keys) -> DecoderConfig:
     keys.only("rope_interleaved", False)  # SmolLM
     bias = keys.flag("attention_bias", False)
     return DecoderConfig(
-        **_alike(keys, sizes, head_dim),
+        **_uniform_layers(keys, sizes, head_dim),
         activation=take_activation(keys, "hidden_act", "silu"),
         attention_bias=bias,
         output_bias=bias,
@@ -142,17 +154,18 @@ def _mistral(keys: Keys) -> DecoderConfig:
     head_dim = _head_width(keys, sizes)
     window = keys.integer("sliding_window", 4096, optional=True)
     return DecoderConfig(
-        **_alike(keys, sizes, head_dim, window), activation=take_activation(keys, "hidden_act", "silu")
+        **_uniform_layers(keys, sizes, head_dim, window), activation=take_activation(keys, "hidden_act", "silu")
     )
 
 
 def _qwen_window(keys: Keys) -> int | None:
+    """Takes the window of sliding attention, or None if it is switched off."""
     window = keys.integer("sliding_window", 4096, optional=True)
     return window if keys.flag("use_sliding_window", False) else None
 
 
 def _qwen(keys: Keys, sizes: dict[str, Any], head_dim: int, bias: bool, **features: Any) -> DecoderConfig:
-    """Qwen2 and Qwen3: sliding attention from layer ``max_window_layers`` on, where it is switched on."""
+    """Reads Qwen2 and Qwen3: sliding attention from layer ``max_window_layers`` on, if it is switched on."""
     window, windows_from = _qwen_window(keys), keys.integer("max_window_layers", 28, least=0)
     kinds = keys.take("layer_types", None)
     if kinds is None:
@@ -181,11 +194,13 @@ def _qwen3(keys: Keys) -> DecoderConfig:
 
 
 def _qwen3_moe(keys: Keys) -> DecoderConfig:
+    # 1. Attention: as in Qwen3, but a window is for all layers or for none.
     sizes = take_sizes(keys, max_position_embeddings=32768, num_key_value_heads=4)
     head_dim = _head_width(keys, sizes)
     window = _qwen_window(keys)
     keys.ignore("max_window_layers")  # transformers gives all layers a window, or none
     bias = keys.flag("attention_bias", False)
+    # 2. Which layers have experts: every ``step``-th, but for those that are listed as dense.
     step, dense = keys.integer("decoder_sparse_step", 1), keys.take("mlp_only_layers", None)
     dense = [] if dense is None else dense
     if not isinstance(dense, list):
@@ -198,10 +213,10 @@ def _qwen3_moe(keys: Keys) -> DecoderConfig:
         intermediate_size=keys.integer("moe_intermediate_size", 768),
         renormalize=keys.flag("norm_topk_prob", False),
     )
-    alike = _alike(keys, sizes, head_dim, window)
+    layers = _uniform_layers(keys, sizes, head_dim, window)
     sparse = [i not in dense and (i + 1) % step == 0 for i in range(sizes["num_hidden_layers"])]
     return DecoderConfig(
-        **with_experts(alike, sparse),
+        **with_experts(layers, sparse),
         activation=take_activation(keys, "hidden_act", "silu"),
         attention_bias=bias,
         output_bias=bias,
@@ -211,7 +226,7 @@ def _qwen3_moe(keys: Keys) -> DecoderConfig:
 
 
 def take_num_experts(keys: Keys, key: str, default: int) -> int:
-    """Takes the number of experts, by the family's own name or by the one that transformers 5 writes."""
+    """Takes the number of experts under the family's own name, or under ``num_local_experts`` of transformers 5."""
     number = keys.integer(key, None, optional=True)
     other = keys.integer("num_local_experts", None, optional=True)
     if None not in (number, other) and number != other:
@@ -220,10 +235,12 @@ def take_num_experts(keys: Keys, key: str, default: int) -> int:
 
 
 def take_grouped_experts(keys: Keys, **defaults: Any) -> ExpertsConfig:
-    """Takes experts chosen as in DeepSeek-V3: by corrected sigmoid scores, in the best groups, beside shared ones.
+    """Takes the experts of DeepSeek-V3 (section 2.1.2) and of families like it.
 
-    ``defaults`` are the family's own.
+    Experts are chosen by corrected sigmoid scores within the best groups. Shared experts see every token. ``defaults``
+    holds the family's own defaults.
     """
+    # The authors' code has other routers under these two keys; this is the one that transformers has.
     keys.only("scoring_func", "sigmoid")
     keys.only("topk_method", "noaux_tc")
     size = keys.integer("moe_intermediate_size", defaults["moe_intermediate_size"])
@@ -242,7 +259,7 @@ def take_grouped_experts(keys: Keys, **defaults: Any) -> ExpertsConfig:
 
 
 def with_experts(described: dict[str, Any], sparse: list[bool]) -> dict[str, Any]:
-    """Returns what ``layers_of`` returned, with experts in some layers."""
+    """Returns the result of ``layers_of`` with experts in the layers for which ``sparse`` is true."""
     pairs = zip(described["layers"], sparse, strict=True)
     return described | {"layers": tuple(dataclasses.replace(layer, experts=mixed) for layer, mixed in pairs)}
 
@@ -250,22 +267,22 @@ def with_experts(described: dict[str, Any], sparse: list[bool]) -> dict[str, Any
 def _mixtral(keys: Keys) -> DecoderConfig:
     sizes = take_sizes(keys, num_key_value_heads=8, max_position_embeddings=4096 * 32, rms_norm_eps=1e-5)
     head_dim = _head_width(keys, sizes)
-    alike = _alike(keys, sizes, head_dim, keys.integer("sliding_window", None, optional=True), theta=1e6)
+    layers = _uniform_layers(keys, sizes, head_dim, keys.integer("sliding_window", None, optional=True), theta=1e6)
     experts = ExpertsConfig(
         num_experts=take_num_experts(keys, "num_experts", 8),
         per_token=keys.integer("num_experts_per_tok", 2),
         intermediate_size=sizes["intermediate_size"],
     )
     return DecoderConfig(
-        **with_experts(alike, [True] * sizes["num_hidden_layers"]),
+        **with_experts(layers, [True] * sizes["num_hidden_layers"]),
         activation=take_activation(keys, "hidden_act", "silu"),
         experts=experts,
     )
 
 
 def _gemma(keys: Keys, sizes: dict[str, Any], layers: dict[str, Any], head_dim: int, **features: Any) -> DecoderConfig:
-    """What Gemma 2 and 3 share."""
-    keys.ignore("hidden_act")  # transformers goes by hidden_activation
+    """Reads the keys that Gemma 2 and 3 share."""
+    keys.ignore("hidden_act")  # transformers reads hidden_activation
     keys.only("use_bidirectional_attention", False, None)
     scalar = keys.number("query_pre_attn_scalar", 256)
     bias = keys.flag("attention_bias", False)
@@ -291,7 +308,7 @@ def _gemma2(keys: Keys) -> DecoderConfig:
         kinds = [FULL_ATTENTION if i % 2 else SLIDING_ATTENTION for i in range(sizes["num_hidden_layers"])]
     window = keys.integer("sliding_window", 4096, optional=True)
     if window is not None:
-        keys.only("sliding_window_size", window)  # the same again, in the 9B and 27B models
+        keys.only("sliding_window_size", window)  # a second name in the 9B and 27B models
     layers = layers_of(sizes, head_dim, take_rope(keys), kinds, window)
     return _gemma(
         keys,
@@ -304,13 +321,15 @@ def _gemma2(keys: Keys) -> DecoderConfig:
 
 
 def _gemma3_text(keys: Keys) -> DecoderConfig:
+    # 1. Types of layers, as a list or as a pattern: with 6, every sixth layer has full attention.
     sizes = take_sizes(keys, **_GEMMA3_SIZES, tie_word_embeddings=True)
     head_dim = keys.integer("head_dim", 256, most=MAX_HEAD)
     kinds, pattern = keys.take("layer_types", None), keys.integer("sliding_window_pattern", 6)
-    keys.ignore("_sliding_window_pattern")  # what transformers made layer_types of
+    keys.ignore("_sliding_window_pattern")  # transformers made layer_types of it
     if kinds is None:
         kinds = [SLIDING_ATTENTION if (i + 1) % pattern else FULL_ATTENTION for i in range(sizes["num_hidden_layers"])]
     keys.only("attn_logit_softcapping", None)  # transformers reads it and does not apply it
+    # 2. Both types of layers have their own rotary positions. A flat object would leave open which type it is for.
     local_theta = keys.number("rope_local_base_freq", 10000.0)
     flat = keys.peek("rope_parameters")
     if isinstance(flat, Mapping) and flat.keys().isdisjoint((FULL_ATTENTION, SLIDING_ATTENTION)) and flat:
@@ -319,7 +338,7 @@ def _gemma3_text(keys: Keys) -> DecoderConfig:
             f"{SLIDING_ATTENTION!r}"
         )
     ropes = take_rope(keys, 1e6, {FULL_ATTENTION: None, SLIDING_ATTENTION: local_theta})
-    if "" in ropes:  # the spelling of transformers 4: scaling is that of full attention, sliding attention has none
+    if "" in ropes:  # the spelling of transformers 4: only full attention is scaled
         ropes = {FULL_ATTENTION: ropes[""], SLIDING_ATTENTION: {"rope_theta": local_theta}}
     layers = layers_of(sizes, head_dim, ropes, kinds, keys.integer("sliding_window", 4096, optional=True))
     return _gemma(
@@ -332,7 +351,7 @@ def _gemma3_text(keys: Keys) -> DecoderConfig:
     )
 
 
-# Published configs of the multimodal models leave out what equals these.
+# Published configs of the multimodal models leave out sizes that equal these.
 _GEMMA3_SIZES = {
     "vocab_size": 262_208,
     "hidden_size": 2304,
@@ -345,12 +364,14 @@ _GEMMA3_SIZES = {
 
 
 def _phi3(keys: Keys) -> DecoderConfig:
+    # 1. Keys of the authors' own code, of which the decoder computes one value.
     sizes = take_sizes(keys, max_position_embeddings=4096, rms_norm_eps=1e-5)
     head_dim = _head_width(keys, sizes)
     for bias in ("attention_bias", "mlp_bias", "lm_head_bias"):
         keys.only(bias, False)
     keys.only("full_attn_mod", 1)
     keys.only("interpolate_factor", 1)
+    # 2. Rotary positions. The original length lies next to them in the config, not among them.
     original = keys.integer("original_max_position_embeddings", 4096)
     window = keys.integer("sliding_window", None, optional=True)
     ropes = take_rope(keys, partial=True)
@@ -358,7 +379,7 @@ def _phi3(keys: Keys) -> DecoderConfig:
     inner = ropes[""].get("original_max_position_embeddings", original)
     if inner != original:
         raise ValueError(f"original_max_position_embeddings is {original}, but {inner!r} in the rope; give one of them")
-    if kind in ("su", "yarn", "longrope"):  # Phi-3 called LongRoPE by other names at first
+    if kind in ("su", "yarn", "longrope"):  # early Phi-3 folders have other names for LongRoPE
         ropes[""] |= {"rope_type": "longrope", "original_max_position_embeddings": original}
     elif kind != "default":
         raise ValueError(f"rope_type {kind!r} is not one of Phi-3's; supported: 'default', 'longrope'")
@@ -371,6 +392,7 @@ def _phi3(keys: Keys) -> DecoderConfig:
 
 
 def _gpt2(keys: Keys) -> DecoderConfig:
+    # 1. GPT-2 has its own names for all sizes.
     width, heads, layers = keys.integer("n_embd"), keys.integer("n_head"), keys.integer("n_layer", most=MAX_LAYERS)
     if width % heads or width // heads > MAX_HEAD:
         raise ValueError(f"n_embd {width} and n_head {heads} give no width of a head of at most {MAX_HEAD}")
@@ -378,14 +400,14 @@ def _gpt2(keys: Keys) -> DecoderConfig:
     keys.only("scale_attn_weights", True)
     keys.only("scale_attn_by_inverse_layer_idx", False)
     positions = keys.integer("n_positions", 1024)
-    # Other names of these sizes, by which transformers knows them too.
-    alike = {
+    # 2. transformers takes the usual names of these sizes, too, so they must not say something else.
+    usual = {
         "hidden_size": width,
         "num_attention_heads": heads,
         "num_hidden_layers": layers,
         "max_position_embeddings": positions,
     }
-    for key, value in alike.items():
+    for key, value in usual.items():
         keys.only(key, value)
     keys.only("layer_types", [FULL_ATTENTION] * layers, None)
     return DecoderConfig(
@@ -409,6 +431,7 @@ def _gpt2(keys: Keys) -> DecoderConfig:
 
 
 def _deepseek_v3(keys: Keys) -> DecoderConfig:
+    # 1. Keys that must agree with others, or that only the authors' code reads.
     sizes = take_sizes(keys, max_position_embeddings=4096, num_key_value_heads=128)
     keys.only("moe_layer_freq", 1)
     if sizes["num_key_value_heads"] not in (None, sizes["num_attention_heads"]):
@@ -416,7 +439,8 @@ def _deepseek_v3(keys: Keys) -> DecoderConfig:
             f"num_key_value_heads is {sizes['num_key_value_heads']}, but num_attention_heads "
             f"{sizes['num_attention_heads']}; with latent attention they are equal"
         )
-    keys.ignore("head_dim", "qk_head_dim")  # follow from the others
+    keys.ignore("head_dim", "qk_head_dim")  # follow from the other widths
+    # 2. Latent attention (DeepSeek-V2, section 2.1) and experts.
     latent = LatentConfig(
         query_rank=keys.integer("q_lora_rank", 1536, optional=True),
         key_value_rank=keys.integer("kv_lora_rank", 512),
@@ -428,6 +452,7 @@ def _deepseek_v3(keys: Keys) -> DecoderConfig:
     experts = take_grouped_experts(
         keys, n_routed_experts=256, moe_intermediate_size=2048, routed_scaling_factor=2.5, n_group=8, topk_group=4
     )
+    # 3. Only a part of each head has a position, so ``head_dim`` is not the width that rotates.
     bias = keys.flag("attention_bias", False)
     ropes = take_rope(keys)
     interleaved = keys.flag("rope_interleave", True)

@@ -1,4 +1,7 @@
-"""JSON objects whose keys are taken one by one. A key that was never taken is refused, or named in a warning."""
+"""JSON objects whose keys are taken one by one.
+
+A key that was never taken is refused, or named in a warning. So no key of a config is ignored in silence.
+"""
 
 import json
 import logging
@@ -15,20 +18,21 @@ _ROPES = ("rope_parameters", "rope_scaling")  # two names of one object
 
 
 class Keys:
-    """Hands out the values of an object and knows which were never asked for."""
+    """Hands out the values of an object, and knows which keys were never taken."""
 
     def __init__(self, raw: Mapping[str, Any], name: str):
+        """Starts with all keys of ``raw``; messages call the object ``name``."""
         self._left, self._name = dict(raw), name
 
     def __contains__(self, key: str) -> bool:
         return key in self._left
 
     def peek(self, key: str) -> Any:
-        """Returns the value of a key that is still to be taken, or None."""
+        """Returns the value of a key without taking the key; None if it is absent or was taken."""
         return self._left.get(key)
 
     def take(self, key: str, default: Any = _REQUIRED) -> Any:
-        """Returns the value of a key, which counts as understood.
+        """Returns the value of a key, which then counts as understood.
 
         Raises:
           ValueError: the key is missing and has no default.
@@ -41,10 +45,10 @@ class Keys:
     def integer(
         self, key: str, default: Any = _REQUIRED, *, least: int = 1, most: int = MAX_SIZE, optional: bool = False
     ) -> Any:
-        """Takes an integer, or null where it is optional.
+        """Takes an integer from ``least`` to ``most``, or null if ``optional``.
 
         Raises:
-          ValueError: the key is missing and has no default, or its value is another.
+          ValueError: the key is missing and has no default, or it has another value.
         """
         value = self.take(key, default)
         if value is not None or not optional:
@@ -52,7 +56,7 @@ class Keys:
         return value
 
     def number(self, key: str, default: Any = _REQUIRED, *, optional: bool = False) -> Any:
-        """Takes a number above 0, or null where it is optional; raises as ``integer`` does."""
+        """Takes a number above 0, or null if ``optional``; raises as ``integer`` does."""
         value = self.take(key, default)
         check_positive(key, value, optional)
         return value
@@ -65,11 +69,12 @@ class Keys:
         return value
 
     def only(self, key: str, *allowed: Any) -> None:
-        """Takes a key that changes the model, of which only these values are computed; absent is allowed.
+        """Takes a key of which only the values ``allowed`` can be computed. The key may be absent.
 
         Raises:
-          ValueError: it has another value.
+          ValueError: the key has another value.
         """
+        # In Python 1 == True, in a config they are different values.
         value = self._left.pop(key, allowed[0])
         if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in allowed):
             choices = " or ".join(repr(choice) for choice in allowed)
@@ -87,13 +92,14 @@ class Keys:
         self._refuse(self._left)
 
     def unknown(self, defaults: Mapping[str, Any]) -> tuple[str, ...]:
-        """Returns the names of the keys that were never taken and that no transformers class has.
+        """Returns the names of keys that were never taken and are not in ``defaults``.
 
         Args:
-          defaults: the keys that may change the model, and the value of each that changes nothing.
+          defaults: keys that may change the model, each with the value that changes nothing.
 
         Raises:
-          ValueError: a key of ``defaults`` was never taken and has another value. Null stands for a value that is off.
+          ValueError: a key of ``defaults`` was never taken and has another value. Null is allowed, too, if the default
+            is false, empty or zero.
         """
         for key in sorted(self._left.keys() & defaults.keys()):
             off = (None,) if not defaults[key] else ()
@@ -101,9 +107,10 @@ class Keys:
         return tuple(sorted(self._left))
 
     def switched_off(self) -> tuple[str, ...]:
-        """Returns the names of the keys that were never taken, where no class says which keys there are.
+        """Returns the names of keys that were never taken, if none of them can switch anything on.
 
-        Draft heads and recipes have no such class. A key that is null, false or text is taken to switch nothing on.
+        This is the rule for draft heads and recipes, whose keys no transformers class lists. A key that is null, false
+        or text counts as off.
 
         Raises:
           ValueError: a key that was never taken has another value.
@@ -126,26 +133,28 @@ class Keys:
 
 
 def switch(*keys: str) -> str:
-    """Returns the end of a refusal: how to open a model without some keys of its ``config.json``."""
+    """Returns the end of a message that refuses keys: how to read ``config.json`` without them."""
     options = " ".join(f"--ignore-config-key {key}" for key in keys)
     return f". To open it as if the config did not say so, give ignore_config_keys={keys!r}, or {options}"
 
 
 def without_keys(raw: Mapping[str, Any], ignore_config_keys: Iterable[str]) -> dict[str, Any]:
-    """Returns a config without some keys.
+    """Returns a copy of a config without some keys.
 
     Args:
-      raw: the keys of a ``config.json``, which stay as they are.
-      ignore_config_keys: names of keys, at the top level or in ``text_config``, which need not be there. A dot leads
-        into an object: "rope_scaling.factor".
+      raw: the content of a ``config.json``.
+      ignore_config_keys: names of keys at the top level or in ``text_config``. They need not be there. A dot names a
+        key inside an object: "rope_scaling.factor".
 
     Raises:
       TypeError: ``ignore_config_keys`` is a string.
     """
+    # 1. The top level. A name with a dot may be that of a key here, too: "transformers.js_config".
     if isinstance(ignore_config_keys, str):
         raise TypeError(f"ignore_config_keys is the string {ignore_config_keys!r}; give a tuple of names of keys")
     names = tuple(ignore_config_keys)
     kept = {key: value for key, value in raw.items() if key not in names}
+    # 2. Keys inside objects.
     for key, value in kept.items():
         if not isinstance(value, Mapping):
             continue
@@ -154,7 +163,7 @@ def without_keys(raw: Mapping[str, Any], ignore_config_keys: Iterable[str]) -> d
         if key == "text_config":
             kept[key] = without_keys(value, {*names, *inner})
         elif inner:
-            # Gemma 3 has an object for each type of layer inside of its rope_parameters.
+            # One level further down, too: Gemma 3's rope_parameters have an object for each layer type.
             kept[key] = {
                 name: without_keys(part, inner) if isinstance(part, Mapping) else part
                 for name, part in value.items()
@@ -164,17 +173,17 @@ def without_keys(raw: Mapping[str, Any], ignore_config_keys: Iterable[str]) -> d
 
 
 def warn_unknown(where: Any, unknown: Iterable[str]) -> None:
-    """Names keys that are not computed with in one warning of the log, if there are any."""
+    """Logs one warning that names all unknown keys of the file ``where``, if there are any."""
     names = ", ".join(map(repr, unknown))
     if names:
         _LOG.warning('%s: unknown keys are ignored (docs/huggingface.md, "Config keys"): %s', where, names)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
+    """Reads a file that holds a JSON object.
 
     Raises:
-      ValueError: the file is absent or is not a JSON object.
+      ValueError: the file is missing, cannot be read, or holds something else.
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -182,7 +191,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} does not exist; a checkpoint folder must hold one") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # ValueError: of UTF-8, of JSON, and of numbers that are too long
+    except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8, bad JSON, or a number with too many digits
         raise ValueError(f"{path} is not valid JSON ({error}); write it again") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds a {type(raw).__name__}; it must hold a JSON object")

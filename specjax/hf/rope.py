@@ -1,4 +1,4 @@
-"""Rotary positions as ``config.json`` describes them: every scaling becomes a table of frequencies."""
+"""Rotary positions of a ``config.json``. Every kind of scaling becomes a table of frequencies."""
 
 import math
 from collections.abc import Mapping
@@ -19,18 +19,20 @@ def take_rope(
     """Takes the keys that describe rotary positions, in the spelling of transformers 4 or 5.
 
     Args:
-      keys: of a config.json.
-      theta: the family's base where the config names none.
-      kinds: layer types that may have parameters of their own, and their bases where the config names none; None
-        stands for that of the config.
-      partial: the family may rotate a part of each head.
+      keys: the keys of a ``config.json``.
+      theta: the family's base, used if the config names none.
+      kinds: layer types that may have their own parameters, each with its base, used if the config names none. A base
+        of None is the config's base for all layers.
+      partial: whether the family may rotate only a part of each attention head.
 
     Returns:
-      The parameters of each kind, or of all layers under "".
+      The parameters of each layer type; or, under "", the parameters of all layers.
 
     Raises:
-      ValueError: a value is of another type, both spellings are there and differ, or a head is rotated in part.
+      ValueError: a value is of another type; both spellings are there and differ; or attention heads are rotated in
+        part although ``partial`` is false.
     """
+    # 1. One object under two names. Folders saved by several versions may have both.
     raw, scaling = keys.take("rope_parameters", None), keys.take("rope_scaling", None)
     if None not in (raw, scaling) and raw != scaling:
         raise ValueError(f"rope_parameters is {raw!r}, but rope_scaling {scaling!r}; give one of them")
@@ -38,14 +40,16 @@ def take_rope(
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise ValueError(f"rope_parameters or rope_scaling is {raw!r}; it must be an object")
+    # 2. transformers 4 has these two keys at the top level; 5 has them in the object, which wins.
     common = {"rope_theta": keys.number("rope_theta", theta)}
     if "partial_rotary_factor" in keys:
         common["partial_rotary_factor"] = keys.number("partial_rotary_factor")
+    # 3. The object is flat, or has an object for each layer type.
     if not kinds or raw.keys().isdisjoint(kinds):
         ropes = {"": common | raw}
     else:
         if unknown := sorted(raw.keys() - kinds.keys()):
-            raise ValueError(f"rope_parameters has {unknown} beside layer types; supported: {sorted(kinds)}")
+            raise ValueError(f"rope_parameters has {unknown} next to layer types; supported: {sorted(kinds)}")
         ropes = {}
         for kind, base in kinds.items():
             own = raw.get(kind)
@@ -53,6 +57,7 @@ def take_rope(
             if not isinstance(own, dict):
                 raise ValueError(f"rope_parameters has {own!r} for {kind!r}; it must be an object")
             ropes[kind] = common | ({} if base is None else {"rope_theta": base}) | own
+    # 4. Only the attention of some families rotates a part of each head.
     for rope in ropes.values():
         if not partial and rope.get("partial_rotary_factor", 1.0) != 1:
             raise ValueError(
@@ -64,24 +69,25 @@ def take_rope(
 def read_rope(
     parameters: dict[str, Any], width: int, max_positions: int, interleaved: bool = False
 ) -> tuple[Rope, int]:
-    """Computes frequencies from parameters of ``take_rope``.
+    """Computes frequencies from the parameters that ``take_rope`` returned.
 
     Args:
-      parameters: of ``take_rope``, for one kind of layers.
-      width: entries of a head.
-      max_positions: the config's longest text.
+      parameters: the parameters of one layer type.
+      width: entries of an attention head.
+      max_positions: the config's longest text, in tokens.
       interleaved: see ``Rope``.
 
     Returns:
-      The rotary positions, and the longest text that they serve.
+      The rotary positions, and the longest text that they serve, in tokens.
 
     Raises:
-      ValueError: the type, or a key of it, is unknown, or a value is out of range.
+      ValueError: the type or one of its keys is unknown, or a value is out of range.
 
     References:
       linear: Chen et al. 2023, position interpolation. dynamic, yarn: Peng et al. 2023, YaRN. llama3: Llama team
       2024. longrope: Ding et al. 2024.
     """
+    # 1. The type, which has two keys and an old name.
     keys = Keys(parameters, "rope_parameters")
     kind = keys.take("rope_type", None)
     legacy = keys.take("type", None)
@@ -92,6 +98,7 @@ def read_rope(
         kind = "longrope"
     if kind not in TYPES:
         raise ValueError(f"rope_type {kind!r} is not supported; supported: {', '.join(TYPES)}")
+    # 2. How many entries rotate: they rotate in pairs.
     theta, partial = keys.number("rope_theta"), keys.number("partial_rotary_factor", 1.0)
     rotated = int(width * partial)
     if rotated % 2 or not 2 <= rotated <= width:
@@ -99,8 +106,10 @@ def read_rope(
             f"rotary positions turn {rotated} of the {width} entries of a head (partial_rotary_factor {partial}); "
             "the number must be even, and at most all"
         )
+    # 3. The frequencies, in float64 on the host, so that all devices use the same. Each branch takes its own keys, and
+    # ``finish`` refuses the others: every key here changes the model.
     scale, dynamic = 1.0, None
-    with np.errstate(over="ignore", invalid="ignore"):  # the outcome is checked
+    with np.errstate(over="ignore", invalid="ignore"):  # the result is checked below
         frequency = float(theta) ** (-np.arange(0, rotated, 2, dtype=np.float64) / rotated)
         if kind == "linear":
             frequency = frequency / keys.number("factor")
@@ -124,13 +133,13 @@ def read_rope(
 
 
 def attention_scale(parameters: dict[str, Any]) -> float:
-    """Returns what YaRN multiplies the query-key products with in DeepSeek's decoders (``mscale_all_dim``).
+    """Returns the factor by which YaRN scales query-key products in DeepSeek's decoders (``mscale_all_dim``).
 
     Args:
-      parameters: those that ``read_rope`` has read.
+      parameters: the parameters that were given to ``read_rope``.
 
     Raises:
-      ValueError: the scale needs a factor, and there is none.
+      ValueError: ``mscale_all_dim`` is there and ``factor`` is not.
     """
     weight, factor = parameters.get("mscale_all_dim"), parameters.get("factor")
     if not weight:
@@ -141,11 +150,13 @@ def attention_scale(parameters: dict[str, Any]) -> float:
 
 
 def _original(keys: Keys, default: int) -> int:
+    """Takes the longest text of the first training, before scaling."""
     original = keys.integer("original_max_position_embeddings", None, optional=True)
     return default if original is None else original
 
 
 def _stretched(positions: int, factor: float) -> int:
+    """Returns the longest text after scaling; raises ValueError if it is out of range."""
     longest = int(positions * factor)
     if not 1 <= longest <= MAX_SIZE:
         raise ValueError(f"rope factor {factor} makes {longest} positions of {positions}; at most {MAX_SIZE} can be")
@@ -153,6 +164,7 @@ def _stretched(positions: int, factor: float) -> int:
 
 
 def _llama3(frequency: np.ndarray, keys: Keys, max_positions: int) -> np.ndarray:
+    """Divides low frequencies by the factor, keeps high ones, and blends those between."""
     factor, low, high = (keys.number(key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     if high <= low:
         raise ValueError(f"high_freq_factor {high} must be above low_freq_factor {low}")
@@ -162,6 +174,8 @@ def _llama3(frequency: np.ndarray, keys: Keys, max_positions: int) -> np.ndarray
 
 
 def _yarn(frequency: np.ndarray, keys: Keys, theta: float, max_positions: int) -> tuple[np.ndarray, float, int]:
+    """Returns frequencies, the scale of rotated entries, and the longest text (Peng et al. 2023, section 3)."""
+    # 1. How far texts are stretched, and the attention's temperature that goes with it (section 3.4).
     original = _original(keys, max_positions)
     factor = keys.number("factor", None, optional=True)
     factor = max_positions / original if factor is None else factor
@@ -170,6 +184,8 @@ def _yarn(frequency: np.ndarray, keys: Keys, theta: float, max_positions: int) -
     if scale is None and mscale and mscale_all_dim:
         scale = _mscale(factor, mscale) / _mscale(factor, mscale_all_dim)
     scale = _mscale(factor, 1.0) if scale is None else scale
+    # 2. Pairs of entries that turn more than ``fast`` times over the original text keep their frequency. Pairs that
+    # turn less than ``slow`` times are interpolated. Between the two, frequencies are blended (section 3.2).
     fast, slow = keys.number("beta_fast", None, optional=True) or 32, keys.number("beta_slow", None, optional=True) or 1
     truncate = keys.flag("truncate", True)
     if theta <= 1:
@@ -190,7 +206,7 @@ def _yarn(frequency: np.ndarray, keys: Keys, theta: float, max_positions: int) -
 
 
 def _weight(keys: Keys, key: str) -> float | None:
-    """Takes a number above 0; 0 stands for none, as null does."""
+    """Takes a number above 0, or None for null or 0."""
     value = keys.take(key, None)
     if value is None or (value == 0 and not isinstance(value, bool)):
         return None
@@ -199,12 +215,16 @@ def _weight(keys: Keys, key: str) -> float | None:
 
 
 def _mscale(factor: float, weight: float) -> float:
+    """Returns YaRN's scale of attention for a stretching factor."""
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
 def _longrope(frequency: np.ndarray, keys: Keys, max_positions: int) -> tuple[np.ndarray, float, int]:
-    """Uses the factors for short texts, and no longer texts: past that length the model rotates *all* tokens by other
-    factors, so that the cache of what was read would have to be made anew."""
+    """Uses the factors for short texts, and serves no longer texts.
+
+    Past the original length, the model rotates *all* tokens by other factors, also those that are in the cache.
+    """
+    # 1. One factor for each pair of entries.
     original = _original(keys, max_positions)
     short, long = keys.take("short_factor"), keys.take("long_factor")
     for name, factors in (("short_factor", short), ("long_factor", long)):
@@ -212,13 +232,16 @@ def _longrope(frequency: np.ndarray, keys: Keys, max_positions: int) -> tuple[np
             raise ValueError(f"{name} must be a list of {len(frequency)} numbers, got {factors!r}")
         for factor in factors:
             check_positive(name, factor)
+    # 2. The stretching factor sets the scale below. transformers 4 ignores the key and takes the ratio, so a key that
+    # says something else has two readings.
     given = keys.number("factor", None, optional=True)
     factor = max_positions / original if given is None else given
-    if original != max_positions and factor != max_positions / original:  # of two minds: transformers 4 takes the ratio
+    if original != max_positions and factor != max_positions / original:
         raise ValueError(
             f"rope factor {factor} is not max_position_embeddings / original_max_position_embeddings, {max_positions} "
             f"/ {original}; remove it"
         )
+    # 3. The scale of rotated entries; its formula divides by the logarithm of the original length.
     scale = keys.number("attention_factor", None, optional=True)
     if scale is None and factor > 1 and original == 1:
         raise ValueError("original_max_position_embeddings is 1; rope_type 'longrope' needs more")

@@ -1,12 +1,19 @@
 """The tensors of a Hugging Face model folder, read lazily and written one at a time.
 
-A safetensors file is the length of its header in eight little-endian bytes, the header, a JSON object
-``{name: {dtype, shape, data_offsets}}`` with an optional ``__metadata__``, and the data without holes
-(https://github.com/huggingface/safetensors#format). A folder holds ``model.safetensors``, or several such files and
-``model.safetensors.index.json``, whose ``weight_map`` says which file holds which tensor.
+A safetensors file has three parts (https://github.com/huggingface/safetensors#format):
 
-Headers are checked here rather than by the ``safetensors`` library, which takes the last of two entries of one name
-and does not say which tensor has an unknown dtype; its NumPy side reads neither bfloat16 nor float8.
+1. eight little-endian bytes: the length of the header;
+2. the header, a JSON object ``{name: {dtype, shape, data_offsets}}`` with an optional ``__metadata__``;
+3. the data, without holes.
+
+Example, a header of 72 bytes and one tensor of 16 bytes: data_offsets are [0, 16], its data are bytes 80 to 95 of the
+file, and the file has 96 bytes.
+
+A folder holds ``model.safetensors``, or several such files and ``model.safetensors.index.json``. The index's
+``weight_map`` says which file holds which tensor.
+
+Headers are checked here and not by the ``safetensors`` library. The library takes the last of two entries of one name,
+does not say which tensor has an unknown dtype, and cannot read bfloat16 or float8 with NumPy.
 """
 
 import dataclasses
@@ -32,11 +39,12 @@ _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5", ".g
 _POINTER = b"version https://git-lfs"
 _ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
 
-# Python's objects take up to 24 times the bytes of the JSON they come from, so a hostile header must not be long.
-# 32 MiB name a quarter of a million tensors.
+# The most bytes of JSON that are read. Python's objects take up to 24 times the bytes of their JSON, so a header
+# must not be of any length. 32 MiB are enough to name a quarter of a million tensors.
 _MOST_JSON = 2**25
 
-# In the order of the reference writer, by which wide types come first in a file and every tensor is aligned.
+# In the order of the reference writer, which writes later dtypes first: wide ones before narrow ones, so that every
+# tensor is aligned.
 _DTYPES = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
@@ -61,7 +69,8 @@ _DTYPES = {
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _RANKS = {dtype: rank for rank, dtype in enumerate(_CODES)}
 
-_shortened = reprlib.Repr()  # what a file holds may be of any length and depth
+# Values from files go through this into messages, since they may have any length and depth.
+_shortened = reprlib.Repr()
 _shortened.maxstring = _shortened.maxother = 200
 _show = _shortened.repr
 
@@ -73,9 +82,9 @@ class Tensor:
     Attributes:
       file: the file.
       name: the tensor's name.
-      dtype: its NumPy dtype; bfloat16 and float8 are those of ``ml_dtypes``.
+      dtype: its NumPy dtype; bfloat16 and float8 are dtypes of ``ml_dtypes``.
       shape: its shape.
-      offset: the byte of the file at which its data begin.
+      offset: the byte of the file at which its data begin, counted from the start of the file.
     """
 
     file: Path
@@ -87,13 +96,13 @@ class Tensor:
     def read(self) -> np.ndarray:
         """Returns a read-only array ``shape`` of ``dtype``, mapped from the file and possibly unaligned.
 
-        Each call makes a map of its own. Only the pages that are looked at are loaded, and they leave memory with the
-        array and its views. The file must not be shortened while these live.
+        Each call makes a new map. Only pages that are used are loaded. They leave memory when the array and its views
+        do. The file must not be shortened before that.
 
         Raises:
-          ValueError: the file has gone, or was shortened since it was opened.
+          ValueError: the file is missing, or was shortened after it was opened.
         """
-        if 0 in self.shape:  # NumPy before 2.2 cannot map nothing at the end of a page
+        if 0 in self.shape:  # NumPy before 2.2 cannot map zero bytes at the end of a page
             empty = np.empty(self.shape, self.dtype)
             empty.flags.writeable = False
             return empty
@@ -107,13 +116,13 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """A tensor to write, made when its turn comes.
+    """A tensor to write. Its array is made when it is written.
 
     Attributes:
       name: the tensor's name.
-      dtype: the NumPy dtype of what ``read`` returns.
-      shape: its shape.
-      read: makes the array.
+      dtype: the NumPy dtype of the array.
+      shape: the shape of the array.
+      read: ``read()`` makes the array.
     """
 
     name: str
@@ -123,36 +132,42 @@ class TensorSpec:
 
 
 def open_tensors(folder: str | os.PathLike) -> dict[str, Tensor]:
-    """Opens the tensors of a Hugging Face model folder; of the files, only the headers are read.
+    """Opens the tensors of a Hugging Face model folder. Only the headers of files are read.
 
-    Where there are both ``model.safetensors`` and an index, the single file is taken, as transformers does. Of
-    shards, all tensors are returned, also those that the index does not name.
+    If there are both ``model.safetensors`` and an index, the single file is used, as in transformers. All tensors of
+    shards are returned, even if the index does not name them.
+
+    Returns:
+      The tensors by their names.
 
     Raises:
       ValueError: the folder, its index or a file of it is missing, cannot be read, or is damaged; a file lies
         outside the folder; a tensor lies in two files, in another file than the index says, or in none; a dtype has
         no NumPy counterpart; or the weights are of another format, which is never opened.
     """
+    # 1. One file needs no index.
     folder = Path(folder)
     present = _list_folder(folder)
     if _SINGLE in present:
         return {tensor.name: tensor for tensor in open_file(folder / _SINGLE)}
     if _INDEX not in present:
         raise ValueError(_what_else(folder, present))
+    # 2. Open every file that the index names. The listing of the folder is what keeps names such as "../x" out.
     index = folder / _INDEX
     weight_map = _read_weight_map(index)
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(weight_map.values())):
-        if shard not in present:  # nor is any name with a separator or of a parent folder
+        if shard not in present:
             raise ValueError(
                 f"{index}: weight_map names the file {_show(shard)}, which is not in that folder; "
-                "download it again, all files beside the index"
+                "download it again, with all files in the folder of the index"
             )
         for tensor in open_file(folder / shard):
             if tensor.name in tensors:
                 other = tensors[tensor.name].file.name
                 raise _damaged(tensor.file, f"tensor {_show(tensor.name)} is in {other} as well")
             tensors[tensor.name] = tensor
+    # 3. The files and the index must agree, or the folder is a mixture of two downloads.
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].file.name != shard:
             raise _damaged(index, f"weight_map says that {_show(shard)} holds tensor {_show(name)}, which it does not")
@@ -165,24 +180,26 @@ def write_tensors(
     shard_bytes: int = 5 * 10**9,
     metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
 ) -> list[Path]:
-    """Writes tensors as transformers' ``save_pretrained`` does, holding one at a time in memory.
+    """Writes tensors as transformers' ``save_pretrained`` does. Memory holds one tensor at a time.
 
-    Files appear under their names once all are whole, the index last; when anything fails, none is left.
+    Files appear under their names when all are complete, the index last. If anything fails, no file is left.
 
     Args:
-      folder: a folder that is there and holds no safetensors files.
-      tensors: what to write; they are split over files in this order.
-      shard_bytes: the most bytes of tensors in one file; a larger tensor has a file of its own.
-      metadata: what ``__metadata__`` of each file says. transformers insists on a ``format``.
+      folder: an existing folder without safetensors files.
+      tensors: the tensors, which are split over files in this order.
+      shard_bytes: the most bytes of tensors in one file. A larger tensor has a file of its own.
+      metadata: the ``__metadata__`` of each file. transformers requires the key ``format``.
 
     Returns:
-      the files: ``model.safetensors``; or ``model-00001-of-00003.safetensors`` and so on, and the index behind them.
+      The files: ``model.safetensors``; or ``model-00001-of-00003.safetensors`` and so on, then the index.
 
     Raises:
-      ValueError: the folder is missing or holds safetensors files; there are no tensors, two of one name, one whose
-        dtype has no counterpart in the format, or one that is not read as announced; or another argument is wrong.
-      OSError: a file cannot be written, such as for want of space.
+      ValueError: the folder is missing or holds safetensors files; there are no tensors, or two of one name; a dtype
+        has no counterpart in the format; a tensor's array differs from its announced shape or dtype; or another
+        argument is wrong.
+      OSError: a file cannot be written, for example because the disk is full.
     """
+    # 1. Check everything before the first byte is written.
     folder, tensors = Path(folder), list(tensors)
     held = [name for name in _list_folder(folder) if ".safetensors" in name]
     if held:
@@ -193,6 +210,7 @@ def write_tensors(
         raise ValueError(f"metadata must map strings to strings, got {metadata!r}")
     _check_tensors(tensors)
 
+    # 2. The number of files is in each file's name, so the split comes before any writing.
     shards = _split(tensors, shard_bytes)
     last = len(shards)
     names = [f"model-{i:05d}-of-{last:05d}.safetensors" for i in range(1, last + 1)] if last > 1 else [_SINGLE]
@@ -200,6 +218,7 @@ def write_tensors(
         folder / name: functools.partial(_write_file, shard, _header(shard, metadata))
         for name, shard in zip(names, shards, strict=True)
     }
+    # 3. The index is written last: a reader that finds it finds all files.
     if last > 1:
         index = {
             "metadata": {"total_size": sum(_num_bytes(tensor) for tensor in tensors)},
@@ -215,6 +234,7 @@ def write_tensors(
 
 
 def _list_folder(folder: Path) -> list[str]:
+    """Returns the names in a folder, sorted."""
     try:
         return sorted(os.listdir(folder))
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
@@ -223,6 +243,7 @@ def _list_folder(folder: Path) -> list[str]:
 
 
 def _what_else(folder: Path, present: list[str]) -> str:
+    """Returns the message for a folder without safetensors, which says what it does hold."""
     text = f"{folder} holds neither {_SINGLE} nor {_INDEX}"
     others = [name for name in present if name.endswith(_OTHER_WEIGHTS)]
     if others:
@@ -234,6 +255,7 @@ def _what_else(folder: Path, present: list[str]) -> str:
 
 
 def _damaged(file: Path, what: str) -> ValueError:
+    """Returns the error for a file whose content cannot be right."""
     return ValueError(f"{file}: {what}; the file is damaged, cut short or of another kind, download it again")
 
 
@@ -244,6 +266,7 @@ def _opened(file: Path) -> Iterator[tuple[BinaryIO, int]]:
         if not stat.S_ISREG(file.stat().st_mode):  # opening a pipe would wait for its writer
             raise ValueError(f"{file} is not a regular file; download it again")
         with file.open("rb") as stream:
+            # A clone without Git LFS has small text files in place of the weights: the commonest damage of all.
             if stream.read(len(_POINTER)) == _POINTER:
                 raise ValueError(f"{file} is a Git LFS pointer in place of the data; run `git lfs pull` in its folder")
             stream.seek(0)
@@ -253,6 +276,7 @@ def _opened(file: Path) -> Iterator[tuple[BinaryIO, int]]:
 
 
 def _read_json(file: Path, stream: BinaryIO, length: int) -> dict[str, Any]:
+    """Reads a JSON object of ``length`` bytes from a stream."""
     if length > _MOST_JSON:
         raise _damaged(file, f"its JSON is {length} bytes long and may be {_MOST_JSON}")
     try:
@@ -267,6 +291,7 @@ def _read_json(file: Path, stream: BinaryIO, length: int) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object's keys and values; raises ValueError if a key occurs twice or a text is not Unicode."""
     value: dict[str, Any] = {}
     for key, item in pairs:
         if key in value:
@@ -279,6 +304,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
+    """Returns an index's file name of each tensor name."""
     with _opened(index) as (stream, size):
         weight_map = _read_json(index, stream, size).get("weight_map")
     if not _maps_to_strings(weight_map):
@@ -287,7 +313,12 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 
 
 def open_file(file: Path) -> list[Tensor]:
-    """Opens the tensors of one file; raises as ``open_tensors`` does."""
+    """Opens the tensors of one file, in the order of their data.
+
+    Raises:
+      ValueError: as for ``open_tensors``.
+    """
+    # 1. The header. Its length comes from the file, so it is compared with the file's size before it is read.
     with _opened(file) as (stream, size):
         length = int.from_bytes(stream.read(8), "little")
         start = 8 + length
@@ -297,6 +328,8 @@ def open_file(file: Path) -> list[Tensor]:
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not _maps_to_strings(metadata):
         raise _damaged(file, f"__metadata__ is {_show(metadata)} and must map strings to strings")
+    # 2. The entries, in the order of their data. The data must be one unbroken run to the end of the file: holes and
+    # overlaps could hide other content, and a file that was cut short ends early.
     tensors = [_check_entry(file, start, name, entry) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, _num_bytes(tensor)))
     end = start
@@ -310,6 +343,7 @@ def open_file(file: Path) -> list[Tensor]:
 
 
 def _check_entry(file: Path, start: int, name: str, entry: Any) -> Tensor:
+    """Returns the tensor of one entry of a header, whose data offsets count from byte ``start``."""
     what = f"tensor {_show(name)}"
     if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
         raise _damaged(file, f"{what} is {_show(entry)} and must have just the keys {sorted(_ENTRY_KEYS)}")
@@ -317,7 +351,7 @@ def _check_entry(file: Path, start: int, name: str, entry: Any) -> Tensor:
     if not isinstance(code, str) or code not in _DTYPES:
         raise ValueError(f"{file}: {what} has dtype {_show(code)}; convert it to one of {', '.join(_DTYPES)}")
     dtype = _DTYPES[code]
-    # NumPy's own bounds, which a tensor without elements could pass unnoticed.
+    # NumPy's own bounds. A shape with a zero could pass them unnoticed and fail later, so zeros count as ones.
     if not _are_sizes(shape) or len(shape) > 64 or math.prod(n or 1 for n in shape) * dtype.itemsize >= 2**63:
         raise _damaged(file, f"{what} has shape {_show(shape)}, which no array can have")
     if not _are_sizes(offsets) or len(offsets) != 2:
@@ -345,6 +379,7 @@ def _num_bytes(tensor: Tensor | TensorSpec) -> int:
 
 
 def _check_tensors(tensors: list[Tensor | TensorSpec]) -> None:
+    """Raises ValueError unless the tensors can be written."""
     if not tensors:
         raise ValueError("there are no tensors to write; give at least one")
     seen = {"__metadata__"}
@@ -358,11 +393,11 @@ def _check_tensors(tensors: list[Tensor | TensorSpec]) -> None:
 
 
 def _split(tensors: list[Tensor | TensorSpec], shard_bytes: int) -> list[list[Tensor | TensorSpec]]:
-    """Fills files in order, as ``huggingface_hub.split_torch_state_dict_into_shards`` does."""
+    """Splits tensors over files in order, as ``huggingface_hub.split_torch_state_dict_into_shards`` does."""
     shards, current, filled = [], [], 0
     for tensor in tensors:
         size = _num_bytes(tensor)
-        if size > shard_bytes:
+        if size > shard_bytes:  # alone, without closing the current file
             shards.append([tensor])
             continue
         if filled + size > shard_bytes:
@@ -378,6 +413,7 @@ def _split(tensors: list[Tensor | TensorSpec], shard_bytes: int) -> list[list[Te
 
 
 def _header(tensors: list[Tensor | TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """Returns the first two parts of a file: the header's length, and the header."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for tensor in tensors:
@@ -394,10 +430,11 @@ def _header(tensors: list[Tensor | TensorSpec], metadata: Mapping[str, str]) -> 
 def _write_file(tensors: list[Tensor | TensorSpec], header: bytes, stream: BufferedWriter) -> None:
     stream.write(header)
     for tensor in tensors:
-        stream.write(_bytes_of(tensor))  # no name for the array, which would keep it while the next is made
+        stream.write(_bytes_of(tensor))  # a name for the array would keep it alive while the next is made
 
 
 def _bytes_of(tensor: Tensor | TensorSpec) -> memoryview:
+    """Makes a tensor's array and returns its bytes."""
     array = np.asarray(tensor.read())
     if array.shape != tuple(tensor.shape) or array.dtype != tensor.dtype:
         raise ValueError(
@@ -408,7 +445,7 @@ def _bytes_of(tensor: Tensor | TensorSpec) -> memoryview:
 
 
 def _write_all(writers: Mapping[Path, Callable[[BufferedWriter], object]]) -> None:
-    """Writes all files or none: each under another name first, then renamed in order."""
+    """Writes all files or none. Each is written under another name; then all are renamed in order."""
     partial = {file: file.with_name(file.name + ".partial") for file in writers}
     try:
         for file, write in writers.items():
@@ -416,7 +453,7 @@ def _write_all(writers: Mapping[Path, Callable[[BufferedWriter], object]]) -> No
                 with partial[file].open("xb") as stream:
                     write(stream)
                     stream.flush()
-                    os.fsync(stream.fileno())  # or a crash behind the renaming could leave an empty file
+                    os.fsync(stream.fileno())  # or a crash after the renaming could leave an empty file
             except OSError as error:
                 reason = f"{file} could not be written ({error.strerror or error}); nothing of it is kept"
                 raise OSError(error.errno, reason) from error

@@ -1,4 +1,4 @@
-"""Parameters from the tensors of a Hugging Face folder, one at a time, and tensors from parameters."""
+"""Parameters from the tensors of a Hugging Face folder, read one at a time; and tensors from parameters."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ from specjax.transformer.config import DecoderConfig
 
 _FLOATS = frozenset(map(jnp.dtype, ("float64", "float32", "float16", "bfloat16")))
 _FLOAT8 = jnp.dtype("float8_e4m3fn")
-SCALE_SUFFIX = "_scale_inv"  # the end of the name of a float8 tensor's scales
+SCALE_SUFFIX = "_scale_inv"  # a float8 tensor's scales are in the tensor of its name and this suffix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Parameter:
 
     Attributes:
       shape: its shape.
-      dtype: the dtype of the tensors it is made of; bfloat16 for block-scaled float8, float32 for float64.
-      read: ``read(dtype, index=()) -> array``, which makes it, or what a tuple of slices takes of it, holding no more
-        than that; of block-scaled float8 one tensor as well.
+      dtype: the dtype of its tensors; but bfloat16 for block-scaled float8, and float32 for float64.
+      read: ``read(dtype, index=())`` loads the parameter, or the part that ``index``, a tuple of slices, selects. It
+        holds only the result in memory; for block-scaled float8, one source tensor more.
     """
 
     shape: tuple[int, ...]
@@ -49,13 +49,13 @@ class Parameter:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """What a Hugging Face folder holds.
+    """The model in a Hugging Face folder.
 
     Attributes:
-      config: of the decoder.
-      raw: the ``config.json``; of a multimodal model that of its text part.
-      params: nested dict of ``Parameter``.
-      report: lines that say which tensors make which parameters, and which are left out and why.
+      config: the decoder's config.
+      raw: the keys of ``config.json``; for a multimodal model, the keys of its text part.
+      params: nested dicts of ``Parameter``.
+      report: lines of text: which tensors make which parameters, and which are left out and why.
     """
 
     config: DecoderConfig
@@ -65,34 +65,38 @@ class Weights:
 
 
 def open_weights(folder: Path, ignore_config_keys: Iterable[str] = ()) -> Weights:
-    """Opens a folder with ``config.json`` and safetensors; the data are read when a parameter is.
+    """Opens a folder with ``config.json`` and safetensors. Data are read by ``Parameter.read``.
 
     Args:
       folder: the folder.
-      ignore_config_keys: keys to read the config without, as for ``specjax.load``.
+      ignore_config_keys: as for ``specjax.load``.
 
     Raises:
-      ValueError: a file is missing or damaged, the model is of another kind than supported, or a tensor is missing,
-        of another shape or dtype than the config says, or unknown.
+      ValueError: a file is missing or damaged; the model is not supported; or a tensor is missing, is unknown, or has
+        another shape or dtype than the config says.
     """
+    # 1. An adapter's folder may have a config.json and safetensors, too, and would be refused for the wrong reason.
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} holds an adapter, no model; merge it into its base model with peft, and save that")
+    # 2. The config says which tensors the model needs, and the table of its family how they are called.
     found = open_tensors(folder)
     config, raw = read_config(folder / "config.json", ignore_config_keys)
     block, model_type = quantization_block(raw), raw["model_type"]
     wanted = sources(model_type, config)
     tensors = {known: found[name] for name, known in table_names(model_type, found).items()}
+    # 3. The tensors must be those, but for some that are known and not needed.
     try:
         if len(tensors) < len(found):
             raise ValueError("two tensors have one name but for a wrapper's prefix; save the model again")
-        left_out = check_tensors(tensors, wanted, block, functools.partial(_why, config, raw))
+        left_out = check_tensors(tensors, wanted, block, functools.partial(_why_left_out, config, raw))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     params = parameters_of(tensors, wanted, block)
     return Weights(config, raw, params, tuple(_report(wanted, left_out)))
 
 
-def _why(config: DecoderConfig, raw: Mapping[str, Any], name: str) -> str | None:
+def _why_left_out(config: DecoderConfig, raw: Mapping[str, Any], name: str) -> str | None:
+    """Returns why the decoder does not need a tensor, or None if there is no known reason."""
     next_tokens = bool(raw.get("num_nextn_predict_layers", raw.get("num_mtp_layers", 0)))
     return why_left_out(name, config, next_tokens)
 
@@ -103,10 +107,25 @@ def check_tensors(
     block: tuple[int, int] | None,
     why: Callable[[str], str | None],
 ) -> dict[str, str]:
-    """Returns why tensors are left out, by name; raises ValueError unless all others are as they must be."""
+    """Checks a folder's tensors against the tensors that a model is made of.
+
+    Args:
+      tensors: the folder's, by their names in the family's table.
+      wanted: the tensors that the model needs.
+      block: rows and columns that share a scale in block-scaled float8 weights, or None.
+      why: returns why a tensor may be left out, or None if it may not.
+
+    Returns:
+      The reason for each tensor that is left out.
+
+    Raises:
+      ValueError: a tensor is missing, is unknown, or has another shape or dtype than it must have.
+    """
+    # 1. Every tensor that the model needs is there.
     missing = sorted(wanted.keys() - tensors.keys())
     if missing:
         raise ValueError(f"{len(missing)} tensors are missing, such as {missing[0]!r}; {_CURE}")
+    # 2. Each has the right shape and a dtype whose values are known: float8 without scales would be misread.
     for name, source in wanted.items():
         tensor = tensors[name]
         if tensor.shape != source.shape:
@@ -124,6 +143,7 @@ def check_tensors(
                 f"tensor {name!r} has dtype {tensor.dtype} {scaled} scales; supported: {floats}, and {_FLOAT8} with "
                 "scales where config.json has a quantization_config"
             )
+    # 3. A tensor that nothing explains may change the model, so it is an error.
     used = wanted.keys() | {name + SCALE_SUFFIX for name in wanted}
     left_out = {name: why(name) for name in sorted(tensors.keys() - used)}
     extra = [name for name, reason in left_out.items() if reason is None]
@@ -137,7 +157,7 @@ _CURE = "the weights are of another model than config.json, or of one that specj
 
 @dataclasses.dataclass(frozen=True)
 class _Stored:
-    """A tensor as it lies in the folder, with the scales of its blocks if it is float8."""
+    """A tensor of a folder, with the scales of its blocks if it is float8."""
 
     tensor: Tensor
     scales: Tensor | None
@@ -148,12 +168,14 @@ class _Stored:
         return jnp.dtype("bfloat16") if self.scales else self.tensor.dtype
 
     def read(self) -> np.ndarray:
+        """Returns the tensor's array; float8 is multiplied by its scales, in float32."""
         if self.scales is None or self.block is None:
             return self.tensor.read()
         weight = self.tensor.read().astype(np.float32)
         scale = self.scales.read().astype(np.float32)
         rows, columns = self.block
-        for i in range(scale.shape[0]):  # a row of blocks at a time: all scales spread out would be a second copy
+        # One row of blocks at a time: the scales of all blocks, spread out, would take as much memory as the weight.
+        for i in range(scale.shape[0]):
             spread = np.repeat(scale[i], columns)[: weight.shape[1]]
             weight[i * rows : (i + 1) * rows] *= spread
         return weight
@@ -162,7 +184,7 @@ class _Stored:
 def parameters_of(
     tensors: Mapping[str, Tensor], wanted: Mapping[str, Source], block: tuple[int, int] | None = None
 ) -> Any:
-    """Returns nested dicts of ``Parameter`` from tensors that ``check_tensors`` has checked."""
+    """Returns nested dicts of ``Parameter`` from tensors that ``check_tensors`` accepted."""
     places: dict[ParameterPath, list[tuple[_Stored, Piece]]] = {}
     for name, source in wanted.items():
         stored = _Stored(tensors[name], tensors.get(name + SCALE_SUFFIX), block)
@@ -172,15 +194,17 @@ def parameters_of(
 
 
 def _parameter(parts: list[tuple[_Stored, Piece]]) -> Parameter:
+    """Returns a parameter that is made of pieces of tensors: of one piece, or of one for each expert, in order."""
     dtype = functools.reduce(jnp.promote_types, (stored.dtype for stored, _ in parts))
     dtype = jnp.dtype("float32") if dtype == jnp.float64 else dtype
     stacked = parts[0][1].expert is not None
-    shape = (len(parts),) * stacked + parts[0][1].shape
+    shape = (len(parts), *parts[0][1].shape) if stacked else parts[0][1].shape
 
     def read(dtype: Any, index: tuple[slice, ...] = ()) -> np.ndarray:
         index += (slice(None),) * (len(shape) - len(index))
         ranges = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
-        out = _aligned(tuple(map(len, ranges)), jnp.dtype(dtype))
+        out = _empty_aligned(tuple(map(len, ranges)), jnp.dtype(dtype))
+        # Pieces are copied straight into the result, so a part of a stack reads only the experts that lie in it.
         for stored, piece in parts:
             if piece.expert is None:
                 np.copyto(out, piece.of(stored.read())[index], casting="same_kind")
@@ -192,8 +216,8 @@ def _parameter(parts: list[tuple[_Stored, Piece]]) -> Parameter:
     return Parameter(shape, dtype, read)
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Returns an empty array at a multiple of 64 bytes, which JAX takes over on a CPU without a copy."""
+def _empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns an empty array at an address that is a multiple of 64. JAX uses it on a CPU without a copy."""
     size = math.prod(shape) * dtype.itemsize
     buffer = np.empty(size + 64, np.uint8)
     start = -buffer.ctypes.data % 64
@@ -201,6 +225,8 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _report(wanted: Mapping[str, Source], left_out: Mapping[str, str]) -> Iterator[str]:
+    """Yields the lines of ``Weights.report``."""
+    # One line for a row of the table, not for a tensor: layers and experts repeat the same.
     rows = Counter(source.row for source in wanted.values())
     ours: dict[str, dict[str, None]] = {}
     for source in wanted.values():
@@ -214,11 +240,11 @@ def _report(wanted: Mapping[str, Source], left_out: Mapping[str, str]) -> Iterat
 
 
 def tensors_of(wanted: Mapping[str, Source], params: Any) -> list[TensorSpec]:
-    """Returns the tensors that a Hugging Face folder holds of these parameters, each made when it is read.
+    """Returns the tensors of these parameters for a Hugging Face folder. Each array is made when it is written.
 
     Args:
-      wanted: the tensors and what they are made of.
-      params: nested dict of arrays.
+      wanted: the tensors to make, and the pieces of parameters in each.
+      params: nested dicts of arrays.
     """
     arrays = parameters(params)
     specs = []
@@ -230,6 +256,7 @@ def tensors_of(wanted: Mapping[str, Source], params: Any) -> list[TensorSpec]:
 
 
 def _tensor(source: Source, held: list[Any], dtype: jnp.dtype) -> np.ndarray:
+    """Returns a tensor's array. ``held`` has the parameter of each of its pieces."""
     out = np.empty(source.shape, dtype)
     for array, piece in zip(held, source.pieces, strict=True):
         piece.of(out)[...] = np.asarray(array if piece.expert is None else array[piece.expert])
