@@ -16,13 +16,11 @@ import jax
 import numpy as np
 import pytest
 from draft_heads import write_eagle, write_medusa, write_mtp
-from draft_heads import write_eagle, write_medusa, write_mtp
 from tokenizers import Tokenizer, processors
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Metaspace
 
 import specjax
-from specjax.checkpoint.models import load_stop_tokens, load_tokenizer
 from specjax import MedusaDrafter
 from specjax.checkpoint.models import load_stop_tokens, load_tokenizer
 from specjax.commands import places

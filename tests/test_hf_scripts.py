@@ -9,7 +9,6 @@ import pytest
 
 import specjax
 from specjax.checkpoint.models import load_stop_tokens, load_tokenizer
-from specjax.checkpoint.models import load_stop_tokens, load_tokenizer
 from specjax.commands import stdlib
 
 ROOT = Path(__file__).parent.parent

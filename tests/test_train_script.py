@@ -16,7 +16,6 @@ import orbax.checkpoint as ocp
 import pytest
 
 import specjax
-from specjax.checkpoint.models import load_tokenizer
 from specjax import training
 from specjax.checkpoint.models import load_tokenizer
 from specjax.commands import stdlib

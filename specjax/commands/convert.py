@@ -36,14 +36,6 @@ def main(argv: list[str] | None = None, prog: str = "convert_hf.py") -> int:
         metavar="KEY",
         help="read config.json without this key, if the key is refused; may be repeated",
     )
-    parser.add_argument(
-        "--ignore-config-key",
-        dest="ignore_config_keys",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="read config.json without this key, past a refusal of what it says; may be repeated",
-    )
     parser.add_argument("--verify", action="store_true", help="compare logits with transformers, on this machine's CPU")
     args = parser.parse_args(argv)
     # The needs of --verify are checked first, since the conversion may take long.
