@@ -235,11 +235,7 @@ class Session:
 
     def _lay_out(self, messages: Messages, variables: Mapping[str, Any] | None) -> list[int]:
         """Returns a conversation as tokens."""
-        template = self.opened.chat_template
-        if template is None:
-            raise ValueError(
-                f"{self.opened.path} has no chat template; add the model's chat_template.jinja, or use Session.complete"
-            )
+        template = self.opened.need_chat_template()
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         return self._encode(template.render(messages, **(variables or {})), add_special_tokens=False)

@@ -400,8 +400,8 @@ class Generation:
       prompt_lengths: int32 ``[rows]``.
       stats: per-row counts.
       logprobs: float32 ``[rows, slots]``, the natural logarithm of each emitted token's probability under the target's
-        own distribution: temperature 1, no filter, penalty or bias. 0 at the prompt's places and past the end. None
-        unless asked for, and so the next three.
+        own distribution: temperature 1, no filter, penalty or bias. 0 at the prompt's places and past the end; what
+        was emitted before ``extend`` keeps its own. None unless asked for, and so the next three.
       warped_logprobs: the same under the distribution that was sampled, after ``Sampling``. A greedy token has 0.
       top_tokens: int32 ``[rows, slots, n]``, the n likeliest tokens of each place under the target's own distribution.
       top_logprobs: float32 ``[rows, slots, n]``, their logarithms.
@@ -417,7 +417,7 @@ class Generation:
     top_logprobs: Array | None = None
 
     def to_host(self) -> "Generation":
-        """Returns the generation as NumPy arrays."""
+        """Returns the generation as NumPy arrays. Over several hosts, ``specjax.sharding.gathered`` does."""
         return jax.device_get(self)
 
     def rows(self) -> list[Any]:

@@ -270,7 +270,7 @@ def test_folders_without_a_tokenizer_or_a_template(opened, tmp_path):
         specjax.Session(dataclasses.replace(opened, tokenizer=None))
     bare = specjax.Session(save_tiny(tmp_path / "bare", template=None))
     for call in (bare.chat, bare.stream):
-        with pytest.raises(ValueError, match=r"bare has no chat template; add the model's chat_template\.jinja"):
+        with pytest.raises(ValueError, match=r"bare has neither chat_template\.jinja nor a chat_template"):
             call([user("hello")])
 
 

@@ -108,7 +108,9 @@ def load_drafter(
     if kind == "ngram":
         return NGramDrafter(num_draft=num_draft)
     if kind == "early-exit":
-        return EarlyExitDrafter(int(value), num_draft)
+        drafter = EarlyExitDrafter(int(value), num_draft)
+        drafter.init(target, 1, 1)  # which checks that the target has so many layers
+        return drafter
     # 3. Folders. Of a draft head, only shapes are opened first: whether it fits the target is known before it is read.
     path, dtype = Path(value).absolute(), check_dtype(default_dtype() if dtype is None else dtype)
     if kind == "model":

@@ -39,6 +39,15 @@ class Opened:
     chat_template: ChatTemplate | None = dataclasses.field(default=None, repr=False)
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
+    def need_chat_template(self) -> ChatTemplate:
+        """Returns the chat template; raises ValueError if the folder has none."""
+        if self.chat_template is None:
+            raise ValueError(
+                f"{self.path} has neither chat_template.jinja nor a chat_template in tokenizer_config.json; add the "
+                "model's, or use Session.complete"
+            )
+        return self.chat_template
+
     def need_tokenizer(self) -> Tokenizer:
         """Returns the tokenizer; raises ValueError if the folder has none."""
         if self.tokenizer is None:

@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None, prog: str = "generate.py") -> None:
                 raise ValueError("--compare needs a drafter to compare with plain decoding; --drafter is none")
             if args.system is not None and not args.chat:
                 raise ValueError("--system is given without --chat; give both, or neither")
-            template = specjax.text.load_chat_template(args.target) if args.chat else None
+            template = opened.need_chat_template() if args.chat else None
             stop_tokens = opened.stop_tokens
             transcripts = [
                 Transcript(tokenizer, prompt, args.max_new_tokens, stop_tokens, args.stop, template, args.system)

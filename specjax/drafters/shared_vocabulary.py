@@ -129,34 +129,42 @@ class SharedVocabularyDrafter:
         end_b, g = self._end(state), self.num_draft
         running_b = context.running_b & (end_b > 0)
 
-        # 2. Feed what the cache lacks of the text.
-        count_b = jnp.where(running_b, end_b - state.fed_b, 0)
+        # 2. Feed what the cache lacks of the text. In a cascade that may be too much for one pass, since accepted
+        # drafts of another drafter have several pieces. Such a row catches up first, and proposes nothing.
+        missing_b = jnp.where(running_b, end_b - state.fed_b, 0)
+        count_b = jnp.minimum(missing_b, self._window)
+        drafting_b = running_b & (missing_b <= self._window)
         feed = Feed(text_at(state.tokens_bs, state.fed_b, self._window), state.fed_b, count_b)
         output = self.model.forward(self.model.params, feed, state.cache)
         logits_btu, cache = output.logits_btv, self.model.keep(output.cache, feed, count_b)
         # A cache that must be rolled back is kept as it was before the last token.
-        held_b = jnp.maximum(count_b - 1, 0)
+        held_b = jnp.where(drafting_b, count_b - 1, count_b)
         read = dataclasses.replace(state, cache=self.model.keep(output.cache, feed, held_b), fed_b=state.fed_b + held_b)
-        fed_b = running_b.astype(jnp.int32)
+        real_b = drafting_b.astype(jnp.int32)
 
-        # 3. Draw, and feed each draft for the next. A row ends where it draws a token that is not shared.
+        # 3. Draw, and feed each draft for the next. A row ends where it draws a token that is not shared. Inside a
+        # cascade, ``draw`` may return such a token of another drafter's: from there on the cache is wrong.
         def add(chain: Chain, logits_bu: Array, proposing_b: Array, i: int | Array) -> tuple[Chain, Array, Array]:
             chain, token_b = chain.add(draw, self._restricted(logits_bu), i)
             draft_b = self.draft_of_v[token_b]
-            return chain, proposing_b & chain.lawful(i) & (draft_b >= 0), jnp.maximum(draft_b, 0)
+            return chain, proposing_b & chain.lawful(i) & (draft_b >= 0), draft_b
 
         def advance(i: int | Array, carry: Any) -> Any:
-            chain, proposing_b, draft_b, length_b, cache = carry
-            logits_btu, cache = self.model.run(Feed(draft_b[:, None], end_b + (i - 1), fed_b), cache)
+            chain, proposing_b, length_b, draft_b, right_b, fed_b, cache = carry
+            right_b &= draft_b >= 0
+            feed = Feed(jnp.maximum(draft_b, 0)[:, None], end_b + (i - 1), real_b)
+            logits_btu, cache = self.model.run(feed, cache)
             chain, proposing_b, draft_b = add(chain, logits_btu[:, 0], proposing_b, i)
-            return chain, proposing_b, draft_b, length_b + proposing_b.astype(jnp.int32), cache
+            length_b += proposing_b.astype(jnp.int32)
+            return chain, proposing_b, length_b, draft_b, right_b, fed_b + right_b.astype(jnp.int32), cache
 
         chain = Chain.empty(end_b.shape[0], g, self.vocab_size)
         logits_bu = place(logits_btu, jnp.maximum(count_b - 1, 0))
-        chain, proposing_b, draft_b = add(chain, logits_bu, running_b, 0)
-        carry = (chain, proposing_b, draft_b, proposing_b.astype(jnp.int32), cache)
-        chain, _, _, length_b, cache = repeat(1, g, advance, carry, self.unrolled)
-        ahead = dataclasses.replace(read, cache=cache, fed_b=read.fed_b + fed_b * g)
+        chain, proposing_b, draft_b = add(chain, logits_bu, drafting_b, 0)
+        length_b, fed_b = proposing_b.astype(jnp.int32), read.fed_b + real_b
+        carry = (chain, proposing_b, length_b, draft_b, drafting_b, fed_b, cache)
+        chain, _, length_b, _, _, fed_b, cache = repeat(1, g, advance, carry, self.unrolled)
+        ahead = dataclasses.replace(read, cache=cache, fed_b=fed_b)
         return chain.propose(length_b), read if self._rolls_back else ahead
 
     def _extended(self, state: SharedVocabularyState, new_bt: Array, count_b: Array) -> SharedVocabularyState:

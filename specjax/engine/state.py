@@ -135,18 +135,14 @@ def _check_fit(state: State, other: State) -> None:
             "the states are of different kinds; make both with the same target, drafter and kinds of arguments "
             "(logprobs, logit_bias, seeds or keys)"
         )
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        twin = _leaf(other, path)
+    leaves = zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(other), strict=True)
+    for (path, leaf), twin in leaves:
         if leaf.shape[1:] != twin.shape[1:] or leaf.dtype != twin.dtype:
             name = jax.tree_util.keystr(path)
             raise ValueError(
                 f"{name} is {leaf.shape} {leaf.dtype} in state and {twin.shape} {twin.dtype} in other; only the rows "
                 "may differ: make both with the same target, drafter and number of stop tokens"
             )
-
-
-def _leaf(tree: Any, path: Any) -> Any:
-    return dict(jax.tree_util.tree_leaves_with_path(tree))[path]
 
 
 def _mask(rows: Any, total: int) -> Array:
