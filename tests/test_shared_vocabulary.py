@@ -269,6 +269,30 @@ def test_a_loop_on_the_device_drafts_as_unrolled_steps_do():
     assert 0 < unrolled.stats.accepted.sum() < unrolled.stats.drafted.sum()
 
 
+def test_in_a_cascade_its_cache_holds_the_text_and_nothing_else():
+    """Drafts of n-grams may be tokens that the draft model has not, or that it spells by several of its own.
+
+    Of a round with such a draft, only what was fed before it stays. A row that then lacks more than one pass holds
+    catches up in the next rounds.
+    """
+    drafter = specjax.Cascade(specjax.NGramDrafter(3, 1, 2), shared_vocabulary_drafter(DRAFT, MAP, 3))
+    bias = np.zeros(VOCAB, np.float32)
+    bias[[4, 6]] = 3.0  # tokens of several pieces come often
+    state = prefilled(TARGET, drafter, [[6, 4, 6, 4, 6], [3], [2, 6, 6]], Sampling(temperature=0, logit_bias=bias), 18)
+    kept = 0
+    for _ in range(10):
+        before = np.asarray(state.length_b)
+        state, proposal = step(TARGET, state, drafter)
+        draft = state.draft.second
+        for row in range(3):
+            text = np.asarray(state.tokens_bs[row, : state.length_b[row]]).tolist()
+            fed = int(draft.fed_b[row])
+            assert np.asarray(draft.cache[row, :fed]).tolist() == spelled(text)[:fed]
+            new = state.length_b[row] - before[row] - 1
+            kept += sum(len(SPELLED[token]) > 1 for token in np.asarray(proposal.tokens_bg[row, :new]))
+    assert kept > 5, "drafts of several pieces should be accepted"
+
+
 # Where it proposes nothing.
 
 

@@ -42,7 +42,6 @@ def named_drafter(
 
 
 def parts_of(drafter: Any) -> list[Any]:
-    """Returns the drafters of a cascade, or the one that there is."""
     """Returns the drafters of a cascade, also of nested ones; for any other drafter, the drafter alone."""
     if isinstance(drafter, specjax.Cascade):
         return parts_of(drafter.first) + parts_of(drafter.second)
