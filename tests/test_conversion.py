@@ -203,7 +203,7 @@ def test_a_head_beside_tied_embeddings_is_left_out(tmp_path):
     config = {**LLAMA, "tie_word_embeddings": True}
     tensors = {**tensors_for(config), "lm_head.weight": np.zeros((23, 12), np.float32)}
     report = "\n".join(specjax.convert_hf(write(tmp_path / "hf", config, tensors), tmp_path / "ours"))
-    assert "1 left out: the head is the embedding (lm_head.weight)" in report
+    assert "1 left out: the output head is the embedding (lm_head.weight)" in report
 
 
 def test_prediction_layers_are_left_out_when_the_config_names_them(tmp_path):

@@ -721,7 +721,7 @@ def without(name):
 
 
 BAD_TENSORS = {
-    "missing d2t": (without("d2t"), "'d2t' is missing, which says what 11 of the 40 tokens"),
+    "missing d2t": (without("d2t"), "'d2t' is missing, which says which 11 of the 40 tokens"),
     "a missing tensor": (
         without("layers.0.hidden_norm.weight"),
         "1 tensors are missing, such as 'layers.0.hidden_norm",
@@ -763,7 +763,7 @@ def test_bad_tensors_are_named(fault, message, tmp_path):
 BAD_TARGETS = {
     "width": (WIDE_TARGET, "states 16 wide and the target's are 24"),
     "vocabulary": (random_target(vocab=VOCAB + 2), "for 40 tokens and the target has 42"),
-    "too few layers": (random_target(layers=6), r"what it stands for with 6 layers, \[2, 3, 3\], is not three states"),
+    "too few layers": (random_target(layers=6), r"its default for 6 layers, \[2, 3, 3\], is not three states"),
     "no layers": (dataclasses.replace(TARGET, num_layers=None), "set LanguageModel.num_layers"),
     "no embedding": (dataclasses.replace(TARGET, embed=None), "the target has no embed, which the drafter needs"),
 }

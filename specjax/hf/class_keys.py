@@ -1,36 +1,37 @@
-"""Which keys of a ``config.json`` transformers knows, so that a reader can tell what an unread key may change.
+"""The keys of ``config.json`` that transformers knows, which say whether an unread key may change the model.
 
-The tables hold what transformers' config classes hold, and need no transformers to be read. A test compares them with
-the installed classes.
+The tables repeat the fields of transformers' config classes, so that transformers need not be installed. A test
+compares the tables with the classes of the installed transformers.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-# Keys of any model that change no logits: names, training, generation, how transformers runs the model.
+# Keys of any model that do not change logits: names, training, generation, how transformers runs the model. A test
+# gives other values to those that a class has, and compares the logits.
 NO_EFFECT = frozenset(
     (
-        # Of the base class of transformers 5.
+        # The base class of transformers 5.
         *("_name_or_path", "name_or_path", "_commit_hash", "model_type", "architectures", "transformers_version"),
         *("dtype", "torch_dtype", "output_hidden_states", "output_attentions", "return_dict", "use_cache"),
         *("chunk_size_feed_forward", "id2label", "label2id", "num_labels", "problem_type", "tie_last_hidden_states"),
         *("_attn_implementation", "attn_implementation", "_attn_implementation_internal", "_output_attentions"),
         *("_experts_implementation", "experts_implementation", "_experts_implementation_internal"),
-        # Of the base class of transformers 4 and before.
+        # The base class of transformers 4 and before.
         *("torchscript", "use_bfloat16", "tf_legacy_loss", "tie_encoder_decoder", "task_specific_params", "prefix"),
         *("finetuning_task", "tokenizer_class", "sep_token_id", "decoder_start_token_id", "unk_token_id"),
         *("is_decoder", "gradient_checkpointing", "_attn_implementation_autoset", "_num_labels", "output_past"),
-        # Tokens and training, of most families.
+        # Tokens and training, in most families.
         *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "initializer_factor", "pretraining_tp"),
         *("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "classifier_dropout"),
         *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
-        # GPT-2: heads for classification; keys of its first configs; one that orders the same sums otherwise.
+        # GPT-2: output heads for classification; keys of its first configs; one that only reorders sums.
         *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels"),
         *("summary_first_dropout", "summary_last_dropout", "n_ctx", "n_special", "predict_special_tokens"),
         "reorder_and_upcast_attn",
-        # Draft heads that lie beside the model: hf/mtp.py and hf/medusa.py read them.
+        # Draft heads in the model's folder: hf/mtp.py and hf/medusa.py read these keys.
         *("num_mtp_layers", "num_nextn_predict_layers", "medusa_num_heads", "medusa_num_layers"),
-        # Defaults of generation, which transformers 4 kept here.
+        # Defaults of generation, which transformers 4 wrote into config.json.
         *("max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"),
         *("epsilon_cutoff", "eta_cutoff", "repetition_penalty", "encoder_repetition_penalty", "num_return_sequences"),
         *("num_beams", "num_beam_groups", "diversity_penalty", "length_penalty", "early_stopping"),
@@ -42,8 +43,8 @@ NO_EFFECT = frozenset(
     )
 )
 
-# Keys that no class declares and that transformers' code reads from a config all the same, and what is computed without
-# them. The reader of a family may understand more of them.
+# Keys that transformers' code reads although no class declares them, each with the value that changes nothing. The
+# reader of a family may understand other values.
 UNDECLARED: Mapping[str, Any] = {
     "is_encoder_decoder": False,
     "add_cross_attention": False,
@@ -63,7 +64,7 @@ UNDECLARED: Mapping[str, Any] = {
     "transformers_weights": None,
 }
 
-# The fields of each class that are not in NO_EFFECT, and their defaults.
+# The fields of each class that are not in NO_EFFECT, with their defaults.
 _SIZES = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}
 _SILU = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_parameters": None}
 _MISTRAL = {
@@ -218,7 +219,7 @@ CLASS_KEYS: Mapping[str, Mapping[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "deepseek_v3": _DEEPSEEK_V3,
-    # Families of which only multi-token prediction is read.
+    # Families whose multi-token prediction modules can be read, but not their models.
     "glm4_moe": {
         **{
             key: _DEEPSEEK_V3[key]

@@ -1,7 +1,8 @@
-"""Multi-token prediction in Hugging Face folders: which tensors are whose, and what their layers compute.
+"""Multi-token prediction modules in Hugging Face folders: their tensors, and what their layers compute.
 
-DeepSeek-V3 numbers the modules as layers behind the target's, ``model.layers.{num_hidden_layers + k}``, and most
-families follow it; MiMo and Qwen3-Next have names of their own.
+DeepSeek-V3 numbers the modules as layers after the target's layers: module k, counted from 0, has the tensors
+``model.layers.{num_hidden_layers + k}.*``. Example: 61 layers are numbered 0 to 60, and module 0 is layer 61. Most
+families do the same. MiMo and Qwen3-Next have their own names.
 """
 
 import dataclasses
@@ -28,9 +29,9 @@ from specjax.hf.safetensors import Tensor, TensorSpec
 from specjax.hf.weights import check_tensors, parameters_of, tensors_of
 from specjax.transformer.config import MAX_HEAD, MAX_LAYERS, DecoderConfig, ExpertsConfig
 
-_LAYER = "model.layers.{i}."  # of a decoder's layer in the families' tables
+_LAYER = "model.layers.{i}."  # starts the name of a layer's tensor in the families' tables
 
-# Layers of families that are no targets here.
+# Layers of families whose models specjax does not compute, but whose modules it does.
 _GLM4_MOE: Table = {
     **QWEN3_MOE,
     **{row: DEEPSEEK_V3[row] for row in DEEPSEEK_V3 if "shared_experts" in row or "e_score_correction_bias" in row},
@@ -48,15 +49,17 @@ _OTHER_TABLES: Mapping[str, Table] = {"glm4_moe": _GLM4_MOE, "mimo": TABLES["qwe
 
 @dataclasses.dataclass(frozen=True)
 class _Naming:
-    """How a family names a module's parts.
+    """How a family names the parts of a module.
 
     Attributes:
-      layer: before the names of the decoder layer's tensors; ``{i}`` is the module's number.
-      parts: before those of the others.
-      norms, projection, last_norm: of embedding and state; of both; and behind the layer.
-      behind: modules are numbered from the target's number of layers on.
-      hidden_first: the projection takes the state before the embedding.
-      most: modules at most, or None.
+      layer: start of the names of the decoder layer's tensors; ``{i}`` is the module's number.
+      parts: start of the names of the other tensors.
+      norms: names of the norm of the embedding and the norm of the state.
+      projection: name of the projection that joins the two.
+      last_norm: name of the norm after the layer.
+      after_layers: whether modules are numbered from the target's number of layers on, not from 0.
+      hidden_first: whether the projection takes the state before the embedding.
+      most: the most modules that the names allow, or None.
     """
 
     layer: str
@@ -64,12 +67,15 @@ class _Naming:
     norms: tuple[str, str]
     projection: str
     last_norm: str
-    behind: bool = False
+    after_layers: bool = False
     hidden_first: bool = False
     most: int | None = None
 
     def table(self, layers: Table) -> dict[str, tuple[str, Any]]:
-        """Returns a table as in ``specjax.hf.names``, of paths that begin with the module's number."""
+        """Returns a table as in ``specjax.hf.names``. Its parameter paths start with the module's number.
+
+        ``layers`` is the family's table, which names the parts of a layer.
+        """
         parts = {
             "enorm.weight": (self.norms[0], SAME),
             "hnorm.weight": (self.norms[1], SAME),
@@ -86,7 +92,7 @@ class _Naming:
         return rows
 
 
-_DEEPSEEK = _Naming(_LAYER, _LAYER, ("enorm", "hnorm"), "eh_proj", "shared_head.norm", behind=True)
+_DEEPSEEK = _Naming(_LAYER, _LAYER, ("enorm", "hnorm"), "eh_proj", "shared_head.norm", after_layers=True)
 _NAMINGS = {
     "mimo": _Naming(
         layer="model.mtp_layers.{i}.",
@@ -109,16 +115,16 @@ _NAMINGS = {
 
 @dataclasses.dataclass(frozen=True)
 class MTPLayout:
-    """The modules that a ``config.json`` speaks of.
+    """The modules that a ``config.json`` describes.
 
     Attributes:
-      decoder: their layers, one entry for each module.
-      num_hidden_layers: the target's layers.
-      hidden_first: their projections take the state before the embedding.
-      first: number of the first module in the names.
+      decoder: config of the modules' layers, with one layer for each module.
+      num_hidden_layers: the number of the target's layers.
+      hidden_first: whether the projections take the state before the embedding.
+      first: number of the first module in the tensors' names.
       table: which tensor makes which parameter.
-      block: rows and columns that share a scale in FP8 weights, or None.
-      ours: matches the names of the modules' tensors, with a number in group 1 where they have one.
+      block: rows and columns of a block that shares a scale in float8 weights, or None.
+      ours: matches the names of the modules' tensors. Group 1 is the number in the name, if there is one.
     """
 
     decoder: DecoderConfig
@@ -130,7 +136,7 @@ class MTPLayout:
     ours: re.Pattern
 
     def select(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the modules' tensors of a folder, which may hold the target's as well."""
+        """Returns the modules' tensors of a folder, which may hold the target's tensors too."""
         matches = {name: self.ours.match(name) for name in tensors}
         return {
             name: tensors[name]
@@ -139,36 +145,39 @@ class MTPLayout:
         }
 
     def held(self, part: str, tensors: Mapping[str, Tensor]) -> bool:
-        """Returns whether a module has a part that may be the target's, "embed_tokens.weight" or "lm_head.kernel"."""
+        """Returns whether any module has its own ``part``: "embed_tokens.weight" or "lm_head.kernel"."""
         name = self.table["{i}." + part][0]
         return any(name.format(i=self.first + k) in tensors for k in range(self.decoder.num_hidden_layers))
 
 
 def mtp_layout(raw: Mapping[str, Any]) -> MTPLayout:
-    """Reads the keys of a ``config.json``, of a target with MTP modules or of modules alone.
+    """Reads the ``config.json`` of a target with MTP modules, or of modules alone.
 
-    The modules' layers are what the target's last one is, with experts wherever the target has any.
+    The modules' layers are like the target's last layer. They have experts if the target has any.
 
     Raises:
       ValueError: there are no modules, or more than the family's layout has names for; the family has no layout; or a
-        key is missing, unknown, or has a value that the decoder does not compute.
+        key is missing, is unknown, or has a value that the decoder does not compute.
     """
+    # 1. The family: how its layers compute, and how its modules are named.
     kind = raw.get("model_type", "llama")
     naming = _NAMINGS.get(kind, _DEEPSEEK) if isinstance(kind, str) else _DEEPSEEK
     config = _read_config(kind, raw)
     layers = _OTHER_TABLES.get(kind) or TABLES[kind]
     if not any(theirs.startswith(_LAYER) for theirs, _ in layers.values()):
         raise ValueError(f"model_type {kind!r} has no MTP layout; its layers are not named {_LAYER}*")
+    # 2. How many modules there are. Qwen3-Next's configs do not say; published folders have one.
     count = _num_modules(raw, 1 if kind == "qwen3_next" else 0)
     if naming.most is not None and count > naming.most:
         raise ValueError(f"there are {count} MTP modules; with model_type {kind!r} at most {naming.most} can be read")
+    # 3. Each module has a layer like the last one, so that the decoder's own code computes it.
     last = dataclasses.replace(config.each_layer[-1], experts=config.experts is not None)
     prefix = re.escape(naming.parts).replace(re.escape("{i}"), r"(\d+)")
     return MTPLayout(
         decoder=dataclasses.replace(config, num_hidden_layers=count, layers=(last,) * count),
         num_hidden_layers=config.num_hidden_layers,
         hidden_first=naming.hidden_first,
-        first=config.num_hidden_layers if naming.behind else 0,
+        first=config.num_hidden_layers if naming.after_layers else 0,
         table=naming.table(layers),
         block=quantization_block(raw),
         ours=re.compile(prefix),
@@ -176,6 +185,7 @@ def mtp_layout(raw: Mapping[str, Any]) -> MTPLayout:
 
 
 def _num_modules(raw: Mapping[str, Any], default: int) -> int:
+    """Returns the number of modules, at least 1, which either of two keys may hold."""
     given = {key: raw[key] for key in ("num_nextn_predict_layers", "num_mtp_layers") if raw.get(key) is not None}
     if len(set(map(repr, given.values()))) > 1:
         raise ValueError(f"config.json has {given}; give one of them")
@@ -188,18 +198,18 @@ def _num_modules(raw: Mapping[str, Any], default: int) -> int:
 
 
 def mtp_parameters(layout: MTPLayout, tensors: Mapping[str, Tensor], abstract: Any) -> Any:
-    """Returns the modules' parameters, read when they are used.
+    """Returns the modules' parameters, each read by ``Parameter.read``.
 
     Args:
-      layout: of the folder's config.
+      layout: what ``mtp_layout`` returned.
       tensors: what ``layout.select`` returned.
-      abstract: nested dicts of what has a shape: the parameters that the modules have.
+      abstract: nested dicts of leaves with the parameters' shapes.
 
     Returns:
-      The same nested dicts of ``Parameter``.
+      Nested dicts of ``Parameter``, in the structure of ``abstract``.
 
     Raises:
-      ValueError: a tensor is missing, of another shape or dtype than the config says, or unknown.
+      ValueError: a tensor is missing, is unknown, or has another shape or dtype than the config says.
     """
     wanted = sources_of(layout.table, abstract, layout.first)
     check_tensors(tensors, wanted, layout.block, _why_left_out)
@@ -207,21 +217,24 @@ def mtp_parameters(layout: MTPLayout, tensors: Mapping[str, Tensor], abstract: A
 
 
 def _why_left_out(name: str) -> str | None:
+    """Returns why a tensor is not needed, or None if there is no known reason."""
     return "a buffer, computed anew" if name.endswith(".rotary_emb.inv_freq") else None
 
 
 def mtp_tensors(layout: MTPLayout, params: Any) -> list[TensorSpec]:
-    """Returns the tensors of the modules' parameters, nested dicts of arrays, each made when it is read."""
+    """Returns the tensors of the modules' parameters, nested dicts of arrays. Each array is made when it is written."""
     return tensors_of(sources_of(layout.table, params, layout.first), params)
 
 
-# Configs of families that are no targets here.
+# Configs of families whose models specjax does not compute.
 
 
 def _read_config(kind: Any, raw: Mapping[str, Any]) -> DecoderConfig:
-    # transformers ignores the modules in an ordinary model, so its classes do not say which keys are theirs.
+    """Returns the decoder of a family, whether or not its models can be targets."""
+    # transformers ignores the modules in an ordinary model, so its classes do not list the modules' keys.
     Keys({key: raw[key] for key in raw if _is_modules(key)}, "config.json").switched_off()
-    if kind == "mimo":  # Qwen2 in all but the name
+    # MiMo's layers are Qwen2's under another name.
+    if kind == "mimo":
         if raw.get("attention_bias", True) is not True:
             raise ValueError(f"attention_bias is {raw['attention_bias']!r}; MiMo's layers have biases")
         own = ("architectures", "attention_bias", "auto_map")
@@ -236,11 +249,12 @@ def _read_config(kind: Any, raw: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _is_modules(key: str) -> bool:
+    """Returns whether a key describes the modules and not the target."""
     return key == "chain_hidden_post_norm" or (key.startswith("mtp_") and key != "mtp_layer_types")
 
 
 def _partly_rotary(keys: Keys, sizes: dict[str, Any], head_dim: int, part: float) -> dict[str, Any]:
-    """Takes the rotary positions of full attention that turn a part of each head; ``part`` where nothing is said."""
+    """Takes the keys of layers of full attention that rotate a part of each head; ``part`` is the default share."""
     ropes = take_rope(keys, partial=True)
     ropes[""].setdefault("partial_rotary_factor", part)
     return (
@@ -257,9 +271,9 @@ def _glm4_moe(keys: Keys) -> DecoderConfig:
     experts = take_grouped_experts(
         keys, n_routed_experts=128, moe_intermediate_size=1408, routed_scaling_factor=1.0, n_group=1, topk_group=1
     )
-    alike = _partly_rotary(keys, sizes, head_dim, 0.5)
+    layers = _partly_rotary(keys, sizes, head_dim, 0.5)
     return DecoderConfig(
-        **with_experts(alike, [i >= dense for i in range(sizes["num_hidden_layers"])]),
+        **with_experts(layers, [i >= dense for i in range(sizes["num_hidden_layers"])]),
         activation=take_activation(keys, "hidden_act", "silu"),
         attention_bias=keys.flag("attention_bias", False),
         query_key_norm=keys.flag("use_qk_norm", False),
@@ -268,13 +282,15 @@ def _glm4_moe(keys: Keys) -> DecoderConfig:
 
 
 def _qwen3_next(keys: Keys) -> DecoderConfig:
-    """A layer of full attention: the others, of linear attention, are no part of the modules."""
+    """Reads the layers of full attention. The target's other layers, of linear attention, are not in the modules."""
+    # 1. Sizes. Keys of linear attention, and of which layers have it, are not needed.
     sizes = take_sizes(keys, max_position_embeddings=32768, num_key_value_heads=2)
     head_dim = keys.integer("head_dim", 256, most=MAX_HEAD)
     keys.only("decoder_sparse_step", 1)
     keys.only("mlp_only_layers", [], None)
     keys.ignore("layer_types", "full_attention_interval", "linear_conv_kernel_dim", "mtp_layer_types")
     keys.ignore(*(f"linear_{what}" for what in ("key_head_dim", "value_head_dim", "num_key_heads", "num_value_heads")))
+    # 2. Experts, with a shared one whose share is gated.
     experts = ExpertsConfig(
         num_experts=take_num_experts(keys, "num_experts", 512),
         per_token=keys.integer("num_experts_per_tok", 10),
@@ -283,10 +299,11 @@ def _qwen3_next(keys: Keys) -> DecoderConfig:
         shared_size=keys.integer("shared_expert_intermediate_size", 512),
         shared_gate=True,
     )
+    # 3. Attention, which rotates a quarter of each head unless the config says otherwise.
     bias = keys.flag("attention_bias", False)
-    alike = _partly_rotary(keys, sizes, head_dim, 0.25)
+    layers = _partly_rotary(keys, sizes, head_dim, 0.25)
     return DecoderConfig(
-        **with_experts(alike, [True] * sizes["num_hidden_layers"]),
+        **with_experts(layers, [True] * sizes["num_hidden_layers"]),
         norm="rms_one_plus",
         activation=take_activation(keys, "hidden_act", "silu"),
         attention_bias=bias,

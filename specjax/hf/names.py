@@ -1,7 +1,13 @@
 """Which tensors of a Hugging Face folder make which parameters: one table per family.
 
-A row says ``parameter: tensor, layout``. ``{i}`` stands for a layer, ``{e}`` for an expert: a parameter whose tensor
-has ``{e}`` is the stack of all of them. Parameters whose tensors have one name are its parts, in the table's order.
+A row is ``parameter: (tensor, layout)``.
+
+- ``{i}`` is the number of a layer, ``{e}`` the number of an expert.
+- A parameter whose tensor name has ``{e}`` is the stack of the tensors of all experts.
+- Several parameters with one tensor name are parts of that tensor, in the table's order.
+
+Example: in ``PHI3``, ``q_proj``, ``k_proj`` and ``v_proj`` all name ``qkv_proj``. With 8 query heads and 2 key heads
+of width 64, rows 0 to 511 of that tensor are ``q_proj``, rows 512 to 639 ``k_proj``, and rows 640 to 767 ``v_proj``.
 """
 
 import dataclasses
@@ -18,12 +24,13 @@ from specjax.transformer.decoder import abstract_params
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a tensor's array becomes a parameter's: split, then transposed.
+    """How a tensor's array becomes a parameter's array: it is split, then transposed.
 
     Attributes:
       axis: the axis along which a tensor holds the parts of several parameters.
-      transpose: the last two axes change places.
-      by_head: the first axis holds the parts of each head in turn, and the parameter has an axis for the head.
+      transpose: whether the last two axes change places.
+      by_head: whether the tensor's first axis holds the parts of each attention head in turn. The parameter then has
+        an axis for the heads.
     """
 
     axis: int = 0
@@ -33,7 +40,7 @@ class Layout:
 
 SAME = Layout()
 LINEAR = Layout(transpose=True)  # [out, in] -> [in, out]
-CONV1D = Layout(axis=1)  # [in, out] as it is, GPT-2's way
+CONV1D = Layout(axis=1)  # [in, out], as GPT-2 stores kernels
 HEADS = Layout(axis=1, by_head=True)  # [heads * width, in] -> [heads, part of width, in]
 
 Table = Mapping[str, tuple[str, Layout]]
@@ -46,19 +53,22 @@ _ENDS: Table = {
 
 
 def _linear(ours: str, theirs: str) -> Table:
+    """Rows of a projection with kernel and bias. A model without the bias has no such parameter."""
     return {f"{ours}.kernel": (f"{theirs}.weight", LINEAR), f"{ours}.bias": (f"{theirs}.bias", SAME)}
 
 
 def _layer(name: str) -> str:
+    """Returns the path of a layer's parameter."""
     return f"layers.{{i}}.{name}"
 
 
 def _theirs(name: str) -> str:
+    """Returns the name of a layer's tensor."""
     return f"model.layers.{{i}}.{name}"
 
 
 def _linears(*names: str) -> Table:
-    """Projections that have one name here and there."""
+    """Rows of projections whose parameters and tensors have the same names."""
     rows: dict[str, tuple[str, Layout]] = {}
     for name in names:
         rows |= _linear(_layer(name), _theirs(name))
@@ -66,11 +76,12 @@ def _linears(*names: str) -> Table:
 
 
 def _norms(**names: str) -> Table:
-    """Norms of a layer: ours=theirs."""
+    """Rows of a layer's norms: parameter=tensor."""
     return {_layer(f"{ours}.weight"): (_theirs(f"{theirs}.weight"), SAME) for ours, theirs in names.items()}
 
 
 def _experts(block: str, gate: str, up: str, down: str) -> Table:
+    """Rows of a router and its experts, whose tensors are in ``block``."""
     experts = {"gate_proj": gate, "up_proj": up, "down_proj": down}
     return {_layer("mlp.gate.kernel"): (_theirs(f"{block}.gate.weight"), LINEAR)} | {
         _layer(f"mlp.experts.{ours}"): (_theirs(f"{block}.experts.{{e}}.{theirs}.weight"), LINEAR)
@@ -87,6 +98,8 @@ _MLP = _linears("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 LLAMA: Table = {**_ENDS, **_LAYER_NORMS, **_ATTENTION, **_MLP}
 QWEN3: Table = {**LLAMA, **_QUERY_KEY_NORMS}
+# Gemma has four norms in a layer. Its post_attention_layernorm is applied to attention's output. In other families the
+# norm of this name is applied to the MLP's input, as Gemma's pre_feedforward_layernorm is.
 GEMMA: Table = {
     **_ENDS,
     **_norms(
@@ -128,11 +141,13 @@ DEEPSEEK_V3: Table = {
 
 
 def _conv1d(ours: str, theirs: str) -> Table:
+    """Rows of a projection of GPT-2."""
     kernel, bias = f"transformer.h.{{i}}.{theirs}.weight", f"transformer.h.{{i}}.{theirs}.bias"
     return {_layer(f"{ours}.kernel"): (kernel, CONV1D), _layer(f"{ours}.bias"): (bias, SAME)}
 
 
 def _layer_norm(ours: str, theirs: str) -> Table:
+    """Rows of a norm of GPT-2."""
     return {f"{ours}.{part}": (f"transformer.{theirs}.{part}", SAME) for part in ("weight", "bias")}
 
 
@@ -165,7 +180,7 @@ TABLES: Mapping[str, Table] = {
     "qwen3_moe": QWEN3_MOE,
 }
 
-# Wrappers of other model classes around the names of the tables.
+# Other model classes put the decoder into a module of their own, which changes the start of tensor names.
 _WRAPPERS = {
     "model.language_model.": "model.",
     "language_model.model.": "model.",
@@ -174,27 +189,31 @@ _WRAPPERS = {
 
 
 def table_names(model_type: str, names: Iterable[str]) -> dict[str, str]:
-    """Returns the name in the family's table of each tensor, whatever model class it was saved from."""
+    """Returns the name that each tensor has in the family's table, whatever model class it was saved from."""
     found = {}
     for name in names:
         wrapper = next((wrapper for wrapper in _WRAPPERS if name.startswith(wrapper)), "")
         found[name] = _WRAPPERS.get(wrapper, "") + name.removeprefix(wrapper)
     prefix = TABLES[model_type]["embed_tokens.weight"][0].split(".")[0] + "."
-    if not any(name.startswith(prefix) for name in found.values()):  # saved without the head's class around it
+    # A model that was saved without its output head has no prefix "model." or "transformer.".
+    if not any(name.startswith(prefix) for name in found.values()):
         found = {name: known if known.startswith("lm_head.") else prefix + known for name, known in found.items()}
     return found
 
 
 def why_left_out(name: str, config: DecoderConfig, next_tokens: bool) -> str | None:
-    """Returns why a tensor that the decoder does not use may lie in the folder, or None if it may not."""
+    """Returns why the decoder does not need a tensor, or None if the tensor must not be there.
+
+    ``next_tokens``: the config says that the folder holds multi-token prediction layers.
+    """
     if name == "lm_head.weight" and config.tie_word_embeddings:
-        return "the head is the embedding"
+        return "the output head is the embedding"
     if name.endswith((".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")):
         return "a buffer, computed anew"
     if name.startswith(
         ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
     ):
-        return "the vision part, of which text needs nothing"
+        return "the vision part, which text does not need"
     if name.startswith("medusa_head."):
         return "a Medusa head, no part of the decoder"
     layer = re.match(r"model\.layers\.(\d+)\.", name)
@@ -204,19 +223,19 @@ def why_left_out(name: str, config: DecoderConfig, next_tokens: bool) -> str | N
 
 
 ParameterPath = tuple[str | int, ...]
-"""Where a parameter lies in nested dicts, such as ("layers", 0, "mlp", "up_proj", "kernel")."""
+"""The path of a parameter in nested dicts, such as ("layers", 0, "mlp", "up_proj", "kernel")."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Where a parameter, or one expert of it, lies in a tensor.
+    """The part of a tensor that is a parameter, or one expert of a parameter.
 
     Attributes:
-      parameter: its path.
+      parameter: the parameter's path.
       expert: index on the parameter's first axis, or None for the whole parameter.
-      shape: of the parameter, or of one expert.
-      layout: how the tensor's array becomes the parameter's.
-      start: first entry on the tensor's split axis.
+      shape: shape of the parameter, or of one expert.
+      layout: how the tensor's array becomes the parameter's array.
+      start: first entry of the part on the tensor's split axis.
     """
 
     parameter: ParameterPath
@@ -227,16 +246,16 @@ class Piece:
 
     @property
     def view_shape(self) -> tuple[int, ...]:
-        """The shape before it is transposed."""
+        """The part's shape in the tensor, before it is transposed."""
         return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.layout.transpose else self.shape
 
     @property
     def end(self) -> int:
-        """The entry behind the last on the tensor's split axis."""
+        """The entry after the part's last on the tensor's split axis."""
         return self.start + self.view_shape[self.layout.axis]
 
     def of(self, tensor: np.ndarray) -> np.ndarray:
-        """Returns the view of a tensor's array that is this piece."""
+        """Returns this part of a tensor's array, as a view in the parameter's layout."""
         if self.layout.by_head:
             tensor = tensor.reshape(self.shape[0], -1, tensor.shape[-1])
         part = tensor[(slice(None),) * self.layout.axis + (slice(self.start, self.end),)]
@@ -245,11 +264,11 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A tensor that the model is made of.
+    """A tensor that holds parameters.
 
     Attributes:
-      row: its name in the table, with ``{i}`` and ``{e}``.
-      pieces: what it holds, in order.
+      row: the tensor's name in the table, with ``{i}`` and ``{e}``.
+      pieces: the parts that the tensor holds, in order.
     """
 
     row: str
@@ -265,18 +284,20 @@ class Source:
 
 
 def sources(model_type: str, config: DecoderConfig) -> dict[str, Source]:
-    """Returns the tensors that a model of a family is made of, by their names in the family's table."""
+    """Returns the tensors of a model, by their names in the family's table."""
     return sources_of(TABLES[model_type], abstract_params(config))
 
 
 def sources_of(table: Table, params: Any, first: int = 0) -> dict[str, Source]:
-    """Returns the tensors that parameters are made of, by their names in a table.
+    """Returns the tensors that hold parameters, by their names in a table.
 
     Args:
       table: has a row for each parameter.
-      params: nested dicts of what has a shape.
-      first: what is added to a number in a parameter's path for that in the tensor's name.
+      params: nested dicts of leaves with a shape.
+      first: added to the number in a parameter's path. Example: MTP module 0 after 61 layers, whose paths start with
+        0, is in tensors ``model.layers.61.*``, so ``first`` is 61.
     """
+    # In the table's order, in which the parts of one tensor follow each other.
     order = {row: place for place, row in enumerate(table)}
     leaves = {path: tuple(leaf.shape) for path, leaf in parameters(params).items()}
     found: dict[str, Source] = {}
@@ -299,5 +320,5 @@ def parameters(tree: Any) -> dict[ParameterPath, Any]:
 
 
 def path_row(path: ParameterPath) -> str:
-    """Returns a parameter's path as tables have it, with ``{i}`` for a number."""
+    """Returns a parameter's path in the form of the tables, with ``{i}`` for a number."""
     return ".".join("{i}" if isinstance(part, int) else part for part in path)
