@@ -94,7 +94,7 @@ def convert_hf(
         save_params(folder, read_params(weights.params, expected, on_read))
     lines = [*weights.report, f"copied: {', '.join(companions) or 'nothing'}"]
     if "tokenizer.json" not in companions:
-        lines.append("there is no tokenizer.json: load the tokenizer with transformers and save it beside the params")
+        lines.append("there is no tokenizer.json: load the tokenizer with transformers and save it next to params/")
     return tuple(lines)
 
 

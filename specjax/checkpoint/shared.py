@@ -70,7 +70,7 @@ def is_targets_head(kernel_dv: Parameter, target: LanguageModel) -> bool:
 
 
 def _equal(parameter: Parameter, rows: Callable[[int, int], jax.Array]) -> bool:
-    """Returns whether a stored table equals the target's, of which ``rows(start, end)`` returns some rows."""
+    """Returns whether a stored table equals the target's; ``rows(start, end)`` computes rows of the target's."""
     for start in range(0, parameter.shape[0], _COMPARED):
         end = min(start + _COMPARED, parameter.shape[0])
         known = gathered(rows(start, end))

@@ -100,7 +100,7 @@ def eagle_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     keys.ignore(*_IGNORED)
     decoder, unknown = _decoder(keys.take("transformer_layer_config"))
     fields: dict[str, Any] = {"version": VERSIONS[kind], "decoder": decoder}
-    # 2. EAGLE-1 always reads the last state; EAGLE-3 has options, some of which engines read in different ways.
+    # 2. EAGLE-1 always reads the last state; EAGLE-3 has options, and engines read some of them differently.
     if kind == "eagle":
         keys.only("transformer_layer_architecture", "LlamaDecoderLayer")
         keys.only("layernorms", False)

@@ -364,7 +364,7 @@ _GEMMA3_SIZES = {
 
 
 def _phi3(keys: Keys) -> DecoderConfig:
-    # 1. Keys of the authors' own code, of which the decoder computes one value.
+    # 1. Keys that only the authors' own code reads. The decoder computes one value of each.
     sizes = take_sizes(keys, max_position_embeddings=4096, rms_norm_eps=1e-5)
     head_dim = _head_width(keys, sizes)
     for bias in ("attention_bias", "mlp_bias", "lm_head_bias"):
