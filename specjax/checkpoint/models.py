@@ -323,7 +323,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """
     file = Path(path) / "tokenizer.json"
     if not file.is_file():
-        raise ValueError(f"{file} does not exist; add the model's tokenizer.json")
+        raise ValueError(f"{file} does not exist; a checkpoint folder must hold one: add the model's")
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises plain Exception
