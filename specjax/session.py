@@ -236,6 +236,8 @@ class Session:
     def _lay_out(self, messages: Messages, variables: Mapping[str, Any] | None) -> list[int]:
         """Returns a conversation as tokens."""
         template = self.opened.need_chat_template()
+        if not messages:
+            raise ValueError(f"messages is {messages!r}; give at least one message, or the text of one")
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         return self._encode(template.render(messages, **(variables or {})), add_special_tokens=False)
@@ -252,7 +254,10 @@ class Session:
         # A misspelt keyword would otherwise reach Sampling, whose own message does not list the parameters.
         unknown = sorted(sampling.keys() - set(_SAMPLING))
         if unknown:
-            raise TypeError(f"there is no argument {unknown[0]!r}; sampling parameters are {', '.join(_SAMPLING)}")
+            raise TypeError(
+                f"there is no argument {unknown[0]!r}; sampling parameters are {', '.join(_SAMPLING)} (and there are "
+                "max_new_tokens and stop)"
+            )
         rows = [_Row(self._tokenizer, tokens, self.opened.stop_tokens, stop) for tokens in prompts]
         # Each prompt has its own seed, so that the same prompt twice has two texts.
         if "seed" not in sampling:
