@@ -51,8 +51,9 @@ def _rounds(
 
 @functools.partial(jax.jit, static_argnames=("classes", "verify", "chunk", "logprobs", "top_logprobs"))
 def _generate_jit(target, prompt_bs, request, drafter, *, classes, verify, **static):
-    del classes
+    del classes  # only a part of the key under which jit keeps the program
 
+    # Prompts and rounds are one program, so nothing returns to the host between them.
     def run(target, prompt_bs, request, drafter):
         state = round_lib.start(target, prompt_bs, request, drafter, **static)
         return _rounds(target, state, drafter, None, verify).generation
@@ -195,6 +196,7 @@ def run(
     check_rule(verify)
     if rounds is not None:
         _check_rounds(rounds)
+    # The limit is traced: another number of rounds compiles nothing.
     limit = jnp.int32(2**31 - 1 if rounds is None else rounds)
     return _rounds_jit(target, state, drafter, limit, classes=classes_key(target, drafter), verify=verify)
 
@@ -268,6 +270,7 @@ def stream(
 def _stream(
     target: LanguageModel, state: State, drafter: Drafter | None, verify: VerifyRule, rounds: int
 ) -> Iterator[Generation]:
+    # Reading done_b waits for the device; it is the one return to the host for each yield.
     while not state.done_b.all():
         state = run(target, state, drafter=drafter, verify=verify, rounds=rounds)
         yield gathered(state.generation)

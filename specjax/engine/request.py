@@ -58,6 +58,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]], least: int = 1) -> tuple[np.nd
     """
     if not isinstance(prompts, Sequence | np.ndarray | jax.Array):
         raise TypeError(f"prompts is {prompts!r}; give a sequence of prompts, each a sequence of token ids")
+    # Each prompt is checked by itself, so that a message names the one that is wrong.
     rows = [np.asarray(_array(f"prompt {row}", prompt)) for row, prompt in enumerate(prompts)]
     for row, tokens in enumerate(rows):
         if tokens.size:  # NumPy gives an empty list the dtype float64
@@ -69,6 +70,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]], least: int = 1) -> tuple[np.nd
     length_b = np.asarray([len(tokens) for tokens in rows], np.int32)
     if not rows or length_b.min() < least:
         raise ValueError(f"prompts have lengths {length_b.tolist()}; give at least one, each of at least one token")
+    # A width of 0 would be another shape for every check that follows.
     prompt_bt = np.zeros((len(rows), max(length_b.max(), 1)), np.int32)
     for row, tokens in enumerate(rows):
         prompt_bt[row, : len(tokens)] = tokens
@@ -191,6 +193,7 @@ def lay_out_more(
 
 def _prompts(prompts: Any, lengths: Any, least: int) -> tuple[Any, Any]:
     """Returns integers ``[rows, width]`` and their lengths ``[rows]``; ragged prompts are padded."""
+    # Rectangular lists are ragged prompts, too: the result is the same.
     ragged = lengths is None and isinstance(prompts, Sequence) and not isinstance(prompts, str)
     if ragged:
         return pad_prompts(prompts, least)
@@ -237,6 +240,7 @@ def _allocate(slots: Any, needed: int | None, width: int, known: bool, g: int) -
     """Returns the slots per row: those asked for, or what fits, in a bucket if values are known."""
     if slots is not None and (isinstance(slots, bool) or not isinstance(slots, (int, np.integer))):
         raise TypeError(f"slots is {slots!r}; give an integer, or None for what fits")
+    # Shapes are static, so a limit that is traced cannot say how many slots there are.
     if needed is None:
         if slots is None:
             raise ValueError("max_new_tokens is traced and slots is None; give slots=, since shapes must be known")
@@ -323,6 +327,7 @@ _DRAFTER = ("num_draft", "capture", "vocab_size", "max_positions", "init", "obse
 def _check_drafter(target: LanguageModel, drafter: Drafter | None) -> int:
     if drafter is None:
         return 0
+    # A class in place of an instance, and an object of the old contract, are the likeliest mistakes.
     missing = [name for name in _DRAFTER if not hasattr(drafter, name)]
     if isinstance(drafter, type) or missing:
         kind = f"the class {drafter.__name__}" if isinstance(drafter, type) else f"a {type(drafter).__name__}"
@@ -338,6 +343,7 @@ def _check_drafter(target: LanguageModel, drafter: Drafter | None) -> int:
             f"the drafter's vocabulary has {drafter.vocab_size} tokens and the target's {target.vocab_size}; "
             "use a drafter that shares the target's tokenizer"
         )
+    # An index past the last layer would otherwise be an IndexError while the loop is traced.
     layers = target.num_layers
     if layers is not None and any(not -1 <= index <= layers for index in drafter.capture):
         raise ValueError(
@@ -368,6 +374,7 @@ def _stop_tokens(stop_tokens: Any, rows: int, vocab: int) -> Any:
         raise ValueError(
             f"stop_tokens has shape {array.shape}; give a flat sequence of token ids, or [{rows}, k], -1 being none"
         )
+    # -1 pads lists of different lengths, so it is good per row; in one list for all it would be a mistake.
     per_row = array.ndim == 2
     if not is_known(array):
         return array if per_row else jnp.broadcast_to(array.reshape(1, -1), (rows, array.size))
@@ -411,6 +418,7 @@ def _check_sampling(sampling: Sampling, rows: int, vocab: int) -> None:
             raise ValueError(f"{name} is {np.asarray(array).tolist()}; it must be {wanted}")
     if sampling.logit_bias is None:
         return
+    # A bias of -inf bans a token. A row in which all tokens are banned would have no distribution.
     bias = _numbers("logit_bias", sampling.logit_bias)
     if bias.shape not in ((vocab,), (rows, vocab)):
         raise ValueError(f"logit_bias has shape {bias.shape}; give ({vocab},) or ({rows}, {vocab})")

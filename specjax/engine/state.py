@@ -108,12 +108,14 @@ def insert(state: State, rows: ArrayLike, other: State) -> State:
     Raises:
       ValueError: a row is out of range, named twice or still running, or the states do not fit each other.
     """
+    # 1. What shapes alone can say.
     index_k: Any = np.asarray(rows) if is_known(rows) else rows
     if index_k.ndim != 1 or not jnp.issubdtype(index_k.dtype, jnp.integer):
         raise ValueError(f"rows is {rows!r}; give a flat sequence of integers, one for each row of other")
     total, count = state.length_b.shape[0], other.length_b.shape[0]
     if index_k.shape[0] != count:
         raise ValueError(f"rows names {index_k.shape[0]} rows and other has {count}; give one for each")
+    # 2. What is known outside jit. A row named twice would get one of two rows at random.
     if isinstance(index_k, np.ndarray):
         if len(set(index_k.tolist())) < count or index_k.min() < 0 or index_k.max() >= total:
             raise ValueError(f"rows are {index_k.tolist()}; give different ones from 0 to {total - 1}")
@@ -121,6 +123,7 @@ def insert(state: State, rows: ArrayLike, other: State) -> State:
             running = index_k[~gathered(state.done_b)[index_k]]
             if running.size:
                 raise ValueError(f"row {running[0]} still runs; end it by specjax.stop, or replace it when it is done")
+    # 3. Rows are the first axis of every array, so one rule copies them all.
     _check_fit(state, other)
     return jax.tree.map(lambda all_rows, new: all_rows.at[jnp.asarray(index_k)].set(new), state, other)
 
@@ -130,6 +133,7 @@ def _check_fit(state: State, other: State) -> None:
     slots = state.tokens_bs.shape[1], other.tokens_bs.shape[1]
     if slots[0] != slots[1]:
         raise ValueError(f"the states have {slots[0]} and {slots[1]} slots; give both prefills the same slots=")
+    # The structure differs with the target's cache, the drafter's state, log-probabilities and kinds of seeds.
     if jax.tree.structure(state) != jax.tree.structure(other):
         raise ValueError(
             "the states are of different kinds; make both with the same target, drafter and kinds of arguments "
