@@ -53,7 +53,7 @@ def open_eagle(
     """
     raw = without_keys(read_json(path / "config.json"), ignore_config_keys)
     with errors_name(path / "config.json"):
-        _, fields = _described(raw, target)
+        _, fields = _describe(raw, target)
     found = open_tensors(path)
     # Which tensors there are decides what the head is: whether it embeds by itself, and has its own draft ids.
     with errors_name(path):
@@ -92,7 +92,7 @@ def fill_eagle(
       ValueError: as for ``open_eagle``; or the parameters are other than the config describes.
     """
     # 1. Check that the config describes these parameters: other engines trust it.
-    config, fields = _described(config, target)
+    config, fields = _describe(config, target)
     head = _head(fields, target, own_embedding="embed_tokens" in params, mapped="draft_of_v" in params)
     _check_params(params, head)
     # 2. What speculators asks for beyond the draft head itself: the target, and how to draft.
@@ -126,12 +126,12 @@ def eagle_head(config: Mapping[str, Any], target: LanguageModel) -> EagleHead:
     Raises:
       ValueError: the config is not of an EAGLE head, has an unknown key or value, or does not fit the target.
     """
-    _, fields = _described(config, target)
+    _, fields = _describe(config, target)
     width = fields["decoder"].hidden_size
     return _head(fields, target, own_embedding=fields.get("target_hidden_size") not in (None, width), mapped=False)
 
 
-def _described(raw: Mapping[str, Any], target: LanguageModel) -> tuple[dict[str, Any], dict[str, Any]]:
+def _describe(raw: Mapping[str, Any], target: LanguageModel) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns a config in speculators' layout, and the arguments of ``EagleHead`` that it describes."""
     if target.num_layers is None:
         raise ValueError("the target does not say how many layers it has; set LanguageModel.num_layers")
@@ -143,7 +143,7 @@ def _described(raw: Mapping[str, Any], target: LanguageModel) -> tuple[dict[str,
 
 
 def _head(fields: Mapping[str, Any], target: LanguageModel, own_embedding: bool, mapped: bool) -> EagleHead:
-    """Returns the head of the arguments that ``_described`` returned, after checking that it fits the target.
+    """Returns the head of the arguments that ``_describe`` returned, after checking that it fits the target.
 
     ``mapped``: draft ids differ from the target's ids.
     """

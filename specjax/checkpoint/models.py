@@ -171,10 +171,10 @@ def load(
         ``config.json``; or the mesh or the rules do not fit the model.
       TypeError: as for ``specjax.shard``.
     """
-    return load_described(Path(path).absolute(), dtype, mesh, rules, ignore_config_keys)[0]
+    return load_with_config(Path(path).absolute(), dtype, mesh, rules, ignore_config_keys)[0]
 
 
-def load_described(
+def load_with_config(
     path: Path, dtype: jnp.dtype | str | None, mesh: Mesh | None, rules: Rules, ignore_config_keys: Iterable[str]
 ) -> tuple[LanguageModel, dict[str, Any]]:
     """Returns the model as ``load`` does, and the keys of ``config.json`` that describe the model."""
@@ -183,20 +183,20 @@ def load_described(
         raise ValueError(f"{path} is not a folder; give one with config.json and params/, or with safetensors files")
     if (path / "params").is_dir():
         config, raw = read_config(path / "config.json", ignore_config_keys)
-        return decoder_model(config, load_params(path, _placed(config, dtype, mesh, rules))), raw
+        return decoder_model(config, load_params(path, _decoder_with_places(config, dtype, mesh, rules))), raw
     if (path / "metrics.json").is_file():
         raise ValueError(f"{path / 'params'} does not exist; the checkpoint is incomplete, copy or convert it again")
     weights = open_weights(path, ignore_config_keys)
-    params = read_params(weights.params, _placed(weights.config, dtype, mesh, rules))
+    params = read_params(weights.params, _decoder_with_places(weights.config, dtype, mesh, rules))
     return decoder_model(weights.config, params), weights.raw
 
 
-def _placed(config: DecoderConfig, dtype: jnp.dtype, mesh: Mesh | None, rules: Rules) -> Any:
+def _decoder_with_places(config: DecoderConfig, dtype: jnp.dtype, mesh: Mesh | None, rules: Rules) -> Any:
     """Returns the parameters' shapes and dtypes, with shardings if there is a mesh."""
-    return placed(decoder_model(config, abstract_params(config, dtype)), mesh, rules)
+    return with_places(decoder_model(config, abstract_params(config, dtype)), mesh, rules)
 
 
-def placed(model: Any, mesh: Mesh | None, rules: Rules) -> Any:
+def with_places(model: Any, mesh: Mesh | None, rules: Rules) -> Any:
     """Returns the parameters' shapes and dtypes, with shardings if there is a mesh.
 
     Args:
@@ -241,7 +241,7 @@ def load_params(path: Path, abstract: Any) -> Any:
     """
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), abstract)
-    with _reading(path):
+    with _name_damage(path):
         buffer = max(_LEAST_BUFFER, _largest_read(path, expected) + 1)
         handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=buffer / 1e9)  # type: ignore  (as for saving)
         with ocp.Checkpointer(handler) as checkpointer:
@@ -250,14 +250,14 @@ def load_params(path: Path, abstract: Any) -> Any:
 
 def stored_params(path: Path, wanted: Any) -> Any:
     """Returns shapes and dtypes of the parameters in ``params/``, in nested dicts with the structure of ``wanted``."""
-    with _reading(path):
+    with _name_damage(path):
         stored = _metadata(path)
         found = {names: stored[tuple(map(str, names))] for names in parameters(wanted)}
         return unflatten_dict({names: jax.ShapeDtypeStruct(x.shape, x.dtype) for names, x in found.items()})
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _name_damage(path: Path) -> Iterator[None]:
     """Turns every error that Orbax and TensorStore raise for missing or truncated files into a ValueError."""
     try:
         yield

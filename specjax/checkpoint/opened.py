@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from specjax.checkpoint.models import load_described, load_stop_tokens, load_tokenizer
+from specjax.checkpoint.models import load_stop_tokens, load_tokenizer, load_with_config
 from specjax.sharding import RULES, Rules
 from specjax.text.chat import ChatTemplate, find_chat_template
 from specjax.types import LanguageModel
@@ -90,7 +90,7 @@ def open(
     stop_tokens = load_stop_tokens(path) if there else ()
     # 2. The config goes with the model, so that ``specjax.save`` can write both. It says how the model computes, not
     # how this folder stored it. Stop tokens may come from another file, so they are put into the config.
-    model, raw = load_described(path, dtype, mesh, rules, ignore_config_keys)
+    model, raw = load_with_config(path, dtype, mesh, rules, ignore_config_keys)
     config = {key: value for key, value in raw.items() if key not in _OF_STORAGE}
     if stop_tokens:
         config["eos_token_id"] = list(stop_tokens)

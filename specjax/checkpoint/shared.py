@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from specjax.checkpoint.models import placed, read_params
+from specjax.checkpoint.models import read_params, with_places
 from specjax.hf.weights import Parameter
 from specjax.sharding import Rules, gathered
 from specjax.types import LanguageModel
@@ -38,7 +38,7 @@ def read_onto(mesh: Mesh | None, rules: Rules, drafter: D, params: Any) -> D:
       params: a tree of ``Parameter`` in the same structure.
     """
     assert dataclasses.is_dataclass(drafter) and not isinstance(drafter, type)
-    return dataclasses.replace(drafter, params=read_params(params, placed(drafter, mesh, rules)))
+    return dataclasses.replace(drafter, params=read_params(params, with_places(drafter, mesh, rules)))
 
 
 def is_targets_embedding(table_vd: Parameter, target: LanguageModel) -> bool:

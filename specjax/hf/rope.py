@@ -119,7 +119,7 @@ def read_rope(
             if rotated == 2:
                 raise ValueError("rope_type 'dynamic' needs more than one rotated pair of entries")
             dynamic = (float(theta), factor, max_positions)
-            max_positions = _stretched(max_positions, factor)
+            max_positions = _stretch(max_positions, factor)
         elif kind == "llama3":
             frequency = _llama3(frequency, keys, max_positions)
         elif kind == "yarn":
@@ -155,7 +155,7 @@ def _original(keys: Keys, default: int) -> int:
     return default if original is None else original
 
 
-def _stretched(positions: int, factor: float) -> int:
+def _stretch(positions: int, factor: float) -> int:
     """Returns the longest text after scaling; raises ValueError if it is out of range."""
     longest = int(positions * factor)
     if not 1 <= longest <= MAX_SIZE:
@@ -202,7 +202,7 @@ def _yarn(frequency: np.ndarray, keys: Keys, theta: float, max_positions: int) -
     last = last + 0.001 if first == last else last
     stretched = np.clip((np.arange(width // 2) - first) / (last - first), 0, 1)
     frequency = frequency / factor * stretched + frequency * (1 - stretched)
-    return frequency, float(scale), max(max_positions, _stretched(original, factor))
+    return frequency, float(scale), max(max_positions, _stretch(original, factor))
 
 
 def _weight(keys: Keys, key: str) -> float | None:

@@ -70,9 +70,9 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _RANKS = {dtype: rank for rank, dtype in enumerate(_CODES)}
 
 # Values from files go through this into messages, since they may have any length and depth.
-_shortened = reprlib.Repr()
-_shortened.maxstring = _shortened.maxother = 200
-_show = _shortened.repr
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 200
+_show = _short.repr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,12 +165,12 @@ def open_tensors(folder: str | os.PathLike) -> dict[str, Tensor]:
         for tensor in open_file(folder / shard):
             if tensor.name in tensors:
                 other = tensors[tensor.name].file.name
-                raise _damaged(tensor.file, f"tensor {_show(tensor.name)} is in {other} as well")
+                raise _damage(tensor.file, f"tensor {_show(tensor.name)} is in {other} as well")
             tensors[tensor.name] = tensor
     # 3. The files and the index must agree, or the folder is a mixture of two downloads.
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].file.name != shard:
-            raise _damaged(index, f"weight_map says that {_show(shard)} holds tensor {_show(name)}, which it does not")
+            raise _damage(index, f"weight_map says that {_show(shard)} holds tensor {_show(name)}, which it does not")
     return tensors
 
 
@@ -254,13 +254,13 @@ def _what_else(folder: Path, present: list[str]) -> str:
     return f"{text}, only {_show(present)}; give the folder of a model, or download it again"
 
 
-def _damaged(file: Path, what: str) -> ValueError:
+def _damage(file: Path, what: str) -> ValueError:
     """Returns the error for a file whose content cannot be right."""
     return ValueError(f"{file}: {what}; the file is damaged, cut short or of another kind, download it again")
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[tuple[BinaryIO, int]]:
+def _open_regular(file: Path) -> Iterator[tuple[BinaryIO, int]]:
     """Yields the file and its size in bytes."""
     try:
         if not stat.S_ISREG(file.stat().st_mode):  # opening a pipe would wait for its writer
@@ -278,15 +278,15 @@ def _opened(file: Path) -> Iterator[tuple[BinaryIO, int]]:
 def _read_json(file: Path, stream: BinaryIO, length: int) -> dict[str, Any]:
     """Reads a JSON object of ``length`` bytes from a stream."""
     if length > _MOST_JSON:
-        raise _damaged(file, f"its JSON is {length} bytes long and may be {_MOST_JSON}")
+        raise _damage(file, f"its JSON is {length} bytes long and may be {_MOST_JSON}")
     try:
         value = json.loads(stream.read(length).decode(), object_pairs_hook=_unique)
     except RecursionError:
-        raise _damaged(file, "its JSON is nested too deep") from None
+        raise _damage(file, "its JSON is nested too deep") from None
     except ValueError as error:
-        raise _damaged(file, f"it is not valid JSON ({error})") from None
+        raise _damage(file, f"it is not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise _damaged(file, f"its JSON is a {type(value).__name__} and must be an object")
+        raise _damage(file, f"its JSON is a {type(value).__name__} and must be an object")
     return value
 
 
@@ -305,10 +305,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _read_weight_map(index: Path) -> dict[str, str]:
     """Returns an index's file name of each tensor name."""
-    with _opened(index) as (stream, size):
+    with _open_regular(index) as (stream, size):
         weight_map = _read_json(index, stream, size).get("weight_map")
     if not _maps_to_strings(weight_map):
-        raise _damaged(index, f"weight_map is {_show(weight_map)} and must map names of tensors to names of files")
+        raise _damage(index, f"weight_map is {_show(weight_map)} and must map names of tensors to names of files")
     return weight_map
 
 
@@ -319,15 +319,15 @@ def open_file(file: Path) -> list[Tensor]:
       ValueError: as for ``open_tensors``.
     """
     # 1. The header. Its length comes from the file, so it is compared with the file's size before it is read.
-    with _opened(file) as (stream, size):
+    with _open_regular(file) as (stream, size):
         length = int.from_bytes(stream.read(8), "little")
         start = 8 + length
         if start > size:
-            raise _damaged(file, f"it is {size} bytes long, of which its header would take {start}")
+            raise _damage(file, f"it is {size} bytes long, of which its header would take {start}")
         header = _read_json(file, stream, length)
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not _maps_to_strings(metadata):
-        raise _damaged(file, f"__metadata__ is {_show(metadata)} and must map strings to strings")
+        raise _damage(file, f"__metadata__ is {_show(metadata)} and must map strings to strings")
     # 2. The entries, in the order of their data. The data must be one unbroken run to the end of the file: holes and
     # overlaps could hide other content, and a file that was cut short ends early.
     tensors = [_check_entry(file, start, name, entry) for name, entry in header.items()]
@@ -335,10 +335,10 @@ def open_file(file: Path) -> list[Tensor]:
     end = start
     for tensor in tensors:
         if tensor.offset != end:
-            raise _damaged(file, f"tensor {_show(tensor.name)} begins at byte {tensor.offset}, and should at {end}")
+            raise _damage(file, f"tensor {_show(tensor.name)} begins at byte {tensor.offset}, and should at {end}")
         end += _num_bytes(tensor)
     if end != size:
-        raise _damaged(file, f"its tensors end at byte {end} and the file at byte {size}")
+        raise _damage(file, f"its tensors end at byte {end} and the file at byte {size}")
     return tensors
 
 
@@ -346,20 +346,20 @@ def _check_entry(file: Path, start: int, name: str, entry: Any) -> Tensor:
     """Returns the tensor of one entry of a header, whose data offsets count from byte ``start``."""
     what = f"tensor {_show(name)}"
     if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
-        raise _damaged(file, f"{what} is {_show(entry)} and must have just the keys {sorted(_ENTRY_KEYS)}")
+        raise _damage(file, f"{what} is {_show(entry)} and must have just the keys {sorted(_ENTRY_KEYS)}")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in _DTYPES:
         raise ValueError(f"{file}: {what} has dtype {_show(code)}; convert it to one of {', '.join(_DTYPES)}")
     dtype = _DTYPES[code]
     # NumPy's own bounds. A shape with a zero could pass them unnoticed and fail later, so zeros count as ones.
     if not _are_sizes(shape) or len(shape) > 64 or math.prod(n or 1 for n in shape) * dtype.itemsize >= 2**63:
-        raise _damaged(file, f"{what} has shape {_show(shape)}, which no array can have")
+        raise _damage(file, f"{what} has shape {_show(shape)}, which no array can have")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise _damaged(file, f"{what} has data_offsets {_show(offsets)}, which must be two positions in the file")
+        raise _damage(file, f"{what} has data_offsets {_show(offsets)}, which must be two positions in the file")
     tensor = Tensor(file, name, dtype, tuple(shape), start + offsets[0])
     size = _num_bytes(tensor)
     if offsets[1] - offsets[0] != size:
-        raise _damaged(file, f"{what}, {code} {shape}, takes {size} bytes, and its data_offsets are {offsets}")
+        raise _damage(file, f"{what}, {code} {shape}, takes {size} bytes, and its data_offsets are {offsets}")
     return tensor
 
 
