@@ -32,3 +32,15 @@ def write_whole(path: Path, text: str) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def add_ignored_keys(parser: Any) -> None:
+    """Adds ``--ignore-config-key`` to a parser, or to a group of its options."""
+    parser.add_argument(
+        "--ignore-config-key",
+        dest="ignore_config_keys",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="read config.json without this key, if the key is refused; may be repeated",
+    )

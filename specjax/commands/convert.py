@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 import specjax
+from specjax.commands.console import add_ignored_keys
 
 VERIFIED_TOKENS = 48  # random tokens over which logits are compared
 TOLERANCE = 1e-3  # largest difference of two float32 logits
@@ -28,14 +29,7 @@ def main(argv: list[str] | None = None, prog: str = "convert_hf.py") -> int:
     parser.add_argument("source", type=Path, metavar="SRC", help="Hugging Face folder")
     parser.add_argument("destination", type=Path, metavar="DST", help="folder to make")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored; float8 becomes bfloat16)")
-    parser.add_argument(
-        "--ignore-config-key",
-        dest="ignore_config_keys",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="read config.json without this key, if the key is refused; may be repeated",
-    )
+    add_ignored_keys(parser)
     parser.add_argument("--verify", action="store_true", help="compare logits with transformers, on this machine's CPU")
     args = parser.parse_args(argv)
     # The needs of --verify are checked first, since the conversion may take long.

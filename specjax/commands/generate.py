@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 import specjax
 from specjax.checkpoint.drafters import folders_of
 from specjax.commands import figures, hosts
-from specjax.commands.console import Parser, write_whole
+from specjax.commands.console import Parser, add_ignored_keys, write_whole
 from specjax.commands.drafter_spec import named_drafter
 from specjax.commands.places import folder_or_shipped, shipped
 from specjax.commands.trace_page import Trace, render
@@ -106,14 +106,7 @@ def parse(argv: list[str] | None, prog: str) -> tuple[Parser, argparse.Namespace
         help="model:DIR, mtp:DIR, eagle:DIR, medusa:DIR, early-exit:LAYERS, ngram, none, or cascade:A,B, where B "
         "drafts if A has nothing (default: the shipped draft, or ngram)",
     )
-    models.add_argument(
-        "--ignore-config-key",
-        dest="ignore_config_keys",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="read config.json without this key, if the key is refused; may be repeated",
-    )
+    add_ignored_keys(models)
     models.add_argument("--num-draft", type=int, default=4, metavar="N", help="tokens drafted per round (default: 4)")
     models.add_argument(
         "--shard-draft",

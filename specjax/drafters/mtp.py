@@ -28,7 +28,7 @@ class MTPConfig:
     Attributes:
       decoder: the modules' decoder layers, one entry in ``decoder.layers`` for each module. Norms, vocabulary and width
         are those of all parts of a module.
-      hidden_first: the projection takes the state before the embedding (MiMo), not behind it.
+      hidden_first: the projection takes the state before the embedding (MiMo), not after it.
       zero_first: the embedding at slot 0 is zero, as vLLM has it.
       own_embedding: modules have their own embeddings, not the target's.
       own_head: modules have their own output heads, not the target's.
@@ -53,7 +53,7 @@ class MTPConfig:
 
 
 class MTPModule(nnx.Module):
-    """Joins states with embeddings of later tokens, for one decoder layer with a norm of its own behind it.
+    """Joins states with embeddings of later tokens, for one decoder layer and a norm of its own after it.
 
     ``h' = norm(layer(eh_proj([enorm(embedding) ; hnorm(h)])))`` (DeepSeek-V3, section 2.2).
     """
