@@ -1,10 +1,13 @@
 """A key/value cache of fixed shape, written from a different slot in each row."""
 
+import functools
+from collections.abc import Callable
 from typing import Protocol
 
 import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 LayerCache = tuple[Array, ...]
 """One layer's arrays ``[b, k, s, h]``: keys and values, or latents."""
@@ -72,7 +75,8 @@ def update(stored: LayerCache | None, new: LayerCache, start_b: Array) -> LayerC
     new = tuple(block.astype(old.dtype) for old, block in zip(stored, new, strict=True))
     # On a GPU each update is a kernel, and a scatter is one kernel for all rows. On a TPU a scatter would copy and pad
     # the cache, and on a CPU it is a slow loop.
-    return lax.platform_dependent(stored, new, start_b, cuda=scattered, rocm=scattered, default=row_by_row)
+    on_tpu = functools.partial(row_by_row, constrain=_unpadded)
+    return lax.platform_dependent(stored, new, start_b, cuda=scattered, rocm=scattered, tpu=on_tpu, default=row_by_row)
 
 
 def scattered(stored: LayerCache, new: LayerCache, start_b: Array) -> LayerCache:
@@ -87,19 +91,38 @@ def scattered(stored: LayerCache, new: LayerCache, start_b: Array) -> LayerCache
     )
 
 
-def row_by_row(stored: LayerCache, new: LayerCache, start_b: Array) -> LayerCache:
-    """Writes one row after another; XLA does each update in place."""
-    zero = jnp.zeros((), start_b.dtype)
+def row_by_row(
+    stored: LayerCache, new: LayerCache, start_b: Array, constrain: Callable[[Array], Array] = lambda array: array
+) -> LayerCache:
+    """Writes one row after another; XLA does each update in place.
+
+    ``constrain`` is applied to the arrays that a loop carries.
+    """
+    rows, zero = start_b.shape[0], jnp.zeros((), start_b.dtype)
+    # Flat rows have one layout. XLA:TPU (libtpu 0.0.42) fails where a loop copies what it reads into another layout.
+    shapes = [(1, *block.shape[1:]) for block in new]
+    flat = [block.reshape(rows, -1) for block in new]
 
     def write(row: int | Array, stored: LayerCache) -> LayerCache:
-        start = lax.dynamic_index_in_dim(start_b, row, keepdims=False)
-        index = (jnp.asarray(row, start_b.dtype), zero, start, zero)
-        blocks = (lax.dynamic_slice_in_dim(block, row, 1) for block in new)
+        index = (jnp.asarray(row, start_b.dtype), zero, lax.dynamic_index_in_dim(start_b, row, keepdims=False), zero)
+        blocks = [lax.dynamic_index_in_dim(x, row).reshape(shape) for x, shape in zip(flat, shapes, strict=True)]
         return tuple(lax.dynamic_update_slice(old, block, index) for old, block in zip(stored, blocks, strict=True))
 
-    rows = start_b.shape[0]
+    def write_in_loop(row: Array, stored: LayerCache) -> LayerCache:
+        return tuple(map(constrain, write(row, tuple(map(constrain, stored)))))
+
     if rows > MOST_UNROLLED_ROWS:
-        return lax.fori_loop(0, rows, write, stored)
+        return lax.fori_loop(0, rows, write_in_loop, stored)
     for row in range(rows):
         stored = write(row, stored)
     return stored
+
+
+def _unpadded(array_bksh: Array) -> Array:
+    """Asks a TPU for the layout that it gives to caches outside of a loop.
+
+    Tiles are 128 wide. With heads of 64 entries in them, half of each would be padding, and the cache would be copied
+    into that layout and back in every round. So slots are in the tiles' width unless a head fills it.
+    """
+    slots_last = (0, 1, 3, 2)
+    return with_layout_constraint(array_bksh, Layout((0, 1, 2, 3) if array_bksh.shape[-1] % 128 == 0 else slots_last))
