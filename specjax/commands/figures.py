@@ -9,14 +9,14 @@ from specjax.checkpoint.drafters import short_name
 from specjax.commands.transcript import COUNTS, Transcript
 
 COMPARED_RUNS = 5  # timed runs of --compare, with the drafter and without
-# Sampling parameters, and the values at which they have no effect.
+# Sampling parameters, and their defaults, which have no effect.
 IDLE = {
     "top_k": 0,
     "top_p": 1.0,
     "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
+    "repetition_penalty": None,
+    "presence_penalty": None,
+    "frequency_penalty": None,
 }
 
 

@@ -121,9 +121,9 @@ def parse(argv: list[str] | None, prog: str) -> tuple[Parser, argparse.Namespace
     draws.add_argument(
         "--min-p", type=float, default=0.0, metavar="P", help="keep tokens at least P times as likely as the likeliest"
     )
-    draws.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1 is none")
-    draws.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="0 is none")
-    draws.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="0 is none")
+    draws.add_argument("--repetition-penalty", type=float, metavar="X", help="1 changes nothing (default: not used)")
+    draws.add_argument("--presence-penalty", type=float, metavar="X", help="0 changes nothing (default: not used)")
+    draws.add_argument("--frequency-penalty", type=float, metavar="X", help="0 changes nothing (default: not used)")
     draws.add_argument(
         "--seed", type=int, default=0, metavar="S", help="seed of the first prompt; the second has S + 1, and so on"
     )
