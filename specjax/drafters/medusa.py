@@ -8,6 +8,7 @@ from flax import struct
 from jax import Array
 
 from specjax.drafters.chain import Chain, place
+from specjax.transformer.products import product
 from specjax.types import Context, Draw, Event, LanguageModel, Proposal
 
 
@@ -19,14 +20,14 @@ def head_logits(params: Any, states: Array) -> Array:
       states: ``[.., d]``, the target's after its final norm.
 
     Returns:
-      ``[.., v]`` in the dtype of ``params``.
+      Float32 ``[.., v]``.
     """
     kernel_dv = params["lm_head"]["kernel"]
     x = states.astype(kernel_dv.dtype)
     for k in range(len(params["blocks"])):
-        y = x @ params["blocks"][k]["kernel"]
+        y = product(x, params["blocks"][k]["kernel"])
         x = x + jax.nn.silu(y + jnp.broadcast_to(params["blocks"][k]["bias"], y.shape))
-    return x @ kernel_dv
+    return product(x, kernel_dv, jnp.dtype("float32"))
 
 
 def init_medusa_params(kernel_dv: Array, num_heads: int, num_blocks: int = 1) -> Any:

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from specjax.sharding import open_parts
 from specjax.transformer.config import Activation, DecoderConfig, ExpertsConfig
 from specjax.transformer.layers import ACTIVATIONS, MLP, Linear, declare, normal
+from specjax.transformer.products import product
 
 
 class Router(nnx.Module):
@@ -30,7 +31,7 @@ class Router(nnx.Module):
     def __call__(self, x_md: Array) -> tuple[Array, Array]:
         """Returns the chosen experts of m tokens, int32 ``[m, c]``, and their weights, float32 ``[m, c]``."""
         experts = self.experts
-        logits_me = x_md.astype(jnp.float32) @ self.kernel[...].astype(jnp.float32)
+        logits_me = product(x_md.astype(jnp.float32), self.kernel[...].astype(jnp.float32))
         scores_me = jax.nn.softmax(logits_me) if experts.score == "softmax" else jax.nn.sigmoid(logits_me)
         # The choice may use other numbers than the weights: a bias balances the experts' load (DeepSeek-V3).
         choice_me = scores_me
