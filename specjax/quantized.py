@@ -34,8 +34,9 @@ class Quantized:
     copy if it has to split the axis itself.
 
     Attributes:
-      values: int8 or float8_e4m3fn in the kernel's shape, or int4 with ``[.., groups, GROUP, ..]`` for ``[.., in, ..]``.
-      scales: float32 in the shape of ``values``, with 1 in place of the axis that shares a scale.
+      values: int8 or float8_e4m3fn in the kernel's shape, or int4 in which ``in`` is split into groups and ``GROUP``.
+      scales: float32 in the shape of ``values`` without the axis that shares a scale. Example: a kernel ``[256, 64]``
+        has values ``[256, 64]`` and scales ``[64]`` in int8, and ``[2, 128, 64]`` and ``[2, 64]`` in int4.
       axis: the kernel's input axis, from the end: -2 in ``[in, out]``, -1 in ``[out, in]``.
       dtype: the dtype that the kernel had, and in which states are multiplied.
     """
@@ -66,6 +67,12 @@ class Quantized:
     def size(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def entries(self) -> Array:
+        """The kernel's entries, float32 in the shape of ``values``."""
+        scales = jnp.broadcast_to(jnp.expand_dims(self.scales, self.axis), self.values.shape)
+        return self.values.astype(jnp.float32) * scales
+
     def __getitem__(self, key: Any) -> "Quantized":
         """``kernel[...]`` is the kernel, so that a parameter is read in one way whatever it holds."""
         if key is not ...:
@@ -74,19 +81,18 @@ class Quantized:
 
     def dequantize(self) -> Array:
         """Returns the kernel in its own shape and dtype."""
-        return (self.values.astype(jnp.float32) * self.scales).astype(self.dtype).reshape(self.shape)
+        return self.entries.astype(self.dtype).reshape(self.shape)
 
     def split_axes(self, axes: tuple[Axis, ...]) -> Any:
         """Returns the kernel with the axes of each array in its place, given the axes of the kernel."""
         at = len(axes) + self.axis
         before, given, after = axes[:at], axes[at], axes[at + 1 :]
         if not self.grouped:
-            return dataclasses.replace(self, values=axes, scales=(*before, None, *after))
+            return dataclasses.replace(self, values=axes, scales=(*before, *after))
         # A part of a split axis holds whole groups.
-        parts = self.scales.shape[self.axis - 1]
-        split = (given[0], math.gcd(given[1], parts)) if isinstance(given, tuple) else given
-        both = (*before, split, None, *after)
-        return dataclasses.replace(self, values=both, scales=both)
+        groups = self.scales.shape[self.axis]
+        given = (given[0], math.gcd(given[1], groups)) if isinstance(given, tuple) else given
+        return dataclasses.replace(self, values=(*before, given, None, *after), scales=(*before, given, *after))
 
 
 def quantize(model: T, kind: Kind) -> T:
@@ -193,9 +199,9 @@ def _quantize(kernel: Array, kind: Kind, axis: int) -> Quantized:
     if kind == "int4":
         at = entries.ndim + axis
         entries = entries.reshape(*entries.shape[:at], -1, GROUP, *entries.shape[at + 1 :])
-    scales = jnp.max(jnp.abs(entries), axis=axis, keepdims=True) / _LARGEST[kind]
-    # A kernel of zeros has any scale. The smallest normal number keeps the quotient finite.
-    values = entries / jnp.maximum(scales, jnp.finfo(jnp.float32).tiny)
+    # Where all entries are zero, any scale will do that keeps the quotient finite.
+    scales = jnp.maximum(jnp.max(jnp.abs(entries), axis=axis) / _LARGEST[kind], jnp.finfo(jnp.float32).tiny)
+    values = entries / jnp.broadcast_to(jnp.expand_dims(scales, axis), entries.shape)
     values = values if kind == "fp8" else jnp.round(values)
     return Quantized(values.astype(_DTYPES[kind]), scales, axis, dtype)
 

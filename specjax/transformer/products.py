@@ -1,7 +1,7 @@
 """Products of states with kernels, for the few rows that decoding has."""
 
+import dataclasses
 import functools
-import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -49,8 +49,11 @@ def rows(table: Kernel, index: Array) -> Array:
     """Returns the rows of a table ``[v, d]`` at integers ``[..]``: ``[.., d]``."""
     if not isinstance(table, Quantized):
         return jnp.take(table, index, axis=0)
-    values, scales = (jnp.take(x, index, axis=0) for x in (table.values, table.scales))
-    return (values.astype(jnp.float32) * scales).astype(table.dtype)
+    # One row alone would be a slice, for which XLA:TPU copies the table into another layout in each pass.
+    wanted = jnp.broadcast_to(index.reshape(1, -1), (2, index.size)) if index.size == 1 else index
+    chosen = dataclasses.replace(table, **{k: jnp.take(getattr(table, k), wanted, axis=0) for k in ("values", "scales")})
+    found = chosen.dequantize()
+    return found[0].reshape(*index.shape, -1) if index.size == 1 else found
 
 
 def _twice(multiply: Multiply, x: Array, kernel: Kernel) -> Array:
@@ -65,12 +68,12 @@ def _dense(x: Array, kernel: Kernel, dtype: jnp.dtype, axis: int) -> Array:
 def _scaled(x: Array, kernel: Kernel, dtype: jnp.dtype) -> Array:
     # One scale for each output: it multiplies the sum. XLA reads the small values and converts them in the product.
     y = _dense(x, kernel.values.astype(x.dtype), jnp.dtype("float32"), 2 + kernel.axis)
-    return (y * jnp.broadcast_to(kernel.scales.reshape(-1), y.shape)).astype(dtype)
+    return (y * jnp.broadcast_to(kernel.scales, y.shape)).astype(dtype)
 
 
 def _grouped(x: Array, kernel: Kernel, dtype: jnp.dtype) -> Array:
     # The sum goes over groups and their entries. Without a reshape of the kernel, XLA:TPU dequantises in the product.
-    entries = (kernel.values.astype(jnp.float32) * kernel.scales).astype(x.dtype)
+    entries = kernel.entries.astype(x.dtype)
     x = x.reshape(*x.shape[:-1], *entries.shape[:2])
     sums = ((x.ndim - 2, x.ndim - 1), (0, 1))
     return lax.dot_general(x, entries, (sums, ((), ())), preferred_element_type=dtype)
@@ -79,7 +82,9 @@ def _grouped(x: Array, kernel: Kernel, dtype: jnp.dtype) -> Array:
 def _by_groups(x: Array, kernel: Kernel, dtype: jnp.dtype) -> Array:
     # One product for each group, scaled and added: XLA:GPU writes the dequantised kernel of `_grouped` to memory.
     groups, group = kernel.values.shape[:2]
-    shape, x_mgi = x.shape[:-1], x.reshape(math.prod(x.shape[:-1]), groups, group)
-    values = kernel.values.astype(x.dtype)
+    # Behind a barrier with the kernel, XLA does not merge products of the same states. It would write dequantised copies
+    # of merged kernels.
+    x, values = lax.optimization_barrier((x, kernel.values))
+    shape, x_mgi, values = x.shape[:-1], x.reshape(-1, groups, group), values.astype(x.dtype)
     y_gmo = lax.dot_general(x_mgi, values, (((2,), (1,)), ((1,), (0,))), preferred_element_type=jnp.float32)
-    return jnp.sum(y_gmo * kernel.scales, axis=0).astype(dtype).reshape(*shape, -1)
+    return jnp.sum(y_gmo * jnp.broadcast_to(kernel.scales[:, None], y_gmo.shape), axis=0).astype(dtype).reshape(*shape, -1)
