@@ -8,6 +8,8 @@ floating-point copy of it. docs/quantization.md has the figures.
 import dataclasses
 import functools
 import math
+import re
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args
 
 import jax
@@ -115,27 +117,33 @@ def quantize(model: T, kind: Kind) -> T:
         inputs of a kernel are no multiple of 128; or fp8, and the default device is a GPU without it.
     """
     check_kind(kind)
-    if isinstance(model, type) or not dataclasses.is_dataclass(model):
-        raise TypeError(f"model is {model!r}; give a LanguageModel or a drafter")
-    return _walk(model, lambda params: quantize_params(params, kind))
+    return _with_params(model, lambda params: quantize_params(params, kind))
 
 
 def dequantize(model: T) -> T:
     """Returns a model or drafter whose quantised kernels are floating-point again, with the quantised values."""
+    return _with_params(model, dequantize_params)
+
+
+def _with_params(model: T, change: Callable[[Any], Any]) -> T:
+    """Returns a model or drafter with ``change(params)`` in place of its parameters, and of those of its parts."""
     if isinstance(model, type) or not dataclasses.is_dataclass(model):
         raise TypeError(f"model is {model!r}; give a LanguageModel or a drafter")
-    return _walk(model, dequantize_params)
-
-
-def _walk(node: Any, change: Any) -> Any:
-    """Returns a dataclass with ``change(params)`` in place of each ``params`` inside."""
-    if not dataclasses.is_dataclass(node) or isinstance(node, (type, Quantized)):
-        return node
-    fields = [field.name for field in dataclasses.fields(node) if field.metadata.get("pytree_node", True)]
-    parts = {name: _walk(getattr(node, name), change) for name in fields}
-    if "params" in parts:
-        parts["params"] = change(getattr(node, "params"))  # noqa: B009
-    return dataclasses.replace(node, **parts)
+    # A caller's own functions multiply by arrays, whatever names its parameters have.
+    home = getattr(model, "forward", type(model)).__module__
+    parts: dict[str, Any] = {}
+    for field in dataclasses.fields(model):
+        part = getattr(model, field.name)
+        if field.name == "params":
+            if not home.startswith("specjax."):
+                raise ValueError(
+                    f"the model or drafter is of {home}, whose parameters specjax cannot quantise; give one of "
+                    "specjax.transformer or specjax.drafters"
+                )
+            parts["params"] = change(part)
+        elif field.metadata.get("pytree_node", True) and dataclasses.is_dataclass(part):
+            parts[field.name] = _with_params(part, change)
+    return dataclasses.replace(model, **parts)
 
 
 def quantize_params(params: Any, kind: Kind) -> Any:
@@ -170,7 +178,7 @@ def quantize_leaf(kind: Kind, path: tuple[Any, ...], array: Any) -> Any:
     Raises:
       ValueError: int4, and the kernel's inputs do not divide into groups.
     """
-    names = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
+    names = [str(getattr(entry, "key", entry)) for entry in path]
     axis = _input_axis(names)
     if axis is None:
         return array
@@ -180,10 +188,9 @@ def quantize_leaf(kind: Kind, path: tuple[Any, ...], array: Any) -> Any:
             f"parameter {jax.tree_util.keystr(path)} has {array.shape[axis]} inputs, and int4 has groups of {GROUP}; "
             "give int8, which fits all widths"
         )
-    make = functools.partial(_quantize, kind=kind, axis=axis)
     if isinstance(array, jax.ShapeDtypeStruct):
-        return jax.eval_shape(make, array)
-    return jax.jit(make)(array)
+        return jax.eval_shape(functools.partial(_quantize, kind=kind, axis=axis), array)
+    return _quantize(array, kind=kind, axis=axis)
 
 
 def _input_axis(names: list[str]) -> int | None:
@@ -194,6 +201,7 @@ def _input_axis(names: list[str]) -> int | None:
     return -1 if (parent, name) == ("embed_tokens", "weight") else None
 
 
+@functools.partial(jax.jit, static_argnames=("kind", "axis"))
 def _quantize(kernel: Array, kind: Kind, axis: int) -> Quantized:
     dtype, entries = kernel.dtype, kernel.astype(jnp.float32)
     if kind == "int4":
@@ -213,8 +221,8 @@ def check_kind(kind: Any) -> None:
     if kind != "fp8":
         return
     device = jax.devices()[0]
-    capability = getattr(device, "compute_capability", None)
-    if device.platform == "gpu" and capability is not None and float(capability) < 8.9:
+    capability = str(getattr(device, "compute_capability", ""))  # of CUDA devices, such as "9.0"
+    if re.fullmatch(r"\d+\.\d+", capability) and float(capability) < 8.9:
         raise ValueError(
             f"quantize is 'fp8', and {device.device_kind} has compute capability {capability}; float8_e4m3fn needs 8.9 "
             "or higher: give int8"

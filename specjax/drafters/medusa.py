@@ -77,8 +77,11 @@ class MedusaDrafter:
 
     def axes(self) -> Any:
         """Returns what each parameter's dimensions stand for, in a tree like ``params``."""
-        axes = jax.tree.map(lambda array: (None, "embed")[-array.ndim :], self.params)
-        return {i: {**head, "lm_head": {"kernel": ("embed", "vocab")}} for i, head in axes.items()}
+        block, kernel_dv = {"kernel": (None, "embed"), "bias": ("embed",)}, ("embed", "vocab")
+        return {
+            i: {"blocks": dict.fromkeys(head["blocks"], block), "lm_head": {"kernel": kernel_dv}}
+            for i, head in self.params.items()
+        }
 
     def init(self, target: LanguageModel, rows: int, slots: int) -> Array:
         """Returns ``[b, d]`` in the target's dtype, for the last state known of each row.

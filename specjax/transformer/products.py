@@ -45,13 +45,32 @@ def product(x: Array, kernel: Kernel, dtype: jnp.dtype | None = None, *, transpo
     return lax.platform_dependent(x, kernel, cpu=multiply, default=default, **others)
 
 
+def ragged_product(x_nd: Array, kernels: Kernel, sizes_e: Array, expert_n: Array) -> Array:
+    """Returns the products of rows, sorted by expert, with the kernels ``[e, in, out]`` of their experts.
+
+    Args:
+      x_nd: floats, the rows.
+      kernels: one for each expert.
+      sizes_e: integers, how many rows each expert has.
+      expert_n: integers, the expert of each row. Rows of none, past the last expert's, may get anything.
+    """
+    if not isinstance(kernels, Quantized):
+        return lax.ragged_dot(x_nd, kernels, sizes_e)
+    if kernels.grouped:
+        return lax.ragged_dot(x_nd, kernels.dequantize(), sizes_e)
+    y = lax.ragged_dot(x_nd, kernels.values.astype(x_nd.dtype), sizes_e, preferred_element_type=jnp.float32)
+    return (y * jnp.take(kernels.scales, expert_n, axis=0, mode="clip")).astype(x_nd.dtype)
+
+
 def rows(table: Kernel, index: Array) -> Array:
     """Returns the rows of a table ``[v, d]`` at integers ``[..]``: ``[.., d]``."""
     if not isinstance(table, Quantized):
         return jnp.take(table, index, axis=0)
     # One row alone would be a slice, for which XLA:TPU copies the table into another layout in each pass.
     wanted = jnp.broadcast_to(index.reshape(1, -1), (2, index.size)) if index.size == 1 else index
-    chosen = dataclasses.replace(table, **{k: jnp.take(getattr(table, k), wanted, axis=0) for k in ("values", "scales")})
+    chosen = dataclasses.replace(
+        table, **{k: jnp.take(getattr(table, k), wanted, axis=0) for k in ("values", "scales")}
+    )
     found = chosen.dequantize()
     return found[0].reshape(*index.shape, -1) if index.size == 1 else found
 
@@ -82,9 +101,11 @@ def _grouped(x: Array, kernel: Kernel, dtype: jnp.dtype) -> Array:
 def _by_groups(x: Array, kernel: Kernel, dtype: jnp.dtype) -> Array:
     # One product for each group, scaled and added: XLA:GPU writes the dequantised kernel of `_grouped` to memory.
     groups, group = kernel.values.shape[:2]
-    # Behind a barrier with the kernel, XLA does not merge products of the same states. It would write dequantised copies
-    # of merged kernels.
+    # XLA:GPU would merge the products of equal states, and write dequantised copies of merged kernels. The barrier
+    # prevents it.
     x, values = lax.optimization_barrier((x, kernel.values))
     shape, x_mgi, values = x.shape[:-1], x.reshape(-1, groups, group), values.astype(x.dtype)
     y_gmo = lax.dot_general(x_mgi, values, (((2,), (1,)), ((1,), (0,))), preferred_element_type=jnp.float32)
-    return jnp.sum(y_gmo * jnp.broadcast_to(kernel.scales[:, None], y_gmo.shape), axis=0).astype(dtype).reshape(*shape, -1)
+    return (
+        jnp.sum(y_gmo * jnp.broadcast_to(kernel.scales[:, None], y_gmo.shape), axis=0).astype(dtype).reshape(*shape, -1)
+    )
