@@ -10,8 +10,8 @@ from jax import Array, lax
 from specjax.quantized import Quantized
 
 Kernel = Array | Quantized
-Multiply = Callable[[Array, Kernel], Array]
-_MOST_ROWS_OF_PARTS = 64  # at 128 inputs a group, parts of more rows than this are larger than the kernel in bfloat16
+Way = Callable[..., Array]
+_FEW_ROWS = 64  # with more, sums of groups are larger than a dequantised kernel, and blocks write their sums too often
 
 
 def product(x: Array, kernel: Kernel, dtype: jnp.dtype | None = None, *, transposed: bool = False) -> Array:
@@ -27,22 +27,20 @@ def product(x: Array, kernel: Kernel, dtype: jnp.dtype | None = None, *, transpo
       ``[.., out]``.
     """
     dtype = x.dtype if dtype is None else dtype
-    default = multiply = functools.partial(_dense, dtype=dtype, axis=1 if transposed else 0)
-    gpu = None
     if isinstance(kernel, Quantized):
-        default = multiply = functools.partial(_grouped if kernel.grouped else _scaled, dtype=dtype)
-        if kernel.grouped and x.size <= _MOST_ROWS_OF_PARTS * x.shape[-1]:
-            gpu = functools.partial(_by_groups, dtype=dtype)
+        ways = _quantized_ways(kernel, few=x.size <= _FEW_ROWS * x.shape[-1])
+    else:
+        dense = functools.partial(_dense, axis=1 if transposed else 0)
+        ways = {"cpu": dense, "default": dense}
     if x.size == x.shape[-1]:
         # A single row would leave the matrix unit: XLA multiplies and adds on the vector unit, which takes 2.7 times as
         # long on a TPU v5e. On a GPU it writes products as large as the kernel to memory. A second, equal row prevents
         # both. A CPU has no such unit.
-        default = functools.partial(_twice, default)
-        gpu = gpu and functools.partial(_twice, gpu)
-    if default is multiply and gpu is None:
-        return multiply(x, kernel)
-    others = {"cuda": gpu, "rocm": gpu} if gpu else {}
-    return lax.platform_dependent(x, kernel, cpu=multiply, default=default, **others)
+        ways = {name: way if name == "cpu" else functools.partial(_twice, way) for name, way in ways.items()}
+    ways = {name: functools.partial(way, dtype=dtype) for name, way in ways.items()}
+    if isinstance(kernel, Array) and x.size > x.shape[-1]:
+        return ways["default"](x, kernel)
+    return lax.platform_dependent(x, kernel, **ways)
 
 
 def ragged_product(x_nd: Array, kernels: Kernel, sizes_e: Array, expert_n: Array) -> Array:
@@ -75,22 +73,29 @@ def rows(table: Kernel, index: Array) -> Array:
     return found[0].reshape(*index.shape, -1) if index.size == 1 else found
 
 
-def _twice(multiply: Multiply, x: Array, kernel: Kernel) -> Array:
+def _quantized_ways(kernel: Quantized, few: bool) -> dict[str, Way]:
+    """Returns the way to multiply that reads the fewest bytes, by platform. ``few``: there are few rows of states."""
+    default = _grouped if kernel.grouped else _scaled
+    ways: dict[str, Way] = {"cpu": _block_by_block if few else default, "default": default}
+    return ways | {"cuda": _by_groups, "rocm": _by_groups} if few and kernel.grouped else ways
+
+
+def _twice(way: Way, x: Array, kernel: Kernel, dtype: jnp.dtype) -> Array:
     two = jnp.broadcast_to(x.reshape(1, -1), (2, x.shape[-1]))
-    return multiply(two, kernel)[0].reshape(*x.shape[:-1], -1)
+    return way(two, kernel, dtype=dtype)[0].reshape(*x.shape[:-1], -1)
 
 
-def _dense(x: Array, kernel: Kernel, dtype: jnp.dtype, axis: int) -> Array:
+def _dense(x: Array, kernel: Array, axis: int, dtype: jnp.dtype) -> Array:
     return lax.dot_general(x, kernel, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=dtype)
 
 
-def _scaled(x: Array, kernel: Kernel, dtype: jnp.dtype) -> Array:
+def _scaled(x: Array, kernel: Quantized, dtype: jnp.dtype) -> Array:
     # One scale for each output: it multiplies the sum. XLA reads the small values and converts them in the product.
-    y = _dense(x, kernel.values.astype(x.dtype), jnp.dtype("float32"), 2 + kernel.axis)
+    y = _dense(x, kernel.values.astype(x.dtype), 2 + kernel.axis, jnp.dtype("float32"))
     return (y * jnp.broadcast_to(kernel.scales, y.shape)).astype(dtype)
 
 
-def _grouped(x: Array, kernel: Kernel, dtype: jnp.dtype) -> Array:
+def _grouped(x: Array, kernel: Quantized, dtype: jnp.dtype) -> Array:
     # The sum goes over groups and their entries. Without a reshape of the kernel, XLA:TPU dequantises in the product.
     entries = kernel.entries.astype(x.dtype)
     x = x.reshape(*x.shape[:-1], *entries.shape[:2])
@@ -98,7 +103,7 @@ def _grouped(x: Array, kernel: Kernel, dtype: jnp.dtype) -> Array:
     return lax.dot_general(x, entries, (sums, ((), ())), preferred_element_type=dtype)
 
 
-def _by_groups(x: Array, kernel: Kernel, dtype: jnp.dtype) -> Array:
+def _by_groups(x: Array, kernel: Quantized, dtype: jnp.dtype) -> Array:
     # One product for each group, scaled and added: XLA:GPU writes the dequantised kernel of `_grouped` to memory.
     groups, group = kernel.values.shape[:2]
     # XLA:GPU would merge the products of equal states, and write dequantised copies of merged kernels. The barrier
@@ -106,6 +111,39 @@ def _by_groups(x: Array, kernel: Kernel, dtype: jnp.dtype) -> Array:
     x, values = lax.optimization_barrier((x, kernel.values))
     shape, x_mgi, values = x.shape[:-1], x.reshape(-1, groups, group), values.astype(x.dtype)
     y_gmo = lax.dot_general(x_mgi, values, (((2,), (1,)), ((1,), (0,))), preferred_element_type=jnp.float32)
-    return (
-        jnp.sum(y_gmo * jnp.broadcast_to(kernel.scales[:, None], y_gmo.shape), axis=0).astype(dtype).reshape(*shape, -1)
-    )
+    y_mo = jnp.sum(y_gmo * jnp.broadcast_to(kernel.scales[:, None], y_gmo.shape), axis=0)
+    return y_mo.astype(dtype).reshape(*shape, -1)
+
+
+def _block_by_block(x: Array, kernel: Quantized, dtype: jnp.dtype) -> Array:
+    # XLA:CPU converts a whole kernel before a product: in each call or, hoisted out of the loop over rounds, for good.
+    # Of a block, the converted copy stays in the CPU's caches. The blocks are contiguous.
+    shape, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
+    multiply = functools.partial(_dense, dtype=jnp.dtype("float32"))
+    if kernel.axis == -1:
+        blocks = _split(kernel.values)
+        width = blocks.shape[1]
+
+        def outputs(i: Array, y: Array) -> Array:
+            return lax.dynamic_update_slice_in_dim(y, multiply(x, blocks[i].astype(x.dtype), 1), i * width, 1)
+
+        add = outputs
+    else:
+        blocks = kernel.values if kernel.grouped else _split(kernel.values)
+        width = blocks.shape[1]
+
+        def inputs(i: Array, y: Array) -> Array:
+            part = multiply(lax.dynamic_slice_in_dim(x, i * width, width, 1), blocks[i].astype(x.dtype), 0)
+            return y + (part * jnp.broadcast_to(kernel.scales[i], part.shape) if kernel.grouped else part)
+
+        add = inputs
+    y = jnp.zeros((x.shape[0], kernel.shape[1 + kernel.axis]), jnp.float32)
+    y = lax.fori_loop(jnp.int32(0), jnp.int32(blocks.shape[0]), add, y)
+    y = y if kernel.grouped else y * jnp.broadcast_to(kernel.scales, y.shape)
+    return y.astype(dtype).reshape(*shape, -1)
+
+
+def _split(values: Array) -> Array:
+    """Returns ``[n, m]`` in blocks of at most 128 rows: ``[blocks, rows, m]``."""
+    rows = next(rows for rows in range(min(128, values.shape[0]), 0, -1) if values.shape[0] % rows == 0)
+    return values.reshape(-1, rows, values.shape[1])
