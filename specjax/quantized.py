@@ -127,7 +127,7 @@ def dequantize(model: T) -> T:
 
 def _with_params(model: T, change: Callable[[Any], Any]) -> T:
     """Returns a model or drafter with ``change(params)`` in place of its parameters, and of those of its parts."""
-    if isinstance(model, type) or not dataclasses.is_dataclass(model):
+    if not dataclasses.is_dataclass(model) or isinstance(model, type):
         raise TypeError(f"model is {model!r}; give a LanguageModel or a drafter")
     # A caller's own functions multiply by arrays, whatever names its parameters have.
     home = getattr(model, "forward", type(model)).__module__
@@ -143,7 +143,7 @@ def _with_params(model: T, change: Callable[[Any], Any]) -> T:
             parts["params"] = change(part)
         elif field.metadata.get("pytree_node", True) and dataclasses.is_dataclass(part):
             parts[field.name] = _with_params(part, change)
-    return dataclasses.replace(model, **parts)
+    return dataclasses.replace(model, **parts)  # type: ignore  (T is not known to be a dataclass)
 
 
 def quantize_params(params: Any, kind: Kind) -> Any:

@@ -163,7 +163,9 @@ def test_experts_agree():
     for kind in KINDS:
         stacks = tuple(
             quantize_leaf(kind, (jax.tree_util.DictKey("experts"), jax.tree_util.DictKey(name)), stack)
-            for name, stack in zip("gud", jnp.asarray(rng.normal(size=(3, 4, GROUP, GROUP)) / 10, jnp.float32))
+            for name, stack in zip(
+                "gud", jnp.asarray(rng.normal(size=(3, 4, GROUP, GROUP)) / 10, jnp.float32), strict=True
+            )
         )
         one, other = (run("silu", x, chosen, share, stacks) for run in (expert_by_expert, sorted_by_expert))
         dense = expert_by_expert("silu", x, chosen, share, tuple(stack.dequantize() for stack in stacks))
@@ -232,10 +234,8 @@ def test_the_commands_quantise(tmp_path, capsys):
     folder = save_tiny(tmp_path / "tiny")
     options = ["--target", str(folder), "--prompt", "ab", "--max-new-tokens", "6", "--temperature", "0"]
     generate_command.main([*options, "--drafter", "none", "--quantize", "int8", "--json", str(tmp_path / "a")])
-    generate_command.main(
-        [*options, "--drafter", f"model:{folder}", "--quantize", "int8", "--quantize-draft", "fp8"]
-        + ["--json", str(tmp_path / "b")]
-    )
+    draft = ["--drafter", f"model:{folder}", "--quantize-draft", "fp8"]
+    generate_command.main([*options, *draft, "--quantize", "int8", "--json", str(tmp_path / "b")])
     plain, drafted = (json.loads((tmp_path / name).read_text()) for name in "ab")
     assert plain["prompts"][0]["text"] == drafted["prompts"][0]["text"]
     assert drafted["settings"]["quantize draft"] == "fp8"

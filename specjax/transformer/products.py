@@ -96,11 +96,12 @@ def _scaled(x: Array, kernel: Quantized, dtype: jnp.dtype) -> Array:
 
 
 def _grouped(x: Array, kernel: Quantized, dtype: jnp.dtype) -> Array:
-    # The sum goes over groups and their entries. Without a reshape of the kernel, XLA:TPU dequantises in the product.
+    # The sum goes over groups and their entries: if the kernel need not be reshaped, and the states are behind a barrier
+    # in the shape of its groups, XLA:TPU dequantises in the product.
     entries = kernel.entries.astype(x.dtype)
-    x = x.reshape(*x.shape[:-1], *entries.shape[:2])
-    sums = ((x.ndim - 2, x.ndim - 1), (0, 1))
-    return lax.dot_general(x, entries, (sums, ((), ())), preferred_element_type=dtype)
+    shape, x_mgi = x.shape[:-1], lax.optimization_barrier(x.reshape(-1, *entries.shape[:2]))
+    y_mo = lax.dot_general(x_mgi, entries, (((1, 2), (0, 1)), ((), ())), preferred_element_type=dtype)
+    return y_mo.reshape(*shape, -1)
 
 
 def _by_groups(x: Array, kernel: Quantized, dtype: jnp.dtype) -> Array:
