@@ -13,6 +13,7 @@ per round. Public keywords, and the fields of ``Generation`` and ``Stats``, have
 """
 
 from specjax import hf as hf
+from specjax import quantized as quantized
 from specjax import sharding as sharding
 from specjax import testing as testing
 from specjax import text as text
@@ -106,6 +107,7 @@ __all__ = [
     "pad_prompts",
     "prefill",
     "quantize",
+    "quantized",
     "run",
     "save",
     "save_drafter",

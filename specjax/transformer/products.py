@@ -96,8 +96,8 @@ def _scaled(x: Array, kernel: Quantized, dtype: jnp.dtype) -> Array:
 
 
 def _grouped(x: Array, kernel: Quantized, dtype: jnp.dtype) -> Array:
-    # The sum goes over groups and their entries: if the kernel need not be reshaped, and the states are behind a barrier
-    # in the shape of its groups, XLA:TPU dequantises in the product.
+    # The sum goes over groups and their entries. XLA:TPU dequantises in the product if the kernel need not be reshaped
+    # and the states come, after a barrier, in the shape of the kernel's groups.
     entries = kernel.entries.astype(x.dtype)
     shape, x_mgi = x.shape[:-1], lax.optimization_barrier(x.reshape(-1, *entries.shape[:2]))
     y_mo = lax.dot_general(x_mgi, entries, (((1, 2), (0, 1)), ((), ())), preferred_element_type=dtype)
