@@ -18,6 +18,7 @@ from specjax.commands import generate as generate_command
 from specjax.drafters.medusa import init_medusa_params
 from specjax.planning import Mesh, Model, weights
 from specjax.quantized import GROUP, KINDS, Quantized, is_quantized, quantize_leaf
+from specjax.training.loop import fit
 from specjax.transformer import (
     DecoderConfig,
     ExpertsConfig,
@@ -273,5 +274,7 @@ def test_what_cannot_be_quantised(tmp_path):
         specjax.quantize(dataclasses.replace(tied, forward=lambda *_: None), "int8")
     with pytest.raises(ValueError, match="checkpoints hold weights as they were trained"):
         specjax.save(tmp_path / "no", CONFIG, quantized.params)
+    with pytest.raises(ValueError, match="train floating-point ones and quantise the result"):
+        fit(None, quantized.params, None, None, tmp_path)
     with pytest.raises(TypeError, match="has no entry 0"):
         quantized.params["embed_tokens"]["weight"][0]
