@@ -80,6 +80,9 @@ def settings(args: argparse.Namespace, spec: str, mesh: Mesh | None) -> dict[str
     chosen = {"target": args.target.resolve().name, "drafter": short_name(spec)}
     if spec != "none":
         chosen |= {"drafts per round": str(args.num_draft), "verify": args.verify}
+    for name in ("quantize", "quantize_draft"):
+        if getattr(args, name) is not None:
+            chosen[name.replace("_", " ")] = getattr(args, name)
     chosen["temperature"] = f"{args.temperature:g}" if args.temperature else "0 (greedy)"
     for name, idle in IDLE.items():
         if getattr(args, name) != idle:
