@@ -49,6 +49,7 @@ def parse(text: str) -> list[Thunk]:
             while found[2] != "condition" and stack[-1].depth >= len(found[1]):
                 stack.pop()
             labels[id(stack[-1])] = found[2]
+            stack[-1].parts[found[2]] = []  # a branch may have no thunks
     return top.parts[""]
 
 
@@ -81,10 +82,10 @@ def _waits(thunks: list[Thunk], frame: Frame, path: TakenPath) -> float:
             continue
         if thunk.kind == "kConditional":
             taken = path.taken(frame, instruction)
-            names = (f"branch_{taken}", ("false_branch", "true_branch")[min(taken, 1)])
-            inside = next((thunk.parts[name] for name in names if name in thunk.parts), [])
-            inner = frame.inside(instruction, instruction.branches[taken], frame.operand_of(instruction, taken))
-            total += 1 + _waits(inside, inner, path)
+            # By order: XLA names the branch of a true condition, which comes first, "false_branch".
+            order = frame.operand_of(instruction, taken)
+            inner = frame.inside(instruction, instruction.branches[taken], order)
+            total += 1 + _waits(list(thunk.parts.values())[order], inner, path)
         else:
             steps = frame.steps(instruction)
             inner = frame.inside(instruction, instruction.called("body")[0])

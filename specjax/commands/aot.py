@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None, prog: str = "aot.py") -> int:
         return 2
     if args.save:
         args.save.write_text(program.hlo, encoding="utf-8")
+        if program.thunks is not None:
+            args.save.with_suffix(".thunks").write_text(program.thunks, encoding="utf-8")
     if args.json:
         write_whole(args.json, json.dumps(made, indent=1) + "\n")
     _print(made)
@@ -92,7 +94,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help=f"break if more whole caches move between memories; default: {MOST_MOVES} for the small model alone",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the optimised HLO there")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the optimised HLO there, and a GPU's thunks beside it")
     parser.add_argument(
         "--table",
         type=Path,
