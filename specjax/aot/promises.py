@@ -6,11 +6,11 @@ that a request does not take.
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from specjax.aot.cost import in_place
 from specjax.aot.hlo import Instruction, Module
-from specjax.aot.rounds import Caches, Rounds, everything
+from specjax.aot.rounds import Caches, Rounds, everything, scheduled
 from specjax.aot.values import Frame
 
 _COLLECTIVE = re.compile(
@@ -139,7 +139,7 @@ def cache_moves(body: Iterable[Instruction], caches: Caches) -> list[Instruction
 
 def cache_rewrites(rounds: Rounds, caches: Caches) -> list[Instruction]:
     """Returns the instructions that make a whole cache anew instead of writing into the one that is there."""
-    return [i for i in _scheduled(rounds.frame) if any(map(caches.holds, i.shapes)) and not _passes(i, caches)]
+    return [i for i in scheduled(rounds.body) if any(map(caches.holds, i.shapes)) and not _passes(i, caches)]
 
 
 def _passes(i: Instruction, caches: Caches) -> bool:
@@ -159,15 +159,6 @@ def _passes(i: Instruction, caches: Caches) -> bool:
         for part in parts
         if any(map(caches.holds, part.shapes))
     )
-
-
-def _scheduled(frame: Frame) -> Iterator[Instruction]:
-    """Yields the instructions of a computation and of its control flow, without entering fusions."""
-    for i in frame.computation:
-        yield i
-        if i.opcode in ("while", "conditional", "call"):
-            for called in i.called("body", "branch_computations", "true_computation", "false_computation", "to_apply"):
-                yield from _scheduled(Frame(called, {}))
 
 
 def unknown_loops(frame: Frame) -> list[str]:

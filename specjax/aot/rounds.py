@@ -85,6 +85,15 @@ def everything(computation: Computation, seen: set[str] | None = None) -> Iterat
                 yield from everything(called, seen)
 
 
+def scheduled(computation: Computation) -> Iterator[Instruction]:
+    """Yields the instructions of a computation and of its branches and loops, without entering fusions."""
+    for instruction in computation:
+        yield instruction
+        if instruction.opcode in ("while", "conditional", "call"):
+            for called in instruction.called():
+                yield from scheduled(called)
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """An instruction that a round runs.
@@ -141,5 +150,5 @@ class TakenPath:
         if len(branches) == len(self.windows):
             return next(i for i, window in enumerate(self.windows) if window >= self.used)
         self.undecided.append(conditional.name)
-        costs = [sum(self.cost(i) for i in everything(branch)) for branch in branches]
+        costs = [sum(map(self.cost, scheduled(branch))) for branch in branches]
         return max(range(len(costs)), key=costs.__getitem__)

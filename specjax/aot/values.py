@@ -18,6 +18,7 @@ Argument = Callable[[int | None], Number | None]
 """The value of a parameter, or of one element of a parameter that is a tuple."""
 
 LONGEST = 4096  # steps of a loop that are tried
+LARGEST = 4096  # entries of an array that is followed: what decides a branch is small, and activations are not
 
 _SAME = frozenset(
     "broadcast reshape bitcast copy transpose slice dynamic-slice copy-done optimization-barrier reverse".split()
@@ -40,6 +41,7 @@ _BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "or": operator.or_,
     "xor": operator.xor,
 }
+_ELEMENTWISE = _BINARY.keys() | set("reduce select convert compare not negate clamp concatenate pad".split())
 
 
 class Frame:
@@ -126,7 +128,8 @@ class Frame:
                 return None
             called = i.branches[taken]
             return self.inside(i, called, self.operand_of(i, taken)).value(called.root.name, index)
-        return self._elementwise(i) if index is None else None
+        small = index is None and op in _ELEMENTWISE and all(x.elements <= LARGEST for x in i.shapes)
+        return self._elementwise(i) if small else None
 
     def _elementwise(self, i: Instruction) -> Number | None:
         op = i.opcode
