@@ -215,7 +215,9 @@ def test_rounds_in_blocks_are_found():
     whole = "(bf16[2,4,64,8]{3,2,1,0}, f32[2]{0}, s32[2]{0})"
     trip = 'backend_config={"known_trip_count":{"n":"8"}}'
     loop = f"  ROOT %inner = {whole} while(%state), condition=%running, body=%round, {trip}"
-    text = PROGRAM.replace("body=%round", "body=%block").replace("ENTRY", "\n".join([*outer[:2], loop, "}", "", "ENTRY"]))
+    text = PROGRAM.replace("body=%round", "body=%block").replace(
+        "ENTRY", "\n".join([*outer[:2], loop, "}", "", "ENTRY"])
+    )
     found = read(text)[2]
     assert found.block == 8 and found.body.name == "round" and read()[2].block == 1
 
@@ -306,6 +308,8 @@ def test_copies_within_a_memory_are_copies_and_between_memories_are_moves():
     assert broken(in_round("\n  ".join(moves[:2]))) == []
     assert broken(in_round("\n  ".join(moves))) == ["at most 2 caches move between memories"]
     assert broken(in_round("\n  ".join(moves)), limits=promises.Limits(moves=None)) == []
+    in_slices = f'%extra = {VMEM} custom-call(%wrote), custom_call_target="ConcatBitcast"'
+    assert broken(in_round("\n  ".join([*moves[:2], in_slices]))) == ["at most 2 caches move between memories"]
 
 
 def test_a_copy_inside_of_a_fusion_is_found():
@@ -382,7 +386,9 @@ def test_only_the_branch_that_is_taken_waits():
 
 
 def test_nobody_waits_in_a_command_buffer():
-    inside = "\n".join("    " + line if ":" in line and "condition" not in line else line for line in THUNKS.splitlines())
+    inside = "\n".join(
+        "    " + line if ":" in line and "condition" not in line else line for line in THUNKS.splitlines()
+    )
     assert waits("000: kCommandBuffer [source | sink]\n" + inside) == 0
 
 
@@ -547,7 +553,9 @@ def test_a_mutation_breaks_its_promises(name, mutants):
 @needs_tpu
 def test_a_broken_promise_is_exit_status_1(tmp_path):
     made = compiled(tmp_path, "--layers", "1", "--most-waits", "-1", status=1)
-    assert [name for name, of in made["promises"].items() if not of["holds"]] == ["the host waits at most -1 times a round"]
+    assert [name for name, of in made["promises"].items() if not of["holds"]] == [
+        "the host waits at most -1 times a round"
+    ]
 
 
 @needs_gpu

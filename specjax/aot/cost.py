@@ -4,15 +4,15 @@ The bytes are a model of the program, not a measurement: operands and results th
 tiles. Of an array that is only sliced, the slice counts; of one that is updated in place, the update.
 """
 
+import re
 from collections.abc import Callable
 
 from specjax.aot.hlo import Computation, Instruction, Shape
 
 # Instructions that move nothing: they name, group or allocate, or end what an earlier one started.
-_FREE = frozenset(
-    "parameter tuple get-tuple-element bitcast constant after-all optimization-barrier partition-id replica-id iota "
-    "copy-done slice-done dynamic-slice-done dynamic-update-slice-done async-done async-update all-reduce-done "
-    "all-gather-done collective-permute-done while conditional call".split()
+_FREE = re.compile(
+    "parameter|tuple|get-tuple-element|bitcast|constant|iota|after-all|optimization-barrier|partition-id|replica-id|"
+    ".*-done|async-update|while|conditional|call"
 )
 _BOOKKEEPING = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "async-call-start", "async-call-done")
 _VIEWS = ("bitcast", "reshape", "optimization-barrier")
@@ -20,7 +20,9 @@ _VIEWS = ("bitcast", "reshape", "optimization-barrier")
 
 def is_free(i: Instruction) -> bool:
     """Returns whether an instruction runs nothing on the device."""
-    return i.opcode in _FREE or (i.opcode == "custom-call" and any(f'"{name}' in i.attributes for name in _BOOKKEEPING))
+    return bool(_FREE.fullmatch(i.opcode)) or (
+        i.opcode == "custom-call" and any(f'"{name}' in i.attributes for name in _BOOKKEEPING)
+    )
 
 
 def is_kernel(i: Instruction, gpu: bool) -> bool:

@@ -72,7 +72,9 @@ def shapes_in(text: str) -> tuple[Shape, ...]:
         order, _, rest = layout.partition(":")
         tile = re.search(r"T\(([\d,]+)\)", rest)
         space = re.search(r"S\((\d+)\)", rest)
-        found.append(Shape(dtype, _ints(dims), _ints(order), _ints(tile[1]) if tile else (), int(space[1]) if space else 0))
+        found.append(
+            Shape(dtype, _ints(dims), _ints(order), _ints(tile[1]) if tile else (), int(space[1]) if space else 0)
+        )
     return tuple(found)
 
 

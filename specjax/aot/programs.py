@@ -1,4 +1,4 @@
-"""The program of ``generate`` for a target that is only described: abstract parameters on devices that need not exist."""
+"""The program of ``generate`` for a target without parameters, on devices that need not exist."""
 
 import dataclasses
 from collections.abc import Callable
@@ -85,7 +85,9 @@ class Setting:
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
                 option = name.replace("_", "-")
-                raise ValueError(f"--{option} is {getattr(self, name)}; give {low} to {high} for this model and the rest")
+                raise ValueError(
+                    f"--{option} is {getattr(self, name)}; give {low} to {high} for this model and the rest"
+                )
         check_mesh(self.target, PlannedMesh(tensor=self.tensor))
 
     @property
@@ -195,7 +197,10 @@ def caches(setting: Setting) -> tuple[Caches, int]:
     target, drafter = model(setting.target), make_drafter(setting)
     rows, slots = setting.rows, setting.slots
     found, count = set(), 0
-    for init, whole in ((lambda: target.init_cache(rows, slots), False), (_init_of(drafter, target, rows, slots), True)):
+    for init, whole in (
+        (lambda: target.init_cache(rows, slots), False),
+        (_init_of(drafter, target, rows, slots), True),
+    ):
         for leaf in jax.tree.leaves(jax.eval_shape(init)):
             if leaf.ndim < 3 or slots not in leaf.shape:
                 continue
@@ -213,6 +218,7 @@ def _init_of(drafter: Drafter | None, target: LanguageModel, rows: int, slots: i
 
 def ideal_bytes(setting: Setting) -> float:
     """Returns what a round has to read on one device: weights once a pass, and the keys and values in use."""
+
     def read(config: DecoderConfig, mesh: PlannedMesh, tokens: int) -> float:
         return forward(Model(config), mesh, setting.rows, tokens, setting.used - tokens).read
 
@@ -230,6 +236,7 @@ def ideal_bytes(setting: Setting) -> float:
 
 def held_bytes(setting: Setting) -> float:
     """Returns the bytes of parameters and caches on one device, without those of intermediate values."""
+
     def cache(config: DecoderConfig, mesh: PlannedMesh) -> float:
         return setting.rows * setting.slots * config.num_hidden_layers * token_bytes(Model(config), mesh)
 

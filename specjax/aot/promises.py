@@ -1,7 +1,7 @@
 """What a compiled ``generate`` promises of its structure, and whether a program keeps it.
 
-A promise is about the program alone: nothing here depends on a device's speed. All branches of a round count, also those
-that a request does not take.
+A promise is about the program alone: nothing here depends on a device's speed. All branches of a round count, also
+those that a request does not take.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ _COLLECTIVE = re.compile(
 _HOST = re.compile(r"callback|host", re.IGNORECASE)
 _SORT = re.compile(r'custom_call_target="[^"]*(sort|topk)', re.IGNORECASE)
 # What may have a whole cache as its result without being a write: it passes the cache on.
-_PASSES = frozenset(
-    "parameter tuple get-tuple-element bitcast optimization-barrier while conditional call copy-start copy-done "
-    "dynamic-update-slice scatter".split()
+_PASSES = re.compile(
+    "parameter|tuple|get-tuple-element|bitcast|optimization-barrier|while|conditional|call|dynamic-update-slice|scatter|"
+    ".*-(start|done|update)|copy|transpose"  # copies are counted by themselves
 )
 MOST_MOVES = 2
 
@@ -121,20 +121,25 @@ def other_loops(module: Module, rounds: Rounds) -> list[str]:
 
 def cache_copies(body: Iterable[Instruction], caches: Caches) -> list[Instruction]:
     """Returns the copies and transposes of whole caches, also those inside of fusions."""
-    found = []
-    for i in body:
-        if i.opcode in ("copy", "transpose") and any(map(caches.holds, i.shapes)):
-            found.append(i)
-        # A copy to another memory is a move; within one memory, it is a copy.
-        elif i.opcode == "copy-start" and caches.holds(i.shapes[0]) and i.shapes[0].space == i.shapes[1].space:
-            found.append(i)
-    return found
+
+    def copies(i: Instruction) -> bool:
+        if i.opcode == "copy-start":  # to another memory it is a move
+            return caches.holds(i.shapes[0]) and i.shapes[0].space == i.shapes[1].space
+        return i.opcode in ("copy", "transpose") and any(map(caches.holds, i.shapes))
+
+    return list(filter(copies, body))
 
 
 def cache_moves(body: Iterable[Instruction], caches: Caches) -> list[Instruction]:
     """Returns the moves of whole caches between memories of the device; a TPU keeps small arrays in its VMEM."""
-    starts = (i for i in body if i.opcode == "copy-start" and caches.holds(i.shapes[0]))
-    return [i for i in starts if i.shapes[0].space != i.shapes[1].space]
+
+    def moves(i: Instruction) -> bool:
+        if i.opcode == "copy-start":
+            return caches.holds(i.shapes[0]) and i.shapes[0].space != i.shapes[1].space
+        # A large array moves in slices, which a ConcatBitcast then names as one.
+        return i.opcode == "custom-call" and '"ConcatBitcast"' in i.attributes and caches.holds(i.shapes[0])
+
+    return list(filter(moves, body))
 
 
 def cache_rewrites(rounds: Rounds, caches: Caches) -> list[Instruction]:
@@ -143,12 +148,10 @@ def cache_rewrites(rounds: Rounds, caches: Caches) -> list[Instruction]:
 
 
 def _passes(i: Instruction, caches: Caches) -> bool:
-    if i.opcode in _PASSES or i.opcode in ("copy", "transpose"):  # copies are counted by themselves
+    if _PASSES.fullmatch(i.opcode):
         return True
     if i.opcode == "custom-call":  # a kernel of our own says which operand it updates
-        return "output_to_operand_aliasing" in i.attributes or "AllocateBuffer" in i.attributes
-    if i.opcode.endswith(("-done", "-start", "-update")):
-        return True
+        return bool(re.search(r"output_to_operand_aliasing|AllocateBuffer|ConcatBitcast", i.attributes))
     if i.opcode != "fusion":
         return False
     root = i.called("calls")[0].root

@@ -65,12 +65,13 @@ def compile_program(setting: Setting, program: jax.stages.Lowered | None = None)
             raise
         seconds = time.perf_counter() - begun
         thunks = _read_thunks(folder) if gpu else None
-    sizes = compiled.memory_analysis()
-    memory = sum(
-        getattr(sizes, f"{part}_size_in_bytes") for part in ("argument", "output", "temp", "generated_code")
-    ) - getattr(sizes, "alias_size_in_bytes")
+    sizes: Any = compiled.memory_analysis()
+    memory = (
+        sum(getattr(sizes, f"{part}_size_in_bytes") for part in ("argument", "output", "temp", "generated_code"))
+        - sizes.alias_size_in_bytes
+    )
     check_memory(setting, memory, "the compiled program")
-    return Program(program.as_text(), compiled.as_text(), thunks, memory, seconds)
+    return Program(program.as_text(), compiled.as_text() or "", thunks, memory, seconds)
 
 
 def _read_thunks(folder: str) -> str:
@@ -88,8 +89,9 @@ def check_memory(setting: Setting, needed: int, what: str) -> None:
 
 def _too_large(setting: Setting, needed: str) -> str:
     topology = setting.topology
+    has = f"a device of {topology.name} has {topology.figures.memory / 1e9:g} GB"
     cure = "--rows, --slots or --layers lower" + (", or --tensor higher" if topology.devices > setting.tensor else "")
-    return f"the model does not fit: {needed} and a device of {topology.name} has {topology.figures.memory / 1e9:g} GB: set {cure}"
+    return f"the model does not fit: {needed} and {has}: set {cure}"
 
 
 def _needed(error: str) -> str:
@@ -171,4 +173,3 @@ def _share_in_use(setting: Setting, arrays: Caches) -> Callable[[Shape], float]:
 def broken(made: dict[str, Any]) -> list[str]:
     """Returns the promises of a report that the program breaks, each with what was found."""
     return [f"{name}: {of['detail']}" for name, of in made["promises"].items() if not of["holds"]]
-

@@ -110,9 +110,9 @@ class Run:
 class TakenPath:
     """The path of a round through its branches, when all rows ask for the same.
 
-    A conditional takes the branch that the request's values give (``specjax.aot.values``). If they do not say, and there
-    is a branch for each attention window, it takes the smallest window that holds the tokens in use. If that does not say
-    either, it takes the branch of most cost, and its name is listed in ``undecided``.
+    A conditional takes the branch that the request's values give (``specjax.aot.values``). If they do not say, and
+    there is a branch for each attention window, it takes the smallest window that holds the tokens in use. If that does
+    not say either, it takes the branch of most cost, and its name is listed in ``undecided``.
 
     Args:
       windows: the attention windows, ascending.

@@ -20,8 +20,8 @@ Argument = Callable[[int | None], Number | None]
 LONGEST = 4096  # steps of a loop that are tried
 LARGEST = 4096  # entries of an array that is followed: what decides a branch is small, and activations are not
 
-_SAME = frozenset(
-    "broadcast reshape bitcast copy transpose slice dynamic-slice copy-done optimization-barrier reverse".split()
+_SAME = re.compile(
+    "broadcast|reshape|bitcast|copy|transpose|slice|dynamic-slice|copy-start|copy-done|optimization-barrier|reverse"
 )
 _COMPARE = {
     "EQ": operator.eq,
@@ -41,7 +41,7 @@ _BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "or": operator.or_,
     "xor": operator.xor,
 }
-_ELEMENTWISE = _BINARY.keys() | set("reduce select convert compare not negate clamp concatenate pad".split())
+_OTHER = re.compile("reduce|select|convert|compare|not|negate|clamp|concatenate|pad")
 
 
 class Frame:
@@ -101,7 +101,7 @@ class Frame:
             # All elements that are known are computed at once: a chain of frames would recurse once a step.
             after, count = Frame(body, {0: carry}), len(loop.shapes)
             known = {i: after.value(body.root.name, i) for i in range(count)}
-            carry = lambda index, known=known: known.get(index)
+            carry = lambda index, known=known: None if index is None else known.get(index)
         return None
 
     def _compute(self, i: Instruction, index: int | None) -> Number | None:
@@ -115,10 +115,8 @@ class Frame:
             return None if index is None else self.value(operands[index])
         if op == "get-tuple-element":
             return self.value(operands[0], i.number("index")) if index is None else None
-        if op in _SAME:
-            return self.value(operands[0], index)
-        if op == "copy-start":
-            return self.value(operands[0])
+        if _SAME.fullmatch(op):
+            return self.value(operands[0], None if op == "copy-start" else index)
         if op in ("fusion", "call"):
             (called,) = i.called("calls", "to_apply")
             return self.inside(i, called).value(called.root.name, index)
@@ -128,36 +126,12 @@ class Frame:
                 return None
             called = i.branches[taken]
             return self.inside(i, called, self.operand_of(i, taken)).value(called.root.name, index)
-        small = index is None and op in _ELEMENTWISE and all(x.elements <= LARGEST for x in i.shapes)
-        return self._elementwise(i) if small else None
-
-    def _elementwise(self, i: Instruction) -> Number | None:
-        op = i.opcode
+        if index is not None or max(shape.elements for shape in i.shapes) > LARGEST:
+            return None
         if op == "reduce":
             return self._reduce(i)
-        values = [self.value(name) for name in i.operands]
-        # False and anything is False, though the rest be unknown.
-        dominant = {"and": False, "or": True}.get(op)
-        if dominant is not None and i.shapes[0].dtype == "pred" and any(x is not None and bool(x) == dominant for x in values):
-            return dominant
-        if op == "select" and values[0] is not None:
-            return values[1] if values[0] else values[2]
-        if None in values:
-            return None
-        if op == "convert":
-            return {"p": bool, "s": int, "u": int}.get(i.shapes[0].dtype[0], float)(values[0])
-        if op == "compare":
-            direction = re.search(r"direction=(\w+)", i.attributes)
-            return _COMPARE[direction[1]](*values) if direction else None
-        if op == "not":
-            return not values[0] if i.shapes[0].dtype == "pred" else None
-        if op == "negate":
-            return -values[0]
-        if op == "clamp":
-            return min(max(values[0], values[1]), values[2])
-        if op in ("select", "concatenate", "pad"):  # a select whose condition is not known
-            return values[-1] if len(set(values)) == 1 else None
-        return _BINARY[op](*values) if op in _BINARY else None
+        followed = op in _BINARY or _OTHER.fullmatch(op)
+        return _elementwise(i, [self.value(name) for name in operands]) if followed else None
 
     def _reduce(self, i: Instruction) -> Number | None:
         if len(i.operands) != 2:
@@ -170,6 +144,34 @@ class Frame:
             return _BINARY[combine](value, start)
         count = i.inputs[0].shapes[0].elements // max(i.shapes[0].elements, 1)
         return start + count * value if combine == "add" else None
+
+
+def _elementwise(i: Instruction, values: list[Any]) -> Number | None:
+    """Returns what an instruction makes of the numbers of its operands, some of which may be unknown."""
+    op, dtype = i.opcode, i.shapes[0].dtype
+    # False and anything is False, though the rest be unknown.
+    if dtype == "pred" and op in ("and", "or") and any(x is not None and bool(x) == (op == "or") for x in values):
+        return op == "or"
+    if op == "select" and values[0] is not None:
+        return values[1] if values[0] else values[2]
+    if op in ("select", "concatenate", "pad"):
+        chosen = set(values[1:] if op == "select" else values)
+        return chosen.pop() if len(chosen) == 1 else None
+    known: list[Any] = [x for x in values if x is not None]
+    if len(known) < len(values):
+        return None
+    if op in _BINARY:
+        return _BINARY[op](*known)
+    if op == "convert":
+        return {"p": bool, "s": int, "u": int}.get(dtype[0], float)(known[0])
+    if op == "compare":
+        direction = re.search(r"direction=(\w+)", i.attributes)
+        return _COMPARE[direction[1]](*known) if direction else None
+    if op == "clamp":
+        return min(max(known[0], known[1]), known[2])
+    if op == "negate":
+        return -known[0]
+    return not known[0] if dtype == "pred" else None  # not
 
 
 def _literal(text: str) -> Number | None:

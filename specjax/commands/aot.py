@@ -22,8 +22,8 @@ ABOUT = """Compiles `generate` for a TPU or GPU that need not exist, reports wha
   %(prog)s --topology h100 --target llama-3.2-1b --drafter model     an H100, needs pip install -e '.[cuda]'
   %(prog)s --topology v6e:2x2 --tensor 4 --target DIR/config.json --rows 8 --json report.json
 
-Nothing runs on a device, and no parameter is made: a config.json is enough. The exit status is 1 if the program breaks a
-promise, and 2 on bad input. docs/accelerators.md explains promises and report.
+Nothing runs on a device, and no parameter is made: a config.json is enough. The exit status is 1 if the program breaks
+a promise, and 2 on bad input. docs/accelerators.md explains promises and report.
 """
 
 
@@ -68,7 +68,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser = Parser(prog, description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     shipped = ", ".join(_shipped())
     parser.add_argument("--topology", default="v5e:2x2", metavar="NAME", help=f"of {', '.join(TOPOLOGIES)}")
-    parser.add_argument("--tensor", type=int, default=1, metavar="N", help="devices to split the target over; default: 1")
+    parser.add_argument(
+        "--tensor", type=int, default=1, metavar="N", help="devices to split the target over; default: 1"
+    )
     parser.add_argument(
         "--target", metavar="CONFIG", help=f"a config.json, its folder, or one of {shipped}; default: a small model"
     )
@@ -94,13 +96,15 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help=f"break if more whole caches move between memories; default: {MOST_MOVES} for the small model alone",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the optimised HLO there, and a GPU's thunks beside it")
+    parser.add_argument(
+        "--save", type=Path, metavar="FILE", help="write the optimised HLO there, and a GPU's thunks beside it"
+    )
     parser.add_argument(
         "--table",
         type=Path,
         metavar="FILE",
-        help="all drafters and samplings for --rows, at 2 and 4 layers, extrapolated to all layers: one JSON line each is "
-        "added to FILE, and lines that FILE has are not made again",
+        help="all drafters and samplings for --rows, at 2 and 4 layers, extrapolated to all layers: one JSON line each "
+        "is added to FILE, and lines that FILE has are not made again",
     )
     add_ignored_keys(parser)
     return parser

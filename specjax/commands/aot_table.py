@@ -14,7 +14,6 @@ from specjax.commands.console import print_table
 from specjax.transformer import DecoderConfig
 
 DEPTHS = (2, 4)
-FIGURES = ("host_waits", "kernels", "bytes", "ideal_bytes", "ideal_ms", "estimated_ms", "cache_copies", "cache_moves")
 _KEY = ("target", "topology", "tensor", "drafter", "rows", "sampling", "layers")
 
 
@@ -55,8 +54,8 @@ def table(path: Path, topology: str, tensor: int, name: str, target: DecoderConf
             print(f"{key}: {time.perf_counter() - begun:.0f} s {broken(made) or ''}", flush=True)
     shown = []
     for batch, drafter, sampling in itertools.product(rows, DRAFTERS, SAMPLING):
-        pair = [lines[name, topology, tensor, drafter, batch, sampling, depth] for depth in DEPTHS]
-        shown.append(_row(pair, target.num_hidden_layers))
+        first, second = (lines[name, topology, tensor, drafter, batch, sampling, depth] for depth in DEPTHS)
+        shown.append(_row(first, second, target.num_hidden_layers))
     print_table(f"{name} on {topology}, tensor={tensor}, extrapolated to {target.num_hidden_layers} layers", shown)
     return int(any(broken(made) for made in lines.values()))
 
@@ -74,25 +73,24 @@ def extrapolate(first: float, second: float, layers: int) -> float:
     return first + (second - first) * (layers - low) / (high - low)
 
 
-def _row(pair: list[dict[str, Any]], layers: int) -> dict[str, Any]:
-    first, second = pair
-    full = {
-        name: None if first[name] is None else extrapolate(first[name], second[name], layers) for name in FIGURES
-    }
-    collectives = sum(
-        extrapolate(*(of["collectives"].get(kind, 0) for of in pair), layers) for kind in second["collectives"]
-    )
-    estimated = full["estimated_ms"]
+def _row(first: dict[str, Any], second: dict[str, Any], layers: int) -> dict[str, Any]:
+    def of(name: str) -> float:
+        return extrapolate(first[name], second[name], layers)
+
+    def total(made: dict[str, Any]) -> int:
+        return sum(made["collectives"].values())
+
     return {
         "rows": first["rows"],
         "drafter": first["drafter"],
         "sampling": first["sampling"],
-        "MB moved": f"{full['bytes'] / 1e6:.0f}",
-        "ideal MB": f"{full['ideal_bytes'] / 1e6:.0f}",
-        "ideal ms": f"{full['ideal_ms']:.2f}",
-        "estimated ms": "" if estimated is None else f"{estimated:.2f}",
-        "kernels": f"{full['kernels']:.0f}",
-        "host waits": f"{full['host_waits']:g}",
-        "cache copies": f"{full['cache_copies']:.0f}",
-        "collectives": f"{collectives:.0f}",
+        "MB moved": f"{of('bytes') / 1e6:.0f}",
+        "ideal MB": f"{of('ideal_bytes') / 1e6:.0f}",
+        "ideal ms": f"{of('ideal_ms'):.2f}",
+        "estimated ms": "" if first["estimated_ms"] is None else f"{of('estimated_ms'):.2f}",
+        "kernels": f"{of('kernels'):.0f}",
+        "host waits": f"{of('host_waits'):.3g}",
+        "cache copies": f"{of('cache_copies'):.0f}",
+        "cache moves": f"{of('cache_moves'):.0f}",
+        "collectives": f"{extrapolate(total(first), total(second), layers):.0f}",
     }
