@@ -1,10 +1,13 @@
 """A key/value cache of fixed shape, written from a different slot in each row."""
 
+import functools
+from collections.abc import Callable
 from typing import Protocol
 
 import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 LayerCache = tuple[Array, ...]
 """One layer's arrays ``[b, k, s, h]``: keys and values, or latents."""
@@ -28,6 +31,10 @@ class AttendingCache(Protocol):
 
 
 Stored = LayerCache | AttendingCache
+
+MOST_UNROLLED_ROWS = 16
+"""Up to so many rows the updates of a cache are unrolled, which is fastest. More rows are written in a loop, so that
+programs and compile times do not grow with the rows."""
 
 
 @struct.dataclass
@@ -53,22 +60,69 @@ def allocate(layers: int, rows: int, slots: int, kv_heads: int, widths: tuple[in
 
 
 def update(stored: LayerCache | None, new: LayerCache, start_b: Array) -> LayerCache:
-    """Returns the layer's arrays with ``new`` ``[b, k, t, h]`` written from ``start_b`` on; ``new`` if it has none."""
-    if stored is None:
-        return new
-    return tuple(write(old, block, start_b) for old, block in zip(stored, new, strict=True))
-
-
-def write(cache_bksh: Array, new_bkth: Array, start_b: Array) -> Array:
-    """Returns the cache with t slots of row i written from slot ``start_b[i]`` on.
+    """Returns the layer's arrays with ``new`` written from slot ``start_b[i]`` of row i on; ``new`` if it has none.
 
     The caller guarantees ``start_b + t <= s``. Otherwise ``dynamic_update_slice`` silently shifts the write onto good
     slots: with s = 10 and t = 4 a write from slot 8 lands on slots 6 to 9.
+
+    Args:
+      stored: arrays ``[b, k, s, h]``, or None.
+      new: for each of them t entries per row, ``[b, k, t, h]``.
+      start_b: int32.
     """
-    new_bkth = new_bkth.astype(cache_bksh.dtype)
-    zero = jnp.zeros((), start_b.dtype)
-    # One update per row: XLA does each in place, while a vmapped update becomes a scatter with a loop of its own.
-    for row in range(cache_bksh.shape[0]):
-        index = (jnp.full((), row, start_b.dtype), zero, start_b[row], zero)
-        cache_bksh = lax.dynamic_update_slice(cache_bksh, new_bkth[row : row + 1], index)
-    return cache_bksh
+    if stored is None:
+        return new
+    new = tuple(block.astype(old.dtype) for old, block in zip(stored, new, strict=True))
+    # On a GPU each update is a kernel, and a scatter is one kernel for all rows. On a TPU a scatter would copy and pad
+    # the cache, and on a CPU it is a slow loop.
+    on_tpu = functools.partial(row_by_row, constrain=_unpadded)
+    return lax.platform_dependent(stored, new, start_b, cuda=scattered, rocm=scattered, tpu=on_tpu, default=row_by_row)
+
+
+def scattered(stored: LayerCache, new: LayerCache, start_b: Array) -> LayerCache:
+    """Writes all rows by one scatter per array. Arguments and result are those of ``update``, as of ``row_by_row``."""
+    rows, _, width, _ = new[0].shape
+    row_b1 = jnp.arange(rows, dtype=jnp.int32)[:, None]
+    slot_bt = start_b[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
+    # The two indexed axes are apart, so the indexed array is [b, t, k, h].
+    return tuple(
+        old.at[row_b1, :, slot_bt].set(block.swapaxes(1, 2), mode="promise_in_bounds", unique_indices=True)
+        for old, block in zip(stored, new, strict=True)
+    )
+
+
+def row_by_row(
+    stored: LayerCache, new: LayerCache, start_b: Array, constrain: Callable[[Array], Array] = lambda array: array
+) -> LayerCache:
+    """Writes one row after another; XLA does each update in place.
+
+    ``constrain`` is applied to the arrays that a loop carries.
+    """
+    rows, zero = start_b.shape[0], jnp.zeros((), start_b.dtype)
+    # Flat rows have one layout. XLA:TPU (libtpu 0.0.42) fails where a loop copies what it reads into another layout.
+    shapes = [(1, *block.shape[1:]) for block in new]
+    flat = [block.reshape(rows, -1) for block in new]
+
+    def write(row: int | Array, stored: LayerCache) -> LayerCache:
+        index = (jnp.asarray(row, start_b.dtype), zero, lax.dynamic_index_in_dim(start_b, row, keepdims=False), zero)
+        blocks = [lax.dynamic_index_in_dim(x, row).reshape(shape) for x, shape in zip(flat, shapes, strict=True)]
+        return tuple(lax.dynamic_update_slice(old, block, index) for old, block in zip(stored, blocks, strict=True))
+
+    def write_in_loop(row: Array, stored: LayerCache) -> LayerCache:
+        return tuple(map(constrain, write(row, tuple(map(constrain, stored)))))
+
+    if rows > MOST_UNROLLED_ROWS:
+        return lax.fori_loop(0, rows, write_in_loop, stored)
+    for row in range(rows):
+        stored = write(row, stored)
+    return stored
+
+
+def _unpadded(array_bksh: Array) -> Array:
+    """Asks a TPU for the layout that it gives to caches outside of a loop.
+
+    Tiles are 128 wide. With heads of 64 entries in them, half of each would be padding, and the cache would be copied
+    into that layout and back in every round. So slots are in the tiles' width unless a head fills it.
+    """
+    slots_last = (0, 1, 3, 2)
+    return with_layout_constraint(array_bksh, Layout((0, 1, 2, 3) if array_bksh.shape[-1] % 128 == 0 else slots_last))

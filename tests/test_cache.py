@@ -1,5 +1,7 @@
 """The cache: writes at offsets of each row's own, and garbage past a row's length that nobody sees."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,24 +14,46 @@ from specjax.transformer.decoder import decoder_model, init_params
 from specjax.types import whole_feed
 
 SLOTS = 12
-_write = jax.jit(cache_lib.write)
 
 
+def _looped(stored, new, start_b):
+    with mock.patch.object(cache_lib, "MOST_UNROLLED_ROWS", 1):
+        return cache_lib.row_by_row(stored, new, start_b)
+
+
+WAYS = {"unrolled": cache_lib.row_by_row, "looped": _looped, "scattered": cache_lib.scattered}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("start", [(0, 0, 0), (0, 5, 9), (9, 8, 7), (3, 3, 9)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_write_equals_the_twin(start, dtype):
-    """Up to the last slot; the new values are rounded to the cache's dtype."""
+def test_each_way_of_writing_equals_the_twin(way, start, dtype):
+    """Up to the last slot; each array has its own width."""
     rng = np.random.default_rng(0)
-    before = jnp.asarray(rng.normal(size=(3, 2, SLOTS, 4)), dtype)
-    new = rng.normal(size=(3, 2, 3, 4)).astype(np.float32)
-    after = _write(before, new, jnp.asarray(start, jnp.int32))
-    assert after.dtype == dtype
-    np.testing.assert_array_equal(after, reference_model.write(before, new, start))
+    before, new = (
+        tuple(jnp.asarray(rng.normal(size=(3, 2, slots, width)), dtype) for width in (4, 6)) for slots in (SLOTS, 3)
+    )
+    written = jax.jit(way)(before, new, jnp.asarray(start, jnp.int32))
+    for after, old, block in zip(written, before, new, strict=True):
+        assert after.dtype == dtype
+        np.testing.assert_array_equal(after, reference_model.write(old, block, start))
 
 
-def test_a_write_of_the_whole_row():
+def test_a_write_of_the_whole_row_in_the_dtype_of_the_cache():
     new = np.random.default_rng(0).normal(size=(2, 1, SLOTS, 4)).astype(np.float32)
-    np.testing.assert_array_equal(cache_lib.write(jnp.ones((2, 1, SLOTS, 4)), new, jnp.zeros(2, jnp.int32)), new)
+    (after,) = cache_lib.update((jnp.ones((2, 1, SLOTS, 4), jnp.bfloat16),), (new,), jnp.zeros(2, jnp.int32))
+    np.testing.assert_array_equal(after, new.astype(jnp.bfloat16))
+
+
+def test_programs_do_not_grow_with_rows():
+    """More rows are written in a loop: the program of 1024 rows is as long as that of 64."""
+
+    def length(rows):
+        stored, new = (jnp.zeros((rows, 1, slots, 4)) for slots in (SLOTS, 3))
+        lowered = jax.jit(cache_lib.update).lower((stored,), (new,), jnp.zeros(rows, jnp.int32))
+        return len(lowered.as_text().splitlines())
+
+    assert length(1024) == length(64) < 2 * length(2)
 
 
 @pytest.mark.parametrize("widths", [(4, 4), (4, 6), (9,)], ids=["keys and values", "wider values", "latents"])

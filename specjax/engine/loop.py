@@ -33,21 +33,44 @@ def classes_key(target: LanguageModel, drafter: Drafter | None) -> int:
     return hash(jax.tree.structure((target, drafter)))
 
 
+BLOCK = 4
+"""Rounds between two looks at whether all rows are done, on a GPU and where no number of rounds is asked for.
+
+A GPU's host reads the condition of such a loop from the device and waits for it. A loop of known length needs no such
+wait. So a GPU runs blocks of rounds, in which rows that are done rest. Up to ``BLOCK - 1`` rounds at the end of all
+rows are in vain, which is why a block is short."""
+
+
 def _rounds(
     target: LanguageModel, state: State, drafter: Drafter | None, limit: Array | None, verify: VerifyRule
 ) -> State:
     """Runs rounds until every row is done, or ``limit`` of them."""
+    # Jitted, so that the two users below share one trace. A function of this call alone, so that no other call with
+    # equal trees gets it (``classes_key``).
+    one_round = jax.jit(lambda state: round_lib.one_round(target, state, drafter, verify))
 
-    def unfinished(carry: tuple[Array, State]) -> Array:
+    if limit is None:
+
+        def block(state: State) -> State:
+            return lax.fori_loop(0, BLOCK, lambda _, state: one_round(state), state)
+
+        def unfinished(state: State) -> Array:
+            return ~jnp.all(state.done_b)
+
+        def body(state: State) -> State:
+            return lax.platform_dependent(state, cuda=block, rocm=block, default=one_round)
+
+        return lax.while_loop(unfinished, body, state)
+
+    def within(carry: tuple[Array, State]) -> Array:
         count, state = carry
-        running = ~jnp.all(state.done_b)
-        return running if limit is None else running & (count < limit)
+        return ~jnp.all(state.done_b) & (count < limit)
 
-    def body(carry: tuple[Array, State]) -> tuple[Array, State]:
+    def counted(carry: tuple[Array, State]) -> tuple[Array, State]:
         count, state = carry
-        return count + 1, round_lib.one_round(target, state, drafter, verify)
+        return count + 1, one_round(state)
 
-    return lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+    return lax.while_loop(within, counted, (jnp.int32(0), state))[1]
 
 
 @functools.partial(jax.jit, static_argnames=("classes", "verify", "chunk", "logprobs", "top_logprobs"))
@@ -197,8 +220,8 @@ def run(
     check_rule(verify)
     if rounds is not None:
         _check_rounds(rounds)
-    # The limit is traced: another number of rounds compiles nothing.
-    limit = jnp.int32(2**31 - 1 if rounds is None else rounds)
+    # The limit is traced: another number of rounds compiles nothing, but None is another program.
+    limit = None if rounds is None else jnp.int32(rounds)
     return _rounds_jit(target, state, drafter, limit, classes=classes_key(target, drafter), verify=verify)
 
 
