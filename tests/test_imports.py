@@ -123,8 +123,8 @@ def test_nothing_imports_the_commands():
 @pytest.mark.parametrize("file", [*SCRIPTS, *COMMANDS], ids=name_of)
 def test_scripts_and_commands_use_public_names_only(file):
     """``specjax.X`` with X in ``__all__``, by any spelling, and the rooms that are public too but not imported with
-    the package: ``checkpoint``, ``training``, ``planning`` and ``commands``."""
-    public = {*specjax.__all__, "checkpoint", "training", "planning", "commands", "__version__", "__file__"}
+    the package: ``checkpoint``, ``training``, ``planning``, ``aot`` and ``commands``."""
+    public = {*specjax.__all__, "checkpoint", "training", "planning", "aot", "commands", "__version__", "__file__"}
     for name in imported(file):
         parts = name.split(".")
         assert len(parts) == 1 or parts[1] in public, f"{file} imports {name}"
@@ -172,7 +172,7 @@ def test_importing_specjax_stays_light():
     """The commands and what they need are imported by the commands alone."""
     done = run(
         "import sys, specjax\n"
-        "heavy = {'specjax.commands', 'specjax.planning', 'specjax.training', 'tqdm', 'matplotlib'}\n"
+        "heavy = {'specjax.commands', 'specjax.planning', 'specjax.aot', 'specjax.training', 'tqdm', 'matplotlib'}\n"
         "assert heavy.isdisjoint(sys.modules), heavy & set(sys.modules)\n"
     )
     assert done.returncode == 0, done.stderr

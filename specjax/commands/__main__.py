@@ -15,6 +15,7 @@ COMMANDS = {
     "export": "export a checkpoint folder to a Hugging Face folder",
     "bench": "measure drafters, rounds and speed on this machine",
     "plan": "compute memory, time and the best number of drafts for a model and a device",
+    "aot": "compile for a TPU or GPU that need not exist, and check the program",
 }
 CLEANS_UP = ("convert", "export")  # a signal must not leave a half-made folder
 RESUMES = ("train",)  # after Ctrl-C, a message says how to go on

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 
 from specjax import verify as verify_lib
@@ -297,3 +298,34 @@ def _stream(
     while not state.done_b.all():
         state = run(target, state, drafter=drafter, verify=verify, rounds=rounds)
         yield gathered(state.generation)
+
+
+def lower(
+    target: LanguageModel,
+    prompts: Prompts,
+    *,
+    mesh: Mesh,
+    drafter: Drafter | None = None,
+    verify: VerifyRule = verify_lib.block,
+    sampling: Sampling = Sampling(),
+    max_new_tokens: ArrayLike,
+    slots: int | None = None,
+) -> jax.stages.Lowered:
+    """Returns ``generate``'s program before it is compiled. Nothing runs, and the devices need not exist.
+
+    Args:
+      target, drafter: as for ``generate``. Their arrays may be ``jax.ShapeDtypeStruct`` with a sharding on ``mesh``.
+      mesh: the devices to compile for.
+      prompts, verify, sampling, max_new_tokens, slots: as for ``generate``.
+
+    Raises:
+      ValueError, TypeError: as for ``generate``.
+    """
+    check_rule(verify)
+    prompt_bs, request, static = lay_out(target, drafter, prompts, None, sampling, max_new_tokens, (), slots)
+    place = NamedSharding(mesh, WHOLE)
+    abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    prompt_bs, request = jax.tree.map(abstract, (prompt_bs, request))
+    classes = classes_key(target, drafter)
+    with jax.set_mesh(mesh):
+        return _generate_jit.lower(target, prompt_bs, request, drafter, classes=classes, verify=verify, **static)

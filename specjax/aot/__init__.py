@@ -1,0 +1,1 @@
+"""Ahead-of-time compilation for devices that need not exist: what ``generate`` compiles to, and whether it is good."""
