@@ -8,6 +8,7 @@ over the entries at or above some candidates.
 import functools
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -18,6 +19,7 @@ BUCKETS, PER_BUCKET = 2048, 4
 _LARGE = 4 * BUCKETS * PER_BUCKET  # entries; with fewer, a search of all of them is as fast
 
 
+@jax.jit  # so that all draws of a round share one trace
 def least_kept(weights_xv: Array, total_x1: Array, top_k_x1: Array, top_p_x1: Array, ignored_x1: Array) -> Array:
     """Returns float32 ``[x, 1]``, the least weight that top-k and then top-p keep.
 
