@@ -236,6 +236,15 @@ def test_a_slice_reads_its_part_and_an_update_writes_its_part():
     assert moved("attended.2", "long") == (4 * part, part)
 
 
+def test_an_asynchronous_start_moves_what_it_makes_and_not_its_operands():
+    slow, fast = "bf16[2,4,64,8]{3,2,1,0}", "bf16[2,4,16,8]{3,2,1,0:S(1)}"
+    start = f"%extra = (({slow}), {fast}, s32[]{{:S(2)}}) slice-start(%wrote), slice={{[0:2], [0:4], [0:16], [0:8]}}"
+    assert moved("extra", text=in_round(start)) == (2 * 4 * 16 * 8 * 2, 0)
+    back = f"%extra = ({slow}, {VMEM}, u32[]{{:S(2)}}) copy-start(%fast)"
+    text = in_round(back).replace("  %extra", f'  %fast = {VMEM} custom-call(), custom_call_target="k"\n  %extra')
+    assert moved("extra", text=text) == (0, 2 * 4 * 64 * 8 * 2)
+
+
 def test_a_kernel_of_our_own_reads_the_share_in_use():
     call = read()[0].computations["long"].instructions["attended.2"]
     assert cost.moved(call, lambda shape: 0.25) == (2 * 4 * 16 * 8 * 2, 2 * 4 * 16 * 8 * 2)

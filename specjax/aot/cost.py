@@ -56,19 +56,25 @@ def moved(i: Instruction, share: Callable[[Shape], float] = lambda shape: 1.0) -
         elif i.opcode == "custom-call":
             whole = int(sum(shape.padded_bytes * share(shape) for shape in operand.shapes if shape.space == 0))
         elif number == 0 and i.opcode in ("slice", "dynamic-slice", "gather", "slice-start", "dynamic-slice-start"):
-            whole = min(whole, max(shape.bytes for shape in i.shapes if shape.space != 2))
+            whole = min(whole, _made(i).bytes)
         elif number == 0 and i.opcode in ("dynamic-update-slice", "scatter"):
             whole = 0
         read += whole
     return read, _written(i)
 
 
+def _made(i: Instruction) -> Shape:
+    """Returns the array that an instruction makes. The result of an asynchronous start names its operands as well."""
+    if i.opcode == "copy-start" or not i.opcode.endswith("-start"):
+        return i.shapes[0]  # of a copy-start: destination, source, flag
+    sources = sum(len(operand.shapes) for operand in i.inputs)
+    return i.shapes[min(sources, len(i.shapes) - 1)]
+
+
 def _written(i: Instruction) -> int:
     results = [shape for shape in i.shapes if shape.space == 0]
     if i.opcode.endswith("-start"):
-        # The result names destination, source and a flag: the first one that is not an operand is written.
-        sources = {(shape.dims, shape.space) for operand in i.inputs for shape in operand.shapes}
-        return next((s.padded_bytes for s in results if (s.dims, s.space) not in sources and s.dims), 0)
+        return _made(i).padded_bytes if _made(i).space == 0 else 0
     if i.opcode in ("dynamic-update-slice", "scatter"):
         return sum(s.bytes for s in i.inputs[1 if i.opcode == "dynamic-update-slice" else -1].shapes) if results else 0
     whole = sum(shape.padded_bytes for shape in results)

@@ -1,6 +1,6 @@
 """Reads optimised HLO, the text of a compiled program (``jax.stages.Compiled.as_text``).
 
-XLA does not promise the form of this text. The reader knows what XLA of jaxlib 0.10 and 0.11 writes for TPUs and GPUs:
+XLA does not promise the form of this text. The reader knows what XLA of jaxlib 0.10 to 0.12 writes for TPUs and GPUs:
 one instruction a line, operands by name, and each called computation by its name in an attribute.
 """
 
