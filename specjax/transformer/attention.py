@@ -108,14 +108,14 @@ def _over_windows(
 def places_seen(feed: Feed) -> Array:
     """Returns the mask of a block: bool, ``[b, t, t]``, or ``[1, t, t]`` for chains: whether place i sees place j.
 
-    A place sees itself, the place that it follows, the place that this one follows, and so on. A parent below 0 is none:
-    the place follows the prefix.
+    A place sees itself, the place that it follows, the place that this one follows, and so on. A parent below 0 stands
+    for none: such a place follows the prefix.
     """
     t = feed.tokens_bt.shape[1]
     if feed.parents_bt is None:
         return jnp.tril(jnp.ones((1, t, t), bool))
     place_t = jnp.arange(t, dtype=jnp.int32)
-    seen_btt = (place_t[:, None] == place_t) | (feed.parents_bt[:, :, None] == place_t)
+    seen_btt = jnp.eye(t, dtype=bool)[None] | (feed.parents_bt[:, :, None] == place_t[None, None])
     for _ in range((t - 1).bit_length()):  # each product doubles how far back the mask reaches
         steps_btt = seen_btt.astype(jnp.float32)
         seen_btt = jnp.einsum("bij,bjk->bik", steps_btt, steps_btt) > 0

@@ -144,8 +144,9 @@ def _kernel(
 
     def block(carry):
         place_s = jnp.arange(pl.next_power_of_2(max(t, 16)), dtype=jnp.int32)
-        seen = seen_ref[place_q[:, None], jnp.minimum(place_s, t - 1)[None]] != 0
-        return visit(start + place_s, seen & (place_s[None] < t), carry)
+        last_s = jnp.minimum(place_s, t - 1)
+        seen = seen_ref[place_q[:, None], last_s[None]] != 0
+        return visit(start + last_s, seen & (place_s[None] < t), carry)
 
     sums = tuple(jnp.zeros((tile, part.size), jnp.float32) for part in _parts(value_width, pl))
     carry = jnp.full((tile,), LOWEST, jnp.float32), jnp.zeros((tile,), jnp.float32), sums
