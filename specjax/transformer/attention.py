@@ -76,7 +76,8 @@ def attend(
         places = flash.Places(feed.start_b, length_b, first_bt, seen_btt)
         return flash.attend(query, keys, values, places, cap=cap, value_width=value_width)
 
-    if _by_hand() == "xla" or not flash.serves(query, keys_bksh, value_width):
+    # Without a cache there is no prefix, and the pass may be one of training, which needs derivatives.
+    if _by_hand() == "xla" or keys_bksh.shape[2] == t or not flash.serves(query, keys_bksh, value_width):
         out = by_xla(query, stored, feed)
     else:
         out = lax.platform_dependent(query, stored, feed, cuda=by_kernel, default=by_xla)

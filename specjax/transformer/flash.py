@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 SLOTS_PER_STEP = 64
-SLOTS_PER_SPLIT = 256  # at least; the parts of more splits would cost too many bytes beside the keys and values
+SLOTS_PER_QUERY = 16  # of a split, at least, so that the parts cost an eighth of the bytes of keys and values
 PROGRAMS = 128  # enough for the processors of a large GPU
 MOST_QUERIES = 128  # per row and key head; wider feeds are products of matrices, which XLA does well
 LOWEST = -1e30  # below every score; finite, since the difference of two infinities is NaN
@@ -36,7 +36,10 @@ class Places(NamedTuple):
 
 
 def serves(query_bkqh: Array, keys_bksh: Array, value_width: int) -> bool:
-    """Returns whether the kernel serves arrays of these shapes, on a GPU and with this version of JAX."""
+    """Returns whether the kernel serves arrays of these shapes, on a GPU and with this version of JAX.
+
+    It has no derivative.
+    """
     queries, width = query_bkqh.shape[2:]
     tiled = width % 16 == 0 and value_width % 16 == 0 and query_bkqh.dtype == keys_bksh.dtype
     # The compiler splits no kernel over devices: it would gather the caches.
@@ -76,7 +79,8 @@ def attend(
     # A tile's sums must fit the registers of its threads.
     tile = min(pl.next_power_of_2(max(q, 16)), max(8192 // pl.next_power_of_2(max(h, value_width)), 16), 64)
     tiles = pl.cdiv(q, tile)
-    splits = max(min(PROGRAMS // (b * k * tiles), pl.cdiv(slots, SLOTS_PER_SPLIT)), 1)
+    share = max(SLOTS_PER_QUERY * q, SLOTS_PER_STEP)
+    splits = max(min(PROGRAMS // (b * k * tiles), pl.cdiv(slots, share)), 1)
 
     def per_head(count: int, width: int):
         return pl.BlockSpec((None, None, count, width), lambda row, head, *_: (row, head, 0, 0))
