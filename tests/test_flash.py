@@ -77,7 +77,8 @@ def check(attend, rng, places, shape, *, value_width=None, dtype=jnp.float32, at
     for row in range(b):
         count, start = int(places.count_b[row]), int(places.start_b[row])
         parents = range(-1, t - 1) if places.parents_bt is None else np.asarray(places.parents_bt[row])
-        twin = wanted(*(np.asarray(x[row], np.float32) for x in (query, keys, values)), start, parents, **options)
+        rows = (np.asarray(x[row], np.float32) for x in (query, keys, values))
+        twin = wanted(next(rows), next(rows), next(rows), start, parents, **options)
         np.testing.assert_allclose(np.asarray(out[row, :, :count], np.float32), twin[:, :count], atol=atol, rtol=0)
     return out
 
@@ -163,7 +164,9 @@ def lowered_for_cuda(t, h=64, parents=None):
     b, n, k, slots = 2, 8, 2, 2048
     shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((b, n, t, h), (b, k, slots, h), (b, k, slots, h))]
     places = jax.eval_shape(lambda: feed([0] * b, t, t))
-    traced = jax.jit(lambda *args: attend(*args, scale=0.1)).trace(*shapes, places)
+    traced = jax.jit(lambda query, keys, values, places: attend(query, keys, values, places, scale=0.1)).trace(
+        *shapes, places
+    )
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -184,7 +187,7 @@ def test_without_pallas_attention_takes_xla(monkeypatch):
 
 def test_on_a_mesh_attention_takes_xla():
     """The compiler would gather the caches for a kernel. Parts that ``shard_map`` has made already are no reason."""
-    shape = jax.ShapeDtypeStruct((2, 2, 8, 16), jnp.float32)
+    shape = jnp.zeros((2, 2, 8, 16))
     assert flash.serves(shape, shape, 16)
     for axes, served in ({"data": 1, "tensor": 2}, False), ({"data": 1, "tensor": 1}, True):
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes))):

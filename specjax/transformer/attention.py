@@ -91,11 +91,20 @@ def _over_windows(
     b, k, q, _ = query_bkqh.shape
     t = feed.tokens_bt.shape[1]
 
-    def over(used: int, query: Array, stored: LayerCache, feed: Feed) -> Array:
+    # Made outside of the branches, where all layers share it.
+    seen_btt = None if feed.parents_bt is None else places_seen(feed)
+    position_bt = feed.position_bt if seen_btt is None else positions(feed, seen_btt)
+    if seen_btt is None:
+        # A place that is not real sees slot 0. Without any slot its softmax would be NaN, and the next layer would
+        # write NaN into the cache.
+        position_bt = jnp.where(feed.real_bt, position_bt, 0)
+
+    def over(used: int, query: Array, stored: LayerCache, position_bt: Array, tree: tuple[Array, ...]) -> Array:
         keys, values = stored[0][:, :, :used], stored[-1][:, :, :used, :value_width]
         scores = jnp.einsum("bkqh,bksh->bkqs", query, keys, preferred_element_type=jnp.float32)
         scores = softcap(scores, cap).reshape(b, k * q // t, t, used)
-        scores = jnp.where(slots_seen(feed, used, window)[:, None], scores, -jnp.inf)
+        seen_bts = _slots_of_tree(used, position_bt, window, *tree) if tree else _slots(used, position_bt, window)
+        scores = jnp.where(seen_bts[:, None], scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
         return jnp.einsum("bkqs,bksh->bkqh", weights.reshape(b, k, q, used), values)
 
@@ -103,7 +112,9 @@ def _over_windows(
     windows = attention_windows(stored[0].shape[2])
     needed = jnp.max(jnp.where(feed.count_b > 0, feed.start_b + feed.count_b, 1))
     index = jnp.sum(needed > jnp.asarray(windows[:-1], needed.dtype))
-    return lax.switch(index, [functools.partial(over, used) for used in windows], query_bkqh, stored, feed)
+    tree = () if seen_btt is None else (feed.start_b, feed.real_bt, seen_btt)
+    branches = [functools.partial(over, used) for used in windows]
+    return lax.switch(index, branches, query_bkqh, stored, position_bt, tree)
 
 
 def places_seen(feed: Feed) -> Array:
@@ -133,28 +144,27 @@ def positions(feed: Feed, seen_btt: Array) -> Array:
     return feed.start_b[:, None] + _depths(seen_btt)
 
 
-def slots_seen(feed: Feed, used: int, window: int | None) -> Array:
-    """Returns which of the first ``used`` slots each place sees, bool ``[b, t, used]``.
-
-    A place that is not real sees slot 0. Without any slot its softmax would be NaN, and the next layer would write NaN
-    into the cache.
-    """
+def _slots(used: int, position_bt: Array, window: int | None) -> Array:
+    """Returns which of the first ``used`` slots each place of a chain sees, bool ``[b, t, used]``."""
     slot_11s = jnp.arange(used, dtype=jnp.int32)[None, None]
-    if feed.parents_bt is None:
-        position_bt = jnp.where(feed.real_bt, feed.position_bt, 0)
-        seen_bts = slot_11s <= position_bt[:, :, None]
-        return seen_bts if window is None else seen_bts & (slot_11s > position_bt[:, :, None] - window)
-    seen_btt = places_seen(feed)
-    position_bt, t = positions(feed, seen_btt), seen_btt.shape[1]
-    place_b1s = slot_11s - feed.start_b[:, None, None]
+    seen_bts = slot_11s <= position_bt[:, :, None]
+    return seen_bts if window is None else seen_bts & (slot_11s > position_bt[:, :, None] - window)
+
+
+def _slots_of_tree(
+    used: int, position_bt: Array, window: int | None, start_b: Array, real_bt: Array, seen_btt: Array
+) -> Array:
+    """Returns as ``_slots`` does what the places of a tree see; one that is not real sees slot 0."""
+    slot_11s, t = jnp.arange(used, dtype=jnp.int32)[None, None], seen_btt.shape[1]
+    place_b1s = slot_11s - start_b[:, None, None]
     index_bts = jnp.broadcast_to(jnp.clip(place_b1s, 0, t - 1), (*seen_btt.shape[:2], used))
     own_bts = jnp.take_along_axis(seen_btt, index_bts, axis=2) & (place_b1s < t)
     seen_bts = (place_b1s < 0) | own_bts
     if window is not None:
-        # A place's slot says nothing of its position.
-        at_b1s = jnp.where(place_b1s < 0, slot_11s, jnp.take_along_axis(position_bt[:, None], index_bts[:, :1], axis=2))
-        seen_bts &= at_b1s > position_bt[:, :, None] - window
-    return jnp.where(feed.real_bt[:, :, None], seen_bts, slot_11s == 0)
+        # A slot of the tree is not its position.
+        own_b1s = jnp.take_along_axis(position_bt[:, None], index_bts[:, :1], axis=2)
+        seen_bts &= jnp.where(place_b1s < 0, slot_11s, own_b1s) > position_bt[:, :, None] - window
+    return jnp.where(real_bt[:, :, None], seen_bts, slot_11s == 0)
 
 
 def _by_hand() -> str:

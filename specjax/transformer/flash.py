@@ -6,7 +6,7 @@ use and no others. So there is no branch over windows, and the bytes follow each
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -177,7 +177,7 @@ def _dot(x: Array, y: Array, axis: int) -> Array:
 
 
 @functools.cache
-def _pallas():
+def _pallas() -> Any:
     """Returns Pallas and its part for GPUs through Triton, or None where JAX has none.
 
     Imported late, since it takes a while and few programs need it.
