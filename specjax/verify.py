@@ -133,9 +133,11 @@ class ChainRule:
         accepted_b = self.keep(success_bg)
         # After all drafts of a row nothing was rejected, so nothing is subtracted: the next token comes from p.
         row_b = jnp.arange(rows)
-        rejected_b1 = (accepted_b < proposal.length_b)[:, None]
-        q_bv = jnp.where(rejected_b1, q_bgv[row_b, jnp.minimum(accepted_b, g - 1)], 0) if g else 0
-        weights_bv = residual(target_btv[row_b, accepted_b], q_bv, scale_bt[row_b, accepted_b])
+        weights_bv = target_btv[row_b, accepted_b]
+        if g:
+            q_bv = q_bgv[row_b, jnp.minimum(accepted_b, g - 1)]
+            q_bv = jnp.where((accepted_b < proposal.length_b)[:, None], q_bv, 0)
+            weights_bv = residual(weights_bv, q_bv, scale_bt[row_b, accepted_b])
         return Verdict(accepted_b, draws.emit(weights_bv, accepted_b))
 
 

@@ -406,7 +406,7 @@ def _check_sampling(sampling: Sampling, rows: int, vocab: int) -> None:
     if not isinstance(sampling, Sampling):
         raise TypeError(f"sampling is a {type(sampling).__name__}; give a specjax.Sampling")
     for name, (holds, wanted) in _RANGES.items():
-        value = getattr(sampling, name)
+        value: Any = getattr(sampling, name)
         if value is None and name in PENALTIES:
             continue
         if name == "seed" and is_key(value):
