@@ -35,8 +35,7 @@ def attend(
 
     The n / k query heads that share a key head are folded into the query axis. So each key and value is read once, and
     there is one matrix product per row and key head. A narrow feed on a CUDA GPU goes through ``flash.attend``,
-    everything else through XLA; ``SPECJAX_ATTENTION=xla`` in the environment, read as a program is traced, takes XLA
-    for all.
+    everything else through XLA, and all with ``SPECJAX_ATTENTION=xla`` in the environment as it is traced.
 
     Args:
       query_bnth: floats, queries.
@@ -56,8 +55,7 @@ def attend(
     Raises:
       ValueError: ``SPECJAX_ATTENTION`` is neither "xla" nor "auto".
     """
-    b, n, t, h = query_bnth.shape
-    k = keys_bksh.shape[1]
+    (b, n, t, h), k = query_bnth.shape, keys_bksh.shape[1]
     query = query_bnth.reshape(b, k, n // k * t, h) * jnp.asarray(scale, query_bnth.dtype)
     value_width = value_width or (keys_bksh if values_bksh is None else values_bksh).shape[-1]
     # Latents hold keys and values in one array, which is passed to branches once.
