@@ -33,8 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="where the files go; made if it is not there")
-    parser.add_argument("--seconds", type=float, default=480, metavar="S", help="end after so long (default: 480)")
-    parser.add_argument("--steps", nargs="+", metavar="STEP", help="run only these, in the order of the list")
+    parser.add_argument("--seconds", type=float, default=470, metavar="S", help="end after so long (default: 470)")
+    parser.add_argument("--steps", nargs="+", metavar="STEP", help="run only facts and these, in the order above")
     parser.add_argument("--small", action="store_true", help="small models, to try the script")
     parser.add_argument("--only", metavar="STEP", help=argparse.SUPPRESS)  # in this process, for the driver
     args = parser.parse_args(argv)
@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     # A signal ends the step's process, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    steps = {name: step for name, step in STEPS.items() if not args.steps or name in args.steps}
+    # The first step, "facts", says whether the models must be small.
+    steps = {name: step for name, step in STEPS.items() if not args.steps or name in ("facts", *args.steps)}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         cache = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", temporary))
         passed = driver.run_all(args.folder, steps, begin + args.seconds, cache, args.small)

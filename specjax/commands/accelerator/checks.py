@@ -16,6 +16,7 @@ from specjax.commands.accelerator.records import Recorder, read_records
 RULES = {"token": specjax.verify.token, "block": specjax.verify.block, "coupled": specjax.verify.coupled}
 REFERENCE = "reference"  # the step that writes the CPU's text
 TEMPERATURES = (0.0, 1.0)
+SMALL_ROWS = 2  # the most rows in place of 8, if models are to be small
 MOST_THREADS = 8  # that trace and compile at the same time
 
 
@@ -46,17 +47,17 @@ CASES = {
     ],
 }
 FEW = {  # for other flags, and for a CPU
-    "tiny": [Case("ngram", "block", 8), Case("model", "coupled", 8), Case("model", "token", 1)],
+    "tiny": [Case("ngram", "block", 8), Case("model", "coupled", 8)],
     "shipped": [Case("eagle", "coupled", 1)],
 }
 
 
 def reference(record: Recorder, small: bool) -> None:
     """Writes the greedy text of each pair's target without a drafter. This step runs on the CPU."""
-    del small
+    rows = SMALL_ROWS if small else pairs.ROWS
     for name in pairs.PAIRS:
         pair = pairs.open_pair(name, with_drafters=False)
-        (text,) = texts(pair, plain(pairs.ROWS), temperatures=(0.0,))
+        (text,) = texts(pair, plain(rows), temperatures=(0.0,))
         record.write("text", name, tokens=text.tolist())
 
 
@@ -135,12 +136,8 @@ def texts(
     rows = slice(case.rows)
     found = []
     for temperature in temperatures:
-        placed = (
-            pair.prompts_bt[rows],
-            pair.length_b[rows],
-            np.float32(temperature),
-            np.arange(case.rows, dtype="uint32"),
-        )
+        seed_b = np.arange(case.rows, dtype=np.uint32)
+        placed = pair.prompts_bt[rows], pair.length_b[rows], np.float32(temperature), seed_b
         arguments = jax.block_until_ready((target, drafter, *jax.device_put(placed)))
         generation = jax.block_until_ready(program(*arguments))
         found.append(np.asarray(generation.tokens))

@@ -37,7 +37,7 @@ def run(record: Recorder, small: bool) -> None:
         packages={name: _version(name) for name in PACKAGES},
         xla_flags=os.environ.get("XLA_FLAGS", ""),
     )
-    record.write("figure", "bandwidth", bytes_per_second=copy_bandwidth(small))
+    record.write("figure", "bandwidth", bytes_per_second=copy_bandwidth(small or device.platform == "cpu"))
 
 
 def copy_bandwidth(small: bool) -> float:

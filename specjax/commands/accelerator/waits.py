@@ -1,11 +1,12 @@
 """How often a round waits for the host, counted by the profiler.
 
-A GPU waits for the host when XLA copies a condition to the host, so the copies from device to host are counted. A run of
-a few rounds and a run of more rounds are traced, and the difference is divided by the number of rounds between them: what
-comes before and after the loop drops out.
+A GPU waits for the host when XLA copies a condition to the host, so the copies from device to host are counted. A run
+of a few rounds and a run of more rounds are traced, and the difference is divided by the number of rounds between them:
+what comes before and after the loop drops out.
 
 By default XLA launches kernels one by one while a profiler is on, and every condition then goes to the host. The steps
-that run this set ``--xla_enable_command_buffers_during_profiling=true``, so CUDA graphs run as they do without a profiler.
+that run this module set ``--xla_enable_command_buffers_during_profiling=true``, so CUDA graphs run as they do without a
+profiler.
 """
 
 import os
@@ -20,6 +21,9 @@ import jax
 import specjax
 from specjax.commands.accelerator import pairs
 from specjax.commands.accelerator.records import Recorder
+
+Counts = Counter[tuple[str, str]]
+"""Numbers of events by plane and name."""
 
 FEW, MANY = 4, 20  # rounds of the two traced runs
 SHOWN = 30  # events, the most frequent ones, that a record lists
@@ -50,11 +54,10 @@ def count_waits(pair: pairs.Pair, drafter: Any) -> dict[str, Any]:
         sampling = specjax.Sampling(temperature=0.0)
         # No row ends while it is traced, since a round emits at most g + 1 tokens.
         most = (MANY + 1) * (pairs.NUM_DRAFT + 1)
-        prompts, lengths = pair.prompts_bt[:1], pair.length_b[:1]
         state = specjax.prefill(
             pair.target,
-            prompts,
-            lengths,
+            pair.prompts_bt[:1],
+            pair.length_b[:1],
             drafter=drafter,
             sampling=sampling,
             max_new_tokens=most,
@@ -64,7 +67,7 @@ def count_waits(pair: pairs.Pair, drafter: Any) -> dict[str, Any]:
 
     for _ in range(3):  # XLA records CUDA graphs in the first runs
         jax.block_until_ready(specjax.run(pair.target, ready(), drafter=drafter, rounds=FEW))
-    counted = []
+    counted: list[Counts] = []
     for rounds in (FEW, MANY):
         state = ready()
         with tempfile.TemporaryDirectory() as folder:
@@ -72,7 +75,7 @@ def count_waits(pair: pairs.Pair, drafter: Any) -> dict[str, Any]:
                 jax.block_until_ready(specjax.run(pair.target, state, drafter=drafter, rounds=rounds))
             (file,) = Path(folder).rglob("*.xplane.pb")
             counted.append(count_events(jax.profiler.ProfileData.from_file(str(file))))
-    return per_round(*counted, MANY - FEW)
+    return per_round(counted[0], counted[1], MANY - FEW)
 
 
 def _options() -> Any:
@@ -82,9 +85,9 @@ def _options() -> Any:
     return options
 
 
-def count_events(profile: Any) -> Counter[tuple[str, str]]:
-    """Returns the number of events by plane and name. Of a GPU's plane, only the lines of its streams count."""
-    counts: Counter[tuple[str, str]] = Counter()
+def count_events(profile: Any) -> Counts:
+    """Counts the events of a ``jax.profiler.ProfileData``. Of a GPU's plane, only the lines of its streams count."""
+    counts: Counts = Counter()
     for plane in profile.planes:
         for line in plane.lines:
             if plane.name.startswith(DEVICE) and not line.name.startswith("Stream"):
@@ -93,7 +96,7 @@ def count_events(profile: Any) -> Counter[tuple[str, str]]:
     return counts
 
 
-def per_round(few: Counter[tuple[str, str]], many: Counter[tuple[str, str]], rounds: int) -> dict[str, Any]:
+def per_round(few: Counts, many: Counts, rounds: int) -> dict[str, Any]:
     """Returns the counts per round of two traces that are ``rounds`` rounds apart.
 
     ``waits_per_round`` is the number of copies from the device to the host, or None without a GPU's plane in the trace.
