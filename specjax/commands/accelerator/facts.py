@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,8 +30,8 @@ def run(record: Recorder, small: bool) -> None:
         platform=device.platform,
         device=device.device_kind,
         devices=jax.device_count(),
-        memory=_memory(device),
-        runtime=getattr(device.client, "platform_version", "not known"),
+        memory=_asked(lambda: device.memory_stats()["bytes_limit"]),
+        runtime=_asked(lambda: device.client.platform_version),
         driver=_driver(),
         python=platform.python_version(),
         cores=os.cpu_count(),
@@ -60,10 +61,12 @@ def copy_bandwidth(small: bool) -> float:
     return 2 * 4 * size * calls / float(np.median(seconds))
 
 
-def _memory(device: Any) -> int | None:
-    """Returns the bytes that the process may use, or None if the device does not say."""
-    stats = device.memory_stats() or {}
-    return stats.get("bytes_limit")
+def _asked(question: Callable[[], Any]) -> Any:
+    """Returns the answer, or "not known" where the device or this version of JAX has none."""
+    try:
+        return question()
+    except Exception:
+        return "not known"
 
 
 def _version(package: str) -> str:

@@ -107,7 +107,9 @@ def _derived(record: Mapping[str, Any]) -> dict[str, Any]:
     derived: dict[str, Any] = {"flags": "+WHILE" if record["step"].endswith("+while") else "default"}
     if record["kind"] == "check":
         derived["check"] = f"{record['step']}: {record['name']}"
-        derived["outcome"] = "passed" if record["passed"] else f"**failed** {record.get('error', '')}"
+        derived["outcome"] = (
+            "passed" if record["passed"] else f"**failed** {record.get('error', record.get('transfer', ''))}"
+        )
         derived["accepted of drafted"] = f"{record.get('accepted', '')} of {record.get('drafted', '')}"
     if "context" in record:
         derived["context"] = "{} to {}".format(*record["context"])
