@@ -170,6 +170,7 @@ def lowered_for_cuda(t, h=64, parents=None):
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="newer versions lower the kernel beside a GPU only")
 def test_a_narrow_feed_on_a_gpu_is_one_kernel(monkeypatch):
     """Wide feeds, odd widths and a choice by hand take XLA, which has two products for each window."""
     narrow = lowered_for_cuda(5)

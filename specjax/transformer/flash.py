@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-SLOTS_PER_STEP = 64
+SLOTS_PER_STEP = 64  # at most
+STEP_BYTES = 16 * 1024  # of keys in a step: keys, values and queries share 99 KB of a small GPU's memory
 SLOTS_PER_QUERY = 16  # of a split, at least, so that the parts cost an eighth of the bytes of keys and values
 PROGRAMS = 128  # enough for the processors of a large GPU
 MOST_QUERIES = 128  # per row and key head; wider feeds are products of matrices, which XLA does well
@@ -79,7 +80,9 @@ def attend(
     # A tile's sums must fit the registers of its threads.
     tile = min(pl.next_power_of_2(max(q, 16)), max(8192 // pl.next_power_of_2(max(h, value_width)), 16), 64)
     tiles = pl.cdiv(q, tile)
-    share = max(SLOTS_PER_QUERY * q, SLOTS_PER_STEP)
+    fit = max(STEP_BYTES // (h * keys_bksh.dtype.itemsize), 16)
+    slots_per_step = min(SLOTS_PER_STEP, 1 << (fit.bit_length() - 1))
+    share = max(SLOTS_PER_QUERY * q, slots_per_step)
     splits = max(min(PROGRAMS // (b * k * tiles), pl.cdiv(slots, share)), 1)
 
     def per_head(count: int, width: int):
@@ -90,7 +93,9 @@ def attend(
     seen = pl.BlockSpec((None, t, t), lambda row, *_: (0 if shared else row, 0, 0))
     first = None if places.first_bt is None else pl.BlockSpec((None, t), lambda row, *_: (row, 0))
     values = None if values_bksh is None else per_head(slots, value_width)
-    kernel = functools.partial(_kernel, tile=tile, splits=splits, cap=cap, value_width=value_width)
+    kernel = functools.partial(
+        _kernel, tile=tile, splits=splits, step_slots=slots_per_step, cap=cap, value_width=value_width
+    )
     out, height = pl.pallas_call(
         kernel,
         grid=(b, k, tiles, splits),
@@ -112,7 +117,7 @@ def attend(
 
 def _kernel(
     start_ref, length_ref, first_ref, seen_ref, query_ref, keys_ref, values_ref, out_ref, height_ref,
-    *, tile, splits, cap, value_width,
+    *, tile, splits, step_slots, cap, value_width,
 ):  # fmt: skip
     """Writes one split's normalised sum of values and the log of its sum of weights, for one tile of queries."""
     pl, _ = _pallas()
@@ -125,6 +130,8 @@ def _kernel(
     query = [query_ref[query_q, part] for part in _parts(width, pl)]
     values_ref = keys_ref if values_ref is None else values_ref
     first_q = None if first_ref is None else first_ref[place_q]
+
+    block_slots = min(pl.next_power_of_2(max(t, 16)), step_slots)
 
     def visit(slot_s, seen_qs, carry):
         peak_q, total_q, sums = carry
@@ -142,12 +149,12 @@ def _kernel(
         return new_q, total_q * old_q + jnp.sum(weights, axis=1), sums
 
     def prefix(step, carry):
-        slot_s = (step * splits + split) * SLOTS_PER_STEP + jnp.arange(SLOTS_PER_STEP, dtype=jnp.int32)
-        seen = jnp.broadcast_to(slot_s[None] < length, (tile, SLOTS_PER_STEP))
+        slot_s = (step * splits + split) * step_slots + jnp.arange(step_slots, dtype=jnp.int32)
+        seen = jnp.broadcast_to(slot_s[None] < length, (tile, step_slots))
         return visit(slot_s, seen if first_q is None else seen & (slot_s[None] >= first_q[:, None]), carry)
 
-    def block(carry):
-        place_s = jnp.arange(pl.next_power_of_2(max(t, 16)), dtype=jnp.int32)
+    def block(step, carry):
+        place_s = step * block_slots + jnp.arange(block_slots, dtype=jnp.int32)
         last_s = jnp.minimum(place_s, t - 1)
         seen = seen_ref[place_q[:, None], last_s[None]] != 0
         return visit(start + last_s, seen & (place_s[None] < t), carry)
@@ -155,9 +162,10 @@ def _kernel(
     sums = tuple(jnp.zeros((tile, part.size), jnp.float32) for part in _parts(value_width, pl))
     carry = jnp.full((tile,), LOWEST, jnp.float32), jnp.zeros((tile,), jnp.float32), sums
     # Every program takes each splits-th step, so that all of them work at any length.
-    lowest = 0 if first_q is None else jnp.maximum(jnp.min(first_q), 0) // (SLOTS_PER_STEP * splits)
-    carry = lax.fori_loop(lowest, pl.cdiv(length - split * SLOTS_PER_STEP, SLOTS_PER_STEP * splits), prefix, carry)
-    peak_q, total_q, sums = lax.cond(split == 0, block, lambda carry: carry, carry)
+    lowest = 0 if first_q is None else jnp.maximum(jnp.min(first_q), 0) // (step_slots * splits)
+    carry = lax.fori_loop(lowest, pl.cdiv(length - split * step_slots, step_slots * splits), prefix, carry)
+    steps = jnp.where(split == 0, jnp.int32(pl.cdiv(t, block_slots)), jnp.int32(0))
+    peak_q, total_q, sums = lax.fori_loop(jnp.int32(0), steps, block, carry)
     # A split without any slot has weight 0 in the merge.
     total_q = jnp.where(total_q > 0, total_q, 1.0)
     for sum_, part in zip(sums, _parts(value_width, pl), strict=True):
