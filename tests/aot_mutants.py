@@ -38,18 +38,23 @@ def mutant(module, name):
     return register
 
 
-@mutant(cache, "write")
-def writes_by_vmap(cache_bksh, new_bkth, start_b):
-    return jax.vmap(lambda old, new, at: lax.dynamic_update_slice(old, new, (0, at, 0)))(cache_bksh, new_bkth, start_b)
+@mutant(cache, "row_by_row")
+def writes_by_vmap(stored, new, start_b, **_):
+    write = jax.vmap(lambda old, block, at: lax.dynamic_update_slice(old, block, (0, at, 0)))
+    return tuple(write(old, block, start_b) for old, block in zip(stored, new, strict=True))
 
 
-@mutant(cache, "write")
-def writes_by_select(cache_bksh, new_bkth, start_b):
-    place_bs = jnp.arange(cache_bksh.shape[2], dtype=jnp.int32)[None] - start_b[:, None]
-    inside_bs = (place_bs >= 0) & (place_bs < new_bkth.shape[2])
-    source_bs = jnp.clip(place_bs, 0, new_bkth.shape[2] - 1)
-    new_bksh = jnp.take_along_axis(new_bkth, source_bs[:, None, :, None], axis=2)
-    return jnp.where(inside_bs[:, None, :, None], new_bksh.astype(cache_bksh.dtype), cache_bksh)
+@mutant(cache, "row_by_row")
+def writes_by_select(stored, new, start_b, **_):
+    place_bs = jnp.arange(stored[0].shape[2], dtype=jnp.int32)[None] - start_b[:, None]
+    inside_bs = (place_bs >= 0) & (place_bs < new[0].shape[2])
+    source_bs = jnp.clip(place_bs, 0, new[0].shape[2] - 1)
+
+    def write(old_bksh, new_bkth):
+        new_bksh = jnp.take_along_axis(new_bkth, source_bs[:, None, :, None], axis=2)
+        return jnp.where(inside_bs[:, None, :, None], new_bksh, old_bksh)
+
+    return tuple(map(write, stored, new))
 
 
 @mutant(round_lib, "one_round")
