@@ -214,6 +214,7 @@ def test_without_a_gpus_plane_nothing_is_counted():
 def test_figures_of_a_small_shape(tmp_path, monkeypatch):
     """Each has what the tables show; plain and quantised are timed, and a missing quantize is a note."""
     monkeypatch.setattr(speed, "LITTLE", speed.Size(prompt=16, slots=64, rounds=2, repeats=1))
+    quantize = getattr(specjax, "quantize", lambda model, kind: model)
     monkeypatch.delattr(specjax, "quantize", raising=False)
     bench = speed.prepare(Recorder(tmp_path, "1b", {"card": "a card"}), True, "1b")
     found = speed.drafting(bench, bench.drafters["model"], 1, 0.0)
@@ -224,7 +225,7 @@ def test_figures_of_a_small_shape(tmp_path, monkeypatch):
     assert found["round_ideal_ms"] > 2 * found["plain_ideal_ms"] > 0
     assert found["context"][0] == 16 < found["context"][1] and found["dtype"] == "float32"
     speed.quantisation(bench, "1b", 1)
-    monkeypatch.setattr(specjax, "quantize", lambda model, kind: model, raising=False)
+    monkeypatch.setattr(specjax, "quantize", quantize, raising=False)
     bench.record.write("figure", "model", shape="1b", drafter="model", batch=1, temperature=0.0, **found)
     note, figure = read_records(tmp_path, "1b")
     assert note["text"] == "specjax.quantize is not built" and figure["card"] == "a card"
