@@ -159,7 +159,8 @@ def test_any_text_that_differs_fails(monkeypatch, broken):
     assert not checks.compare(None, case, text, {2: text})["passed"]
     monkeypatch.setattr(checks, "texts", lambda *_, **__: [text] * 4)
     assert checks.compare(None, case, text, {2: text})["passed"]
-    assert not checks.compare(None, case, None, {2: text})["passed"], "without the CPU's text nothing is shown"
+    missing = checks.compare(None, case, None, {2: text})
+    assert not missing["passed"] and "run the step reference, too" in missing["error"]
     assert not checks.compare(None, case, text, {})["passed"], "without plain text coupled is not shown"
 
 

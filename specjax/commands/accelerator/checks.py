@@ -104,6 +104,8 @@ def compare(pair: pairs.Pair, case: Case, expected: np.ndarray | None, plain_tex
         "not the first run's": differing(first, again) + differing(warm, warm_again),
         **facts,
     }
+    if expected is None:
+        found["error"] = f"the CPU's text is missing: run the step {REFERENCE}, too"
     if case.drafter == "none":
         plain_texts[case.rows] = warm
     elif case.rule == "coupled":
