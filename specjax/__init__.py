@@ -4,6 +4,7 @@
 - ``generate``, ``stream``: tokens in, tokens out. ``prefill``, ``step``, ``run``, ``extend``, ``insert`` and ``stop``
   are their parts, pure functions over a ``State``.
 - ``load``, ``load_drafter``, ``save``, ``save_drafter``, ``convert_hf``, ``export_hf``: folders.
+- ``quantize``, ``dequantize``: weights in 8 or 4 bits.
 - ``LanguageModel`` and ``Drafter``: the contracts for models and drafters of your own (``specjax.types``).
 
 Array names inside the library end in a shape suffix, one letter per axis: b rows, t query tokens, s cache slots,
@@ -12,6 +13,7 @@ per round. Public keywords, and the fields of ``Generation`` and ``Stats``, have
 """
 
 from specjax import hf as hf
+from specjax import quantized as quantized
 from specjax import sharding as sharding
 from specjax import testing as testing
 from specjax import text as text
@@ -46,6 +48,8 @@ from specjax.engine.request import pad_prompts as pad_prompts
 from specjax.engine.state import State as State
 from specjax.engine.state import insert as insert
 from specjax.engine.state import stop as stop
+from specjax.quantized import dequantize as dequantize
+from specjax.quantized import quantize as quantize
 from specjax.sampling import Sampling as Sampling
 from specjax.session import Completion as Completion
 from specjax.session import Session as Session
@@ -90,6 +94,7 @@ __all__ = [
     "check_model",
     "convert_hf",
     "default_dtype",
+    "dequantize",
     "export_hf",
     "extend",
     "generate",
@@ -101,6 +106,8 @@ __all__ = [
     "open",
     "pad_prompts",
     "prefill",
+    "quantize",
+    "quantized",
     "run",
     "save",
     "save_drafter",

@@ -126,13 +126,21 @@ def _walk(node: Any, mesh: Mesh, rules: Rules) -> Any:
     axes = getattr(node, "axes", None)
     if axes is not None:
         place = functools.partial(_place, mesh, rules)
-        parts["params"] = jax.tree_util.tree_map_with_path(place, getattr(node, "params"), axes())  # noqa: B009
+        params = getattr(node, "params")  # noqa: B009
+        parts["params"] = jax.tree_util.tree_map_with_path(place, params, axes(), is_leaf=_holds_several)
     elif hasattr(node, "forward") and any(rules.values()):
         raise ValueError("the model declares no axes; give LanguageModel(axes=...), or rules={} to replicate it")
     return dataclasses.replace(node, **parts)
 
 
-def _place(mesh: Mesh, rules: Rules, path: Any, array: Any, axes: tuple[Axis, ...]) -> NamedSharding:
+def _holds_several(parameter: Any) -> bool:
+    """Returns whether a parameter is a tree of arrays that knows the axes of each, such as a quantised kernel."""
+    return hasattr(parameter, "split_axes")
+
+
+def _place(mesh: Mesh, rules: Rules, path: Any, array: Any, axes: tuple[Axis, ...]) -> Any:
+    if _holds_several(array):
+        return jax.tree.map(functools.partial(_place, mesh, rules, path), array, array.split_axes(axes))
     name, shape = jax.tree_util.keystr(path), array.shape
     if len(axes) != len(shape):
         raise ValueError(f"parameter {name} is {shape} and declares the axes {axes}; declare one for each dimension")

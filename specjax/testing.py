@@ -1,16 +1,23 @@
-"""Models whose distribution is known, for tests of loops and drafters.
+"""Models whose distribution is known, for tests of loops and drafters; and acceptance that is given, for timings.
 
 A table model looks up its next-token logits in a table, through a real cache. Each pass writes its tokens at their
 slots and reads them back. So a wrong offset, a stale slot or a token that was never fed changes the distribution.
+
+``ForcedAcceptance`` and ``AlwaysDrafting`` time rounds of models without trained weights, whose drafts would never be
+accepted.
 """
 
+import dataclasses
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import Array, lax
 
-from specjax.types import LanguageModel, Output
+from specjax.types import Context, Drafter, Draw, Draws, Event, LanguageModel, Output, Proposal, Verdict, VerifyRule
 
 
 # Cached, so that all models of one order have the same static functions and share compilations.
@@ -63,3 +70,95 @@ def table_model(logits: Array) -> LanguageModel:
     logits = jnp.asarray(logits, jnp.float32)
     init_cache, forward = _functions(logits.ndim - 1)
     return LanguageModel(params=logits, forward=forward, init_cache=init_cache, vocab_size=logits.shape[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class ForcedAcceptance:
+    """A verification rule that accepts drafts at given rates, for timings. The text has no meaning.
+
+    vLLM calls this synthetic acceptance. The wrapped rule runs in full, and its next token is emitted, so XLA cannot
+    drop any of its work. Drafter, target and caches do what they do for real drafts. Example, acceptance (0.8, 0.5): a
+    round keeps the first draft with probability 0.8 and both drafts with probability 0.4, 1.2 drafts in the mean.
+
+    A drafter of given acceptance is the other way, and the worse one: such a drafter must know the target's next tokens
+    beforehand. In bfloat16 a pass over one token and a pass over several sometimes choose different tokens, and from
+    there on nothing would be accepted. It would also serve greedy decoding alone.
+
+    Attributes:
+      rule: the rule that runs.
+      acceptance: the probability that each draft is accepted, given that the drafts before it were. One number for
+        each draft of a round.
+
+    Raises:
+      ValueError: a number of ``acceptance`` is not from 0 to 1, or, in a round, there are fewer numbers than drafts.
+    """
+
+    rule: VerifyRule
+    acceptance: tuple[float, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "acceptance", tuple(map(float, self.acceptance)))  # hashable, whatever was given
+        if not all(0 <= rate <= 1 for rate in self.acceptance):  # also false for NaN
+            raise ValueError(f"acceptance is {self.acceptance}; give probabilities from 0 to 1, one for each draft")
+
+    @property
+    def shares_noise(self) -> bool:
+        return self.rule.shares_noise
+
+    @property
+    def emitted_per_round(self) -> float:
+        """The mean number of tokens that a round emits: 1 and, for each draft, the product of the rates up to it."""
+        return 1 + sum(math.prod(self.acceptance[: i + 1]) for i in range(len(self.acceptance)))
+
+    def __call__(self, proposal: Proposal, target_btv: Array, draws: Draws) -> Verdict:
+        g = proposal.tokens_bg.shape[1]
+        if len(self.acceptance) < g:
+            raise ValueError(f"acceptance is {self.acceptance}; give {g} probabilities, one for each draft of a round")
+        rate_1g = jnp.asarray(self.acceptance[:g], jnp.float32).reshape(1, g)
+        proposed_bg = jnp.arange(g, dtype=jnp.int32)[None] < proposal.length_b[:, None]
+        success_bg = (draws.uniforms(g) < rate_1g) & proposed_bg
+        accepted_b = jnp.cumprod(success_bg.astype(jnp.int32), axis=-1).sum(-1, dtype=jnp.int32)
+        return Verdict(accepted_b, self.rule(proposal, target_btv, draws).next_b)
+
+
+@struct.dataclass
+class AlwaysDrafting:
+    """A drafter that proposes all g drafts in each round, also where the wrapped drafter has nothing to propose.
+
+    With ``ForcedAcceptance``, an ``NGramDrafter`` inside reaches the given rates at its own cost, whatever the text is.
+    The drafts of a row without a match are any tokens, and verification keeps the text exact as usual.
+
+    Attributes:
+      drafter: the drafter whose ``propose`` runs. Its tokens must be valid ids also past ``Proposal.length_b``.
+    """
+
+    drafter: Drafter
+
+    @property
+    def num_draft(self) -> int:
+        return self.drafter.num_draft
+
+    @property
+    def capture(self) -> tuple[int, ...]:
+        return self.drafter.capture
+
+    @property
+    def vocab_size(self) -> int | None:
+        return self.drafter.vocab_size
+
+    @property
+    def max_positions(self) -> int | None:
+        return self.drafter.max_positions
+
+    def init(self, target: LanguageModel, rows: int, slots: int) -> Any:
+        """Returns the wrapped drafter's state."""
+        return self.drafter.init(target, rows, slots)
+
+    def observe(self, state: Any, context: Context, event: Event) -> Any:
+        """Tells the wrapped drafter."""
+        return self.drafter.observe(state, context, event)
+
+    def propose(self, state: Any, context: Context, draw: Draw) -> tuple[Proposal, Any]:
+        """Returns the wrapped drafter's drafts, all of which count."""
+        proposal, state = self.drafter.propose(state, context, draw)
+        return dataclasses.replace(proposal, length_b=jnp.full_like(proposal.length_b, self.num_draft)), state

@@ -73,10 +73,10 @@ def block_thresholds(tokens_bg: Array, p_btv: Array, q_bgv: Array, length_b: Arr
     for i in range(g):
         scales.append(jnp.minimum(1, scales[-1] * ratio[:, i]))
     scale_bt = jnp.stack(scales, axis=1)
-    # S and S + 1 - P of every draft. The distribution q after the last draft does not exist; zeros stand for it.
+    # S and S + 1 - P of every draft but the last one, after which there is no q.
     reached_bg = scale_bt[:, 1:]
-    q_next = jnp.concatenate([q_bgv[:, 1:], jnp.zeros_like(q_bgv[:, :1])], axis=1)
-    left_bg = jnp.maximum(reached_bg[..., None] * p_btv[:, 1:] - q_next, 0).sum(-1)
+    left_bg = jnp.maximum(reached_bg[:, :-1, None] * p_btv[:, 1:g] - q_bgv[:, 1:], 0).sum(-1)
+    left_bg = jnp.pad(left_bg, ((0, 0), (0, min(g, 1))))
     over_bg = left_bg + 1 - reached_bg
     certain_bg = over_bg <= 0  # S = 0 and P = 1: p and q agree at the next position
     # The last draft of a row has no next distribution to compare.
@@ -133,9 +133,11 @@ class ChainRule:
         accepted_b = self.keep(success_bg)
         # After all drafts of a row nothing was rejected, so nothing is subtracted: the next token comes from p.
         row_b = jnp.arange(rows)
-        q_next = jnp.concatenate([q_bgv, jnp.zeros_like(target_btv[:, :1])], axis=1)[row_b, accepted_b]
-        q_next = jnp.where((accepted_b < proposal.length_b)[:, None], q_next, 0)
-        weights_bv = residual(target_btv[row_b, accepted_b], q_next, scale_bt[row_b, accepted_b])
+        weights_bv = target_btv[row_b, accepted_b]
+        if g:
+            q_bv = q_bgv[row_b, jnp.minimum(accepted_b, g - 1)]
+            q_bv = jnp.where((accepted_b < proposal.length_b)[:, None], q_bv, 0)
+            weights_bv = residual(weights_bv, q_bv, scale_bt[row_b, accepted_b])
         return Verdict(accepted_b, draws.emit(weights_bv, accepted_b))
 
 

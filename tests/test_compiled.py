@@ -46,10 +46,10 @@ TARGET = decoder(2, 2, 0)
 DRAFTER = ModelDrafter(decoder(1, 1, 1), DRAFTS)
 
 
-def arguments(rows, slots, target=TARGET, drafter=DRAFTER, width=5):
+def arguments(rows, slots, target=TARGET, drafter=DRAFTER, width=5, sampling=Sampling()):
     """Returns the positional and the static arguments of the jitted ``generate``."""
     prompt_bt = np.ones((rows, width), np.int32)
-    prompt_bs, request, static = lay_out(target, drafter, prompt_bt, None, Sampling(), 8, (), slots)
+    prompt_bs, request, static = lay_out(target, drafter, prompt_bt, None, sampling, 8, (), slots)
     static |= {"classes": engine.classes_key(target, drafter), "verify": verify.block}
     return (target, prompt_bs, request, drafter), static
 
@@ -200,7 +200,6 @@ def ask(prompts, sampling=Sampling(), max_new_tokens=10, stop_tokens=()):
         {"sampling": Sampling(temperature=0.3, seed=12345)},
         {"sampling": Sampling(temperature=0.0)},
         {"sampling": Sampling(top_k=2, top_p=0.5, min_p=0.1)},
-        {"sampling": Sampling(repetition_penalty=1.2, presence_penalty=0.1, frequency_penalty=0.1)},
         {"max_new_tokens": np.array([3, 7])},
         {"stop_tokens": (2,)},
         {"stop_tokens": (1, 2, 3)},
@@ -212,7 +211,6 @@ def ask(prompts, sampling=Sampling(), max_new_tokens=10, stop_tokens=()):
         "temperature",
         "greedy",
         "filters",
-        "penalties",
         "limits",
         "stop token",
         "stop tokens",
@@ -226,6 +224,27 @@ def test_a_like_request_compiles_nothing(changed):
     with compilations() as names:
         ask(**first | changed)
     assert names == []
+
+
+def test_penalties_compile_once():
+    """None counts nothing. Numbers and arrays of any of the three penalties share one program."""
+    ask([[1, 2, 3], [4, 4]])
+    with compilations() as names:
+        ask([[1, 2, 3], [4, 4]], Sampling(repetition_penalty=1.0))
+    assert sum("generate" in str(name) for name in names) == 1
+    jax.block_until_ready(Sampling(presence_penalty=np.array([0.1, 0])).per_row(2))
+    with compilations() as names:
+        ask([[1, 2, 3], [4, 4]], Sampling(repetition_penalty=1.2, frequency_penalty=0.1))
+        ask([[1, 2, 3], [4, 4]], Sampling(presence_penalty=np.array([0.1, 0])))
+    assert names == []
+
+
+@pytest.mark.parametrize("sampling, counted", [(Sampling(), False), (Sampling(frequency_penalty=0.0), True)])
+def test_without_penalties_nothing_is_counted(sampling, counted):
+    """Counts are scatters over the vocabulary. A program without penalties has no scatter."""
+    args, static = arguments(2, 128, sampling=sampling)
+    hlo = engine._generate_jit.lower(*args, **static).as_text()
+    assert ("stablehlo.scatter" in hlo) == counted
 
 
 def test_a_larger_request_compiles():

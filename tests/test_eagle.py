@@ -15,7 +15,7 @@ from test_compiled import compilations
 from test_drafters import step
 
 import specjax
-from specjax.cache import write
+from specjax.cache import update
 from specjax.drafters.eagle import EagleHead
 from specjax.drafters.feature import FeatureDrafter
 from specjax.hf.eagle import eagle_fields, speculators_config
@@ -369,7 +369,7 @@ def perfect_pair(version, seed=0, drafted=None, width=WIDTH):
             before_b1d = jnp.take_along_axis(kept_b1sd[:, 0], slot_b[:, None, None], axis=1)
             state_b1d, own = head.run(params[0], lent, whole_feed(token_b[:, None], slot_b), before_b1d, own)
             state_b1d = jnp.where((position_b == 0)[:, None, None], params[1][token_b][:, None], state_b1d)
-            kept_b1sd = write(kept_b1sd, state_b1d[:, None], position_b)
+            (kept_b1sd,) = update((kept_b1sd,), (state_b1d[:, None],), position_b)
             return (own, kept_b1sd, position_b + 1), (state_b1d[:, 0], head.logits(params[0], lent, state_b1d[:, 0]))
 
         (*cache, _), (states_tbd, logits_tbv) = jax.lax.scan(one, (*cache, feed.start_b), feed.tokens_bt.T)

@@ -235,7 +235,7 @@ def test_a_neighbours_parameters_leave_a_rows_distribution_bit_for_bit(neighbour
         counts = sampling_lib.Counts(count_bv, count_bv)
         return sampling_lib.warp(sampling_lib.penalize(logits_btv, sampling, counts, no_drafts), sampling)[0]
 
-    alone = Sampling(temperature=0.9)
+    alone = Sampling(temperature=0.9, presence_penalty=0.0, frequency_penalty=0.0)
     beside = alone.replace(**{name: np.array([getattr(alone, name), value]) for name, value in neighbour.items()})
     np.testing.assert_array_equal(distribution(alone.per_row(2)), distribution(beside.per_row(2)))
 

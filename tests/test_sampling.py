@@ -187,7 +187,7 @@ def test_rows_are_warped_alone():
 @jax.jit
 def window(logits_btv, tokens_bs, prompt_length_b, length_b, drafts_bg, params, first=0):
     """The logits of t positions of a round, penalised."""
-    counts = sampling.count_tokens(tokens_bs, prompt_length_b, length_b, VOCAB, params)
+    counts = sampling.count_tokens(tokens_bs, prompt_length_b, length_b, VOCAB) if params.penalized else None
     return sampling.penalize(logits_btv, params, counts, drafts_bg, first)
 
 
@@ -262,13 +262,21 @@ def test_rows_are_penalised_alone():
     assert (seen[1:3] != logits[1:3]).any((1, 2)).all()
 
 
-def test_counts_are_zero_without_penalties():
+def test_counts_of_prompt_and_output():
     tokens, length = np.ones((ROWS, 5), np.int32), np.full(ROWS, 4, np.int32)
-    counts = sampling.count_tokens(tokens, length - 2, length, VOCAB, fill())
-    assert not np.any(counts.prompt_bv) and not np.any(counts.output_bv)
-    counts = sampling.count_tokens(tokens, length - 2, length, VOCAB, fill(presence_penalty=[0, 0, 0, 1.0]))
+    counts = sampling.count_tokens(tokens, length - 2, length, VOCAB)
     np.testing.assert_array_equal(counts.prompt_bv[:, 1], 2)
     np.testing.assert_array_equal(counts.output_bv[:, 1], 2)
+    assert counts.prompt_bv.sum() == counts.output_bv.sum() == 2 * ROWS
+
+
+def test_penalties_are_all_given_or_none():
+    """So there are two programs; a penalty that is not given changes nothing."""
+    assert not fill().penalized and fill().presence_penalty is None
+    params = fill(frequency_penalty=0.5)
+    assert params.penalized
+    np.testing.assert_array_equal(params.repetition_penalty, np.ones(ROWS))
+    np.testing.assert_array_equal(params.presence_penalty, np.zeros(ROWS))
 
 
 # The race.

@@ -14,7 +14,15 @@ from tokenizers import Tokenizer
 
 from specjax.checkpoint.eagle import fill_eagle, open_eagle
 from specjax.checkpoint.medusa import fill_medusa, open_medusa
-from specjax.checkpoint.models import check_dtype, default_dtype, load, load_tokenizer, new_folder, write_json
+from specjax.checkpoint.models import (
+    check_dtype,
+    check_not_quantized,
+    default_dtype,
+    load,
+    load_tokenizer,
+    new_folder,
+    write_json,
+)
 from specjax.checkpoint.mtp import fill_mtp, open_mtp
 from specjax.checkpoint.opened import Opened
 from specjax.checkpoint.shared import read_onto
@@ -28,6 +36,7 @@ from specjax.drafters.model import ModelDrafter
 from specjax.drafters.mtp import MTPDrafter, MTPHead
 from specjax.drafters.ngram import NGramDrafter
 from specjax.drafters.shared_vocabulary import shared_vocabulary_drafter
+from specjax.quantized import Kind, check_kind
 from specjax.sharding import Rules, gathered, shard
 from specjax.text.vocabulary import match_vocabularies
 from specjax.types import Drafter, LanguageModel
@@ -55,6 +64,7 @@ def load_drafter(
     chained: bool = False,
     zero_first: bool = False,
     ignore_config_keys: Iterable[str] = (),
+    quantize: Kind | None = None,
 ) -> Drafter:
     """Opens the drafter that a text names, for one target. docs/drafters.md compares the kinds.
 
@@ -85,6 +95,7 @@ def load_drafter(
         each module drafts one token.
       zero_first: only for MTP modules: the embedding at position 0 is zero, as in vLLM. Other engines differ.
       ignore_config_keys: as for ``specjax.load``, for the config of a draft model or draft head.
+      quantize: as for ``specjax.load``, for the drafter's own parameters. What it uses of the target stays as it is.
 
     Returns:
       The drafter, whose parameters are read.
@@ -96,12 +107,15 @@ def load_drafter(
     """
     # 1. What the text says. An ``Opened`` target knows the tokenizer, so that the caller need not.
     check_integer("num_draft", num_draft, 1)
+    if quantize is not None:
+        check_kind(quantize)
     kind, value = _parse(spec)
     if isinstance(target, Opened):
         target, tokenizer = target.model, tokenizer or target.tokenizer
     # 2. Kinds without a folder of their own.
     if kind == "cascade":
         options = {"chained": chained, "zero_first": zero_first, "ignore_config_keys": ignore_config_keys}
+        options["quantize"] = quantize
         again = functools.partial(load_drafter, **options)
         parts = [again(part, target, num_draft, dtype, tokenizer, mesh, rules) for part in value.split(",")]
         return functools.reduce(Cascade, parts)
@@ -114,14 +128,14 @@ def load_drafter(
     # 3. Folders. Of a draft head, only shapes are opened first: whether it fits the target is known before it is read.
     path, dtype = Path(value).absolute(), check_dtype(default_dtype() if dtype is None else dtype)
     if kind == "model":
-        model = load(path, dtype, mesh, rules, ignore_config_keys)
+        model = load(path, dtype, mesh, rules, ignore_config_keys, quantize)
         return _model_drafter(path, model, target, num_draft, tokenizer, mesh, rules)
     if kind == "mtp":
         drafter, params = open_mtp(path, target, num_draft, dtype, chained, zero_first, ignore_config_keys)
     else:
         open_head = {"eagle": open_eagle, "medusa": open_medusa}[kind]
         drafter, params = open_head(path, target, num_draft, dtype, ignore_config_keys)
-    return read_onto(mesh, rules, drafter, params)
+    return read_onto(mesh, rules, drafter, params, quantize)
 
 
 def _parse(spec: str) -> tuple[str, str]:
@@ -240,6 +254,7 @@ def save_drafter(
     if (config is None) != isinstance(head, MedusaDrafter):
         wanted = "give None, for Medusa heads" if config is not None else "give the keys of the head's config.json"
         raise ValueError(f"config is {config!r}; {wanted}")
+    check_not_quantized(drafter.params)
     # 2. One process writes. All must take part in gathering the parameters, which are small.
     model = target.model if isinstance(target, Opened) else target
     params = gathered(drafter.params)

@@ -28,7 +28,8 @@ from specjax.hf.config import decoder_config, read_config
 from specjax.hf.keys import read_json
 from specjax.hf.names import ParameterPath, parameters
 from specjax.hf.weights import Parameter, open_weights
-from specjax.sharding import RULES, Rules, shardings
+from specjax.quantized import Kind, check_kind, is_quantized, quantize_leaf, quantize_params
+from specjax.sharding import RULES, Rules, shard, shardings
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import abstract_params, decoder_model
 from specjax.types import LanguageModel
@@ -66,6 +67,7 @@ def save(
     Raises:
       ValueError: the config is not of a supported model, or the parameters are other than the config describes.
     """
+    check_not_quantized(params)
     check_params(params, abstract_params(decoder_config(config)))
     with _folder_of_all(path) as folder:
         if jax.process_index() == 0:
@@ -151,6 +153,7 @@ def load(
     mesh: Mesh | None = None,
     rules: Rules = RULES,
     ignore_config_keys: Iterable[str] = (),
+    quantize: Kind | None = None,
 ) -> LanguageModel:
     """Opens the model of a checkpoint folder, or of a Hugging Face folder with safetensors.
 
@@ -165,30 +168,46 @@ def load(
       ignore_config_keys: keys of ``config.json`` to leave out, such as ("auto_map",). Use it to open a model that was
         refused because of such a key. A dot names a key inside an object: "rope_scaling.factor". Keys that are not
         there are no error.
+      quantize: "int8", "int4" or "fp8", as for ``specjax.quantize``; None keeps the weights as they are. Of safetensors
+        files, each parameter is quantised before the next is read.
 
     Raises:
       ValueError: the folder or a file of it is missing, truncated, of an unsupported model, or does not fit its
-        ``config.json``; or the mesh or the rules do not fit the model.
+        ``config.json``; or the mesh or the rules do not fit the model; or as for ``specjax.quantize``.
       TypeError: as for ``specjax.shard``.
     """
-    return load_with_config(Path(path).absolute(), dtype, mesh, rules, ignore_config_keys)[0]
+    return load_with_config(Path(path).absolute(), dtype, mesh, rules, ignore_config_keys, quantize)[0]
 
 
 def load_with_config(
-    path: Path, dtype: jnp.dtype | str | None, mesh: Mesh | None, rules: Rules, ignore_config_keys: Iterable[str]
+    path: Path,
+    dtype: jnp.dtype | str | None,
+    mesh: Mesh | None,
+    rules: Rules,
+    ignore_config_keys: Iterable[str],
+    quantize: Kind | None = None,
 ) -> tuple[LanguageModel, dict[str, Any]]:
     """Returns the model as ``load`` does, and the keys of ``config.json`` that describe the model."""
     dtype = check_dtype(default_dtype() if dtype is None else dtype)
+    if quantize is not None:
+        check_kind(quantize)
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; give one with config.json and params/, or with safetensors files")
     if (path / "params").is_dir():
         config, raw = read_config(path / "config.json", ignore_config_keys)
-        return decoder_model(config, load_params(path, _decoder_with_places(config, dtype, mesh, rules))), raw
+        params = load_params(path, _decoder_with_places(config, dtype, mesh, rules))
+        params = params if quantize is None else quantize_params(params, quantize)
+        return _placed(decoder_model(config, params), mesh, rules), raw
     if (path / "metrics.json").is_file():
         raise ValueError(f"{path / 'params'} does not exist; the checkpoint is incomplete, copy or convert it again")
     weights = open_weights(path, ignore_config_keys)
-    params = read_params(weights.params, _decoder_with_places(weights.config, dtype, mesh, rules))
-    return decoder_model(weights.config, params), weights.raw
+    params = read_params(weights.params, _decoder_with_places(weights.config, dtype, mesh, rules), quantize=quantize)
+    return _placed(decoder_model(weights.config, params), mesh, rules), weights.raw
+
+
+def _placed(model: LanguageModel, mesh: Mesh | None, rules: Rules) -> LanguageModel:
+    """Returns the model with quantised parameters on the mesh. The others are read onto it."""
+    return shard(model, mesh, rules) if mesh is not None and is_quantized(model.params) else model
 
 
 def _decoder_with_places(config: DecoderConfig, dtype: jnp.dtype, mesh: Mesh | None, rules: Rules) -> Any:
@@ -218,6 +237,15 @@ def check_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
     if known not in map(jnp.dtype, ("float32", "bfloat16", "float16")):
         raise ValueError(f"dtype is {known}; give float32, bfloat16 or float16")
     return known
+
+
+def check_not_quantized(params: Any) -> None:
+    """Raises ValueError if parameters are quantised: no folder keeps them so."""
+    if is_quantized(params):
+        raise ValueError(
+            "the parameters are quantised, and checkpoints hold weights as they were trained; save those, and give "
+            "quantize= when you open the folder"
+        )
 
 
 def check_params(params: Any, wanted: Any) -> None:
@@ -295,14 +323,16 @@ def _largest_read(path: Path, expected: Any) -> int:
     return max(touched(*parameter) for parameter in parameters(expected).items())
 
 
-def read_params(params: Any, abstract: Any, on_read: Callable[[int], None] = lambda size: None) -> Any:
+def read_params(
+    params: Any, abstract: Any, on_read: Callable[[int], None] = lambda size: None, quantize: Kind | None = None
+) -> Any:
     """Reads the ``Parameter`` leaves of a tree one by one, in the dtypes of ``abstract``, onto its shardings or the
     default device.
 
-    ``on_read(size)`` is called after each, with its bytes.
+    ``on_read(size)`` is called after each, with its bytes. ``quantize``: each is quantised so after it was read.
     """
 
-    def read(parameter: Parameter, like: jax.ShapeDtypeStruct) -> jax.Array:
+    def read(path: tuple[Any, ...], parameter: Parameter, like: jax.ShapeDtypeStruct) -> Any:
         if like.sharding is None:
             array = jax.device_put(parameter.read(like.dtype))
         else:
@@ -310,9 +340,9 @@ def read_params(params: Any, abstract: Any, on_read: Callable[[int], None] = lam
             array = jax.make_array_from_callback(parameter.shape, like.sharding, part)
         jax.block_until_ready(array)  # or the host would read all parameters before the first is on its device
         on_read(array.nbytes)
-        return array
+        return array if quantize is None else jax.block_until_ready(quantize_leaf(quantize, path, array))
 
-    return jax.tree.map(read, params, abstract, is_leaf=lambda x: isinstance(x, Parameter))
+    return jax.tree_util.tree_map_with_path(read, params, abstract, is_leaf=lambda x: isinstance(x, Parameter))
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from specjax.checkpoint.models import load_stop_tokens, load_tokenizer, load_with_config
+from specjax.quantized import Kind
 from specjax.sharding import RULES, Rules
 from specjax.text.chat import ChatTemplate, find_chat_template
 from specjax.types import LanguageModel
@@ -64,6 +65,7 @@ def open(
     mesh: Mesh | None = None,
     rules: Rules = RULES,
     ignore_config_keys: Iterable[str] = (),
+    quantize: Kind | None = None,
 ) -> Opened:
     """Opens a checkpoint folder, or a Hugging Face folder with safetensors.
 
@@ -76,6 +78,7 @@ def open(
       mesh: the mesh to split the parameters over, as ``specjax.shard`` does; None is the default device.
       rules: as for ``specjax.shard``.
       ignore_config_keys: as for ``specjax.load``.
+      quantize: "int8", "int4" or "fp8", as for ``specjax.quantize``; None keeps the weights as they are.
 
     Raises:
       ValueError: a file of the folder is damaged; or as for ``specjax.load``. A missing ``tokenizer.json`` or chat
@@ -90,7 +93,7 @@ def open(
     stop_tokens = load_stop_tokens(path) if there else ()
     # 2. The config goes with the model, so that ``specjax.save`` can write both. It says how the model computes, not
     # how this folder stored it. Stop tokens may come from another file, so they are put into the config.
-    model, raw = load_with_config(path, dtype, mesh, rules, ignore_config_keys)
+    model, raw = load_with_config(path, dtype, mesh, rules, ignore_config_keys, quantize)
     config = {key: value for key, value in raw.items() if key not in _OF_STORAGE}
     if stop_tokens:
         config["eos_token_id"] = list(stop_tokens)

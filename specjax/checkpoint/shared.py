@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from specjax.checkpoint.models import read_params, with_places
 from specjax.hf.weights import Parameter
-from specjax.sharding import Rules, gathered
+from specjax.quantized import Kind
+from specjax.sharding import Rules, gathered, shard
 from specjax.types import LanguageModel
 
 _COMPARED = 1024  # rows at a time: a whole table of the target need not fit the host twice
@@ -29,16 +30,19 @@ def errors_name(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from None
 
 
-def read_onto(mesh: Mesh | None, rules: Rules, drafter: D, params: Any) -> D:
+def read_onto(mesh: Mesh | None, rules: Rules, drafter: D, params: Any, quantize: Kind | None = None) -> D:
     """Returns the drafter with its parameters read. Each process reads the parts that its devices hold.
 
     Args:
       mesh, rules: as for ``specjax.load``, errors included.
       drafter: a drafter with shapes and dtypes in place of parameters.
       params: a tree of ``Parameter`` in the same structure.
+      quantize: as for ``specjax.load``.
     """
     assert dataclasses.is_dataclass(drafter) and not isinstance(drafter, type)
-    return dataclasses.replace(drafter, params=read_params(params, with_places(drafter, mesh, rules)))
+    read = read_params(params, with_places(drafter, mesh, rules), quantize=quantize)
+    drafter = dataclasses.replace(drafter, params=read)
+    return drafter if mesh is None or quantize is None else shard(drafter, mesh, rules)
 
 
 def is_targets_embedding(table_vd: Parameter, target: LanguageModel) -> bool:

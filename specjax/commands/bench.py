@@ -20,7 +20,7 @@ from tqdm import tqdm
 import specjax
 from specjax.checkpoint.drafters import short_name
 from specjax.commands import hosts, measure
-from specjax.commands.console import print_table
+from specjax.commands.console import add_quantize, print_table
 from specjax.commands.drafter_spec import named_drafter
 from specjax.commands.places import folder_or_shipped
 
@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None, prog: str = "bench.py") -> int:
     parser.add_argument("what", nargs="*", metavar="WHAT", help=f"of {', '.join(BENCHMARKS)}; default: all")
     parser.add_argument("--target", type=Path, metavar="DIR", help="default: the shipped py-14m")
     parser.add_argument("--draft", type=Path, metavar="DIR", help="default: the shipped py-14m-draft")
+    add_quantize(parser)
     parser.add_argument("--num-draft", type=int, nargs="+", default=[4], metavar="G")
     parser.add_argument(
         "--batch",
@@ -91,9 +92,10 @@ def main(argv: list[str] | None = None, prog: str = "bench.py") -> int:
             args.draft = folder_or_shipped(args.draft, "py-14m-draft", "--draft")
             args.drafters = args.drafters or [spec.format(args.target) for spec in SHIPPED]
             hosts.check_same_folders(args.target, args.draft)
-            args.model = specjax.load(args.target, mesh=mesh)
+            args.model = specjax.load(args.target, mesh=mesh, quantize=args.quantize)
             args.drafts = {
-                g: specjax.load_drafter(f"model:{args.draft}", args.model, g, mesh=mesh) for g in args.num_draft
+                g: specjax.load_drafter(f"model:{args.draft}", args.model, g, mesh=mesh, quantize=args.quantize_draft)
+                for g in args.num_draft
             }
         except ValueError as error:
             parser.error(hosts.describe(error))
@@ -194,7 +196,9 @@ def bench_drafters(args: argparse.Namespace) -> list[dict[str, Any]]:
     # All drafters are opened first, so that a wrong spec is an error before the first measurement.
     try:
         opened = [
-            (spec, named_drafter(spec, args.model, tokenizer, g)) for spec in args.drafters for g in args.num_draft
+            (spec, named_drafter(spec, args.model, tokenizer, g, quantize=args.quantize_draft))
+            for spec in args.drafters
+            for g in args.num_draft
         ]
     except ValueError as error:
         sys.exit(f"{args.prog}: error: {error}")

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from specjax.quantized import KINDS
+
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
@@ -32,6 +34,12 @@ def write_whole(path: Path, text: str) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def add_quantize(parser: Any) -> None:
+    """Adds ``--quantize`` and ``--quantize-draft`` to a parser, or to a group of its options."""
+    for name, what in (("--quantize", "target"), ("--quantize-draft", "drafter")):
+        parser.add_argument(name, choices=KINDS, help=f"quantise the weights of the {what} (docs/quantization.md)")
 
 
 def add_ignored_keys(parser: Any) -> None:

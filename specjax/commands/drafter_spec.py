@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 import specjax
 from specjax.commands import hosts
+from specjax.quantized import Kind
 
 
 def named_drafter(
@@ -17,6 +18,7 @@ def named_drafter(
     mesh: Mesh | None = None,
     rules: specjax.sharding.Rules = specjax.sharding.RULES,
     ignore_config_keys: Sequence[str] = (),
+    quantize: Kind | None = None,
 ) -> Any:
     """Opens a drafter, and notes facts about it that a user may not expect on standard error.
 
@@ -26,7 +28,14 @@ def named_drafter(
       ValueError: as for ``specjax.load_drafter``.
     """
     drafter = specjax.load_drafter(
-        spec, target, num_draft, tokenizer=tokenizer, mesh=mesh, rules=rules, ignore_config_keys=ignore_config_keys
+        spec,
+        target,
+        num_draft,
+        tokenizer=tokenizer,
+        mesh=mesh,
+        rules=rules,
+        ignore_config_keys=ignore_config_keys,
+        quantize=quantize,
     )
     # A draft head's config may leave open which of the target's states it reads. A draft of another tokenizer can
     # draft only some tokens. Both may explain a low acceptance rate.

@@ -9,14 +9,14 @@ from specjax.checkpoint.drafters import short_name
 from specjax.commands.transcript import COUNTS, Transcript
 
 COMPARED_RUNS = 5  # timed runs of --compare, with the drafter and without
-# Sampling parameters, and the values at which they have no effect.
+# Sampling parameters, and their defaults, which have no effect.
 IDLE = {
     "top_k": 0,
     "top_p": 1.0,
     "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
+    "repetition_penalty": None,
+    "presence_penalty": None,
+    "frequency_penalty": None,
 }
 
 
@@ -80,6 +80,9 @@ def settings(args: argparse.Namespace, spec: str, mesh: Mesh | None) -> dict[str
     chosen = {"target": args.target.resolve().name, "drafter": short_name(spec)}
     if spec != "none":
         chosen |= {"drafts per round": str(args.num_draft), "verify": args.verify}
+    for name in ("quantize", "quantize_draft"):
+        if getattr(args, name) is not None:
+            chosen[name.replace("_", " ")] = getattr(args, name)
     chosen["temperature"] = f"{args.temperature:g}" if args.temperature else "0 (greedy)"
     for name, idle in IDLE.items():
         if getattr(args, name) != idle:

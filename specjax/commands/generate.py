@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 import specjax
 from specjax.checkpoint.drafters import folders_of
 from specjax.commands import figures, hosts
-from specjax.commands.console import Parser, add_ignored_keys, write_whole
+from specjax.commands.console import Parser, add_ignored_keys, add_quantize, write_whole
 from specjax.commands.drafter_spec import named_drafter
 from specjax.commands.places import folder_or_shipped, shipped
 from specjax.commands.trace_page import Trace, render
@@ -107,6 +107,7 @@ def parse(argv: list[str] | None, prog: str) -> tuple[Parser, argparse.Namespace
         "drafts if A has nothing (default: the shipped draft, or ngram)",
     )
     add_ignored_keys(models)
+    add_quantize(models)
     models.add_argument("--num-draft", type=int, default=4, metavar="N", help="tokens drafted per round (default: 4)")
     models.add_argument(
         "--shard-draft",
@@ -121,9 +122,9 @@ def parse(argv: list[str] | None, prog: str) -> tuple[Parser, argparse.Namespace
     draws.add_argument(
         "--min-p", type=float, default=0.0, metavar="P", help="keep tokens at least P times as likely as the likeliest"
     )
-    draws.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1 is none")
-    draws.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="0 is none")
-    draws.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="0 is none")
+    draws.add_argument("--repetition-penalty", type=float, metavar="X", help="1 changes nothing (default: not used)")
+    draws.add_argument("--presence-penalty", type=float, metavar="X", help="0 changes nothing (default: not used)")
+    draws.add_argument("--frequency-penalty", type=float, metavar="X", help="0 changes nothing (default: not used)")
     draws.add_argument(
         "--seed", type=int, default=0, metavar="S", help="seed of the first prompt; the second has S + 1, and so on"
     )
@@ -237,12 +238,15 @@ def main(argv: list[str] | None = None, prog: str = "generate.py") -> None:
             spec = default_drafter(args.target) if args.drafter is None else args.drafter
             hosts.check_same_folders(args.target, *folders_of(spec))
             # Errors of models, drafter and options come before anything compiles, and each is one line.
-            opened = specjax.open(args.target, mesh=mesh, ignore_config_keys=args.ignore_config_keys)
+            ignored = args.ignore_config_keys
+            opened = specjax.open(args.target, mesh=mesh, ignore_config_keys=ignored, quantize=args.quantize)
             target, tokenizer = opened.model, opened.need_tokenizer()
             rules = specjax.sharding.RULES if args.shard_draft else {}
             drafter = None
             if spec != "none":
-                drafter = named_drafter(spec, target, tokenizer, args.num_draft, mesh, rules, args.ignore_config_keys)
+                drafter = named_drafter(
+                    spec, target, tokenizer, args.num_draft, mesh, rules, ignored, args.quantize_draft
+                )
             if args.compare and drafter is None:
                 raise ValueError("--compare needs a drafter to compare with plain decoding; --drafter is none")
             if args.system is not None and not args.chat:

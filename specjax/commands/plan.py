@@ -79,7 +79,8 @@ def main(argv: list[str] | None = None, prog: str = "plan.py") -> int:
     parser.add_argument("--batch", type=int, default=1, help="rows on all devices together; default: %(default)s")
     parser.add_argument("--context", type=int, default=4000, help="tokens of each row; default: %(default)s")
     parser.add_argument("--weights", choices=BYTES, default="bfloat16", help="default: %(default)s")
-    parser.add_argument("--cache", choices=BYTES, default="bfloat16", help="default: %(default)s")
+    caches = [name for name in BYTES if name != "int4"]
+    parser.add_argument("--cache", choices=caches, default="bfloat16", help="default: %(default)s")
     parser.add_argument(
         "--sampling", choices=WARP, default="temperature", help="the most that any row asks for; default: %(default)s"
     )

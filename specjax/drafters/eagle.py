@@ -174,9 +174,8 @@ class EagleHead:
         if isinstance(module, _Eagle3):
             return module.logits(states_bd)
         assert target.unembed is not None
-        return target.unembed(target.params, states_bd[:, None].astype(target.embedding_spec.dtype))[:, 0].astype(
-            jnp.float32
-        )
+        states_bd = states_bd.astype(target.embedding_spec.dtype)
+        return target.unembed(target.params, states_bd[:, None])[:, 0].astype(jnp.float32)
 
     def _bind(self, params: Any) -> "_Eagle1 | _Eagle3":
         return _EAGLE.bind(self, params, _dtype_of(params))
@@ -298,7 +297,7 @@ class _Eagle3(nnx.Module):
         return (self.norm(states[-1]) if self.head.norm_output else states[-1]), cache
 
     def logits(self, x_bd: Array) -> Array:
-        logits_bu = self.lm_head(x_bd if self.head.norm_output else self.norm(x_bd)).astype(jnp.float32)
+        logits_bu = self.lm_head.logits(x_bd if self.head.norm_output else self.norm(x_bd))
         if self.head.draft_vocab_size is None:
             return logits_bu
         # From the draft's ids to the target's. Tokens outside of the draft vocabulary look up entry 0 and are masked.

@@ -8,6 +8,7 @@ from flax import struct
 from jax import Array
 
 from specjax.drafters.chain import Chain, place
+from specjax.transformer.products import product
 from specjax.types import Context, Draw, Event, LanguageModel, Proposal
 
 
@@ -19,14 +20,14 @@ def head_logits(params: Any, states: Array) -> Array:
       states: ``[.., d]``, the target's after its final norm.
 
     Returns:
-      ``[.., v]`` in the dtype of ``params``.
+      Float32 ``[.., v]``.
     """
     kernel_dv = params["lm_head"]["kernel"]
     x = states.astype(kernel_dv.dtype)
     for k in range(len(params["blocks"])):
-        y = x @ params["blocks"][k]["kernel"]
+        y = product(x, params["blocks"][k]["kernel"])
         x = x + jax.nn.silu(y + jnp.broadcast_to(params["blocks"][k]["bias"], y.shape))
-    return x @ kernel_dv
+    return product(x, kernel_dv, jnp.dtype("float32"))
 
 
 def init_medusa_params(kernel_dv: Array, num_heads: int, num_blocks: int = 1) -> Any:
@@ -76,8 +77,11 @@ class MedusaDrafter:
 
     def axes(self) -> Any:
         """Returns what each parameter's dimensions stand for, in a tree like ``params``."""
-        axes = jax.tree.map(lambda array: (None, "embed")[-array.ndim :], self.params)
-        return {i: {**head, "lm_head": {"kernel": ("embed", "vocab")}} for i, head in axes.items()}
+        block, kernel_dv = {"kernel": (None, "embed"), "bias": ("embed",)}, ("embed", "vocab")
+        return {
+            i: {"blocks": dict.fromkeys(head["blocks"], block), "lm_head": {"kernel": kernel_dv}}
+            for i, head in self.params.items()
+        }
 
     def init(self, target: LanguageModel, rows: int, slots: int) -> Array:
         """Returns ``[b, d]`` in the target's dtype, for the last state known of each row.

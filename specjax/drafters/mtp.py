@@ -112,8 +112,8 @@ class MTPModule(nnx.Module):
             target.require("unembed")
             assert target.unembed is not None
             return target.unembed(target.params, states_bd[:, None])[:, 0]
-        logits_bv = self.lm_head(states_bd.astype(self.lm_head.kernel[...].dtype))
-        return softcap(logits_bv.astype(jnp.float32), self.config.decoder.logit_softcap)
+        states_bd = states_bd.astype(self.lm_head.kernel[...].dtype)
+        return softcap(self.lm_head.logits(states_bd), self.config.decoder.logit_softcap)
 
 
 def _check_fit(config: MTPConfig, target: LanguageModel, width: int) -> None:

@@ -14,7 +14,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from specjax.sampling import Sampling, is_key
+from specjax.sampling import PENALTIES, Sampling, is_key
 from specjax.sharding import gathered
 from specjax.types import Drafter, LanguageModel
 
@@ -394,9 +394,9 @@ _RANGES = {
     "top_k": (lambda x: (x >= 0) & (x < 2**31), "at least 0 (0 keeps all tokens) and below 2**31"),
     "top_p": (lambda x: (x > 0) & (x <= 1), "above 0 and at most 1 (1 keeps all tokens)"),
     "min_p": (lambda x: (x >= 0) & (x <= 1), "from 0 (keeps all tokens) to 1"),
-    "repetition_penalty": (lambda x: np.isfinite(x) & (x > 0), "finite and above 0 (1 is none)"),
-    "presence_penalty": (np.isfinite, "finite (0 is none)"),
-    "frequency_penalty": (np.isfinite, "finite (0 is none)"),
+    "repetition_penalty": (lambda x: np.isfinite(x) & (x > 0), "finite and above 0 (1 changes nothing), or None"),
+    "presence_penalty": (np.isfinite, "finite (0 changes nothing), or None"),
+    "frequency_penalty": (np.isfinite, "finite (0 changes nothing), or None"),
     "seed": (lambda x: (x >= 0) & (x < 2**32), "from 0 to 2**32 - 1"),
 }
 _INTEGER = ("top_k", "seed")
@@ -406,7 +406,9 @@ def _check_sampling(sampling: Sampling, rows: int, vocab: int) -> None:
     if not isinstance(sampling, Sampling):
         raise TypeError(f"sampling is a {type(sampling).__name__}; give a specjax.Sampling")
     for name, (holds, wanted) in _RANGES.items():
-        value = getattr(sampling, name)
+        value: Any = getattr(sampling, name)
+        if value is None and name in PENALTIES:
+            continue
         if name == "seed" and is_key(value):
             if value.shape not in ((), (rows,)):
                 raise ValueError(f"seed has shape {value.shape}; give one key, or one per row: ({rows},)")

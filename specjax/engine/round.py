@@ -151,9 +151,9 @@ def one_round(target: LanguageModel, state: State, drafter: Drafter | None, veri
         )
     request, sampling = state.request, state.request.sampling
     draws = RoundDraws(state.keys_b, state.length_b, jnp.any(jnp.asarray(sampling.temperature) > 0))
-    counts = sampling_lib.count_tokens(
-        state.tokens_bs, request.prompt_length_b, state.length_b, target.vocab_size, sampling
-    )
+    counts = None
+    if sampling.penalized:
+        counts = sampling_lib.count_tokens(state.tokens_bs, request.prompt_length_b, state.length_b, target.vocab_size)
 
     def distributions(logits_btv: Array, drafts_bg: Array, first: int | Array = 0) -> Array:
         logits_btv = logits_btv.astype(jnp.float32)

@@ -133,11 +133,11 @@ def _check_fit(state: State, other: State) -> None:
     slots = state.tokens_bs.shape[1], other.tokens_bs.shape[1]
     if slots[0] != slots[1]:
         raise ValueError(f"the states have {slots[0]} and {slots[1]} slots; give both prefills the same slots=")
-    # The structure differs with the target's cache, the drafter's state, log-probabilities and kinds of seeds.
+    # The structure differs with the target's cache, the drafter's state, and what is None among the arguments.
     if jax.tree.structure(state) != jax.tree.structure(other):
         raise ValueError(
             "the states are of different kinds; make both with the same target, drafter and kinds of arguments "
-            "(logprobs, logit_bias, seeds or keys)"
+            "(logprobs, penalties, logit_bias, seeds or keys)"
         )
     leaves = zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(other), strict=True)
     for (path, leaf), twin in leaves:

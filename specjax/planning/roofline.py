@@ -17,7 +17,8 @@ from specjax.planning.hardware import Hardware
 from specjax.transformer import DecoderConfig
 from specjax.transformer.decoder import abstract_params
 
-BYTES = {"float32": 4, "bfloat16": 2, "float8": 1, "int8": 1}
+# int4: half a byte, and a float32 scale for each 128 (``specjax.quantized``).
+BYTES = {"float32": 4, "bfloat16": 2, "float8": 1, "int8": 1, "int4": 0.5 + 4 / 128}
 # All-reduces, of one number per token each, that a split vocabulary costs. docs/distributed.md counts them in the
 # loop: filters search two thresholds, top-k's and top-p's, in 30 steps each.
 WARP = {"greedy": 2, "temperature": 5, "filters": 5 + 3 + 2 * 30}
@@ -107,7 +108,9 @@ def weights(model: Model, mesh: Mesh = Mesh()) -> Weights:
         names = [str(getattr(entry, "key", entry)) for entry in path]
         # Vectors, such as biases and norms, are small: they count as whole.
         size = leaf.size / (mesh.tensor if leaf.ndim > 1 and not split.isdisjoint(names) else 1)
-        width = 4 if leaf.dtype == jnp.float32 else BYTES[model.weights]  # a few parameters stay float32
+        # A few parameters stay float32. Tables of embeddings are int8 where kernels are int4.
+        stored = "int8" if model.weights == "int4" and "embed_tokens" in names else model.weights
+        width = 4 if leaf.dtype == jnp.float32 else BYTES[stored]
         if "experts" in names and config.experts:
             stacks += size / mesh.expert * width
             products += size / mesh.expert * config.experts.per_token / config.experts.num_experts

@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from specjax.quantized import is_quantized
 from specjax.training.objectives import Objective
 from specjax.training.recipe import Stage
 from specjax.types import LanguageModel
@@ -96,8 +97,11 @@ def fit(
 
     Raises:
       FloatingPointError: the loss is not finite.
-      ValueError: rows do not divide over the mesh, or parameters and teacher are not all on one mesh or all on none.
+      ValueError: the parameters are quantised; rows do not divide over the mesh; or parameters and teacher are not all
+        on one mesh or all on none.
     """
+    if is_quantized(params):
+        raise ValueError("the parameters are quantised; train floating-point ones and quantise the result")
     # Each parameter keeps its place, and so do its moments in the optimiser's state. Scalars are everywhere.
     optimizer, mesh = make_optimizer(stage), _mesh(params, teacher)
     params = jax.tree.map(jnp.array, params)  # a copy: updates donate it

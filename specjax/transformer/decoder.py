@@ -135,8 +135,8 @@ class Decoder(nnx.Module):
 
     def unembed(self, normed_btd: Array) -> Array:
         """Returns float32 logits ``[b, t, v]`` of states after the final norm."""
-        head = self.embed_tokens.logits if self.config.tie_word_embeddings else self.lm_head
-        return softcap(head(normed_btd).astype(jnp.float32), self.config.logit_softcap)
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return softcap(head.logits(normed_btd), self.config.logit_softcap)
 
 
 _DECODER = Functional(Decoder)

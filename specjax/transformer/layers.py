@@ -9,6 +9,7 @@ from flax import nnx
 from jax import Array, lax
 
 from specjax.transformer.config import Activation, DecoderConfig, Rope
+from specjax.transformer.products import product, rows
 from specjax.types import Axis
 
 ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
@@ -55,9 +56,14 @@ class Linear(nnx.Module):
         self.kernel = declare(normal(rngs, (inputs, outputs), dtype), *axes)
         self.bias = declare(jnp.zeros((outputs,), dtype), axes[1]) if bias else None
 
-    def __call__(self, x: Array) -> Array:
-        y = x @ self.kernel[...]
-        return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
+    def __call__(self, x: Array, dtype: jnp.dtype | None = None) -> Array:
+        """Returns ``[.., out]`` of states ``[.., in]``, in the dtype of ``x`` or in ``dtype``."""
+        y = product(x, self.kernel[...], dtype)
+        return y if self.bias is None else y + jnp.broadcast_to(self.bias[...].astype(y.dtype), y.shape)
+
+    def logits(self, x: Array) -> Array:
+        """Returns float32 ``[.., out]`` that no smaller dtype has rounded."""
+        return self(x, jnp.dtype("float32"))
 
 
 class Embedding(nnx.Module):
@@ -67,11 +73,11 @@ class Embedding(nnx.Module):
         self.weight = declare(normal(rngs, (vocab, width), dtype), axis, "embed")
 
     def __call__(self, tokens_bt: Array) -> Array:
-        return jnp.take(self.weight[...], tokens_bt, axis=0)
+        return rows(self.weight[...], tokens_bt)
 
     def logits(self, x_btd: Array) -> Array:
-        """Returns ``[b, t, v]``, the product of each state with each vector of the table."""
-        return lax.dot_general(x_btd, self.weight[...], (((2,), (1,)), ((), ())))
+        """Returns float32 ``[b, t, v]``, the product of each state with each vector of the table."""
+        return product(x_btd, self.weight[...], jnp.dtype("float32"), transposed=True)
 
 
 class RMSNorm(nnx.Module):

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from specjax.sharding import open_parts
 from specjax.transformer.config import Activation, DecoderConfig, ExpertsConfig
 from specjax.transformer.layers import ACTIVATIONS, MLP, Linear, declare, normal
+from specjax.transformer.products import Kernel, product, ragged_product
 
 
 class Router(nnx.Module):
@@ -30,7 +31,7 @@ class Router(nnx.Module):
     def __call__(self, x_md: Array) -> tuple[Array, Array]:
         """Returns the chosen experts of m tokens, int32 ``[m, c]``, and their weights, float32 ``[m, c]``."""
         experts = self.experts
-        logits_me = x_md.astype(jnp.float32) @ self.kernel[...].astype(jnp.float32)
+        logits_me = product(x_md.astype(jnp.float32), self.kernel[...].astype(jnp.float32))
         scores_me = jax.nn.softmax(logits_me) if experts.score == "softmax" else jax.nn.sigmoid(logits_me)
         # The choice may use other numbers than the weights: a bias balances the experts' load (DeepSeek-V3).
         choice_me = scores_me
@@ -66,12 +67,12 @@ class Experts(nnx.Module):
         stacks = (self.gate_proj[...], self.up_proj[...], self.down_proj[...])
         run = functools.partial(_run, self.activation)
         parts = open_parts("expert")
-        if parts > 1 and self.gate_proj.shape[0] % parts == 0:
+        if parts > 1 and stacks[0].shape[0] % parts == 0:
             run = _in_parts(run)
         return run(x_md, chosen_mc, weights_mc.astype(x_md.dtype), stacks)
 
 
-Stacks = tuple[Array, Array, Array]
+Stacks = tuple[Kernel, Kernel, Kernel]
 """Gate and up kernels ``[e, d, f]`` and down kernels ``[e, f, d]``."""
 
 
@@ -122,22 +123,22 @@ def expert_by_expert(activation: Activation, x_md: Array, chosen_mc: Array, weig
 
     Arguments and result are those of ``Experts.__call__``, as of ``sorted_by_expert``.
     """
-    gates, ups, downs = stacks
     activate = ACTIVATIONS[activation]
 
     def visit(e: Array, y_md: Array) -> Array:
         chose_mc = chosen_mc == e
 
         def run(y_md: Array) -> Array:
-            gate, up, down = (lax.dynamic_index_in_dim(stack, e, keepdims=False) for stack in (gates, ups, downs))
-            out_md = (activate(x_md @ gate) * (x_md @ up)) @ down
+            # The tree of a quantised stack has two arrays.
+            gate, up, down = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, e, keepdims=False), stacks)
+            out_md = product(activate(product(x_md, gate)) * product(x_md, up), down)
             weight_m1 = jnp.sum(jnp.where(chose_mc, weights_mc, 0), axis=1, keepdims=True)
             chose_m1 = jnp.any(chose_mc, axis=1, keepdims=True)
             return y_md + jnp.where(chose_m1, out_md * weight_m1, 0)
 
         return lax.cond(jnp.any(chose_mc), run, lambda y_md: y_md, y_md)
 
-    return lax.fori_loop(jnp.int32(0), jnp.int32(gates.shape[0]), visit, jnp.zeros_like(x_md))
+    return lax.fori_loop(jnp.int32(0), jnp.int32(stacks[0].shape[0]), visit, jnp.zeros_like(x_md))
 
 
 def sorted_by_expert(
@@ -152,8 +153,9 @@ def sorted_by_expert(
     order_n = jnp.argsort(expert_n)
     sizes_e = jnp.sum(jax.nn.one_hot(expert_n, gates.shape[0], dtype=jnp.int32), axis=0)
     x_nd = x_md[order_n // chosen_mc.shape[1]]
-    hidden_nf = ACTIVATIONS[activation](lax.ragged_dot(x_nd, gates, sizes_e)) * lax.ragged_dot(x_nd, ups, sizes_e)
-    y_nd = lax.ragged_dot(hidden_nf, downs, sizes_e) * weights_mc.reshape(-1)[order_n][:, None]
+    ragged = functools.partial(ragged_product, sizes_e=sizes_e, expert_n=expert_n[order_n])
+    hidden_nf = ACTIVATIONS[activation](ragged(x_nd, gates)) * ragged(x_nd, ups)
+    y_nd = ragged(hidden_nf, downs) * weights_mc.reshape(-1)[order_n][:, None]
     if absent:  # these are sorted after all groups, where ragged products may hold anything
         y_nd = jnp.where((expert_n[order_n] < gates.shape[0])[:, None], y_nd, 0)
     # Sorting the order itself gives the inverse permutation: outputs return to their tokens.
