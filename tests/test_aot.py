@@ -18,7 +18,7 @@ from specjax.aot.programs import SAMPLING, SMALL, Setting, draft_config, eagle_h
 from specjax.aot.report import check_memory
 from specjax.aot.topology import TOPOLOGIES
 from specjax.aot.values import Frame
-from specjax.commands import aot
+from specjax.commands import aot, aot_table
 from specjax.commands.aot_table import extrapolate
 from specjax.commands.plan import open_config
 
@@ -446,7 +446,7 @@ def test_a_model_that_is_too_large_is_refused_with_what_there_is():
 
 
 def test_two_depths_give_any_depth():
-    assert extrapolate(10, 14, 16) == 38
+    assert extrapolate(10, 14, (2, 4), 16) == 38 and extrapolate(10, 10, (16, 16), 16) == 10
 
 
 @pytest.mark.parametrize(
@@ -462,6 +462,7 @@ def test_two_depths_give_any_depth():
         (["--layers", "3"], "--layers is 3; give 1 to 2"),
         (["--tensor", "3"], "tensor=3 does not divide"),
         (["--rows", "1", "8"], "--rows has 2 numbers"),
+        (["--table", "x", "--depths", "2", "2"], "--depths has [2, 2]; give one"),
         (["--target", "llama-3.3-70b"], "the model does not fit"),
     ],
 )
@@ -479,6 +480,46 @@ def test_a_config_that_cannot_be_read_is_one_line(tmp_path, capsys, monkeypatch)
     assert aot.main(["--target", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert "config.json" in err and err.count("\n") == 1
+
+
+def test_a_table_goes_on_where_it_was_cut_off(tmp_path, capsys, monkeypatch):
+    """Lines that are there are not compiled again, and half a line is no line."""
+    monkeypatch.setattr(aot, "prepare", lambda *_: None)
+    monkeypatch.setattr("specjax.aot.topology.missing_compiler", lambda _: "")
+    compiled = []
+    program = type("Lowered", (), {"as_text": lambda self: "text"})()
+    monkeypatch.setattr(aot_table, "lowered", lambda setting: program)
+    monkeypatch.setattr(aot_table, "compile_program", lambda setting, source: compiled.append(setting))
+
+    def report(setting, *_):
+        figures = (
+            "bytes",
+            "ideal_bytes",
+            "ideal_ms",
+            "estimated_ms",
+            "kernels",
+            "host_waits",
+            "cache_copies",
+            "cache_moves",
+        )
+        made = dict.fromkeys(figures, 100 * setting.target.num_hidden_layers)
+        names = {name: getattr(setting, name) for name in ("drafter", "rows", "sampling", "tensor")}
+        where = {"topology": setting.topology.name, "layers": setting.target.num_hidden_layers}
+        return names | where | made | {"collectives": {}, "promises": {"p": {"holds": True, "detail": ""}}}
+
+    monkeypatch.setattr(aot_table, "report", report)
+    file = tmp_path / "table.jsonl"
+    options = ["--target", "llama-3.2-1b", "--table", str(file)]
+    assert aot.main(options) == 0
+    assert len(compiled) == 2 * 4  # two depths, four drafters; the samplings share a program
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 1 |")]
+    assert len(rows) == 4 * 3 and all(row.split("|")[8].strip() == "1600" for row in rows)  # kernels, at 16 layers
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:20])
+    compiled.clear()
+    assert aot.main(options) == 0 and len(compiled) == 1
+    assert aot.main(options) == 0 and len(compiled) == 1
+    assert len(file.read_text().splitlines()) == len(lines)
 
 
 @pytest.mark.parametrize(("topology", "extra"), [("v5e:2x2", "aot"), ("h100", "cuda")])

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None, prog: str = "aot.py") -> int:
         target = _open_target(args)
         prepare(topology, args.flags)
         if args.table:
-            return table(args.table, args.topology, args.tensor, args.target or "small", target, args.rows)
+            return table(args.table, args.topology, args.tensor, args.target or "small", target, args.rows, args.depths)
         setting = Setting(
             target if args.layers is None else with_layers(target, args.layers),
             topology,
@@ -103,8 +103,16 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--table",
         type=Path,
         metavar="FILE",
-        help="all drafters and samplings for --rows, at 2 and 4 layers, extrapolated to all layers: one JSON line each "
-        "is added to FILE, and lines that FILE has are not made again",
+        help="all drafters and samplings for --rows: one JSON line each is added to FILE, and those that FILE has are "
+        "not made again",
+    )
+    parser.add_argument(
+        "--depths",
+        type=int,
+        nargs="+",
+        default=[2, 4],
+        metavar="N",
+        help="with --table: layers to cut the target to; two numbers are extrapolated to all layers. Default: 2 4",
     )
     add_ignored_keys(parser)
     return parser
