@@ -26,8 +26,8 @@ class Sampling:
 
     All fields are traced, so a change of a number compiles nothing. The defaults leave the model's distribution as it
     is. The three penalties and the bias are None by default, which compiles nothing for them. A change of the penalties
-    from None to numbers compiles once: if one penalty is a number, all three are computed. So is a change of the bias
-    from None to an array.
+    from None to numbers compiles once: if one penalty is a number, all three are computed. A change of the bias from
+    None to an array compiles once, too.
 
     Attributes:
       temperature: divides the logits. 0 is greedy decoding, where ties go to the lowest token id.

@@ -45,32 +45,25 @@ def _rounds(
     target: LanguageModel, state: State, drafter: Drafter | None, limit: Array | None, verify: VerifyRule
 ) -> State:
     """Runs rounds until every row is done, or ``limit`` of them."""
-    # Jitted, so that the two users below share one trace. A function of this call alone, so that no other call with
-    # equal trees gets it (``classes_key``).
+    # Jitted, so that its two users share one trace. A function of this call alone, so that no other call with equal
+    # trees gets it (``classes_key``).
     one_round = jax.jit(lambda state: round_lib.one_round(target, state, drafter, verify))
 
-    if limit is None:
+    def block(state: State) -> State:
+        return lax.fori_loop(0, BLOCK, lambda _, state: one_round(state), state)
 
-        def block(state: State) -> State:
-            return lax.fori_loop(0, BLOCK, lambda _, state: one_round(state), state)
-
-        def unfinished(state: State) -> Array:
-            return ~jnp.all(state.done_b)
-
-        def body(state: State) -> State:
-            return lax.platform_dependent(state, cuda=block, rocm=block, default=one_round)
-
-        return lax.while_loop(unfinished, body, state)
-
-    def within(carry: tuple[Array, State]) -> Array:
+    def unfinished(carry: tuple[Array, State]) -> Array:
         count, state = carry
-        return ~jnp.all(state.done_b) & (count < limit)
+        running = ~jnp.all(state.done_b)
+        return running if limit is None else running & (count < limit)
 
-    def counted(carry: tuple[Array, State]) -> tuple[Array, State]:
+    def body(carry: tuple[Array, State]) -> tuple[Array, State]:
         count, state = carry
+        if limit is None:
+            return count + 1, lax.platform_dependent(state, cuda=block, rocm=block, default=one_round)
         return count + 1, one_round(state)
 
-    return lax.while_loop(within, counted, (jnp.int32(0), state))[1]
+    return lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
 
 
 @functools.partial(jax.jit, static_argnames=("classes", "verify", "chunk", "logprobs", "top_logprobs"))

@@ -406,9 +406,9 @@ def _check_sampling(sampling: Sampling, rows: int, vocab: int) -> None:
     if not isinstance(sampling, Sampling):
         raise TypeError(f"sampling is a {type(sampling).__name__}; give a specjax.Sampling")
     for name, (holds, wanted) in _RANGES.items():
-        value: Any = getattr(sampling, name)
-        if value is None and name in PENALTIES:
+        if name in PENALTIES and getattr(sampling, name) is None:
             continue
+        value = getattr(sampling, name)
         if name == "seed" and is_key(value):
             if value.shape not in ((), (rows,)):
                 raise ValueError(f"seed has shape {value.shape}; give one key, or one per row: ({rows},)")
