@@ -9,6 +9,8 @@ from flax import struct
 from jax import Array, lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from specjax.platforms import by_platform
+
 LayerCache = tuple[Array, ...]
 """One layer's arrays ``[b, k, s, h]``: keys and values, or latents."""
 
@@ -76,7 +78,7 @@ def update(stored: LayerCache | None, new: LayerCache, start_b: Array) -> LayerC
     # On a GPU each update is a kernel, and a scatter is one kernel for all rows. On a TPU a scatter would copy and pad
     # the cache, and on a CPU it is a slow loop.
     on_tpu = functools.partial(row_by_row, constrain=_unpadded)
-    return lax.platform_dependent(stored, new, start_b, cuda=scattered, rocm=scattered, tpu=on_tpu, default=row_by_row)
+    return by_platform(stored, new, start_b, cuda=scattered, rocm=scattered, tpu=on_tpu, default=row_by_row)
 
 
 def scattered(stored: LayerCache, new: LayerCache, start_b: Array) -> LayerCache:

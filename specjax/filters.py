@@ -1,4 +1,4 @@
-"""Top-k and top-p without a sort: the least weight that a token must have.
+"""Top-k, top-p and min-p without a sort: the least weight that a token must have.
 
 A sort of the vocabulary is slow on every device. A threshold is enough, since ties stay together. Non-negative floats
 are ordered like their bit patterns, so a threshold is found to the last bit by a search over 30 bits. Each step sums
@@ -6,110 +6,156 @@ over the entries at or above some candidates.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from specjax.platforms import by_platform
 from specjax.sharding import open_parts
 
-BUCKETS, PER_BUCKET = 2048, 4
-"""A large vocabulary is dealt to so many buckets, of which the largest few entries are searched."""
-_LARGE = 4 * BUCKETS * PER_BUCKET  # entries; with fewer, a search of all of them is as fast
+LEVELS = ((128, 8), (2048, 4))
+"""A large vocabulary is dealt to so many buckets, of which so many largest entries are kept; these are dealt again."""
+SELDOM = "seldom"
+"""The named scope of a branch that few rounds take, for readers of the compiled program (``specjax.aot``)."""
+_LARGE = 32768  # entries; with fewer, a search of all of them is as fast
+_FEW = 2048  # entries; with fewer, small operations take longer than the pass over the entries
+
+
+class Filters(NamedTuple):
+    """What x distributions ask for, each ``[x, 1]``.
+
+    Attributes:
+      top_k: int32, how many tokens to keep, and those that tie with the last of them; 0 keeps all.
+      top_p: float32, the share of top-k's weight that the kept tokens must reach; 1 keeps all.
+      min_p: float32, the least share of the highest weight; 0 keeps all.
+      unused: bool, distributions whose result may be anything.
+    """
+
+    top_k: Array
+    top_p: Array
+    min_p: Array
+    unused: Array
+
+
+class Kept(NamedTuple):
+    """What filters keep of x distributions, each float32 ``[x, 1]``.
+
+    Attributes:
+      least: the least weight that is kept.
+      total: the sum of the weights that are kept.
+    """
+
+    least: Array
+    total: Array
 
 
 @jax.jit  # so that all draws of a round share one trace
-def least_kept(weights_xv: Array, total_x1: Array, top_k_x1: Array, top_p_x1: Array, ignored_x1: Array) -> Array:
-    """Returns float32 ``[x, 1]``, the least weight that top-k and then top-p keep.
+def keep(weights_xv: Array, total_x1: Array, filters: Filters) -> Kept:
+    """Returns what top-k, then top-p, then min-p keep.
 
     Args:
-      weights_xv: float32 from 0 to 1, x distributions that need not sum to 1.
+      weights_xv: float32 from 0 to 1, the highest 1: x distributions that need not sum to 1.
       total_x1: float32, their sums.
-      top_k_x1: int32, how many tokens to keep, and those that tie with the last of them; 0 keeps all.
-      top_p_x1: float32, the share of top-k's weight that the kept tokens must reach; 1 keeps all.
-      ignored_x1: bool, distributions whose threshold may be anything.
+      filters: what each asks for.
     """
     # On a CPU halvings are fastest. On a GPU the host would wait for a loop inside of a branch, and each step of the
     # search is a kernel or two. On a TPU each pass over a large vocabulary is dear.
-    tpu = functools.partial(search_all, bits=3)
+    tpu = functools.partial(among_all, bits=3)
     if weights_xv.shape[1] >= _LARGE and open_parts("tensor") == 1:
         tpu = among_largest  # where the vocabulary is not split over devices: sums of a split one are all that is sent
-    return lax.platform_dependent(
+    return by_platform(
         weights_xv,
         total_x1,
-        top_k_x1,
-        top_p_x1,
-        ignored_x1,
-        cpu=functools.partial(search_all, bits=1),
+        filters,
+        cpu=functools.partial(among_all, bits=1),
         tpu=tpu,
-        default=functools.partial(search_all, bits=3, unrolled=True),
+        default=functools.partial(among_all, bits=3, unrolled=True),
     )
 
 
-def search_all(
-    weights_xv: Array,
-    total_x1: Array,
-    top_k_x1: Array,
-    top_p_x1: Array,
-    ignored_x1: Array | None = None,
-    *,
-    bits: int,
-    unrolled: bool = False,
-) -> Array:
-    """Searches all entries, and finds ``bits`` in each step; arguments and result are those of ``least_kept``."""
-    del ignored_x1
-    return jnp.maximum(*_thresholds(weights_xv, total_x1, top_k_x1, top_p_x1, bits, unrolled))
+def among_all(weights_xv: Array, total_x1: Array, filters: Filters, *, bits: int, unrolled: bool = False) -> Kept:
+    """Searches all entries, and finds ``bits`` in each step; the rest is as in ``keep``."""
+    return _search(weights_xv, total_x1, filters, bits, unrolled)[0]
 
 
-def among_largest(weights_xv: Array, total_x1: Array, top_k_x1: Array, top_p_x1: Array, ignored_x1: Array) -> Array:
-    """Searches the largest entries of each bucket, and all entries only if these do not suffice.
+def among_largest(weights_xv: Array, total_x1: Array, filters: Filters) -> Kept:
+    """Searches the largest entries of few buckets; if they do not suffice, those of many buckets, then all entries.
 
-    Arguments and result are those of ``least_kept``. Entries that are left out are at most ``bound``, the largest last
-    entry of a bucket. So a threshold above ``bound`` is exact. Example, top-k of 50: all entries are searched if 4 of
-    the 50 are in one of the 2048 buckets, which one of 37,000 distributions has if tokens are dealt at random.
+    Arguments and result are those of ``keep``. Entries that are left out are at most ``bound``, the largest last entry
+    of a bucket. So thresholds above ``bound`` are exact. Example, top-k of 50: more entries are searched if 8 of the 50
+    are in one of the 128 buckets, which one of 700,000 distributions has if tokens are dealt at random.
     """
-    largest_xn, bound_x1 = _largest_of_buckets(weights_xv)
-    kth_x1, last_x1 = _thresholds(largest_xn, total_x1, top_k_x1, top_p_x1, bits=3)
-    found_x1 = jnp.maximum(kth_x1, last_x1)
-    exact_x1 = ((top_k_x1 == 0) | (kth_x1 > bound_x1)) & ((top_p_x1 == 1) | (last_x1 > bound_x1)) | ignored_x1
-    # A row takes the exact result of its buckets whatever other rows need: the other sums are rounded differently.
-    return lax.cond(
-        jnp.all(exact_x1),
-        lambda: found_x1,
-        lambda: jnp.where(exact_x1, found_x1, search_all(weights_xv, total_x1, top_k_x1, top_p_x1, bits=3)),
-    )
+
+    def search(entries_xn: Array, bound_x1: Array) -> tuple[Kept, Array]:
+        bits = 5 if entries_xn.shape[1] < _FEW else 3
+        kept, (kth_x1, last_x1) = _search(entries_xn, total_x1, filters, bits)
+        exact_x1 = (filters.top_k == 0) | (kth_x1 > bound_x1)
+        exact_x1 &= (filters.top_p == 1) | (last_x1 > bound_x1)
+        return kept, exact_x1 & (kept.least > bound_x1) | filters.unused
+
+    kept, exact_x1 = search(*_largest_of_buckets(weights_xv, *LEVELS[0]))
+    for level in LEVELS[1:]:
+        kept, exact_x1 = _unless(exact_x1, kept, lambda level=level: search(*_largest_of_buckets(weights_xv, *level)))
+    return _unless(exact_x1, kept, lambda: search(weights_xv, jnp.full_like(total_x1, -1.0)))[0]
 
 
-def _largest_of_buckets(weights_xv: Array) -> tuple[Array, Array]:
-    """Returns the largest entries of each bucket, ``[x, n]``, and a bound ``[x, 1]`` of all other entries."""
-    rows, vocab = weights_xv.shape
-    dealt = weights_xv[:, : vocab - vocab % BUCKETS].reshape(rows, -1, BUCKETS)
+def _unless(exact_x1: Array, kept: Kept, search: Callable[[], tuple[Kept, Array]]) -> tuple[Kept, Array]:
+    """Searches again if any result is not exact; returns results and whether each is exact.
+
+    A row keeps an exact result whatever other rows need: sums over more entries are rounded differently.
+    """
+
+    def again() -> tuple[Kept, Array]:
+        other, other_exact_x1 = search()
+        return jax.tree.map(functools.partial(jnp.where, exact_x1), kept, other), exact_x1 | other_exact_x1
+
+    with jax.named_scope(SELDOM):
+        return lax.cond(jnp.all(exact_x1), lambda: (kept, exact_x1), again)
+
+
+def _largest_of_buckets(weights_xn: Array, buckets: int, count: int) -> tuple[Array, Array]:
+    """Returns the largest entries of each bucket, ``[x, m]``, and a bound ``[x, 1]`` of all other entries."""
+    rows, entries = weights_xn.shape
+    whole_xn = jnp.pad(weights_xn, ((0, 0), (0, -entries % buckets)), constant_values=-1.0)
+    dealt = whole_xn.reshape(rows, -1, buckets)
     none = jnp.full_like(dealt, -1.0)
-    # One pass over the entries: a reduction that carries the four largest, in order.
-    best = lax.reduce([dealt, none, none, none], [jnp.float32(-1.0)] * PER_BUCKET, _merge, (1,))
-    rest = weights_xv[:, vocab - vocab % BUCKETS :]
-    return jnp.concatenate([*best, rest], axis=1), jnp.max(best[-1], axis=1, keepdims=True)
+    # One pass over the entries: a reduction that carries the largest, in order.
+    best = lax.reduce([dealt] + [none] * (count - 1), [jnp.float32(-1.0)] * count, _merge, (1,))
+    return jnp.concatenate(best, axis=1), jnp.max(best[-1], axis=1, keepdims=True)
 
 
 def _merge(first: Sequence[Array], second: Sequence[Array]) -> tuple[Array, ...]:
-    """Returns the four largest of two descending quadruples, descending (half of Batcher's bitonic merge)."""
-    a, b, c, d = (jnp.maximum(x, y) for x, y in zip(first, reversed(second), strict=True))
-    a, c, b, d = jnp.maximum(a, c), jnp.minimum(a, c), jnp.maximum(b, d), jnp.minimum(b, d)
-    return jnp.maximum(a, b), jnp.minimum(a, b), jnp.maximum(c, d), jnp.minimum(c, d)
+    """Returns the n largest of twice n values, all descending; n is a power of 2 (half of Batcher's bitonic merge)."""
+    best = [jnp.maximum(x, y) for x, y in zip(first, reversed(second), strict=True)]
+    apart = len(best) // 2
+    while apart:
+        for i in range(len(best)):
+            if not i & apart:
+                x, y = best[i], best[i + apart]
+                best[i], best[i + apart] = jnp.maximum(x, y), jnp.minimum(x, y)
+        apart //= 2
+    return tuple(best)
 
 
-def _thresholds(
-    weights_xn: Array, total_x1: Array, top_k_x1: Array, top_p_x1: Array, bits: int, unrolled: bool = False
-) -> tuple[Array, Array]:
-    """Returns the thresholds of top-k and of top-p after it, each 0 where it keeps all."""
-    kth_x1 = _largest(weights_xn, jnp.ones_like(weights_xn), top_k_x1.astype(jnp.float32), bits, unrolled)
-    kth_x1 = jnp.where(top_k_x1 == 0, 0.0, kth_x1)
+def _search(
+    weights_xn: Array, total_x1: Array, filters: Filters, bits: int, unrolled: bool = False
+) -> tuple[Kept, tuple[Array, Array]]:
+    """Returns what is kept, and the thresholds of top-k and of top-p after it, each 0 where it keeps all."""
+    no_top_k_x1 = filters.top_k == 0
+    kth_x1 = _largest(weights_xn, jnp.ones_like(weights_xn), filters.top_k.astype(jnp.float32), bits, unrolled)
+    kth_x1 = jnp.where(no_top_k_x1, 0.0, kth_x1)
     kept_xn = jnp.where(weights_xn >= kth_x1, weights_xn, 0.0)
-    total_x1 = jnp.where(top_k_x1 == 0, total_x1, jnp.sum(kept_xn, axis=1, keepdims=True))
-    last_x1 = _largest(weights_xn, kept_xn, top_p_x1 * total_x1, bits, unrolled)
+    total_x1 = jnp.where(no_top_k_x1, total_x1, jnp.sum(kept_xn, axis=1, keepdims=True))
+    last_x1 = _largest(weights_xn, kept_xn, filters.top_p * total_x1, bits, unrolled)
     # At top_p = 1 all tokens stay; rounding of the sum would drop the least likely.
-    return kth_x1, jnp.where(top_p_x1 == 1, 0.0, last_x1)
+    last_x1 = jnp.where(filters.top_p == 1, 0.0, last_x1)
+    # No filter drops the most likely token, and its weight is 1.
+    least_x1 = jnp.maximum(jnp.maximum(kth_x1, last_x1), filters.min_p)
+    kept_x1 = jnp.sum(jnp.where(weights_xn >= least_x1, weights_xn, 0.0), axis=1, keepdims=True)
+    return Kept(least_x1, kept_x1), (kth_x1, last_x1)
 
 
 def _largest(weights_xn: Array, counted_xn: Array, wanted_x1: Array, bits: int, unrolled: bool) -> Array:

@@ -232,12 +232,11 @@ def warp(logits_btv: Array, sampling: Sampling) -> Array:
         unfiltered_x1 = (top_k_x1 == 0) & (top_p_x1 == 1) & (min_p_x1 == 0)
 
         def filtered() -> Array:
-            ignored_x1 = unfiltered_x1 | greedy_x1
-            least_x1 = filters.least_kept(weights_xv, total_x1, top_k_x1, top_p_x1, ignored_x1)
-            # No filter drops the most likely token, and its weight is 1.
-            kept_xv = jnp.where(weights_xv >= jnp.maximum(least_x1, min_p_x1), weights_xv, 0.0)
+            asked = filters.Filters(top_k_x1, top_p_x1, min_p_x1, unfiltered_x1 | greedy_x1)
+            kept = filters.keep(weights_xv, total_x1, asked)
+            kept_xv = jnp.where(weights_xv >= kept.least, weights_xv, 0.0)
             # A row without filters keeps its exact bits, whatever the other rows ask for.
-            kept_x1 = jnp.where(unfiltered_x1, total_x1, jnp.sum(kept_xv, axis=-1, keepdims=True))
+            kept_x1 = jnp.where(unfiltered_x1, total_x1, kept.total)
             return jnp.where(unfiltered_x1, weights_xv, kept_xv) / kept_x1
 
         probs_xv = lax.cond(jnp.all(unfiltered_x1), lambda: weights_xv / total_x1, filtered)

@@ -209,6 +209,20 @@ def test_a_branch_that_nothing_decides_is_the_dearest_and_is_reported():
     assert taken.undecided == ["attended"] and "attended.2" in names  # the whole cache, not a slice
 
 
+def test_a_branch_that_few_rounds_take_does_not_count():
+    """What it runs says so: its names, of which XLA keeps more than of the conditional's own."""
+    named = 'metadata={op_name="jit(keep)/seldom/cond/branch_0_fun/while"}'
+    program = PROGRAM.replace("conditional(%is_sampled", "conditional(%unsaid").replace(
+        "  %is_sampled = pred[] fusion(%temperature.3), kind=kLoop, calls=%sampled.1",
+        '  %unsaid = pred[] custom-call(%length.3), custom_call_target="unknowable"',
+    )
+    seldom = program.replace("body=%halve\n", f"body=%halve, {named}\n")
+    assert seldom != program and "heavy" not in runs(0.0, text=seldom)
+    taken = rounds.TakenPath((1, 2, 3), 1, lambda i: len(i.name))
+    names = {run.instruction.name for run in taken.runs(read(program)[2].frame)}
+    assert "drawn" in taken.undecided and "heavy" in names
+
+
 def test_rounds_in_blocks_are_found():
     body = PROGRAM[PROGRAM.index("%round (") :].split("}\n")[0] + "}\n"
     outer = body.replace("%round (", "%block (").split("\n")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from specjax.aot.hlo import Computation, Instruction, Module, Shape
 from specjax.aot.values import Frame
+from specjax.filters import SELDOM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +111,10 @@ class Run:
 class TakenPath:
     """The path of a round through its branches, when all rows ask for the same.
 
-    A conditional takes the branch that the request's values give (``specjax.aot.values``). If they do not say, and
-    there is a branch for each attention window, it takes the smallest window that holds the tokens in use. If that does
-    not say either, it takes the branch of most cost, and its name is listed in ``undecided``.
+    A conditional takes the branch that the request's values give (``specjax.aot.values``). If they do not say, it takes
+    the shorter branch in the scope ``filters.SELDOM``; and if there is a branch for each attention window, the smallest
+    window that holds the tokens in use. Elsewhere it takes the branch of most cost, and its name is listed in
+    ``undecided``.
 
     Args:
       windows: the attention windows, ascending.
@@ -147,6 +149,10 @@ class TakenPath:
         if known is not None:
             return known
         branches = conditional.branches
+        # XLA may merge the conditional's own name with others; those of what it runs stay.
+        if any(f"/{SELDOM}/cond/" in i.op_name for branch in branches for i in branch):
+            sizes = [len(list(scheduled(branch))) for branch in branches]
+            return sizes.index(min(sizes))
         if len(branches) == len(self.windows):
             return next(i for i, window in enumerate(self.windows) if window >= self.used)
         self.undecided.append(conditional.name)

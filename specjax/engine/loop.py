@@ -18,6 +18,7 @@ from specjax import verify as verify_lib
 from specjax.engine import round as round_lib
 from specjax.engine.request import Prompts, check_rule, lay_out, lay_out_more
 from specjax.engine.state import State
+from specjax.platforms import by_platform, platform_of
 from specjax.sampling import Sampling
 from specjax.sharding import ROWS, WHOLE, by_rows, gathered
 from specjax.types import Drafter, Generation, LanguageModel, VerifyRule
@@ -60,7 +61,7 @@ def _rounds(
     def body(carry: tuple[Array, State]) -> tuple[Array, State]:
         count, state = carry
         if limit is None:
-            return count + 1, lax.platform_dependent(state, cuda=block, rocm=block, default=one_round)
+            return count + 1, by_platform(state, cuda=block, rocm=block, default=one_round)
         return count + 1, one_round(state)
 
     return lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
@@ -148,7 +149,8 @@ def generate(
         target, drafter, prompts, lengths, sampling, max_new_tokens, stop_tokens, slots, logprobs, top_logprobs
     )
     classes = classes_key(target, drafter)
-    return _generate_jit(target, prompt_bs, request, drafter, classes=classes, verify=verify, **static)
+    with platform_of(target):
+        return _generate_jit(target, prompt_bs, request, drafter, classes=classes, verify=verify, **static)
 
 
 def prefill(
@@ -171,7 +173,8 @@ def prefill(
     prompt_bs, request, static = lay_out(
         target, drafter, prompts, lengths, sampling, max_new_tokens, stop_tokens, slots, logprobs, top_logprobs
     )
-    return _prefill_jit(target, prompt_bs, request, drafter, classes=classes_key(target, drafter), **static)
+    with platform_of(target):
+        return _prefill_jit(target, prompt_bs, request, drafter, classes=classes_key(target, drafter), **static)
 
 
 def step(
@@ -215,7 +218,8 @@ def run(
         _check_rounds(rounds)
     # The limit is traced: another number of rounds compiles nothing, but None is another program.
     limit = None if rounds is None else jnp.int32(rounds)
-    return _rounds_jit(target, state, drafter, limit, classes=classes_key(target, drafter), verify=verify)
+    with platform_of(target):
+        return _rounds_jit(target, state, drafter, limit, classes=classes_key(target, drafter), verify=verify)
 
 
 def _check_rounds(rounds: Any) -> None:
@@ -253,7 +257,8 @@ def extend(
     """
     new_bt, count_b, limit_b, chunk = lay_out_more(target, drafter, state, tokens, lengths, max_new_tokens)
     classes = classes_key(target, drafter)
-    return _extend_jit(target, state, new_bt, count_b, limit_b, drafter, classes=classes, chunk=chunk)
+    with platform_of(target):
+        return _extend_jit(target, state, new_bt, count_b, limit_b, drafter, classes=classes, chunk=chunk)
 
 
 def stream(

@@ -11,6 +11,7 @@ from flax import nnx
 from jax import Array, lax
 
 from specjax.cache import LayerCache, Stored, update
+from specjax.platforms import by_platform
 from specjax.transformer import flash
 from specjax.transformer.config import DecoderConfig, LayerConfig
 from specjax.transformer.layers import Linear, RMSNorm, declare, make_norm, normal, rotate, softcap
@@ -78,7 +79,7 @@ def attend(
     if _by_hand() == "xla" or keys_bksh.shape[2] == t or not flash.serves(query, keys_bksh, value_width):
         out = by_xla(query, stored, feed)
     else:
-        out = lax.platform_dependent(query, stored, feed, cuda=by_kernel, default=by_xla)
+        out = by_platform(query, stored, feed, cuda=by_kernel, default=by_xla)
     return out.reshape(b, n, t, value_width)
 
 

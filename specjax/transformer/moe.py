@@ -12,6 +12,7 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
+from specjax.platforms import by_platform
 from specjax.sharding import open_parts
 from specjax.transformer.config import Activation, DecoderConfig, ExpertsConfig
 from specjax.transformer.layers import ACTIVATIONS, MLP, Linear, declare, normal
@@ -81,7 +82,7 @@ def _run(
 ) -> Array:
     # Two programs for one result. On a CPU XLA's ragged products read every expert, which makes one token 20 times
     # slower (docs/performance.md). On a GPU every branch of the loop over experts would wait for the host.
-    return lax.platform_dependent(
+    return by_platform(
         x_md,
         chosen_mc,
         weights_mc,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array, lax
 
+from specjax.platforms import by_platform
 from specjax.quantized import Quantized
 
 Kernel = Array | Quantized
@@ -40,7 +41,7 @@ def product(x: Array, kernel: Kernel, dtype: jnp.dtype | None = None, *, transpo
     ways = {name: functools.partial(way, dtype=dtype) for name, way in ways.items()}
     if isinstance(kernel, Array) and x.size > x.shape[-1]:
         return ways["default"](x, kernel)
-    return lax.platform_dependent(x, kernel, **ways)
+    return by_platform(x, kernel, **ways)
 
 
 def ragged_product(x_nd: Array, kernels: Kernel, sizes_e: Array, expert_n: Array) -> Array:

@@ -1,0 +1,45 @@
+"""The one seam for choices by platform: a function has one way for each kind of device, all with the same result."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+_GPUS = ("cuda", "rocm")
+
+
+def by_platform(*args: Any, default: Callable[..., Any], **ways: Callable[..., Any]) -> Any:
+    """Returns what the way of the platform makes of ``args``, as ``lax.platform_dependent`` does.
+
+    That function traces all ways, which doubles the time that ``generate`` takes to trace. So it is asked only where
+    the platform is not known yet: without a mesh and outside of ``platform_of``.
+
+    Args:
+      *args: what the way is called with.
+      default: the way of platforms that have none.
+      **ways: by platform: cpu, tpu, cuda or rocm.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return lax.platform_dependent(*args, default=default, **ways)
+    if device.platform != "gpu":
+        return ways.get(device.platform, default)(*args)
+    of_gpus = {name: way for name, way in ways.items() if name in _GPUS}
+    return lax.platform_dependent(*args, default=default, **of_gpus) if of_gpus else default(*args)
+
+
+def platform_of(tree: Any) -> contextlib.AbstractContextManager[Any]:
+    """Returns a context in which ``by_platform`` knows the platform of the first array of ``tree``.
+
+    It changes nothing if a mesh is set, or inside of ``jit``.
+    """
+    leaf = next((x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)), None)
+    if leaf is None or isinstance(leaf, jax.core.Tracer) or not jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    device = next(iter(leaf.devices()))
+    return use_abstract_mesh(
+        AbstractMesh((), (), abstract_device=AbstractDevice(device.device_kind, None, device.platform))
+    )
