@@ -4,6 +4,7 @@ Readers are tested on short texts. Programs are compiled in processes of their o
 for an H100 if jax's CUDA plugin is; nothing needs a device.
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -11,16 +12,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from specjax.aot import cost, hlo, promises, rounds, thunks
-from specjax.aot.programs import SAMPLING, SMALL, Setting, draft_config, eagle_head, held_bytes, ideal_bytes
+from specjax.aot.programs import SAMPLING, SMALL, Setting, draft_config, eagle_head, held_bytes, ideal_bytes, model
 from specjax.aot.report import check_memory
 from specjax.aot.topology import TOPOLOGIES
 from specjax.aot.values import Frame
 from specjax.commands import aot, aot_table
 from specjax.commands.aot_table import extrapolate
 from specjax.commands.plan import open_config
+from specjax.quantized import KINDS, quantize
 
 ROOT = Path(__file__).parent.parent
 needs_tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu: pip install -e '.[aot]'")
@@ -445,6 +448,18 @@ def test_ideal_bytes_are_weights_and_what_is_used():
         assert 1.5 * extra < again <= 2 * extra
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantised_weights_are_counted_as_they_are_stored(kind):
+    """Embeddings are tied, so a pass reads every parameter once."""
+    target = dataclasses.replace(SMALL, tie_word_embeddings=True)
+    setting = Setting(target, TOPOLOGIES["v5e:2x2"], "none", quantize=kind)
+    bits = {"int4": 4, "bfloat16": 16, "float32": 32}
+    leaves = jax.tree.leaves(quantize(model(target), kind).params)
+    stored = sum(x.size * bits.get(str(x.dtype), 8) for x in leaves) / 8
+    entries = setting.used * target.num_hidden_layers * 2 * target.kv_heads * target.head_width * 2
+    assert ideal_bytes(setting) - entries == pytest.approx(stored, rel=0.01)
+
+
 def test_a_request_names_its_values():
     for name, sampling in SAMPLING.items():
         known = Setting(SMALL, TOPOLOGIES["h100"], sampling=name).known
@@ -477,6 +492,7 @@ def test_two_depths_give_any_depth():
         (["--tensor", "3"], "tensor=3 does not divide"),
         (["--rows", "1", "8"], "--rows has 2 numbers"),
         (["--table", "x", "--depths", "2", "2"], "--depths has [2, 2]; give one"),
+        (["--table", "x", "--quantize", "int8"], "--quantize and --table are given"),
         (["--target", "llama-3.3-70b"], "the model does not fit"),
     ],
 )

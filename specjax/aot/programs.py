@@ -18,6 +18,7 @@ from specjax.drafters.ngram import NGramDrafter
 from specjax.engine.loop import lower
 from specjax.planning import Mesh as PlannedMesh
 from specjax.planning import Model, check_mesh, forward, token_bytes, weights
+from specjax.quantized import Kind, quantize
 from specjax.sampling import Sampling
 from specjax.sharding import RULES, make_mesh, shardings
 from specjax.transformer.config import DecoderConfig, LayerConfig
@@ -56,6 +57,7 @@ class Setting:
       used: tokens of each row in the round that is looked at.
       num_draft: drafts of a round.
       tensor: devices that the target is split over.
+      quantize: how the target's weights are stored: a kind of ``specjax.quantize``; None: bfloat16.
 
     Raises:
       ValueError: a number is out of its range, a name is unknown, or the devices do not divide the target.
@@ -70,6 +72,7 @@ class Setting:
     used: int = 512
     num_draft: int = 4
     tensor: int = 1
+    quantize: Kind | None = None
 
     def __post_init__(self):
         for name, choices in (("drafter", DRAFTERS), ("sampling", tuple(SAMPLING))):
@@ -98,6 +101,11 @@ class Setting:
     @property
     def mesh(self) -> PlannedMesh:
         return PlannedMesh(tensor=self.tensor)
+
+    @property
+    def planned(self) -> Model:
+        """The target as ``specjax.planning`` counts it."""
+        return Model(self.target, weights="float8" if self.quantize == "fp8" else self.quantize or "bfloat16")
 
     @property
     def known(self) -> dict[str, Any]:
@@ -170,6 +178,8 @@ def lowered(setting: Setting) -> jax.stages.Lowered:
     """Returns the program, lowered for the first devices of the topology."""
     mesh = make_mesh(tensor=setting.tensor, devices=devices(setting.topology))
     target, drafter = model(setting.target), make_drafter(setting)
+    if setting.quantize:
+        target = quantize(target, setting.quantize)
     return lower(
         _placed(target, mesh, RULES),
         np.ones((setting.rows, PROMPT), np.int32),
@@ -219,12 +229,12 @@ def _init_of(drafter: Drafter | None, target: LanguageModel, rows: int, slots: i
 def ideal_bytes(setting: Setting) -> float:
     """Returns what a round has to read on one device: weights once a pass, and the keys and values in use."""
 
-    def read(config: DecoderConfig, mesh: PlannedMesh, tokens: int) -> float:
-        return forward(Model(config), mesh, setting.rows, tokens, setting.used - tokens).read
+    def read(planned: Model, mesh: PlannedMesh, tokens: int) -> float:
+        return forward(planned, mesh, setting.rows, tokens, setting.used - tokens).read
 
-    total = read(setting.target, setting.mesh, setting.drafts + 1)
+    total = read(setting.planned, setting.mesh, setting.drafts + 1)
     if setting.drafter == "model":
-        total += setting.num_draft * read(draft_config(setting.target), PlannedMesh(), 1)
+        total += setting.num_draft * read(Model(draft_config(setting.target)), PlannedMesh(), 1)
     if setting.drafter == "eagle":
         # The target's states are fused once; the layer runs once over them and once for each draft but the first.
         head = eagle_head(setting.target)
@@ -240,7 +250,7 @@ def held_bytes(setting: Setting) -> float:
     def cache(config: DecoderConfig, mesh: PlannedMesh) -> float:
         return setting.rows * setting.slots * config.num_hidden_layers * token_bytes(Model(config), mesh)
 
-    total = weights(Model(setting.target), setting.mesh).held + cache(setting.target, setting.mesh)
+    total = weights(setting.planned, setting.mesh).held + cache(setting.target, setting.mesh)
     if setting.drafter == "model":
         draft = draft_config(setting.target)
         total += weights(Model(draft)).held + cache(draft, PlannedMesh())

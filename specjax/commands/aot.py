@@ -14,6 +14,7 @@ from specjax.commands.aot_table import table
 from specjax.commands.console import Parser, add_ignored_keys, write_whole
 from specjax.hf.config import read_config
 from specjax.planning import CONFIGS
+from specjax.quantized import KINDS
 from specjax.transformer import DecoderConfig
 
 ABOUT = """Compiles `generate` for a TPU or GPU that need not exist, reports what a round is, and checks its structure.
@@ -35,6 +36,8 @@ def main(argv: list[str] | None = None, prog: str = "aot.py") -> int:
         target = _open_target(args)
         prepare(topology, args.flags)
         if args.table:
+            if args.quantize:
+                raise ValueError("--quantize and --table are given: give one of them")
             return table(args.table, args.topology, args.tensor, args.target or "small", target, args.rows, args.depths)
         setting = Setting(
             target if args.layers is None else with_layers(target, args.layers),
@@ -46,6 +49,7 @@ def main(argv: list[str] | None = None, prog: str = "aot.py") -> int:
             args.used,
             args.num_draft,
             args.tensor,
+            args.quantize,
         )
         # A large cache on several chips is moved by XLA's own choice, which only its size can change.
         moves = args.most_moves if args.most_moves is not None else (None if args.target else MOST_MOVES)
@@ -76,6 +80,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--layers", type=int, metavar="N", help="cut the target to its first N layers")
     parser.add_argument("--drafter", choices=DRAFTERS, default="ngram", help="default: %(default)s")
+    parser.add_argument("--quantize", choices=KINDS, help="store the target's weights so; default: bfloat16")
     parser.add_argument("--num-draft", type=int, default=4, metavar="G", help="drafts of a round; default: %(default)s")
     parser.add_argument(
         "--rows", type=int, nargs="+", default=[1], metavar="N", help="rows of the batch; several with --table alone"

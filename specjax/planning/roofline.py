@@ -19,9 +19,9 @@ from specjax.transformer.decoder import abstract_params
 
 # int4: half a byte, and a float32 scale for each 128 (``specjax.quantized``).
 BYTES = {"float32": 4, "bfloat16": 2, "float8": 1, "int8": 1, "int4": 0.5 + 4 / 128}
-# All-reduces, of one number per token each, that a split vocabulary costs. docs/distributed.md counts them in the
-# loop: filters search two thresholds, top-k's and top-p's, in 30 steps each.
-WARP = {"greedy": 2, "temperature": 5, "filters": 5 + 3 + 2 * 30}
+# All-reduces that a split vocabulary costs, as docs/distributed.md counts them in the loop. Filters search two
+# thresholds, top-k's and top-p's, in 10 steps each on an accelerator, and sum what each keeps.
+WARP = {"greedy": 2, "temperature": 2, "filters": 2 + 2 + 2 * 10}
 DRAW = 2
 
 
