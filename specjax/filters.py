@@ -72,13 +72,19 @@ def keep(weights_xv: Array, total_x1: Array, filters: Filters) -> Kept:
         filters,
         cpu=functools.partial(among_all, bits=1),
         tpu=tpu,
-        default=functools.partial(among_all, bits=3, unrolled=True),
+        default=without_loop,
     )
 
 
 def among_all(weights_xv: Array, total_x1: Array, filters: Filters, *, bits: int, unrolled: bool = False) -> Kept:
     """Searches all entries, and finds ``bits`` in each step; the rest is as in ``keep``."""
     return _search(weights_xv, total_x1, filters, bits, unrolled)[0]
+
+
+def without_loop(weights_xv: Array, total_x1: Array, filters: Filters) -> Kept:
+    """Searches all entries in steps that are unrolled; the rest is as in ``keep``."""
+    # A branch of cheap operations alone becomes a select, and XLA would run it in every round. A barrier prevents that.
+    return among_all(lax.optimization_barrier(weights_xv), total_x1, filters, bits=3, unrolled=True)
 
 
 def among_largest(weights_xv: Array, total_x1: Array, filters: Filters) -> Kept:
