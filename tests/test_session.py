@@ -89,7 +89,7 @@ def test_greedy_text_is_that_of_generate_with_every_drafter(spec, opened, folder
 def test_a_folder_and_a_drafter_serve_as_well_as_their_names(opened, folder):
     wanted = continued(opened, "a", 12)
     drafter = specjax.load_drafter("early-exit:1", opened, 2)
-    assert specjax.Session(folder, drafter).complete("a", 12, **GREEDY).text == wanted
+    assert specjax.Session(folder, drafter, slots=SLOTS).complete("a", 12, **GREEDY).text == wanted
     assert specjax.Session(str(folder), "early-exit:2").complete("a", 12, **GREEDY).text == wanted
 
 
