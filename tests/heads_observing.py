@@ -1,12 +1,12 @@
 """What tests of draft heads share: prompts read in one pass, rounds without drafts, and faults of ``observe``."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jitted import jit
 
 import specjax
 from specjax.drafters.chain import place
@@ -65,7 +65,7 @@ def _assert_drafts_as_if_read_anew(target, state, drafter):
 # ``jit`` may confuse drafters of different classes with equal fields, so the class is an argument.
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@jit(static_argnums=0)
 def _proposed(kind, target, state, drafter):
     """Returns the drafter's proposal, and the one after it read all tokens of each row but the last in one pass."""
     del kind
@@ -85,7 +85,7 @@ def _proposed(kind, target, state, drafter):
     return found, wanted
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@jit(static_argnums=0)
 def _round_alone(kind, target, state, drafter, next_b):
     """Returns the state after a round that emits ``next_b`` without any drafts; -1 lets a row rest."""
     del kind

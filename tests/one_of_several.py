@@ -9,7 +9,6 @@ from pathlib import Path
 import conftest  # noqa: F401  (the suite's strictness, and its compilations)
 import jax
 import numpy as np
-from test_train_script import MODULES
 
 import specjax
 from specjax.commands import hosts, stdlib
@@ -38,6 +37,8 @@ def talk(argv):
 
 def train(argv):
     """Trains on a small corpus; optax raises a decay rate to the power of a step count."""
+    from test_train_script import MODULES  # which takes half a second, and is nothing to those that talk
+
     stdlib.modules = lambda: MODULES
     with jax.numpy_dtype_promotion("standard"):
         sys.exit(importlib.import_module("specjax.commands.train").main(argv))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_model
+from jitted import jit
 
 from specjax import cache as cache_lib
 from specjax.transformer.config import DecoderConfig
@@ -88,7 +89,7 @@ def test_allocate_gives_each_layer_empty_arrays():
 # Garbage in a decoder's cache.
 
 CONFIG = DecoderConfig(19, 16, 24, 2, 4, 2, max_position_embeddings=64)
-_forward = jax.jit(
+_forward = jit(
     lambda model, tokens_bt, cache, start_b: model.forward(model.params, whole_feed(tokens_bt, start_b), cache),
 )
 

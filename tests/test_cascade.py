@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import struct
 from jax import lax
+from jitted import jit
 from stateless import Stateless
 from test_compiled import arguments, copies, outer_loops
 from test_compiled import decoder as tiny_decoder
@@ -156,7 +157,7 @@ def rounds(target, drafter, prompts, number):
     state = specjax.prefill(
         target, prompt, length, drafter=drafter, sampling=sampling, max_new_tokens=50, slots=SLOTS + 16
     )
-    step = jax.jit(functools.partial(specjax.step, drafter=drafter))  # shared, it might confuse classes: extending.md
+    step = jit(functools.partial(specjax.step, drafter=drafter))  # shared, it might confuse classes: extending.md
     for _ in range(number):
         before, state = state, step(target, state)
         drafted, accepted = (

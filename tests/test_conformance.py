@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from every_rule import EveryRule
 from test_compiled import compilations
 
 import specjax
-from specjax import Cascade, EarlyExitDrafter, FeatureDrafter, MedusaDrafter, ModelDrafter, NGramDrafter, verify
+from specjax import Cascade, EarlyExitDrafter, FeatureDrafter, MedusaDrafter, ModelDrafter, NGramDrafter
 from specjax.drafters.eagle import EagleHead
 from specjax.drafters.medusa import init_medusa_params
 from specjax.drafters.mtp import MTPConfig, MTPDrafter, MTPHead, init_mtp_params
@@ -92,12 +93,13 @@ DRAFTERS = {
 every_drafter = pytest.mark.parametrize("drafter", DRAFTERS.values(), ids=DRAFTERS)
 
 
-def generate(drafter, rule=verify.block, order=(0, 1, 2, 3), temperature=(0.0, 1.0, 0.7, 1.3), **settings):
+def generate(drafter, rule=EveryRule(), order=(0, 1, 2, 3), temperature=(0.0, 1.0, 0.7, 1.3), **settings):
     """Continues the prompts in an order; temperature, room and seed go with the prompt."""
     order = np.asarray(order)
     prompt_bt, length_b = specjax.pad_prompts([PROMPTS[row] for row in order])
     sampling = specjax.Sampling(np.float32(temperature)[order], seed=order + 9)
     options = {"drafter": drafter, "verify": rule, "sampling": sampling, "max_new_tokens": np.int32(LIMITS)[order]}
+    options["stop_tokens"] = np.full((len(order), 1), -1)  # none, by the program that has one
     return specjax.generate(TARGET, prompt_bt, length_b, **options | settings)
 
 
@@ -107,9 +109,9 @@ def texts(out):
 
 @every_drafter
 def test_text_is_that_of_plain_decoding(drafter):
-    """Under ``coupled`` also where it is drawn; rows end at their limits."""
-    out = generate(drafter, verify.coupled)
-    assert texts(out) == texts(generate(None, verify.coupled))
+    """Greedy under every rule, and drawn under ``coupled``; rows end at their limits."""
+    out = generate(drafter)
+    assert texts(out) == texts(generate(None))
     assert out.lengths.tolist() == [len(p) + n for p, n in zip(PROMPTS, LIMITS, strict=True)]
     assert 0 < out.stats.accepted.sum() < out.stats.drafted.sum()
 
@@ -133,7 +135,7 @@ def test_greedy_text_ends_at_the_stop_token_of_plain_decoding(drafter):
 @every_drafter
 def test_a_row_does_not_depend_on_its_neighbours(drafter):
     """Nor on its place; and neither another request nor other parameters compile the loop again."""
-    run = functools.partial(generate, stop_tokens=stop())  # the program of the test before this one
+    run = functools.partial(generate, stop_tokens=stop())
     together = run(drafter)
     with compilations() as names:
         others = jax.block_until_ready(run(drafter, order=(2, 3, 3, 0), temperature=(1.5, 0.0, 0.7, 0.9)))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import specjax
+from specjax.commands import __main__ as commands
 from specjax.commands import places
 from specjax.commands.__main__ import COMMANDS, main
 
@@ -42,15 +43,26 @@ def test_what_is_no_command_is_refused(argv, capsys):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_runs_by_the_console_and_by_its_script(name):
-    """Both print the same help, by their own names."""
+def test_a_command_runs_by_the_console_and_by_its_script(name, monkeypatch, capsys):
+    """Both print the same help, by their own names. The script is a process, the console's entry point a call."""
     (script,) = (ROOT / "scripts").glob(f"{name}*.py")
+    monkeypatch.setattr(commands, "_set_signals", lambda command: None)  # this process keeps its handlers
+    status, console, _ = printed(capsys, name, "--help")
     pages = []
-    for argv, prog in (([script], script.name), (["-m", "specjax.commands", name], f"specjax {name}")):
-        done = subprocess.run([sys.executable, *argv, "--help"], capture_output=True, text=True, cwd=ROOT, check=True)
-        assert done.stdout.startswith(f"usage: {prog} [-h]")
-        pages.append("".join(done.stdout.replace(prog, "PROG").split()))
-    assert pages[0] == pages[1]
+    for page, prog in ((helped(script), script.name), (console, f"specjax {name}")):
+        assert page.startswith(f"usage: {prog} [-h]")
+        pages.append("".join(page.replace(prog, "PROG").split()))
+    assert status == 0 and pages[0] == pages[1]
+
+
+def test_the_package_runs_as_a_module():
+    assert helped("-m", "specjax.commands", "plan").startswith("usage: specjax plan [-h]")
+
+
+def helped(*argv):
+    """Returns the help of a command in a process of its own."""
+    command = [sys.executable, *argv, "--help"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
 
 
 @pytest.mark.parametrize("name", ["generate", "bench"])

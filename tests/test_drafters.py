@@ -10,6 +10,7 @@ import reference_model
 from flax import struct
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jitted import jit
 
 import specjax
 from specjax.transformer.config import DecoderConfig
@@ -114,7 +115,7 @@ class Recording:
         return specjax.verify.token(proposal, target_btv, draws)
 
 
-@jax.jit
+@jit
 def step(target, state, drafter):
     """Returns the next state and the round's proposal."""
     seen = []
@@ -132,7 +133,7 @@ def likeliest(logits_bv, drafts_bg, index):
     return jnp.argmax(logits_bv, -1).astype(jnp.int32), jax.nn.softmax(logits_bv)
 
 
-@jax.jit
+@jit
 def fed(target, state, drafter):
     """Returns the draft's cache after it proposes, for which it must have been fed every token of the row."""
     return drafter.propose(state.draft, context_of(target, state), likeliest)[1].cache
@@ -232,7 +233,7 @@ def test_after_full_acceptance_a_decoders_cache_equals_a_fresh_prefill(decoder):
         state, _ = step(decoder, state, drafter)
     assert state.stats.accepted.tolist() == [3 * 2] * 3
     cache = fed(decoder, state, drafter)
-    fresh = jax.jit(lambda model, tokens: model.run(
+    fresh = jit(lambda model, tokens: model.run(
         whole_feed(tokens), model.init_cache(*tokens.shape)
     )[1])(decoder, state.tokens_bs)  # fmt: skip
     for drafted, wanted in zip(jax.tree.leaves(cache), jax.tree.leaves(fresh), strict=True):
@@ -261,6 +262,17 @@ def test_drafts_of_a_row_do_not_depend_on_its_neighbours(decoder):
         assert not np.array_equal(one[1][1:], other[1][1:])
 
 
+@jit
+def drafted_and_followed(target, state, drafter, tokens_bg):
+    """Returns the draft's state after it drafted the tokens, and after it followed another that did."""
+
+    def draw(logits_bv, drafts_bg, index):
+        return tokens_bg[:, index], jax.nn.softmax(logits_bv)
+
+    context = context_of(target, state)
+    return drafter.propose(state.draft, context, draw)[1], drafter.follow(state.draft, context, tokens_bg)
+
+
 @pytest.mark.parametrize("drafts", [1, 3])
 def test_following_leaves_what_drafting_the_same_tokens_would(decoder, drafts):
     """Up to the last draft, which drafting does not feed. Nothing of a row was fed after its prompt but for the last
@@ -269,15 +281,9 @@ def test_following_leaves_what_drafting_the_same_tokens_would(decoder, drafts):
     state = prefilled(decoder, drafter, [[3], [3, 1], [2, 4, 3, 1]], specjax.Sampling(temperature=0.0))
     rng = np.random.default_rng(0)
     for missing in (1, 2):
-        context = context_of(decoder, state)
         assert (state.length_b - state.draft.fed_b).tolist() == [missing] * 3
-        tokens = jnp.asarray(rng.integers(0, VOCAB, (3, drafts)), jnp.int32)
-
-        def draw(logits_bv, drafts_bg, index, tokens=tokens):
-            return tokens[:, index], jax.nn.softmax(logits_bv)
-
-        _, drafted = drafter.propose(state.draft, context, draw)
-        followed = drafter.follow(state.draft, context, tokens)
+        tokens_bg = jnp.asarray(rng.integers(0, VOCAB, (3, drafts)), jnp.int32)
+        drafted, followed = drafted_and_followed(decoder, state, drafter, tokens_bg)
         assert drafted.fed_b.tolist() == followed.fed_b.tolist()
         for one, other in zip(jax.tree.leaves(drafted.cache), jax.tree.leaves(followed.cache), strict=True):
             for row, length in enumerate(np.asarray(state.length_b)):
@@ -291,7 +297,7 @@ def texts_of(state):
     return [row[:length].tolist() for row, length in zip(np.asarray(state.tokens_bs), state.length_b, strict=True)]
 
 
-@jax.jit
+@jit
 def proposed(target, state, drafter):
     """Returns the drafts of the likeliest tokens, what they were drawn from, and the draft's state."""
     proposal, draft = drafter.propose(state.draft, context_of(target, state), likeliest)
@@ -314,7 +320,7 @@ def test_a_prompt_read_in_chunks_is_drafted_from_as_after_one_pass(long_decoder)
     state = specjax.prefill(long_decoder, prompts, slots=1024, **settings)
     assert state.draft.fed_b.tolist() == [599, 299, 256, 255, 0]
     prompt_bt, _ = specjax.pad_prompts(prompts)
-    whole = jax.jit(lambda tokens: long_decoder.run(whole_feed(tokens), long_decoder.init_cache(5, 1024))[1])(prompt_bt)
+    whole = jit(lambda tokens: long_decoder.run(whole_feed(tokens), long_decoder.init_cache(5, 1024))[1])(prompt_bt)
     for read, wanted in zip(jax.tree.leaves(state.draft.cache), jax.tree.leaves(whole), strict=True):
         for row, prompt in enumerate(prompts):
             end = len(prompt) - 1
@@ -334,7 +340,7 @@ def observed_alone(target, state, drafter, tokens):
 
     A token of -1 lets the row rest.
     """
-    observe = jax.jit(type(drafter).observe)
+    observe = jit(type(drafter).observe)
     for token in np.asarray(tokens, np.int32).T:
         running_b = jnp.asarray(token >= 0)
         start_b = state.length_b - 1
@@ -373,20 +379,21 @@ def test_after_rounds_without_drafts_it_drafts_as_after_a_fresh_prefill(decoder,
             np.testing.assert_allclose(one[row, :, :end], other[row, :, :end], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("rolls_back", [False, True])
-def test_a_loop_on_the_device_drafts_as_unrolled_steps_do(decoder, rolls_back):
+@pytest.mark.parametrize(
+    ("rolls_back", "rule"), [(False, specjax.verify.block), (True, specjax.verify.coupled)], ids=["keeps", "rolls back"]
+)
+def test_a_loop_on_the_device_drafts_as_unrolled_steps_do(decoder, rolls_back, rule):
     """The same noise for the same draft; under penalties a draft also depends on the drafts before it."""
     keep = (lambda cache, feed, kept_b: cache) if rolls_back else None
     drafter = specjax.ModelDrafter(decoder.replace(commit=keep), 3)
     sampling = specjax.Sampling(temperature=[0.0, 1.0, 1.3], repetition_penalty=1.4, frequency_penalty=0.3, seed=2)
     target = specjax.testing.table_model(0.5 * table(0).params)
-    for rule in (specjax.verify.block, specjax.verify.coupled):
-        settings = {"verify": rule, "sampling": sampling, "max_new_tokens": 20}
-        unrolled = specjax.generate(target, PROMPTS, drafter=drafter, **settings)
-        looped = specjax.generate(target, PROMPTS, drafter=drafter.replace(unrolled=False), **settings)
-        np.testing.assert_array_equal(looped.tokens, unrolled.tokens)
-        np.testing.assert_array_equal(looped.stats.accepted_at, unrolled.stats.accepted_at)
-        assert 0 < unrolled.stats.accepted.sum() < unrolled.stats.drafted.sum()
+    settings = {"verify": rule, "sampling": sampling, "max_new_tokens": 20}
+    unrolled = specjax.generate(target, PROMPTS, drafter=drafter, **settings)
+    looped = specjax.generate(target, PROMPTS, drafter=drafter.replace(unrolled=False), **settings)
+    np.testing.assert_array_equal(looped.tokens, unrolled.tokens)
+    np.testing.assert_array_equal(looped.stats.accepted_at, unrolled.stats.accepted_at)
+    assert 0 < unrolled.stats.accepted.sum() < unrolled.stats.drafted.sum()
 
 
 @struct.dataclass

@@ -1,13 +1,12 @@
 """Training of draft heads: chains trained all at once are the chains that are drafted, and losses fall."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from draft_heads import open_mtp
+from jitted import jit
 
 from specjax.drafters.mtp import MTPConfig, MTPHead, init_mtp_params
 from specjax.hf.config import decoder_config
@@ -79,12 +78,12 @@ def text(rows=2, seed=2):
     return jnp.asarray(np.random.default_rng(seed).integers(0, VOCAB, (rows, LENGTH)), jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames="capture")
+@jit(static_argnames="capture")
 def features_of(teacher, tokens, capture):
     return teacher.forward(teacher.params, whole_feed(tokens), teacher.init_cache(*tokens.shape), capture)
 
 
-chains = jax.jit(chain_logits, static_argnums=(0, 5))
+chains = jit(chain_logits, static_argnums=(0, 5))
 
 
 def test_every_chain_is_the_one_that_would_be_drafted(teacher, head):
@@ -95,7 +94,7 @@ def test_every_chain_is_the_one_that_would_be_drafted(teacher, head):
     at_once = np.asarray(chains(head, params, teacher, tokens, taught.features, STEPS))
     tokens, states = np.asarray(tokens), np.asarray(taught.features[0])
 
-    @jax.jit
+    @jit
     def step(tokens, states, cache, start):
         """Returns the last state, its logits, and the cache."""
         states, cache = head.run(params, teacher, whole_feed(tokens, start), states, cache)

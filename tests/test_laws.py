@@ -6,7 +6,6 @@ that a text takes two to five rounds. Faulty drafters, rules and caches go throu
 """
 
 import dataclasses
-import functools
 import itertools
 
 import jax
@@ -16,6 +15,7 @@ import pytest
 import reference
 from flax import struct
 from jax.scipy.special import gammaincc
+from jitted import jit
 from stateless import Stateless
 
 import specjax
@@ -119,7 +119,7 @@ EAGLE_1 = EagleHead(DecoderConfig(VOCAB, 1, 8, 1, 1, 1, head_dim=2), (-1,), vers
 RULES = {"token": verify.token, "block": verify.block, "coupled": verify.coupled}
 DRAFTERS = {
     "another model": ModelDrafter(table_model(random_table(1)), DRAFTS),
-    "the target itself": ModelDrafter(TARGET, DRAFTS),
+    "the target itself": ModelDrafter(table_model(TABLE), DRAFTS),
     "a bad model": ModelDrafter(table_model(AGAINST), DRAFTS),
     "another vocabulary": other_vocabulary(),
     "n-gram": NGramDrafter(DRAFTS, min_n=1, max_n=2),
@@ -137,12 +137,12 @@ SLOW = {
 }
 PENALTIES = ("repetition", "presence", "frequency")
 PLAIN, FILTERED, PENALIZED = {}, {"temperature": 0.7, "top_k": 2, "top_p": 0.9}, {"repetition": 1.5, "frequency": 0.7}
-SAMPLINGS = {
-    "T=1": PLAIN,
-    "filtered": FILTERED,
+UNPENALIZED = {"T=1": PLAIN, "filtered": FILTERED}
+WITH_PENALTIES = {
     "penalized": PENALIZED,
     "all": {"temperature": 1.3, "top_p": 0.95, "min_p": 0.05, "presence": 0.5, "frequency": -0.4},
 }
+SAMPLINGS = UNPENALIZED | WITH_PENALTIES
 
 
 def all_at_once(target, drafter, prompt_bt, length_b, sampling, *, rule, slots):
@@ -158,7 +158,7 @@ def all_at_once(target, drafter, prompt_bt, length_b, sampling, *, rule, slots):
     )
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "slots"))
+@jit(static_argnames=("rule", "slots"))
 def in_batches(target, drafter, prompt_bt, length_b, sampling, *, rule, slots):
     """A few rows at a time, for drafters with a decoder: the program writes its cache row by row."""
 
@@ -223,13 +223,26 @@ def p_value(texts, target, settings):
     return float(gammaincc(jnp.float32(freedom / 2), jnp.float32(statistic / 2)))
 
 
-@pytest.mark.parametrize("settings", SAMPLINGS.values(), ids=SAMPLINGS)
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-@pytest.mark.parametrize("drafter", DRAFTERS.values(), ids=DRAFTERS)
-def test_joint_law(drafter, rule, settings):
+def assert_law(drafter, rule, settings):
     p = p_value(emitted(TARGET, drafter, rule, settings), TARGET, settings)
     print(f"p = {p:.4f}")
     assert p > 1e-3
+
+
+@pytest.mark.parametrize("settings", UNPENALIZED.values(), ids=UNPENALIZED)
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("drafter", DRAFTERS.values(), ids=DRAFTERS)
+def test_joint_law(drafter, rule, settings):
+    assert_law(drafter, rule, settings)
+
+
+@pytest.mark.parametrize("settings", WITH_PENALTIES.values(), ids=WITH_PENALTIES)
+@pytest.mark.parametrize(
+    ("drafter", "rule"), zip(DRAFTERS.values(), itertools.cycle(RULES.values()), strict=False), ids=DRAFTERS
+)
+def test_joint_law_with_penalties(drafter, rule, settings):
+    """Each drafter under one rule, each rule with four drafters: a rule is given distributions, penalized or not."""
+    assert_law(drafter, rule, settings)
 
 
 @pytest.mark.parametrize("drafter", SLOW.values(), ids=SLOW)

@@ -12,6 +12,7 @@ import reference_mtp
 from draft_heads import open_mtp, write_mtp
 from flax import struct
 from heads_observing import NoPrefill, NoRewrite, assert_chunks_are_as_one_pass, assert_rounds_alone_are_as_one_pass
+from jitted import jit
 
 import specjax
 from specjax.drafters.feature import FeatureDrafter
@@ -220,7 +221,7 @@ def twin_logits(config, tensors, target, tokens, states, zero_first=False):
     return found
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@jit(static_argnums=0)
 def run_head(head, params, target, feed, states_btd, cache):
     states_btd, cache = head.run(params, target, feed, states_btd, cache)
     return jax.vmap(functools.partial(head.logits, params, target), 1, 1)(states_btd), states_btd, cache
@@ -478,7 +479,7 @@ def counts(out):
     return np.asarray(out.stats.drafted_at), np.asarray(out.stats.accepted_at)
 
 
-@pytest.mark.parametrize("g", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("g", [1, 2, 3, 5])
 @pytest.mark.parametrize("make", [chain, modules])
 def test_a_perfect_head_is_accepted_everywhere(make, g):
     """Also after tokens that nobody can foresee, and with texts that are those of plain decoding."""
@@ -548,7 +549,7 @@ FAULTY = {
     "tokens of the slot before": lambda: chain(3, head=EarlierTokens),
     "the chain goes on one slot too far": lambda: chain(3, head=SlotTooFar),
     "modules: the prompt is not prefilled": lambda: modules(3, NoModulesPrefill),
-    "modules: slots of rejected drafts are not written again": lambda: modules(4, NoModulesRewrite),
+    "modules: slots of rejected drafts are not written again": lambda: modules(3, NoModulesRewrite),
     "modules: states of the slot before": lambda: modules(3, EarlierModulesStates),
 }
 
@@ -579,12 +580,12 @@ def lively(drafter):
     return dataclasses.replace(drafter, params=jax.tree.map(drawn, drafter.params))
 
 
-@pytest.mark.parametrize(("make", "g"), [(chain, 3), (modules, 1), (modules, 4)])
+@pytest.mark.parametrize(("make", "g"), [(chain, 3), (modules, 1), (modules, 3)])
 def test_a_prompt_in_chunks_is_as_in_one_pass(make, g):
     assert_chunks_are_as_one_pass(knowable_target(), lively(make(g)))
 
 
-@pytest.mark.parametrize(("make", "g"), [(chain, 3), (modules, 1), (modules, 4)])
+@pytest.mark.parametrize(("make", "g"), [(chain, 3), (modules, 1), (modules, 3)])
 def test_rounds_without_drafts_are_read_as_a_prompt_is(make, g):
     assert_rounds_alone_are_as_one_pass(knowable_target(), lively(make(g)))
 

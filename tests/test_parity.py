@@ -2,10 +2,10 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jitted import jit
 
 import specjax
 from specjax.checkpoint.models import load_stop_tokens
@@ -200,7 +200,7 @@ def case(request, tmp_path_factory):
     return Case(folder, theirs, specjax.load(folder, "float32"), rows, dynamic)
 
 
-@jax.jit
+@jit
 def forward(model, feed, cache):
     output = model.forward(model.params, feed, cache)
     return output.logits_btv, output.cache

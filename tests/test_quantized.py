@@ -117,18 +117,20 @@ def test_what_is_quantised():
     )
 
 
-@pytest.mark.parametrize("family, kind", [("tied", "int8"), ("untied", "int4"), ("experts", "int8"), ("latent", "fp8")])
-def test_speculative_text_is_the_quantised_target_s_own(family, kind):
+def greedy(target, drafter=None):
+    prompts, sampling = [[1, 2, 3], [4, 5, 6, 7, 8]], specjax.Sampling(temperature=0.0)
+    return specjax.generate(target, prompts, max_new_tokens=12, sampling=sampling, drafter=drafter).tokens
+
+
+@pytest.mark.parametrize(
+    "family, kind, early",
+    [("tied", "int8", False), ("untied", "int4", False), ("experts", "int8", True), ("latent", "fp8", True)],
+)
+def test_speculative_text_is_the_quantised_target_s_own(family, kind, early):
+    """The drafter is a quantised draft model, or the first layer of the target."""
     target = specjax.quantize(model(family), kind)
-    request = {
-        "prompts": [[1, 2, 3], [4, 5, 6, 7, 8]],
-        "max_new_tokens": 12,
-        "sampling": specjax.Sampling(temperature=0.0),
-    }
-    plain = specjax.generate(target, **request)
-    for drafter in (specjax.quantize(ModelDrafter(model(family, seed=1), 3), kind), EarlyExitDrafter(1, 3)):
-        drafted = specjax.generate(target, **request, drafter=drafter)
-        np.testing.assert_array_equal(drafted.tokens, plain.tokens)
+    drafter = EarlyExitDrafter(1, 2) if early else specjax.quantize(ModelDrafter(model(family, seed=1), 2), kind)
+    np.testing.assert_array_equal(greedy(target, drafter), greedy(target))
 
 
 def test_draft_heads_are_quantised():
@@ -136,9 +138,8 @@ def test_draft_heads_are_quantised():
     quantized = specjax.quantize(heads, "int8")
     assert is_quantized(quantized.params[1]["blocks"]) and quantized.vocab_size == 64
     placed = specjax.shard(quantized, specjax.make_mesh())
-    run = functools.partial(specjax.generate, model("tied"), [[1, 2, 3]], max_new_tokens=8)
-    greedy = specjax.Sampling(temperature=0.0)
-    np.testing.assert_array_equal(run(sampling=greedy, drafter=placed).tokens, run(sampling=greedy).tokens)
+    target = specjax.quantize(model("tied"), "int8")
+    np.testing.assert_array_equal(greedy(target, placed), greedy(target))
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

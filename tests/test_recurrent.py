@@ -12,6 +12,7 @@ import pytest
 import recurrent
 import reference
 from jax.scipy.special import gammaincc
+from jitted import jit
 
 import specjax
 from specjax import Cascade, EarlyExitDrafter, FeatureDrafter, MedusaDrafter, ModelDrafter, NGramDrafter, verify
@@ -135,7 +136,8 @@ def test_plain_decoding_is_the_likeliest_token_of_one_pass():
         text = plain(kinds)[2]
         model = target(kinds)
         tokens_bt = jnp.asarray([text[:-1]], jnp.int32)
-        logits_btv = model.forward(model.params, whole_feed(tokens_bt), model.init_cache(1, len(text))).logits_btv
+        cache = model.init_cache(1, len(text))
+        logits_btv = jit(model.forward)(model.params, whole_feed(tokens_bt), cache).logits_btv
         start = len(PROMPTS[2])
         assert np.asarray(logits_btv)[0, start - 1 :].argmax(-1).tolist() == text[start:]
 
@@ -145,7 +147,7 @@ def test_a_recurrent_target_leaves_no_early():
         generate(HYBRID, EarlyExitDrafter(1, DRAFTS))
 
 
-@pytest.mark.parametrize(("kinds", "num_draft"), [("r", 1), ("ra", 2), ("r", 3), ("ra", 4), ("r", 5)])
+@pytest.mark.parametrize(("kinds", "num_draft"), [("r", 1), ("ra", 2), ("r", 3), ("ra", 5)])
 def test_a_draft_that_is_the_target_is_always_right(kinds, num_draft):
     """Of ragged prompts, greedy and drawn. A state that is one token off would cost acceptance."""
     model = target(kinds)
@@ -222,7 +224,7 @@ def exact_law(model, prompt, **warping):
     new = np.indices((LAW_VOCAB,) * TOKENS).reshape(TOKENS, -1).T
     texts_bt = np.concatenate([np.tile(prompt, (len(new), 1)), new], axis=1).astype(np.int32)
     cache = model.init_cache(*texts_bt.shape)
-    logits_btv = jax.jit(model.forward)(model.params, whole_feed(jnp.asarray(texts_bt)), cache).logits_btv
+    logits_btv = jit(model.forward)(model.params, whole_feed(jnp.asarray(texts_bt)), cache).logits_btv
     logits_btv = np.asarray(logits_btv, np.float64)[:, len(prompt) - 1 : -1]
     law_bt = [
         [reference.warp(logits_v, **warping)[token] for logits_v, token in zip(*row, strict=True)]

@@ -27,7 +27,7 @@ def opened(folder):
 
 @pytest.fixture(scope="module")
 def session(opened):
-    return specjax.Session(opened, "early-exit:1", 3, slots=SLOTS)
+    return specjax.Session(opened, "early-exit:1", 2, slots=SLOTS)
 
 
 BIAS = np.where(np.arange(3 + len(LETTERS)) < 3, -np.inf, 0.0)
@@ -35,10 +35,11 @@ GREEDY = {"temperature": 0.0, "logit_bias": BIAS}
 
 
 def continued(opened, prompt, max_new_tokens):
-    """Returns the greedy text by ``generate`` alone."""
+    """Returns the greedy text by ``generate`` alone, one program for all prompts."""
     tokens = opened.tokenizer.encode(prompt).ids
-    sampling = specjax.Sampling(**GREEDY)
-    generation = specjax.generate(opened.model, [tokens], sampling=sampling, max_new_tokens=max_new_tokens)
+    padded = np.asarray([tokens + [0] * (32 - len(tokens))], np.int32)
+    options = {"sampling": specjax.Sampling(**GREEDY), "max_new_tokens": max_new_tokens, "slots": SLOTS}
+    generation = specjax.generate(opened.model, padded, [len(tokens)], **options)
     return opened.tokenizer.decode(generation.new_tokens()[0].tolist())
 
 
@@ -76,7 +77,7 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("spec", SPECS)
 def test_greedy_text_is_that_of_generate_with_every_drafter(spec, opened, folder):
     spec = f"model:{folder}" if spec == "model" else spec
-    results = specjax.Session(opened, spec, 2).complete(PROMPTS, 20, **GREEDY)
+    results = specjax.Session(opened, spec, 2, slots=SLOTS).complete(PROMPTS, 20, **GREEDY)
     for prompt, result in zip(PROMPTS, results, strict=True):
         assert result.text == str(result) == continued(opened, prompt, 20)
         assert result.tokens == opened.tokenizer.encode(result.text).ids and len(result.tokens) == 20
@@ -88,7 +89,7 @@ def test_greedy_text_is_that_of_generate_with_every_drafter(spec, opened, folder
 def test_a_folder_and_a_drafter_serve_as_well_as_their_names(opened, folder):
     wanted = continued(opened, "a", 12)
     drafter = specjax.load_drafter("early-exit:1", opened, 2)
-    assert specjax.Session(folder, drafter).complete("a", 12, **GREEDY).text == wanted
+    assert specjax.Session(folder, drafter, slots=SLOTS).complete("a", 12, **GREEDY).text == wanted
     assert specjax.Session(str(folder), "early-exit:2").complete("a", 12, **GREEDY).text == wanted
 
 
@@ -171,7 +172,7 @@ def test_a_stream_of_messages_is_a_chat_that_goes_on(session, opened, calls):
     messages += [{"role": "assistant", "content": text}, user("and")]
     again = "".join(session.stream(messages, 12, **GREEDY))
     assert calls.prefills == 1 and calls.added == [len(["<|end|>", "<|user|>", *"and", "<|end|>", "<|assistant|>"])]
-    assert again == specjax.Session(opened).chat(messages, 12, **GREEDY).text
+    assert again == specjax.Session(opened, slots=SLOTS).chat(messages, 12, **GREEDY).text
 
 
 def test_a_stream_that_is_left_keeps_nothing(session, calls):
@@ -195,7 +196,7 @@ def test_turns_read_only_what_is_new_and_say_what_a_fresh_session_says(spec, ope
         assert calls.prefills == turn + 1 and len(calls.added) == turn
         tokens = len(opened.tokenizer.encode(opened.chat_template.render(messages), add_special_tokens=False).ids)
         assert result.prompt_tokens == tokens and calls.added[-1:] == ([tokens - read] if turn else [])
-        fresh = specjax.Session(opened, spec, 2).chat(messages, 12, **GREEDY)
+        fresh = specjax.Session(opened, spec, 2, slots=SLOTS).chat(messages, 12, **GREEDY)
         assert (result.text, result.tokens) == (fresh.text, fresh.tokens)
         assert result.rounds <= 12 and result.accepted <= result.drafted
         messages.append(result.message)
@@ -215,12 +216,12 @@ def test_an_answer_that_ended_at_a_stop_token_goes_on(opened, calls):
     messages += [session.chat(messages, 30, **GREEDY).message, user("more")]
     result = session.chat(messages, 30, **GREEDY)
     assert calls.prefills == 1 and calls.added == [len("more" + stop)]
-    assert result.text == specjax.Session(ending).chat(messages, 30, **GREEDY).text
+    assert result.text == specjax.Session(ending, slots=SLOTS).chat(messages, 30, **GREEDY).text
 
 
 def test_what_cannot_go_on_is_read_again(opened, calls):
     """Another history, an answer that the template changes, other sampling parameters, full slots, the same again."""
-    fresh = specjax.Session(opened)
+    fresh = specjax.Session(opened, slots=SLOTS)
     first = [user("hello")]
     answered = [*first, fresh.chat(first, 12, **GREEDY).message]
     cases = {
@@ -252,7 +253,8 @@ def test_a_stop_string_in_a_conversation(session, opened):
     result = session.chat(messages, 20, stop=[whole[4:6]], **GREEDY)
     assert result.text == whole[: whole.index(whole[4:6])] and result.finish_reason == "stop string"
     messages += [result.message, user("more")]
-    assert session.chat(messages, 8, **GREEDY).text == specjax.Session(opened).chat(messages, 8, **GREEDY).text
+    fresh = specjax.Session(opened, slots=SLOTS).chat(messages, 8, **GREEDY)
+    assert session.chat(messages, 8, **GREEDY).text == fresh.text
 
 
 def test_variables_reach_the_template(opened):
@@ -319,4 +321,5 @@ def test_a_chat_survives_an_error(opened, calls):
     messages += [session.chat(messages, 8, **GREEDY).message, user("more")]
     with pytest.raises(ValueError, match="positions"):
         session.chat(messages, 1000, **GREEDY)
-    assert session.chat(messages, 8, **GREEDY).text == specjax.Session(opened).chat(messages, 8, **GREEDY).text
+    fresh = specjax.Session(opened, slots=SLOTS).chat(messages, 8, **GREEDY)
+    assert session.chat(messages, 8, **GREEDY).text == fresh.text

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jitted import jit
 from test_drafters import observed_alone, proposed, recurrent_model, step, texts_of
 
 import specjax
@@ -79,7 +80,7 @@ def draft_law(table, tokens):
 # What it proposes.
 
 
-@pytest.mark.parametrize("drafts", [1, 2, 3, 4])
+@pytest.mark.parametrize("drafts", [1, 2, 4])
 def test_proposals_follow_the_twin(drafts):
     """Round after round, each q is the draft's law after the row's text and the drafts before it.
 
@@ -132,7 +133,7 @@ def decoder():
     return decoder_model(config, jax.tree.map(lambda x: x * 8 if x.ndim == 2 else x, params))
 
 
-@pytest.mark.parametrize("drafts", [1, 2, 3, 4])
+@pytest.mark.parametrize("drafts", [1, 2, 4])
 def test_the_target_under_other_ids_is_accepted_in_full(decoder, drafts):
     new = np.random.default_rng(0).permutation(37)
     drafter = shared_vocabulary_drafter(permuted_model(decoder, new), mapped([[int(i)] for i in new]), drafts)
@@ -149,7 +150,7 @@ def test_the_target_under_other_ids_is_accepted_in_full(decoder, drafts):
         np.testing.assert_array_equal(out.tokens[row, :length], plain.tokens[row, :length])
 
 
-@jax.jit
+@jit
 def fresh_cache(model, tokens_bt):
     return model.run(whole_feed(tokens_bt), model.init_cache(*tokens_bt.shape))[1]
 
@@ -318,13 +319,13 @@ def test_a_row_that_outgrows_the_draft_goes_on_without_drafts():
             assert proposal.tokens_bg[1, 0] == np.argmax(draft_law(np.asarray(DRAFT.params), text))
     assert len(text) > 2 + len(drafted_at), "there should be rounds without drafts"
     assert 2 * SLOTS - 3 < max(drafted_at) + 1 <= 2 * SLOTS
-    plain = prefilled(TARGET, None, prompts, sampling, new)
+    plain, plainly = prefilled(TARGET, None, prompts, sampling, new), jit(specjax.step)
     while not np.asarray(plain.done_b).all():
-        plain = jax.jit(specjax.step)(TARGET, plain)
+        plain = plainly(TARGET, plain)
     np.testing.assert_array_equal(state.tokens_bs, plain.tokens_bs)
 
 
-@pytest.mark.parametrize("positions", [7, 12, 100])
+@pytest.mark.parametrize("positions", [7, 100])
 def test_the_draft_models_positions_are_kept(positions):
     """A draft model that is shorter than the text is never fed past its end, and the text it is given is no longer.
 
@@ -410,7 +411,7 @@ def test_a_token_of_many_pieces_fits_a_short_cache():
 
 
 @pytest.mark.parametrize("rule", [specjax.verify.token, specjax.verify.block], ids=["token", "block"])
-@pytest.mark.parametrize("drafts", [1, 2, 3, 4])
+@pytest.mark.parametrize("drafts", [1, 4])
 def test_greedy_text_is_that_of_plain_decoding(drafts, rule):
     prompt_bt, length_b = specjax.pad_prompts(PROMPTS)
     settings = {"sampling": Sampling(temperature=0), "max_new_tokens": 30, "stop_tokens": (5,)}

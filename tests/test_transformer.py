@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_model
+from jitted import jit
 
 from specjax.hf import decoder_config
 from specjax.transformer.attention import attend, attention_windows
@@ -83,7 +84,7 @@ class Case:
         return self.forward(padded, self.model.init_cache(len(self.rows), SLOTS), np.zeros(len(self.rows)), CAPTURE)
 
 
-_forward = jax.jit(
+_forward = jit(
     lambda model, tokens_bt, cache, start_b, capture: model.forward(
         model.params, whole_feed(tokens_bt, start_b), cache, capture
     ),
@@ -156,7 +157,7 @@ def test_feeding_a_token_again_changes_nothing(case):
 
 
 def test_without_a_cache_a_block_attends_to_itself(case):
-    run = jax.jit(lambda params, tokens_bt: bind(case.config, params)(whole_feed(tokens_bt), None)[0])
+    run = jit(lambda params, tokens_bt: bind(case.config, params)(whole_feed(tokens_bt), None)[0])
     np.testing.assert_allclose(run(case.model.params, jnp.asarray(case.rows)), case.logits, atol=1e-4, rtol=0)
 
 
@@ -283,7 +284,7 @@ def test_a_row_that_rests_leaves_nothing_in_the_cache_that_is_not_finite():
     model = decoder_model(config, random_params(config, 5))
     tokens = jnp.asarray(np.random.default_rng(6).integers(0, config.vocab_size, (2, 19)), jnp.int32)
     at = lambda start: jnp.stack([row[i : i + 4] for row, i in zip(tokens, start, strict=True)])
-    run = jax.jit(lambda tokens_bt, start, count, cache: model.forward(
+    run = jit(lambda tokens_bt, start, count, cache: model.forward(
         model.params, Feed(tokens_bt, jnp.asarray(start, jnp.int32), jnp.asarray(count, jnp.int32)), cache
     ))  # fmt: skip
     before = run(tokens[:, :15], [0, 0], [5, 15], model.init_cache(2, SLOTS))
