@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 _GPUS = ("cuda", "rocm")
@@ -37,7 +38,7 @@ def platform_of(tree: Any) -> contextlib.AbstractContextManager[Any]:
     It changes nothing if a mesh is set, or inside of ``jit``.
     """
     leaf = next((x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)), None)
-    if leaf is None or isinstance(leaf, jax.core.Tracer) or not jax.sharding.get_abstract_mesh().empty:
+    if leaf is None or isinstance(leaf, Tracer) or not jax.sharding.get_abstract_mesh().empty:
         return contextlib.nullcontext()
     device = next(iter(leaf.devices()))
     return use_abstract_mesh(
