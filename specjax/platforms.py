@@ -1,13 +1,14 @@
-"""The one seam for choices by platform: a function has one way for each kind of device, all with the same result."""
+"""The one seam for choices by platform: code has one way for each kind of device; results are equal up to rounding."""
 
 import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jax.sharding import AbstractMesh, Mesh, use_abstract_mesh
 
 _GPUS = ("cuda", "rocm")
 
@@ -35,12 +36,12 @@ def by_platform(*args: Any, default: Callable[..., Any], **ways: Callable[..., A
 def platform_of(tree: Any) -> contextlib.AbstractContextManager[Any]:
     """Returns a context in which ``by_platform`` knows the platform of the first array of ``tree``.
 
-    It changes nothing if a mesh is set, or inside of ``jit``.
+    It changes nothing if a mesh is set, or if an array is traced: then the caller's ``jit`` decides where to run.
     """
-    leaf = next((x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)), None)
-    if leaf is None or isinstance(leaf, Tracer) or not jax.sharding.get_abstract_mesh().empty:
+    leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
+    traced = any(isinstance(x, Tracer) for x in leaves)
+    if not leaves or traced or not jax.sharding.get_abstract_mesh().empty:
         return contextlib.nullcontext()
-    device = next(iter(leaf.devices()))
-    return use_abstract_mesh(
-        AbstractMesh((), (), abstract_device=AbstractDevice(device.device_kind, None, device.platform))
-    )
+    # A mesh of the device has JAX's own description of it, which kernels of the caller's may ask for.
+    described = Mesh(np.array([next(iter(leaves[0].devices()))]), ("one",)).abstract_mesh.abstract_device
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=described))

@@ -158,7 +158,7 @@ def test_stream_copies_no_cache():
     args, static = arguments(1, slots)
     rounds = {name: static.pop(name) for name in ("classes", "verify")}
     state = jax.eval_shape(lambda: engine._prefill_jit(*args, classes=rounds["classes"], **static))
-    hlo = engine._rounds_jit.lower(TARGET, state, DRAFTER, jnp.int32(1), **rounds).compile().as_text()
+    hlo = engine._rounds_jit.lower(TARGET, state, DRAFTER, jnp.int32(1), blocks=False, **rounds).compile().as_text()
     assert len(outer_loops(hlo)) == 1
     assert copies(hlo.splitlines(), slots) == []
 

@@ -14,7 +14,7 @@ from every_rule import EveryRule
 from test_compiled import compilations
 
 import specjax
-from specjax import Cascade, EarlyExitDrafter, FeatureDrafter, MedusaDrafter, ModelDrafter, NGramDrafter
+from specjax import Cascade, EarlyExitDrafter, FeatureDrafter, MedusaDrafter, ModelDrafter, NGramDrafter, verify
 from specjax.drafters.eagle import EagleHead
 from specjax.drafters.medusa import init_medusa_params
 from specjax.drafters.mtp import MTPConfig, MTPDrafter, MTPHead, init_mtp_params
@@ -135,7 +135,7 @@ def test_greedy_text_ends_at_the_stop_token_of_plain_decoding(drafter):
 @every_drafter
 def test_a_row_does_not_depend_on_its_neighbours(drafter):
     """Nor on its place; and neither another request nor other parameters compile the loop again."""
-    run = functools.partial(generate, stop_tokens=stop())
+    run = functools.partial(generate, rule=verify.block, stop_tokens=stop())
     together = run(drafter)
     with compilations() as names:
         others = jax.block_until_ready(run(drafter, order=(2, 3, 3, 0), temperature=(1.5, 0.0, 0.7, 0.9)))

@@ -10,11 +10,13 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import specjax
-from specjax import filters, platforms
+from specjax import cache, filters, platforms
 from specjax.engine import loop as engine
 from specjax.platforms import by_platform, platform_of
 from specjax.quantized import GROUP
 from specjax.transformer import DecoderConfig, ExpertsConfig, LayerConfig, decoder_model, init_params, plain_rope
+from specjax.transformer.decoder import DecoderLayer
+from specjax.types import whole_feed
 
 WAYS = {name: functools.partial(lambda name, x: name, name) for name in ("cpu", "tpu", "cuda", "default")}
 
@@ -54,6 +56,9 @@ def test_the_platform_is_that_of_the_arrays_unless_it_is_known():
         assert seen() == "cpu"
     with platform_of({"host": np.ones(2)}):
         assert seen() is None
+    described = specjax.make_mesh().abstract_mesh.abstract_device
+    with platform_of(jnp.ones(2)):
+        assert jax.sharding.get_abstract_mesh().abstract_device == described  # as kernels may ask for it
     with known("tpu"), platform_of(jnp.ones(2)):
         assert seen() == "cpu"  # arrays are where they are
     with jax.set_mesh(specjax.make_mesh()), platform_of(jnp.ones(2)):
@@ -61,7 +66,7 @@ def test_the_platform_is_that_of_the_arrays_unless_it_is_known():
 
     @jax.jit
     def traced(x):
-        with platform_of(x):
+        with platform_of((jnp.ones(2), x)):
             assert seen() is None
         return x
 
@@ -106,9 +111,34 @@ def test_text_is_that_of_the_ways_of_a_cpu(make, monkeypatch):
         one = specjax.generate(target, [[1, 2, 3]], drafter=specjax.ModelDrafter(dense(), 2), max_new_tokens=12)
         return one.tokens, specjax.generate(target, prompts, sampling=sampling, max_new_tokens=12).tokens
 
-    wanted = texts()
-    for platform in ("gpu", "tpu"):
+    wanted, traced = texts(), []
+    for platform, room, way in (("gpu", cache, "scattered"), ("tpu", filters, "among_largest")):
         with monkeypatch.context() as patch:
             ways_of(patch, platform)
+            true = getattr(room, way)
+            patch.setattr(room, way, lambda *args, true=true, way=way: traced.append(way) or true(*args))
             for found, expected in zip(texts(), wanted, strict=True):
                 np.testing.assert_array_equal(found, expected)
+        assert way in traced
+
+
+def test_layers_that_differ_in_their_arrays_alone_share_a_trace(monkeypatch):
+    """Of 6 layers of 2 kinds two are traced, and another form of attention traces them again."""
+    kinds = [LayerConfig(rope=plain_rope(32), window=window) for window in (None, 8)]
+    config = dataclasses.replace(DENSE, num_hidden_layers=6, layers=(*kinds, *kinds, *kinds))
+    target, traced = decoder_model(config, init_params(config, jax.random.key(0))), []
+    true = DecoderLayer.inline
+    monkeypatch.setattr(DecoderLayer, "inline", lambda *args: traced.append(1) or true(*args))
+
+    def trace():
+        traced.clear()
+        jax.eval_shape(lambda: target.forward(target.params, whole_feed(jnp.ones((1, 3), jnp.int32)), None))
+        return len(traced)
+
+    jax.clear_caches()
+    assert (trace(), trace()) == (2, 0)
+    monkeypatch.setenv("SPECJAX_ATTENTION", "xla")
+    assert trace() == 2
+    monkeypatch.setenv("SPECJAX_ATTENTION", "nonsense")
+    with pytest.raises(ValueError, match="SPECJAX_ATTENTION is 'nonsense'"):
+        trace()

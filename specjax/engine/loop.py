@@ -35,7 +35,7 @@ def classes_key(target: LanguageModel, drafter: Drafter | None) -> int:
 
 
 BLOCK = 4
-"""Rounds between two looks at whether all rows are done, on a GPU and where no number of rounds is asked for.
+"""Rounds between two looks at whether all rows are done, on a GPU, unless another number of rounds is asked for.
 
 A GPU's host reads the condition of such a loop from the device and waits for it. A loop of known length needs no such
 wait. So a GPU runs blocks of rounds, in which rows that are done rest. Up to ``BLOCK - 1`` rounds at the end of all
@@ -43,15 +43,18 @@ rows are in vain, which is why a block is short."""
 
 
 def _rounds(
-    target: LanguageModel, state: State, drafter: Drafter | None, limit: Array | None, verify: VerifyRule
+    target: LanguageModel, state: State, drafter: Drafter | None, limit: Array | None, verify: VerifyRule, blocks: bool
 ) -> State:
-    """Runs rounds until every row is done, or ``limit`` of them."""
+    """Runs rounds until every row is done, or ``limit`` of them. ``blocks``: the limit is None or has whole blocks."""
     # Jitted, so that its two users share one trace. A function of this call alone, so that no other call with equal
     # trees gets it (``classes_key``).
     one_round = jax.jit(lambda state: round_lib.one_round(target, state, drafter, verify))
 
-    def block(state: State) -> State:
-        return lax.fori_loop(0, BLOCK, lambda _, state: one_round(state), state)
+    def one(count: Array, state: State) -> tuple[Array, State]:
+        return count + 1, one_round(state)
+
+    def block(count: Array, state: State) -> tuple[Array, State]:
+        return count + BLOCK, lax.fori_loop(0, BLOCK, lambda _, state: one_round(state), state)
 
     def unfinished(carry: tuple[Array, State]) -> Array:
         count, state = carry
@@ -59,10 +62,7 @@ def _rounds(
         return running if limit is None else running & (count < limit)
 
     def body(carry: tuple[Array, State]) -> tuple[Array, State]:
-        count, state = carry
-        if limit is None:
-            return count + 1, by_platform(state, cuda=block, rocm=block, default=one_round)
-        return count + 1, one_round(state)
+        return by_platform(*carry, cuda=block, rocm=block, default=one) if blocks else one(*carry)
 
     return lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
 
@@ -74,7 +74,7 @@ def _generate_jit(target, prompt_bs, request, drafter, *, classes, verify, **sta
     # Prompts and rounds are one program, so nothing returns to the host between them.
     def run(target, prompt_bs, request, drafter):
         state = round_lib.start(target, prompt_bs, request, drafter, **static)
-        return _rounds(target, state, drafter, None, verify).generation
+        return _rounds(target, state, drafter, None, verify, True).generation
 
     return by_rows(run, (WHOLE, ROWS, ROWS, WHOLE), ROWS)(target, prompt_bs, request, drafter)
 
@@ -94,10 +94,10 @@ def _extend_jit(target, state, new_bt, count_b, new_limit_b, drafter, *, classes
     return by_rows(run, specs, ROWS)(target, state, new_bt, count_b, new_limit_b, drafter)
 
 
-@functools.partial(jax.jit, static_argnames=("classes", "verify"), donate_argnames=("state",))
-def _rounds_jit(target, state, drafter, limit, *, classes, verify):
+@functools.partial(jax.jit, static_argnames=("classes", "verify", "blocks"), donate_argnames=("state",))
+def _rounds_jit(target, state, drafter, limit, *, classes, verify, blocks):
     del classes
-    run = functools.partial(_rounds, verify=verify)
+    run = functools.partial(_rounds, verify=verify, blocks=blocks)
     return by_rows(run, (WHOLE, ROWS, WHOLE, WHOLE), ROWS)(target, state, drafter, limit)
 
 
@@ -149,7 +149,7 @@ def generate(
         target, drafter, prompts, lengths, sampling, max_new_tokens, stop_tokens, slots, logprobs, top_logprobs
     )
     classes = classes_key(target, drafter)
-    with platform_of(target):
+    with platform_of((target, prompt_bs, request)):
         return _generate_jit(target, prompt_bs, request, drafter, classes=classes, verify=verify, **static)
 
 
@@ -173,7 +173,7 @@ def prefill(
     prompt_bs, request, static = lay_out(
         target, drafter, prompts, lengths, sampling, max_new_tokens, stop_tokens, slots, logprobs, top_logprobs
     )
-    with platform_of(target):
+    with platform_of((target, prompt_bs, request)):
         return _prefill_jit(target, prompt_bs, request, drafter, classes=classes_key(target, drafter), **static)
 
 
@@ -208,7 +208,8 @@ def run(
 
     Args:
       target, state, drafter, verify: as for ``step``.
-      rounds: the most rounds to run; None runs until all rows are done.
+      rounds: the most rounds to run; None runs until all rows are done. On a GPU the host waits after each round, or
+        after 4 if 4 divides ``rounds`` or it is None.
 
     Raises:
       ValueError, TypeError: as for ``step``, or ``rounds`` is no integer of at least 1.
@@ -216,10 +217,11 @@ def run(
     check_rule(verify)
     if rounds is not None:
         _check_rounds(rounds)
-    # The limit is traced: another number of rounds compiles nothing, but None is another program.
+    # The limit is traced: of numbers that 4 divides each has the same program, and of the others; None has a third.
     limit = None if rounds is None else jnp.int32(rounds)
-    with platform_of(target):
-        return _rounds_jit(target, state, drafter, limit, classes=classes_key(target, drafter), verify=verify)
+    options = {"classes": classes_key(target, drafter), "verify": verify, "blocks": (rounds or 0) % BLOCK == 0}
+    with platform_of((target, state)):
+        return _rounds_jit(target, state, drafter, limit, **options)
 
 
 def _check_rounds(rounds: Any) -> None:
@@ -257,7 +259,7 @@ def extend(
     """
     new_bt, count_b, limit_b, chunk = lay_out_more(target, drafter, state, tokens, lengths, max_new_tokens)
     classes = classes_key(target, drafter)
-    with platform_of(target):
+    with platform_of((target, state)):
         return _extend_jit(target, state, new_bt, count_b, limit_b, drafter, classes=classes, chunk=chunk)
 
 

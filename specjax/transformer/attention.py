@@ -76,7 +76,7 @@ def attend(
         return flash.attend(query, keys, values, places, cap=cap, value_width=value_width)
 
     # Without a cache there is no prefix, and the pass may be one of training, which needs derivatives.
-    if _by_hand() == "xla" or keys_bksh.shape[2] == t or not flash.serves(query, keys_bksh, value_width):
+    if attention_form() == "xla" or keys_bksh.shape[2] == t or not flash.serves(query, keys_bksh, value_width):
         out = by_xla(query, stored, feed)
     else:
         out = by_platform(query, stored, feed, cuda=by_kernel, default=by_xla)
@@ -166,7 +166,7 @@ def _slots_of_tree(
     return jnp.where(real_bt[:, :, None], seen_bts, slot_11s == 0)
 
 
-def _by_hand() -> str:
+def attention_form() -> str:
     """Returns the form of attention that the environment asks for."""
     form = os.environ.get("SPECJAX_ATTENTION", "auto")
     if form not in ("auto", "xla"):

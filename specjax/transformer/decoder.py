@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 
 from specjax.cache import KVCache, Stored, allocate
-from specjax.transformer.attention import Attention, LatentAttention
+from specjax.transformer.attention import Attention, LatentAttention, attention_form
 from specjax.transformer.config import DecoderConfig, LayerConfig
 from specjax.transformer.functional import Functional
 from specjax.transformer.layers import (
@@ -43,21 +43,23 @@ class DecoderLayer(nnx.Module):
         self, x_btd: Array, feed: Feed, tables: tuple[Array, Array] | None, stored: Stored | None
     ) -> tuple[Array, Stored]:
         """Returns the residual stream ``[b, t, d]`` after the layer, and the layer's part of the cache."""
-        return _run_layer(*nnx.split(self), x_btd, feed, tables, stored)
+        return _run_layer(*nnx.split(self), attention_form(), x_btd, feed, tables, stored)
 
-    def run(
+    def inline(
         self, x_btd: Array, feed: Feed, tables: tuple[Array, Array] | None, stored: Stored | None
     ) -> tuple[Array, Stored]:
+        """Does what a call does, in the caller's own trace."""
         y_btd, stored = self.self_attn(self.input_layernorm(x_btd), feed, tables, stored)
         x_btd = x_btd + (y_btd if self.attention_post_norm is None else self.attention_post_norm(y_btd))
         y_btd = self.mlp(self.post_attention_layernorm(x_btd))
         return x_btd + (y_btd if self.mlp_post_norm is None else self.mlp_post_norm(y_btd)), stored
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _run_layer(graph: Any, state: Any, *args: Any) -> tuple[Array, Stored]:
-    """Runs a layer, which is jitted so that layers that differ in their arrays alone share one trace."""
-    return nnx.merge(graph, state).run(*args)
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _run_layer(graph: Any, state: Any, form: str, *args: Any) -> tuple[Array, Stored]:
+    """Runs a layer. It is jitted, so that layers that differ in their arrays alone share one trace."""
+    del form  # only a part of the key under which jit keeps the trace
+    return nnx.merge(graph, state).inline(*args)
 
 
 RunLayer = Callable[[Array, Feed, tuple[Array, Array] | None, Stored | None], tuple[Array, Stored]]
