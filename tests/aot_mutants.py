@@ -64,7 +64,7 @@ def reverses_the_cache(target, state, drafter, verify):
 
 
 @mutant(loop, "_rounds")
-def carries_one_array_for_two(target, state, drafter, limit, verify):
+def carries_one_array_for_two(target, state, drafter, limit, verify, blocks):
     def joined(state):
         pairs = tuple((jnp.concatenate(layer, axis=3),) for layer in state.cache.layers)
         return dataclasses.replace(state, cache=cache.KVCache(pairs))
@@ -77,13 +77,13 @@ def carries_one_array_for_two(target, state, drafter, limit, verify):
         return joined(one_round(target, parted(state), drafter, verify))
 
     with mock.patch.object(round_lib, "one_round", round_on_joined):
-        return parted(rounds(target, joined(state), drafter, limit, verify))
+        return parted(rounds(target, joined(state), drafter, limit, verify, blocks))
 
 
 @mutant(loop, "_rounds")
-def loops_twice(target, state, drafter, limit, verify):
-    half = rounds(target, state, drafter, jnp.int32(7), verify)
-    return rounds(target, half, drafter, limit, verify)
+def loops_twice(target, state, drafter, limit, verify, blocks):
+    half = rounds(target, state, drafter, jnp.int32(7), verify, False)
+    return rounds(target, half, drafter, limit, verify, blocks)
 
 
 @mutant(sampling, "most_likely")
