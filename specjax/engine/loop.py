@@ -35,7 +35,7 @@ def classes_key(target: LanguageModel, drafter: Drafter | None) -> int:
 
 
 BLOCK = 4
-"""Rounds between two looks at whether all rows are done, on a GPU, unless another number of rounds is asked for.
+"""Rounds between two looks at whether all rows are done, on a GPU, unless ``run`` is asked for a number in between.
 
 A GPU's host reads the condition of such a loop from the device and waits for it. A loop of known length needs no such
 wait. So a GPU runs blocks of rounds, in which rows that are done rest. Up to ``BLOCK - 1`` rounds at the end of all
