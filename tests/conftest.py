@@ -15,7 +15,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--optimized", action="store_true", help="compile as users do; slow, so best with -m optimized")
+    parser.addoption("--optimized", action="store_true", help="compile as users do; slow, so best with a file or two")
 
 
 def pytest_configure(config):

@@ -22,8 +22,6 @@ from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import decoder_model, init_params
 from specjax.types import whole_feed
 
-pytestmark = pytest.mark.optimized
-
 DRAFTS, HEAD = 2, 8
 
 
