@@ -33,7 +33,7 @@ if name == "facts":
     write("fact", "machine", platform=PLATFORM, device="d", devices=1, python="3", packages={}, runtime="r")
 write("check", "first", passed=name != "wrong")
 if name == "hangs":
-    write("note", "child", text=subprocess.Popen(["sleep", "60"]).pid)
+    write("note", "child", text=subprocess.Popen(["sh", "-c", "trap '' TERM; sleep 60"]).pid)
     time.sleep(60)
 if name == "crashes":
     sys.exit("it crashed")
@@ -68,8 +68,17 @@ def test_a_step_that_hangs_or_crashes_loses_no_other(tmp_path):
 def test_what_a_hanging_step_started_is_ended_too(tmp_path):
     run_children(tmp_path, {"hangs": steps.Step(nothing, timeout=1, least=0)})
     child = read_records(tmp_path, "hangs", "child")[0]["text"]
-    state = Path(f"/proc/{child}/stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    deadline = time.monotonic() + 20  # a signal takes a moment, and the child would sleep for a minute
+    while runs(child) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not runs(child)
+
+
+def runs(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.mark.parametrize(

@@ -86,14 +86,14 @@ def run_step(
 
 
 def end(process: subprocess.Popen) -> None:
-    """Ends a process and its group, if it still runs. Waits a little, but not for a process that cannot be ended."""
+    """Ends a process and all of its group, also what outlives it. Waits a little for a process that cannot be ended."""
     for sent in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is not None:
-            return
         try:
             os.killpg(process.pid, sent)
             process.wait(MARGIN / 3)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
+        except ProcessLookupError:  # nothing of the group is left
+            return
+        except subprocess.TimeoutExpired:
             continue
 
 
