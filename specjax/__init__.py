@@ -2,7 +2,8 @@
 
 - ``open``, ``Session``: strings in, strings out.
 - ``generate``, ``stream``: tokens in, tokens out. ``prefill``, ``step``, ``run``, ``extend``, ``insert`` and ``stop``
-  are their parts, pure functions over a ``State``.
+  are their parts, pure functions over a ``State``. ``compile`` compiles them before the first request, and
+  ``keep_programs`` keeps them for later processes.
 - ``load``, ``load_drafter``, ``save``, ``save_drafter``, ``convert_hf``, ``export_hf``: folders.
 - ``quantize``, ``dequantize``: weights in 8 or 4 bits.
 - ``LanguageModel`` and ``Drafter``: the contracts for models and drafters of your own (``specjax.types``).
@@ -38,6 +39,8 @@ from specjax.drafters.model import ModelDrafter as ModelDrafter
 from specjax.drafters.mtp import MTPDrafter as MTPDrafter
 from specjax.drafters.ngram import NGramDrafter as NGramDrafter
 from specjax.drafters.shared_vocabulary import SharedVocabularyDrafter as SharedVocabularyDrafter
+from specjax.engine.ahead import compile as compile
+from specjax.engine.kept import keep_programs as keep_programs
 from specjax.engine.loop import extend as extend
 from specjax.engine.loop import generate as generate
 from specjax.engine.loop import prefill as prefill
@@ -92,6 +95,7 @@ __all__ = [
     "Verdict",
     "check_drafter",
     "check_model",
+    "compile",
     "convert_hf",
     "default_dtype",
     "dequantize",
@@ -100,6 +104,7 @@ __all__ = [
     "generate",
     "hf",
     "insert",
+    "keep_programs",
     "load",
     "load_drafter",
     "make_mesh",

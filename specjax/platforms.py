@@ -1,7 +1,11 @@
 """The one seam for choices by platform: code has one way for each kind of device; results are equal up to rounding."""
 
 import contextlib
+import os
+import platform
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -45,3 +49,16 @@ def platform_of(tree: Any) -> contextlib.AbstractContextManager[Any]:
     # A mesh of the device has JAX's own description of it, which kernels of the caller's may ask for.
     described = Mesh(np.array([next(iter(leaves[0].devices()))]), ("one",)).abstract_mesh.abstract_device
     return use_abstract_mesh(AbstractMesh((), (), abstract_device=described))
+
+
+def processor() -> tuple[str, int | None, tuple[str, ...]]:
+    """Returns the host's architecture, its number of cores, and the model and abilities of the processor.
+
+    JAX calls every CPU "cpu". Machines that share a folder must not share programs and times.
+    """
+    told = r"^(?:model name|flags|Features|CPU (?:implementer|part|variant))\s*: (.*)$"
+    try:
+        lines = re.findall(told, Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        lines = []
+    return platform.machine(), os.cpu_count(), (platform.processor(), *sorted(set(lines)))

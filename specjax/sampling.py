@@ -65,7 +65,10 @@ class Sampling:
         """
 
         def spread(value: ArrayLike, dtype: Any) -> Array:
-            return jnp.broadcast_to(jnp.asarray(value, dtype), (rows,))
+            if isinstance(value, jax.Array):
+                return jnp.broadcast_to(value.astype(dtype), (rows,))
+            # By NumPy, since each operation outside jit is a program of its own.
+            return jax.device_put(np.broadcast_to(np.asarray(value).astype(dtype), (rows,)))
 
         penalties: dict[str, Any] = {name: getattr(self, name) for name in PENALTIES}
         if self.penalized:  # all three or none, so that there are two programs and not eight
@@ -104,9 +107,11 @@ def _seeds(seed: Any, rows: int) -> Array:
         row_b = jnp.arange(rows, dtype=jnp.uint32)
         return seed if seed.ndim else jax.vmap(jax.random.fold_in, (None, 0))(seed, row_b)
     # Converted by NumPy first: a Python int of 2**31 or more does not fit JAX's default integer.
-    seed = seed if isinstance(seed, jax.Array) else np.asarray(seed)
-    seed = jnp.asarray(seed.astype(jnp.uint32))
-    return seed if seed.ndim else seed + jnp.arange(rows, dtype=jnp.uint32)
+    known = not isinstance(seed, jax.Array)
+    seed = (np.asarray(seed) if known else seed).astype(np.uint32)
+    if not seed.ndim:
+        seed = seed + (np if known else jnp).arange(rows, dtype=np.uint32)
+    return jax.device_put(seed) if known else seed
 
 
 def _column(value_b: ArrayLike) -> Array:

@@ -14,6 +14,7 @@ from specjax import verify as verify_lib
 from specjax.checkpoint.drafters import load_drafter
 from specjax.checkpoint.opened import Opened
 from specjax.checkpoint.opened import open as open_folder
+from specjax.engine.adapt import places_past
 from specjax.engine.loop import extend, prefill, run
 from specjax.engine.state import State, stop
 from specjax.sampling import Sampling
@@ -82,6 +83,7 @@ class Session:
         verify: VerifyRule = verify_lib.block,
         slots: int | None = None,
         seed: int = 0,
+        fixed: bool = False,
     ):
         """Opens the folder and the drafter if they are given by name.
 
@@ -93,6 +95,7 @@ class Session:
           slots: tokens to allocate per row, for prompt, text and drafts. None allocates as many as each call needs, and
             at least 2048 for most conversations, so that later turns find room.
           seed: the seed of the first prompt that comes without a seed. Each further such prompt has the next seed.
+          fixed: every round takes all drafts, as for ``specjax.generate``. By default rounds take as many as pay.
 
         Raises:
           ValueError: the folder has no tokenizer; or as for ``specjax.open`` and ``specjax.load_drafter``.
@@ -102,7 +105,7 @@ class Session:
         if isinstance(drafter, str):
             drafter = load_drafter(drafter, self.opened, num_draft, mesh=_mesh_of(self.opened))
         self.drafter = drafter
-        self._verify, self._slots, self._seed = verify, slots, seed
+        self._verify, self._slots, self._seed, self._fixed = verify, slots, seed, fixed
         self._kept: _Kept | None = None
 
     @overload
@@ -271,6 +274,7 @@ class Session:
             max_new_tokens=max_new_tokens,
             stop_tokens=self.opened.stop_tokens,
             slots=slots if self._slots is None else self._slots,
+            fixed=self._fixed,
         )
         return state, rows
 
@@ -337,8 +341,8 @@ class _Kept:
         same = sampling.keys() == self.sampling.keys() and all(
             np.array_equal(sampling[name], self.sampling[name]) for name in sampling
         )
-        # A round writes num_draft + 1 places past the row's end.
-        fits = len(tokens) + max_new_tokens + self.state.num_draft + 1 <= slots
+        past = places_past(self.state.num_draft, self.state.adapt is not None)
+        fits = len(tokens) + max_new_tokens + past + 1 <= slots
         return same and fits and len(tokens) > held and tokens[:held] == self.tokens
 
 

@@ -1,9 +1,9 @@
 """How parameters and rows are placed on a mesh of devices.
 
 Parameters declare logical axes. One table (``RULES``) maps logical axes to the axes of the mesh, and the compiler
-derives the placement of everything computed from them. Rows never look at each other. So each part of the ``data`` axis
-runs its own loop over rounds (``by_rows``). No round communicates along ``data``, and a part whose rows are done waits
-for no other part.
+derives the placement of everything computed from them. Rows never look at each other's tokens. So each part of the
+``data`` axis runs its own loop over rounds (``by_rows``). No round communicates along ``data``, and a part whose rows
+are done waits for no other part.
 """
 
 import dataclasses

@@ -193,6 +193,8 @@ class Context:
       length_b: int32, tokens of each row, at least 1.
       room_b: int32, how many drafts a row can still use: it may emit ``room_b + 1`` tokens more. -1 is a row that is
         done; a drafter lets it rest.
+      width: static, how many drafts this round takes at most; None for the drafter's ``num_draft``. A drafter that
+        proposes more works in vain: what is past the width is dropped.
     """
 
     target: LanguageModel
@@ -200,6 +202,11 @@ class Context:
     tokens_bs: Array
     length_b: Array
     room_b: Array
+    width: int | None = struct.field(pytree_node=False, default=None)
+
+    def drafts(self, num_draft: int) -> int:
+        """Returns how many of a drafter's ``num_draft`` tokens this round takes at most."""
+        return num_draft if self.width is None else min(num_draft, self.width)
 
     @property
     def running_b(self) -> Array:
@@ -247,6 +254,16 @@ class Proposal:
     probs_bgv: Array | None
     length_b: Array
     cache: Cache = None
+
+    def first(self, width: int) -> "Proposal":
+        """Returns the proposal without drafts past the first ``width``."""
+        probs_bgv = self.probs_bgv
+        return Proposal(
+            tokens_bg=self.tokens_bg[:, :width],
+            probs_bgv=None if probs_bgv is None else probs_bgv[:, :width],
+            length_b=jnp.minimum(self.length_b, width),
+            cache=self.cache,
+        )
 
     def q(self, vocab_size: int) -> Array:
         """Returns float32 ``[b, g, v]``, what the drafts were drawn from; one-hot for deterministic drafts."""
@@ -317,6 +334,11 @@ class Drafter(Protocol):
     A drafter with its own cache must write the tokens that ``draw`` returned, even if it would have chosen others:
     inside a ``Cascade``, ``draw`` may return another drafter's tokens.
 
+    A round may take fewer drafts than ``num_draft``: ``context.width``. The state is the same for all widths.
+
+    Optional: ``sparse``, static, true where whole rounds come without a proposal, as of n-grams. Such a round then
+    costs what a plain one does, and rounds take all drafts or none.
+
     Optional: ``follow(state, context, tokens_bg) -> state``. It replaces ``propose`` in rounds where every row uses
     another drafter's ``tokens_bg``, and must return the state that ``propose`` would have returned had it drawn those
     tokens. ``observe`` comes next as usual.
@@ -354,7 +376,7 @@ class Drafter(Protocol):
         ...
 
     def propose(self, state: Any, context: Context, draw: Draw) -> tuple[Proposal, Any]:
-        """Proposes up to ``num_draft`` tokens to follow each row."""
+        """Proposes up to ``context.width`` or ``num_draft`` tokens to follow each row."""
         ...
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import jax
 import pytest
 
+import specjax
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 CACHE = str(Path(__file__).parent.parent / ".jax_cache")
@@ -39,5 +41,6 @@ def pytest_configure(config):
 def forget_programs():
     """Each compiled program holds memory maps, of which a process may have 65530: XLA aborts when they run out."""
     yield
+    specjax.keep_programs(None)  # a command that ran in this process has named a folder
     jax.clear_caches()
     gc.collect()

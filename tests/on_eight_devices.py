@@ -104,7 +104,7 @@ def drafter(kind, config, drafts=DRAFTS):
 
 def generate(target, draft, rule):
     return specjax.generate(
-        target, PROMPT, drafter=draft, verify=rule, sampling=SAMPLING, max_new_tokens=NEW, slots=SLOTS
+        target, PROMPT, drafter=draft, fixed=True, verify=rule, sampling=SAMPLING, max_new_tokens=NEW, slots=SLOTS
     )
 
 

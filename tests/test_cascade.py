@@ -155,7 +155,7 @@ def rounds(target, drafter, prompts, number):
     prompt, length = specjax.pad_prompts(prompts)
     sampling = specjax.Sampling(seed=list(range(len(prompts))))
     state = specjax.prefill(
-        target, prompt, length, drafter=drafter, sampling=sampling, max_new_tokens=50, slots=SLOTS + 16
+        target, prompt, length, drafter=drafter, fixed=True, sampling=sampling, max_new_tokens=50, slots=SLOTS + 16
     )
     step = jit(functools.partial(specjax.step, drafter=drafter))  # shared, it might confuse classes: extending.md
     for _ in range(number):
@@ -214,7 +214,7 @@ def test_each_row_takes_the_firsts_drafts_or_the_seconds(second):
     """And each draft's q is the law it came from: one-hot of the first's, what was drawn from of the second's."""
     drafter = Cascade(NGramDrafter(DRAFTS), second(target(), DRAFTS))
     prompt, length = specjax.pad_prompts([[5, 6, 1, 2, 5, 6], [1, 2, 3], [0, 4, 0, 4]])
-    state = specjax.prefill(target(), prompt, length, drafter=drafter, max_new_tokens=20)
+    state = specjax.prefill(target(), prompt, length, drafter=drafter, fixed=True, max_new_tokens=20)
     context = specjax.Context(target(), state.cache, state.tokens_bs, state.length_b, jnp.full((3,), 19, jnp.int32))
 
     def draw(logits_bv, drafts_bg, index):
@@ -282,7 +282,9 @@ def test_limits_are_the_tighter_ones():
 def generate(target, drafter, prompts, new, temperature=0.0, **settings):
     prompt, length = specjax.pad_prompts(prompts)
     sampling = specjax.Sampling(temperature=temperature, seed=list(range(len(prompts))))
-    return specjax.generate(target, prompt, length, drafter=drafter, sampling=sampling, max_new_tokens=new, **settings)
+    return specjax.generate(
+        target, prompt, length, drafter=drafter, fixed=True, sampling=sampling, max_new_tokens=new, **settings
+    )
 
 
 @pytest.fixture(scope="module", params=["early exit", "model"])
@@ -299,7 +301,7 @@ def test_a_row_does_not_depend_on_its_neighbours(pair):
     one = generate(target, drafter, PROMPTS[3:], 30, 1.0)
     prompt, length = specjax.pad_prompts([PROMPTS[3], *PROMPTS[:2]])
     sampling = specjax.Sampling(temperature=[1.0, 0.0, 1.5], seed=[0, 8, 9])
-    many = specjax.generate(target, prompt, length, drafter=drafter, sampling=sampling, max_new_tokens=30)
+    many = specjax.generate(target, prompt, length, drafter=drafter, fixed=True, sampling=sampling, max_new_tokens=30)
     assert many.tokens[0].tolist() == one.tokens[0].tolist()
     assert many.stats.accepted_at[0].tolist() == one.stats.accepted_at[0].tolist()
 

@@ -15,7 +15,9 @@ from jax import lax
 
 import specjax
 from specjax import ModelDrafter, NGramDrafter, Sampling, verify
+from specjax.engine import costs
 from specjax.engine import loop as engine
+from specjax.engine.adapt import widths_of
 from specjax.engine.request import lay_out
 from specjax.testing import table_model
 from specjax.transformer.config import DecoderConfig
@@ -44,10 +46,10 @@ TARGET = decoder(2, 2, 0)
 DRAFTER = ModelDrafter(decoder(1, 1, 1), DRAFTS)
 
 
-def arguments(rows, slots, target=TARGET, drafter=DRAFTER, width=5, sampling=Sampling()):
+def arguments(rows, slots, target=TARGET, drafter=DRAFTER, width=5, sampling=Sampling(), fixed=True):
     """Returns the positional and the static arguments of the jitted ``generate``."""
     prompt_bt = np.ones((rows, width), np.int32)
-    prompt_bs, request, static = lay_out(target, drafter, prompt_bt, None, sampling, 8, (), slots)
+    prompt_bs, request, static = lay_out(target, drafter, prompt_bt, None, sampling, 8, (), slots, fixed=fixed)
     static |= {"classes": engine.classes_key(target, drafter), "verify": verify.block}
     return (target, prompt_bs, request, drafter), static
 
@@ -150,6 +152,16 @@ def test_a_round_copies_no_cache(program):
     assert copies(body, slots) == []
 
 
+@pytest.mark.parametrize("drafter", [DRAFTER, NGramDrafter(DRAFTS)], ids=["model", "n-gram"])
+def test_rounds_of_all_widths_copy_no_cache(drafter):
+    """The program that adapts has a loop for each width in its loop."""
+    args, static = arguments(1, 1024, drafter=drafter, fixed=False)
+    hlo = engine._generate_jit.lower(*args, **static).compile().as_text()
+    (body,) = outer_loops(hlo)
+    assert copies(body, 1024) == [] and not talks_to_host(hlo.splitlines())
+    assert sum(" while(" in line for line in body) >= len(widths_of(drafter))
+
+
 def test_stream_copies_no_cache():
     """Of its donated state, neither on the way into the loop nor in it."""
     slots = 1024
@@ -186,7 +198,7 @@ TABLE_DRAFTER = ModelDrafter(table_model(np.random.default_rng(1).normal(size=(5
 
 def ask(prompts, sampling=Sampling(), max_new_tokens=10, stop_tokens=()):
     prompt, length = specjax.pad_prompts(prompts)
-    settings = {"drafter": TABLE_DRAFTER, "sampling": sampling, "stop_tokens": stop_tokens}
+    settings = {"drafter": TABLE_DRAFTER, "fixed": True, "sampling": sampling, "stop_tokens": stop_tokens}
     out = specjax.generate(TABLE, prompt, length, max_new_tokens=max_new_tokens, **settings)
     return jax.block_until_ready(out)
 
@@ -222,6 +234,40 @@ def test_a_like_request_compiles_nothing(changed):
     with compilations() as names:
         ask(**first | changed)
     assert names == []
+
+
+AHEAD = ModelDrafter(TABLE_DRAFTER.model, 3)  # a number of drafts that no other test has
+PROMPTS = [[1, 2, 3, 4, 0] * 3, [4, 4]]
+
+
+def ask_drafted(rounds=None, **changed):
+    """Runs ``generate``, or ``stream`` with so many rounds."""
+    settings = {"drafter": AHEAD, "max_new_tokens": 60, "stop_tokens": (2, 3), **changed}
+    if rounds is None:
+        return jax.block_until_ready(specjax.generate(TABLE, PROMPTS, **settings))
+    return list(specjax.stream(TABLE, PROMPTS, rounds=rounds, **settings))
+
+
+@pytest.mark.parametrize("meshed", [False, True], ids=["", "mesh"])
+@pytest.mark.parametrize("rounds", [None, 1])
+def test_what_is_compiled_ahead_is_all_that_a_request_needs(rounds, meshed, monkeypatch):
+    """The costs of rounds are measured ahead, too."""
+    sizes = {"rows": 2, "prompt_tokens": 9, "max_new_tokens": 64, "rounds": rounds}
+    with jax.set_mesh(specjax.make_mesh(data=1)) if meshed else contextlib.nullcontext():
+        with compilations() as names:
+            specjax.compile(TABLE, drafter=AHEAD, **sizes)
+        assert any("generate" in str(name) or "rounds" in str(name) for name in names)
+        monkeypatch.setattr(costs, "_seconds", None)
+        with compilations() as names:
+            ask_drafted(rounds)
+            ask_drafted(rounds, sampling=Sampling(temperature=[0.0, 0.7], top_k=3, seed=[8, 9]), max_new_tokens=[3, 9])
+    assert names == []
+
+
+@pytest.mark.parametrize("size", ["rows", "prompt_tokens"])
+def test_sizes_to_compile_for_are_checked(size):
+    with pytest.raises(ValueError, match=f"{size} is 0; give an integer of at least 1"):
+        specjax.compile(TABLE, **{"rows": 1, "prompt_tokens": 1, "max_new_tokens": 1, size: 0})
 
 
 def test_penalties_compile_once():
@@ -281,7 +327,7 @@ def test_bfloat16_differs_from_plain_decoding_only_at_near_ties():
     prompt_bt = np.random.default_rng(0).integers(0, 37, (rows, 5))
     settings = {"sampling": Sampling(temperature=0), "max_new_tokens": new}
     plain = specjax.generate(target, prompt_bt, **settings)
-    drafted = specjax.generate(target, prompt_bt, drafter=NGramDrafter(DRAFTS, min_n=1), **settings)
+    drafted = specjax.generate(target, prompt_bt, drafter=NGramDrafter(DRAFTS, min_n=1), fixed=True, **settings)
     assert plain.tokens.shape == drafted.tokens.shape
     cache = target.init_cache(*plain.tokens.shape)
     whole_pass = jax.jit(target.forward)(target.params, whole_feed(plain.tokens), cache)

@@ -99,6 +99,7 @@ def generate(drafter, rule=EveryRule(), order=(0, 1, 2, 3), temperature=(0.0, 1.
     prompt_bt, length_b = specjax.pad_prompts([PROMPTS[row] for row in order])
     sampling = specjax.Sampling(np.float32(temperature)[order], seed=order + 9)
     options = {"drafter": drafter, "verify": rule, "sampling": sampling, "max_new_tokens": np.int32(LIMITS)[order]}
+    options["fixed"] = True
     options["stop_tokens"] = np.full((len(order), 1), -1)  # none, by the program that has one
     return specjax.generate(TARGET, prompt_bt, length_b, **options | settings)
 

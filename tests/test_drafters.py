@@ -99,7 +99,7 @@ def logits_after(model, tokens):
 def prefilled(target, drafter, prompts, sampling, slots=SLOTS + 20):
     prompt_bt, length_b = specjax.pad_prompts(prompts)
     return specjax.prefill(
-        target, prompt_bt, length_b, drafter=drafter, sampling=sampling, max_new_tokens=20, slots=slots
+        target, prompt_bt, length_b, drafter=drafter, fixed=True, sampling=sampling, max_new_tokens=20, slots=slots
     )
 
 
@@ -316,7 +316,7 @@ def test_a_prompt_read_in_chunks_is_drafted_from_as_after_one_pass(long_decoder)
     drafter = specjax.ModelDrafter(long_decoder, 3)
     rng = np.random.default_rng(3)
     prompts = [rng.integers(0, VOCAB, length).tolist() for length in (600, 300, 257, 256, 1)]
-    settings = {"drafter": drafter, "max_new_tokens": 20}
+    settings = {"drafter": drafter, "fixed": True, "max_new_tokens": 20}
     state = specjax.prefill(long_decoder, prompts, slots=1024, **settings)
     assert state.draft.fed_b.tolist() == [599, 299, 256, 255, 0]
     prompt_bt, _ = specjax.pad_prompts(prompts)
@@ -389,8 +389,8 @@ def test_a_loop_on_the_device_drafts_as_unrolled_steps_do(decoder, rolls_back, r
     sampling = specjax.Sampling(temperature=[0.0, 1.0, 1.3], repetition_penalty=1.4, frequency_penalty=0.3, seed=2)
     target = specjax.testing.table_model(0.5 * table(0).params)
     settings = {"verify": rule, "sampling": sampling, "max_new_tokens": 20}
-    unrolled = specjax.generate(target, PROMPTS, drafter=drafter, **settings)
-    looped = specjax.generate(target, PROMPTS, drafter=drafter.replace(unrolled=False), **settings)
+    unrolled = specjax.generate(target, PROMPTS, drafter=drafter, fixed=True, **settings)
+    looped = specjax.generate(target, PROMPTS, drafter=drafter.replace(unrolled=False), fixed=True, **settings)
     np.testing.assert_array_equal(looped.tokens, unrolled.tokens)
     np.testing.assert_array_equal(looped.stats.accepted_at, unrolled.stats.accepted_at)
     assert 0 < unrolled.stats.accepted.sum() < unrolled.stats.drafted.sum()

@@ -271,7 +271,13 @@ PROMPTS = [[3], [5, 1], [7, 9, 2, 30, 4], [*range(1, 14)]]
 def prefilled(target, drafter, prompts=PROMPTS, **settings):
     prompt_bt, length_b = specjax.pad_prompts(prompts)
     return specjax.prefill(
-        target, prompt_bt, length_b, drafter=drafter, max_new_tokens=24, sampling=specjax.Sampling(**settings)
+        target,
+        prompt_bt,
+        length_b,
+        drafter=drafter,
+        fixed=True,
+        max_new_tokens=24,
+        sampling=specjax.Sampling(**settings),
     )
 
 
@@ -397,7 +403,9 @@ def acceptance(target, drafter, temperature):
     """Returns the share of drafts that are accepted at each place, over rows of many lengths."""
     prompt_bt, length_b = specjax.pad_prompts([PROMPTS[0], PROMPTS[1], LONG[:14], LONG[5:27], LONG])
     sampling = specjax.Sampling(temperature=temperature, seed=3)
-    out = specjax.generate(target, prompt_bt, length_b, drafter=drafter, sampling=sampling, max_new_tokens=26)
+    out = specjax.generate(
+        target, prompt_bt, length_b, drafter=drafter, fixed=True, sampling=sampling, max_new_tokens=26
+    )
     drafted = np.asarray(out.stats.drafted_at)
     assert (drafted > 0).all()
     return np.asarray(out.stats.accepted_at).sum(0) / drafted.sum(0)
@@ -500,7 +508,7 @@ def test_a_bias_may_ban_all_that_the_head_drafts(drafter, temperature):
     settings = {"temperature": temperature, "logit_bias": bias, "top_k": 5}
     prompt_bt, length_b = specjax.pad_prompts(PROMPTS)
     request = {"sampling": specjax.Sampling(**settings), "max_new_tokens": 24, "verify": specjax.verify.coupled}
-    out = specjax.generate(TARGET, prompt_bt, length_b, drafter=drafter, **request)
+    out = specjax.generate(TARGET, prompt_bt, length_b, drafter=drafter, fixed=True, **request)
     np.testing.assert_array_equal(out.tokens, specjax.generate(TARGET, prompt_bt, length_b, **request).tokens)
     assert out.stats.accepted.sum() == 0
     assert temperature == 0 or out.stats.drafted.sum() == 0
@@ -781,7 +789,9 @@ def test_an_eagle_1_head_made_by_hand_needs_what_the_target_lends(name):
     drafter = FeatureDrafter(head.init_params(jax.random.key(0)), head, 2)
     prompt, length = specjax.pad_prompts([[1]])
     with pytest.raises(ValueError, match=rf"the target has no {name}, which the drafter needs; give LanguageModel\("):
-        specjax.generate(dataclasses.replace(TARGET, **{name: None}), prompt, length, drafter=drafter, max_new_tokens=2)
+        specjax.generate(
+            dataclasses.replace(TARGET, **{name: None}), prompt, length, drafter=drafter, fixed=True, max_new_tokens=2
+        )
 
 
 def test_other_bad_input(tmp_path):

@@ -45,7 +45,9 @@ def target():
 def generate(target, drafter, prompts, new, temperature=0.0, **settings):
     prompt, length = specjax.pad_prompts(prompts)
     sampling = specjax.Sampling(temperature=temperature, seed=list(range(len(prompts))))
-    return specjax.generate(target, prompt, length, drafter=drafter, sampling=sampling, max_new_tokens=new, **settings)
+    return specjax.generate(
+        target, prompt, length, drafter=drafter, fixed=True, sampling=sampling, max_new_tokens=new, **settings
+    )
 
 
 @pytest.mark.parametrize("g", [1, 2, 3, 5])
@@ -82,7 +84,7 @@ def asked_of(target, drafter):
 
     watched = target.replace(forward=forward, early_exit=early_exit)
     prompt, length = specjax.pad_prompts(PROMPTS)
-    state = specjax.prefill(watched, prompt, length, drafter=drafter, max_new_tokens=9)
+    state = specjax.prefill(watched, prompt, length, drafter=drafter, fixed=True, max_new_tokens=9)
     asked.clear()
     jax.eval_shape(lambda state: specjax.step(watched, state, drafter=drafter), state)
     return asked

@@ -80,7 +80,9 @@ every_sampling = pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=5), 
 def run(drafter=None, rule=verify.block, sampling=GREEDY, prompt=PROMPT, length=LENGTH, target=TARGET, **settings):
     """Returns the generation as NumPy arrays."""
     settings = {"max_new_tokens": NEW} | settings
-    out = specjax.generate(target, prompt, length, drafter=drafter, verify=rule, sampling=sampling, **settings)
+    out = specjax.generate(
+        target, prompt, length, drafter=drafter, fixed=True, verify=rule, sampling=sampling, **settings
+    )
     return jax.device_get(out)
 
 
@@ -316,7 +318,9 @@ def test_the_fewest_slots_give_the_same_text():
 def test_inside_the_callers_jit():
     @jax.jit
     def program(target, drafter, prompt, length, sampling):
-        out = specjax.generate(target, prompt, length, drafter=drafter, sampling=sampling, max_new_tokens=NEW)
+        out = specjax.generate(
+            target, prompt, length, drafter=drafter, fixed=True, sampling=sampling, max_new_tokens=NEW
+        )
         return out.tokens, out.lengths, out.stats
 
     out = run(DRAFTERS["another model"], verify.block, MIXED)
@@ -337,6 +341,7 @@ def test_stream_ends_as_generate_does(rounds):
             LENGTH,
             rounds=rounds,
             drafter=drafter,
+            fixed=True,
             sampling=MIXED,
             max_new_tokens=NEW,
             stop_tokens=stop_tokens,
@@ -353,7 +358,7 @@ def test_stream_ends_as_generate_does(rounds):
 
 def test_rounds_by_hand():
     drafter = DRAFTERS["another model"]
-    state = specjax.prefill(TARGET, PROMPT, LENGTH, drafter=drafter, sampling=MIXED, max_new_tokens=NEW)
+    state = specjax.prefill(TARGET, PROMPT, LENGTH, drafter=drafter, fixed=True, sampling=MIXED, max_new_tokens=NEW)
     step = jax.jit(functools.partial(specjax.step, verify=verify.block), donate_argnames="state")
     rounds = 0
     while not state.done_b.all():
@@ -538,7 +543,7 @@ def test_classes_with_equal_fields_have_programs_of_their_own():
 @pytest.mark.parametrize("made_for", [None, "n-gram"])
 def test_step_wants_the_drafter_of_its_state(made_for):
     """With more drafts than the slots were counted for, the last writes would be shifted onto good slots."""
-    state = specjax.prefill(TARGET, PROMPT, LENGTH, drafter=DRAFTERS.get(made_for), max_new_tokens=NEW)
+    state = specjax.prefill(TARGET, PROMPT, LENGTH, drafter=DRAFTERS.get(made_for), fixed=True, max_new_tokens=NEW)
     with pytest.raises(ValueError, match=r"proposes 3 tokens and the state was made for \d: give prefill and step"):
         specjax.step(TARGET, state, drafter=NGramDrafter(3))
 

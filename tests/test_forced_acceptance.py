@@ -29,6 +29,7 @@ def stats_of(rule, drafter, temperature, rows=32, rounds=100):
         model(0),
         np.ones((rows, 2), np.int32),
         drafter=drafter,
+        fixed=True,
         sampling=Sampling(temperature=temperature),
         max_new_tokens=(rounds + 1) * (len(RATES) + 1),
         slots=512,
@@ -72,7 +73,7 @@ def test_the_wrapped_rule_runs_and_chooses_the_next_token():
 
     ran, rule.shares_noise = [], False
     forced = ForcedAcceptance(rule, (0.0,) * 3)
-    text = specjax.generate(model(0), [[1]], drafter=DRAFTERS["model"], verify=forced, max_new_tokens=6)
+    text = specjax.generate(model(0), [[1]], drafter=DRAFTERS["model"], fixed=True, verify=forced, max_new_tokens=6)
     assert ran and np.asarray(text.tokens)[0, 1:7].tolist() == [5] * 6
 
 
@@ -93,7 +94,7 @@ def test_rates_that_are_no_probabilities_are_refused(rates):
 def test_fewer_rates_than_drafts_are_refused():
     forced = ForcedAcceptance(verify.block, (0.5,))
     with pytest.raises(ValueError, match="give 3 probabilities"):
-        specjax.generate(model(0), [[1]], drafter=DRAFTERS["model"], verify=forced, max_new_tokens=2)
+        specjax.generate(model(0), [[1]], drafter=DRAFTERS["model"], fixed=True, verify=forced, max_new_tokens=2)
 
 
 def test_always_drafting_keeps_the_contract_and_the_text():
@@ -102,7 +103,7 @@ def test_always_drafting_keeps_the_contract_and_the_text():
     texts = {}
     for name, used in {"none": None, "always": drafter}.items():
         texts[name] = specjax.generate(
-            model(0), prompt, drafter=used, sampling=Sampling(temperature=0.0), max_new_tokens=40, slots=128
+            model(0), prompt, drafter=used, fixed=True, sampling=Sampling(temperature=0.0), max_new_tokens=40, slots=128
         )
     np.testing.assert_array_equal(texts["none"].tokens, texts["always"].tokens)
     assert texts["always"].stats.drafted[0] > texts["always"].stats.rounds[0]

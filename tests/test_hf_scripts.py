@@ -47,6 +47,7 @@ def test_transformers_writes_the_same_text(exported):
         specjax.load(original, "float32"),
         prompts,
         drafter=specjax.NGramDrafter(num_draft=3),
+        fixed=True,
         sampling=specjax.Sampling(temperature=0.0),
         max_new_tokens=NEW_TOKENS,
     )

@@ -151,6 +151,7 @@ def all_at_once(target, drafter, prompt_bt, length_b, sampling, *, rule, slots):
         prompt_bt,
         length_b,
         drafter=drafter,
+        fixed=True,
         verify=rule,
         sampling=sampling,
         max_new_tokens=TOKENS,

@@ -44,7 +44,7 @@ SAMPLING = Sampling(
 
 def generate(drafter=None, rule=verify.block, **settings):
     options = {"sampling": SAMPLING, "max_new_tokens": NEW, "logprobs": True} | settings
-    return specjax.generate(TARGET, PROMPTS, drafter=drafter, verify=rule, **options).to_host()
+    return specjax.generate(TARGET, PROMPTS, drafter=drafter, fixed=True, verify=rule, **options).to_host()
 
 
 @jit
@@ -135,7 +135,13 @@ def test_the_text_is_the_same_without_them():
 
 def test_they_go_on_over_turns():
     drafter = ModelDrafter(NEAR, 3)
-    options = {"sampling": Sampling(temperature=1.0, seed=2), "drafter": drafter, "slots": 128, "logprobs": True}
+    options = {
+        "sampling": Sampling(temperature=1.0, seed=2),
+        "drafter": drafter,
+        "fixed": True,
+        "slots": 128,
+        "logprobs": True,
+    }
     state = specjax.prefill(TARGET, PROMPTS, max_new_tokens=7, **options)
     state = specjax.run(TARGET, state, drafter=drafter)
     first = state.generation.to_host()

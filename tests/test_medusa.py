@@ -80,7 +80,7 @@ def test_a_round_reads_the_state_before_the_last_token(target, tmp_path):
     """What ``draw`` is given is head i on the state at position n - 2, in rows of all lengths."""
     drafter = open_medusa(write(tmp_path / "heads", published(1)), target, HEADS)
     prompt, length = specjax.pad_prompts(PROMPTS)
-    state = specjax.prefill(target, prompt, length, drafter=drafter, max_new_tokens=8)
+    state = specjax.prefill(target, prompt, length, drafter=drafter, fixed=True, max_new_tokens=8)
     given = []
 
     def draw(logits_bv, drafts_bg, index):
@@ -263,7 +263,9 @@ def perfect(following, heads):
 def generate(target, drafter, prompts, new, temperature=0.0, **settings):
     prompt, length = specjax.pad_prompts(prompts)
     sampling = specjax.Sampling(temperature=temperature, seed=list(range(len(prompts))))
-    return specjax.generate(target, prompt, length, drafter=drafter, sampling=sampling, max_new_tokens=new, **settings)
+    return specjax.generate(
+        target, prompt, length, drafter=drafter, fixed=True, sampling=sampling, max_new_tokens=new, **settings
+    )
 
 
 def walk(following, token, length):

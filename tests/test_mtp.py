@@ -458,7 +458,7 @@ def generate(target, drafter, prompts=PROMPTS, temperature=0.0, **options):
     prompt_bt, length_b = specjax.pad_prompts(prompts)
     sampling = specjax.Sampling(temperature=temperature, seed=np.arange(len(prompts)))
     options = {"max_new_tokens": NEW, "slots": 64} | options
-    return specjax.generate(target, prompt_bt, length_b, drafter=drafter, sampling=sampling, **options)
+    return specjax.generate(target, prompt_bt, length_b, drafter=drafter, fixed=True, sampling=sampling, **options)
 
 
 def expected_counts(g, period):

@@ -243,6 +243,7 @@ def test_greedy_text_is_equal(case):
         case.ours,
         np.asarray([case.rows[0]], np.int32),
         drafter=specjax.NGramDrafter(num_draft=3, min_n=1),
+        fixed=True,
         sampling=specjax.Sampling(temperature=0.0),
         max_new_tokens=NEW_TOKENS,
     )

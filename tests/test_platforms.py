@@ -100,6 +100,18 @@ def ways_of(monkeypatch, platform):
     jax.clear_caches()
 
 
+def test_a_gpu_gives_up_drafts_that_do_not_pay(monkeypatch):
+    """It chooses after blocks of four rounds. One trial is all in 100 rounds, at two batches."""
+    target, useless = dense(), specjax.ModelDrafter(dense(), 4)
+    norm = {"norm": {"weight": -useless.model.params["norm"]["weight"]}}  # the likeliest is the least likely
+    useless = useless.replace(model=useless.model.replace(params=useless.model.params | norm))
+    ways_of(monkeypatch, "gpu")
+    for rows in (1, 3):
+        options = {"drafter": useless, "max_new_tokens": 100, "costs": (1, 2, 2.5), "sampling": specjax.Sampling(0.0)}
+        stats = specjax.generate(target, [[1, 2, 3]] * rows, **options).stats
+        assert stats.accepted.sum() < 10 and 0 < stats.drafted_at[:, 0].max() <= 8
+
+
 @pytest.mark.parametrize("make", [dense, quantised_mixture])
 def test_text_is_that_of_the_ways_of_a_cpu(make, monkeypatch):
     """One row with drafts; and more rows than are unrolled, greedy, filtered and neither."""
@@ -108,7 +120,9 @@ def test_text_is_that_of_the_ways_of_a_cpu(make, monkeypatch):
     prompts = [[i + 1, i + 2, 3][: 1 + i % 3] for i in range(18)]
 
     def texts():
-        one = specjax.generate(target, [[1, 2, 3]], drafter=specjax.ModelDrafter(dense(), 2), max_new_tokens=12)
+        one = specjax.generate(
+            target, [[1, 2, 3]], drafter=specjax.ModelDrafter(dense(), 2), fixed=True, max_new_tokens=12
+        )
         return one.tokens, specjax.generate(target, prompts, sampling=sampling, max_new_tokens=12).tokens
 
     wanted, traced = texts(), []

@@ -103,7 +103,7 @@ each_by_its_own_rule.shares_noise = True
 def generate(model, drafter, rule=each_by_its_own_rule, prompts=PROMPTS, new=NEW, temperature=(0, 0, 0, 1), **options):
     sampling = specjax.Sampling(np.float32(temperature), seed=np.arange(9, 9 + len(prompts)))
     return specjax.generate(
-        model, prompts, drafter=drafter, verify=rule, sampling=sampling, max_new_tokens=new, **options
+        model, prompts, drafter=drafter, fixed=True, verify=rule, sampling=sampling, max_new_tokens=new, **options
     )
 
 
@@ -164,7 +164,7 @@ def test_long_prompts_are_read_in_chunks():
     prompts = [rng.integers(0, VOCAB, n).tolist() for n in (300, 5, 600, 257)]
     drafter, new = ModelDrafter(HYBRID, 2), 7
     sampling = specjax.Sampling(np.float32([0, 1, 0, 1]), seed=np.arange(4))
-    options = {"drafter": drafter, "sampling": sampling, "max_new_tokens": new, "slots": 700}
+    options = {"drafter": drafter, "fixed": True, "sampling": sampling, "max_new_tokens": new, "slots": 700}
     state = specjax.run(HYBRID, specjax.prefill(HYBRID, prompts, **options), drafter=drafter, verify=verify.coupled)
     out = state.generation.to_host()
     np.testing.assert_array_equal(out.stats.accepted, out.stats.drafted)
@@ -238,7 +238,7 @@ def p_value(model, drafter, rule, **warping):
     prompts = [list(prompt) for prompt in LAW_PROMPTS] * ROWS
     sampling = specjax.Sampling(seed=np.arange(len(prompts), dtype=np.uint32), **warping)
     out = specjax.generate(
-        model, prompts, drafter=drafter, verify=rule, sampling=sampling, max_new_tokens=TOKENS, slots=16
+        model, prompts, drafter=drafter, fixed=True, verify=rule, sampling=sampling, max_new_tokens=TOKENS, slots=16
     ).to_host()
     assert (out.stats.rounds >= 2).all()
     statistic, freedom = 0.0, 0

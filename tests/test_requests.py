@@ -110,9 +110,13 @@ BAD = {
         ["3 tokens", "max_new_tokens 4", "7 positions", "drafter has 6", "shorten"],
     ),
     "slots one short": ({"slots": 7}, ["slots is 7", "need 8", "more slots"]),
+    "slots one short for a late look": (
+        {"slots": 23, "drafter": specjax.NGramDrafter(num_draft=3)},
+        ["slots is 23", "16 places", "need 24", "fixed=True"],
+    ),
     "slots one short for drafts": (
-        {"slots": 10, "drafter": specjax.NGramDrafter(num_draft=3)},
-        ["slots is 10", "3 drafts", "need 11", "more slots"],
+        {"slots": 10, "drafter": specjax.NGramDrafter(num_draft=3), "fixed": True},
+        ["slots is 10", "3 places", "need 11", "more slots"],
     ),
     "prompt longer than slots": (
         {"prompts": np.ones((1, 20), np.int32), "slots": 16},
@@ -514,7 +518,7 @@ def states():
     """A running state of two rows and one that is done, in 16 slots; others that differ in one thing each."""
 
     def prefill(**changed):
-        return call(specjax.prefill, **{"slots": 16, "drafter": NGRAM, **changed})
+        return call(specjax.prefill, **{"slots": 16, "drafter": NGRAM, "fixed": True, **changed})
 
     running = prefill()
     return {
@@ -522,7 +526,7 @@ def states():
         "done": specjax.stop(running, [True, True]),
         "one row": prefill(prompts=PROMPT[:1]),
         "other slots": prefill(prompts=PROMPT[:1], slots=17),
-        "other drafter": prefill(prompts=PROMPT[:1], drafter=specjax.NGramDrafter(num_draft=2)),
+        "other drafter": prefill(prompts=PROMPT[:1], drafter=specjax.NGramDrafter(num_draft=2), fixed=True),
         "log-probabilities": prefill(prompts=PROMPT[:1], logprobs=True),
         "keys": prefill(prompts=PROMPT[:1], sampling=Sampling(seed=jax.random.key(0))),
         "more stop tokens": prefill(prompts=PROMPT[:1], stop_tokens=[1] * 9),
@@ -539,7 +543,7 @@ def refused(function, words):
 
 
 EXTEND = {
-    "past the slots": ({"max_new_tokens": 9}, ["row 0 has 3 tokens", "3 drafts", "need 17", "has 16", "slots="]),
+    "past the slots": ({"max_new_tokens": 9}, ["row 0 has 3 tokens", "3 places", "need 17", "has 16", "slots="]),
     "past the slots in one row": (
         {"tokens": [[1], [1, 2]], "max_new_tokens": [4, 8]},
         ["row 1 has 3 tokens", "2 more", "max_new_tokens 8", "need 17", "has 16", "slots="],

@@ -27,7 +27,7 @@ def opened(folder):
 
 @pytest.fixture(scope="module")
 def session(opened):
-    return specjax.Session(opened, "early-exit:1", 2, slots=SLOTS)
+    return specjax.Session(opened, "early-exit:1", 2, slots=SLOTS, fixed=True)
 
 
 BIAS = np.where(np.arange(3 + len(LETTERS)) < 3, -np.inf, 0.0)
@@ -77,7 +77,7 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("spec", SPECS)
 def test_greedy_text_is_that_of_generate_with_every_drafter(spec, opened, folder):
     spec = f"model:{folder}" if spec == "model" else spec
-    results = specjax.Session(opened, spec, 2, slots=SLOTS).complete(PROMPTS, 20, **GREEDY)
+    results = specjax.Session(opened, spec, 2, slots=SLOTS, fixed=True).complete(PROMPTS, 20, **GREEDY)
     for prompt, result in zip(PROMPTS, results, strict=True):
         assert result.text == str(result) == continued(opened, prompt, 20)
         assert result.tokens == opened.tokenizer.encode(result.text).ids and len(result.tokens) == 20
@@ -89,8 +89,8 @@ def test_greedy_text_is_that_of_generate_with_every_drafter(spec, opened, folder
 def test_a_folder_and_a_drafter_serve_as_well_as_their_names(opened, folder):
     wanted = continued(opened, "a", 12)
     drafter = specjax.load_drafter("early-exit:1", opened, 2)
-    assert specjax.Session(folder, drafter, slots=SLOTS).complete("a", 12, **GREEDY).text == wanted
-    assert specjax.Session(str(folder), "early-exit:2").complete("a", 12, **GREEDY).text == wanted
+    assert specjax.Session(folder, drafter, slots=SLOTS, fixed=True).complete("a", 12, **GREEDY).text == wanted
+    assert specjax.Session(str(folder), "early-exit:2", fixed=True).complete("a", 12, **GREEDY).text == wanted
 
 
 def test_one_text_gives_one_result_and_a_list_a_list(session):
@@ -119,7 +119,7 @@ def test_a_prompt_without_a_seed_has_the_next_of_the_session(opened):
 def test_stop_tokens_end_a_text_and_are_no_part_of_it(opened):
     whole = continued(opened, "a quick fox", 30)
     stop = opened.tokenizer.token_to_id(whole[11])
-    stopping = specjax.Session(dataclasses.replace(opened, stop_tokens=(stop,)), "early-exit:1")
+    stopping = specjax.Session(dataclasses.replace(opened, stop_tokens=(stop,)), "early-exit:1", fixed=True)
     result = stopping.complete("a quick fox", 30, **GREEDY)
     assert result.finish_reason == "stop token"
     assert result.text == whole[: whole.index(whole[11])] and result.tokens[-1] == stop
@@ -189,14 +189,14 @@ def test_a_stream_that_is_left_keeps_nothing(session, calls):
 @pytest.mark.parametrize("spec", SPECS)
 def test_turns_read_only_what_is_new_and_say_what_a_fresh_session_says(spec, opened, folder, calls):
     spec = f"model:{folder}" if spec == "model" else spec
-    session, messages, read = specjax.Session(opened, spec, 2, slots=SLOTS), [], 0
+    session, messages, read = specjax.Session(opened, spec, 2, slots=SLOTS, fixed=True), [], 0
     for turn, text in enumerate(("hello", "and you", "a", "the end of it")):
         messages.append(user(text))
         result = session.chat(messages, 12, **GREEDY)
         assert calls.prefills == turn + 1 and len(calls.added) == turn
         tokens = len(opened.tokenizer.encode(opened.chat_template.render(messages), add_special_tokens=False).ids)
         assert result.prompt_tokens == tokens and calls.added[-1:] == ([tokens - read] if turn else [])
-        fresh = specjax.Session(opened, spec, 2, slots=SLOTS).chat(messages, 12, **GREEDY)
+        fresh = specjax.Session(opened, spec, 2, slots=SLOTS, fixed=True).chat(messages, 12, **GREEDY)
         assert (result.text, result.tokens) == (fresh.text, fresh.tokens)
         assert result.rounds <= 12 and result.accepted <= result.drafted
         messages.append(result.message)
@@ -244,6 +244,17 @@ def test_what_cannot_go_on_is_read_again(opened, calls):
     for _ in range(3):
         messages += [session.chat(messages, 40, **GREEDY).message, user("more" * 5)]
     assert session.chat(messages, 8, **GREEDY).text == fresh.chat(messages, 8, **GREEDY).text
+
+
+def test_a_conversation_that_comes_close_to_the_end_of_its_slots(opened, monkeypatch):
+    """Whether a turn still fits is asked as the engine asks it, which needs more places where rounds adapt."""
+    monkeypatch.setattr(session_module, "_CONVERSATION_SLOTS", 128)
+    session, messages = specjax.Session(opened), [user("hello")]
+    messages += [session.chat(messages, 8, **GREEDY).message, user("more")]
+    tokens = session._encode(opened.need_chat_template().render(messages), add_special_tokens=False)
+    new = session._kept.state.tokens_bs.shape[1] - len(tokens) - 10  # places past the end
+    fresh = specjax.Session(opened, slots=SLOTS).chat(messages, new, **GREEDY)
+    assert session.chat(messages, new, **GREEDY).text == fresh.text
 
 
 def test_a_stop_string_in_a_conversation(session, opened):
@@ -295,7 +306,7 @@ def test_limits_that_do_not_fit(session):
         session.complete("a", 300)
     with pytest.raises(ValueError, match=r"max_new_tokens is 0"):
         session.chat("a", 0)
-    small = specjax.Session(session.opened, "ngram", slots=20)
+    small = specjax.Session(session.opened, "ngram", slots=20, fixed=True)
     with pytest.raises(ValueError, match=r"slots is 20; .* need"):
         next(small.stream("a", 40))
 

@@ -55,7 +55,14 @@ PROMPTS = [[3], [1, 6], [2, 4, 1, 7, 5, 6, 2], [7, 7], [7]]
 def prefilled(target, drafter, prompts, sampling, max_new_tokens=24, slots=SLOTS):
     prompt_bt, length_b = specjax.pad_prompts(prompts)
     return specjax.prefill(
-        target, prompt_bt, length_b, drafter=drafter, sampling=sampling, max_new_tokens=max_new_tokens, slots=slots
+        target,
+        prompt_bt,
+        length_b,
+        drafter=drafter,
+        fixed=True,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        slots=slots,
     )
 
 
@@ -140,7 +147,7 @@ def test_the_target_under_other_ids_is_accepted_in_full(decoder, drafts):
     prompt_bt = np.random.default_rng(1).integers(0, 37, (4, 40))
     lengths = np.asarray([1, 2, 17, 40])
     settings = {"sampling": Sampling(temperature=0), "max_new_tokens": 31}
-    out = specjax.generate(decoder, prompt_bt, lengths, drafter=drafter, **settings)
+    out = specjax.generate(decoder, prompt_bt, lengths, drafter=drafter, fixed=True, **settings)
     np.testing.assert_array_equal(out.stats.accepted_at, out.stats.drafted_at)
     rounds = -(-31 // (drafts + 1))
     assert out.stats.rounds.tolist() == [rounds] * 4
@@ -263,8 +270,8 @@ def test_a_loop_on_the_device_drafts_as_unrolled_steps_do():
     drafter = shared_vocabulary_drafter(DRAFT, MAP, 3)
     sampling = Sampling(temperature=[0.0, 1.0, 1.3, 0.7, 1.0], repetition_penalty=1.4, frequency_penalty=0.3, seed=2)
     settings = {"sampling": sampling, "max_new_tokens": 20}
-    unrolled = specjax.generate(TARGET, PROMPTS, drafter=drafter, **settings)
-    looped = specjax.generate(TARGET, PROMPTS, drafter=drafter.replace(unrolled=False), **settings)
+    unrolled = specjax.generate(TARGET, PROMPTS, drafter=drafter, fixed=True, **settings)
+    looped = specjax.generate(TARGET, PROMPTS, drafter=drafter.replace(unrolled=False), fixed=True, **settings)
     np.testing.assert_array_equal(looped.tokens, unrolled.tokens)
     np.testing.assert_array_equal(looped.stats.accepted_at, unrolled.stats.accepted_at)
     assert 0 < unrolled.stats.accepted.sum() < unrolled.stats.drafted.sum()
@@ -375,7 +382,7 @@ def test_a_bias_may_ban_all_shared_tokens(only, temperature):
     plain = specjax.generate(TARGET, prompt_bt, length_b, **settings)
     drafter = shared_vocabulary_drafter(DRAFT, MAP, 2)
     for rule in (specjax.verify.coupled, specjax.verify.block):
-        out = specjax.generate(TARGET, prompt_bt, length_b, drafter=drafter, verify=rule, **settings)
+        out = specjax.generate(TARGET, prompt_bt, length_b, drafter=drafter, fixed=True, verify=rule, **settings)
         for row, length in enumerate(length_b):
             new = np.asarray(out.tokens[row, length : length + 12]).tolist()
             assert set(new) <= set(only)
@@ -393,7 +400,7 @@ def test_banned_tokens_are_not_proposed(temperature):
     bias = np.full((VOCAB,), -np.inf, np.float32)
     bias[0] = 0
     settings = {"sampling": Sampling(temperature=temperature, logit_bias=bias), "max_new_tokens": 6}
-    out = specjax.generate(TARGET, [[1, 2]], drafter=drafter, **settings)
+    out = specjax.generate(TARGET, [[1, 2]], drafter=drafter, fixed=True, **settings)
     assert out.tokens[0, 2:8].tolist() == [0] * 6
     assert out.stats.drafted.tolist() == [0]
 
@@ -402,7 +409,7 @@ def test_a_token_of_many_pieces_fits_a_short_cache():
     """Five slots of the target's; a window of 13 and a draft after it."""
     drafter = shared_vocabulary_drafter(DRAFT, mapped([*SPELLED[:-1], [3, 4] * 6]), 1)
     settings = {"sampling": Sampling(temperature=0), "max_new_tokens": 2, "slots": 5}
-    out = specjax.generate(TARGET, [[7]], drafter=drafter, **settings)
+    out = specjax.generate(TARGET, [[7]], drafter=drafter, fixed=True, **settings)
     np.testing.assert_array_equal(out.tokens, specjax.generate(TARGET, [[7]], **settings).tokens)
     assert out.stats.drafted.tolist() == [1]
 
@@ -417,7 +424,7 @@ def test_greedy_text_is_that_of_plain_decoding(drafts, rule):
     settings = {"sampling": Sampling(temperature=0), "max_new_tokens": 30, "stop_tokens": (5,)}
     plain = specjax.generate(TARGET, prompt_bt, length_b, **settings)
     drafter = shared_vocabulary_drafter(DRAFT, MAP, drafts)
-    out = specjax.generate(TARGET, prompt_bt, length_b, drafter=drafter, verify=rule, **settings)
+    out = specjax.generate(TARGET, prompt_bt, length_b, drafter=drafter, fixed=True, verify=rule, **settings)
     np.testing.assert_array_equal(out.lengths, plain.lengths)
     np.testing.assert_array_equal(out.tokens, plain.tokens)
     assert len(set(np.asarray(plain.lengths - length_b).tolist())) > 1, "some rows should meet the stop token"
@@ -428,7 +435,9 @@ def test_a_seed_gives_one_text_under_coupled_draws():
     settings = {"sampling": Sampling(temperature=0.9, top_p=0.9, frequency_penalty=0.3), "max_new_tokens": 30}
     plain = specjax.generate(TARGET, prompt_bt, length_b, **settings)
     drafter = shared_vocabulary_drafter(DRAFT, MAP, DRAFTS)
-    out = specjax.generate(TARGET, prompt_bt, length_b, drafter=drafter, verify=specjax.verify.coupled, **settings)
+    out = specjax.generate(
+        TARGET, prompt_bt, length_b, drafter=drafter, fixed=True, verify=specjax.verify.coupled, **settings
+    )
     np.testing.assert_array_equal(out.tokens, plain.tokens)
     assert out.stats.accepted.sum() > 0
 
@@ -461,7 +470,7 @@ def test_another_request_compiles_nothing():
     def ask(prompts, drafter, **sampling):
         prompt_bt, length_b = specjax.pad_prompts(prompts)
         return specjax.generate(
-            TARGET, prompt_bt, length_b, drafter=drafter, sampling=Sampling(**sampling), max_new_tokens=9
+            TARGET, prompt_bt, length_b, drafter=drafter, fixed=True, sampling=Sampling(**sampling), max_new_tokens=9
         )
 
     ask([[1, 2, 3], [4, 4]], shared_vocabulary_drafter(DRAFT, MAP, 2))
@@ -520,5 +529,9 @@ def test_a_draft_model_that_is_too_short_is_refused():
 def test_a_map_for_another_target_is_refused():
     with pytest.raises(ValueError, match=f"vocabulary has {VOCAB} tokens and the target's 5"):
         specjax.generate(
-            table_model(random_table(0, 5)), [[1]], drafter=shared_vocabulary_drafter(DRAFT, MAP), max_new_tokens=3
+            table_model(random_table(0, 5)),
+            [[1]],
+            drafter=shared_vocabulary_drafter(DRAFT, MAP),
+            fixed=True,
+            max_new_tokens=3,
         )

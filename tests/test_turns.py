@@ -37,7 +37,7 @@ def prefill(prompts, drafter=None, **settings):
     options = {"sampling": GREEDY, "max_new_tokens": 6, "slots": 128} | settings
     prompt_bt, length_b = specjax.pad_prompts(prompts)
     prompt_bt = np.pad(prompt_bt, ((0, 0), (0, 32 - prompt_bt.shape[1])))
-    return specjax.prefill(TARGET, prompt_bt, length_b, drafter=drafter, **options)
+    return specjax.prefill(TARGET, prompt_bt, length_b, drafter=drafter, fixed=True, **options)
 
 
 # More text.
@@ -144,7 +144,9 @@ LONG = [list(np.random.default_rng(row).integers(0, 11, size)) for row, size in 
 
 @functools.cache
 def read_at_once(name):
-    return specjax.generate(TARGET, LONG, drafter=DRAFTERS[name], sampling=GREEDY, max_new_tokens=9).to_host()
+    return specjax.generate(
+        TARGET, LONG, drafter=DRAFTERS[name], fixed=True, sampling=GREEDY, max_new_tokens=9
+    ).to_host()
 
 
 @pytest.mark.parametrize("name", ["model", "eagle-3"])  # the tests of each drafter have the others
@@ -152,7 +154,9 @@ def test_chunks_change_nothing(name, request):
     """Neither the text nor what is drafted: rows of one token, of one chunk, of many, all in a batch."""
     whole = read_at_once(name)
     request.getfixturevalue("chunks_of_four")
-    out = specjax.generate(TARGET, LONG, drafter=DRAFTERS[name], sampling=GREEDY, max_new_tokens=9).to_host()
+    out = specjax.generate(
+        TARGET, LONG, drafter=DRAFTERS[name], fixed=True, sampling=GREEDY, max_new_tokens=9
+    ).to_host()
     assert texts(out) == texts(whole)
     np.testing.assert_array_equal(out.stats.accepted_at, whole.stats.accepted_at)
 
@@ -195,6 +199,6 @@ def test_a_fault_in_the_order_of_chunks_is_seen(monkeypatch):
 
     monkeypatch.setattr(round_lib, "_read", late)
     loop._generate_jit.clear_cache()
-    out = specjax.generate(TARGET, LONG, drafter=ModelDrafter(COPY, 3), sampling=GREEDY, max_new_tokens=9)
+    out = specjax.generate(TARGET, LONG, drafter=ModelDrafter(COPY, 3), fixed=True, sampling=GREEDY, max_new_tokens=9)
     loop._generate_jit.clear_cache()
     assert texts(out) != honest

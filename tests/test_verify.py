@@ -860,6 +860,7 @@ def test_production_rounds_follow_the_law(draws, monkeypatch):
         target,
         np.zeros((rows, 1), np.int32),
         drafter=drafter,
+        fixed=True,
         sampling=Sampling(seed=51),
         max_new_tokens=new,
         slots=1 + new + g + 1,

@@ -1,6 +1,7 @@
 """The console command ``specjax``."""
 
 import argparse
+import gc
 import importlib
 import io
 import signal
@@ -18,6 +19,7 @@ COMMANDS = {
     "aot": "compile for a TPU or GPU that need not exist, and check the program",
 }
 CLEANS_UP = ("convert", "export")  # a signal must not leave a half-made folder
+GARBAGE = 100_000  # new objects between two collections; with Python's 700, a tenth of a cold start is collections
 RESUMES = ("train",)  # after Ctrl-C, a message says how to go on
 ABOUT = """Exact speculative decoding for JAX.
 
@@ -56,6 +58,7 @@ def run(command: str, argv: list[str] | None = None, prog: str | None = None) ->
       prog: the command's name in messages; None takes the name of its script.
     """
     _set_signals(command)
+    gc.set_threshold(GARBAGE)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character shows its code
     module = importlib.import_module(f"specjax.commands.{command}")

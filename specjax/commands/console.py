@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {' '.join(message.split())}\n")
 
 
-def print_table(title: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Prints rows as a Markdown table and returns them."""
-    shown = [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows]
+def print_table(title: str, rows: list[dict[str, Any]], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Prints rows as a Markdown table and returns them. ``columns``: those to print; None prints all."""
+    columns = list(rows[0]) if columns is None else list(columns)
+    shown = [[_cell(row[name]) for name in columns] for row in rows]
     print(f"### {title}\n")
-    for line in (list(rows[0]), ["---"] * len(rows[0]), *shown):
+    for line in (columns, ["---"] * len(columns), *shown):
         print("| " + " | ".join(line) + " |")
     print(flush=True)
     return rows
@@ -34,6 +36,12 @@ def write_whole(path: Path, text: str) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def add_quantize(parser: Any) -> None:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 import specjax
 from specjax.checkpoint.drafters import folders_of
-from specjax.commands import figures, hosts
+from specjax.commands import compilation_cache, figures, hosts
 from specjax.commands.console import Parser, add_ignored_keys, add_quantize, write_whole
 from specjax.commands.drafter_spec import named_drafter
 from specjax.commands.places import folder_or_shipped, shipped
@@ -110,6 +110,11 @@ def parse(argv: list[str] | None, prog: str) -> tuple[Parser, argparse.Namespace
     add_quantize(models)
     models.add_argument("--num-draft", type=int, default=4, metavar="N", help="tokens drafted per round (default: 4)")
     models.add_argument(
+        "--fixed",
+        action="store_true",
+        help="draft N tokens in every round (default: as many as pay, up to N)",
+    )
+    models.add_argument(
         "--shard-draft",
         action="store_true",
         help="over a mesh, split the drafter like the target (default: it is whole)",
@@ -135,6 +140,7 @@ def parse(argv: list[str] | None, prog: str) -> tuple[Parser, argparse.Namespace
     out.add_argument("--compare", action="store_true", help="measure the speed-up over plain decoding")
     out.add_argument("--json", type=Path, metavar="FILE", help="write text, tokens and figures")
     out.add_argument("--trace", type=Path, metavar="FILE", help="write an HTML page with the origin of each token")
+    compilation_cache.add_options(parser)
     hosts.add_mesh_options(parser)
     return parser, parser.parse_args(argv)
 
@@ -213,6 +219,7 @@ def request_for(
         ),
         "max_new_tokens": limits,
         "stop_tokens": stop_tokens,
+        "fixed": args.fixed,
     }
 
 
@@ -227,6 +234,7 @@ def default_drafter(target: Path) -> str:
 def main(argv: list[str] | None = None, prog: str = "generate.py") -> None:
     """Runs the command."""
     parser, args = parse(argv, prog)
+    compilation_cache.set_up(args)
     with contextlib.ExitStack() as stack:
         try:
             mesh = stack.enter_context(hosts.run(args))

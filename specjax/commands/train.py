@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import specjax
 from specjax import training
-from specjax.commands import hosts, stdlib
+from specjax.commands import compilation_cache, hosts, stdlib
 from specjax.commands.places import recipe_folder
 
 HELD_OUT_PROMPTS = 20  # excerpts over which acceptance is measured
@@ -45,8 +45,10 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
     parser.add_argument(
         "--fully-sharded", action="store_true", help="split parameters and optimiser state over data as well"
     )
+    compilation_cache.add_options(parser)
     hosts.add_mesh_options(parser)
     args = parser.parse_args(argv)
+    compilation_cache.set_up(args)
     # Errors that a user can cause are one line. Others keep their traceback.
     if args.save_every < 1:
         parser.error(f"--save-every is {args.save_every}; give at least 1")
@@ -243,6 +245,7 @@ def draw_samples(
                 drafter=specjax.NGramDrafter(num_draft=4),
                 sampling=specjax.Sampling(temperature=temperature, seed=recipe.seed + rows * len(pieces)),
                 max_new_tokens=limit - PROMPT_TOKENS,
+                fixed=True,  # the same corpus on every machine
             )
             generation = specjax.sharding.gathered(generation)
             pieces.append(np.asarray(generation.tokens[:, :limit]).reshape(-1))
@@ -294,7 +297,8 @@ def held_out_acceptance(
     for temperature in (0.0, 1.0):
         sampling = specjax.Sampling(temperature=temperature)
         room = min(NEW_TOKENS, limit - length)
-        generation = specjax.generate(target, prompts, drafter=drafter, sampling=sampling, max_new_tokens=room)
+        options = {"sampling": sampling, "max_new_tokens": room, "fixed": True}
+        generation = specjax.generate(target, prompts, drafter=drafter, **options)
         stats = jax.tree.map(lambda x: x[:HELD_OUT_PROMPTS], specjax.sharding.gathered(generation.stats))
         by_position = stats.accepted_at.sum(0) / stats.drafted_at.sum(0)
         figures[f"temperature {temperature:g}"] = {

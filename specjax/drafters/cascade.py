@@ -94,6 +94,7 @@ class Cascade:
         """Returns the first drafter's proposal in rows where there is one, the second's in the other rows."""
         # The second drafter starts from whatever the first wrote into the target's cache.
         first, first_state = self.first.propose(state.first, context, draw)
+        first = first.first(context.drafts(self.num_draft))
         if first.cache is not None:
             context = dataclasses.replace(context, cache=first.cache)
         taken_b = first.length_b > 0
@@ -105,6 +106,7 @@ class Cascade:
             return jnp.where(taken_b, first_b, token_b), probs_bv
 
         second, second_state = self._second(state.second, context, draw_first, first.tokens_bg, taken_b)
+        second = second.first(context.drafts(self.num_draft))
         # One-hot probabilities are made only if the other drafter has real ones.
         probs_bgv = None
         if first.probs_bgv is not None or second.probs_bgv is not None:

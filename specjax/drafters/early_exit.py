@@ -67,8 +67,9 @@ class EarlyExitDrafter:
             output = early_exit(target.params, feed, cache, self.depth)
             return *chain.add(draw, output.logits_btv[:, 0], i), output.cache
 
-        chain = Chain.empty(length_b.shape[0], self.num_draft, target.vocab_size)
+        g = context.drafts(self.num_draft)
+        chain = Chain.empty(length_b.shape[0], g, target.vocab_size)
         last_b = text_at(context.tokens_bs, length_b - 1, 1)[:, 0]
         carry = (chain, last_b, context.cache)
-        chain, _, cache = repeat(0, self.num_draft, advance, carry, self.unrolled)
-        return chain.propose(jnp.full_like(length_b, self.num_draft), cache), state
+        chain, _, cache = repeat(0, g, advance, carry, self.unrolled)
+        return chain.propose(jnp.full_like(length_b, g), cache), state

@@ -137,7 +137,7 @@ class FeatureDrafter:
 
     def propose(self, state: FeatureState, context: Context, draw: Draw) -> tuple[Proposal, FeatureState]:
         """Samples a chain of ``num_draft`` tokens; the head goes on from its own states."""
-        target, length_b, g = context.target, context.length_b, self.num_draft
+        target, length_b, g = context.target, context.length_b, context.drafts(self.num_draft)
         running_b = context.running_b.astype(jnp.int32)
 
         # A row proposes no more where a bias bans all tokens that the head can draft.

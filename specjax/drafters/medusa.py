@@ -102,10 +102,11 @@ class MedusaDrafter:
 
     def propose(self, state: Array, context: Context, draw: Draw) -> tuple[Proposal, Array]:
         """Samples one token from each of the first ``num_draft`` heads."""
-        chain = Chain.empty(state.shape[0], self.num_draft, context.target.vocab_size)
-        for i in range(self.num_draft):
+        g = context.drafts(self.num_draft)
+        chain = Chain.empty(state.shape[0], g, context.target.vocab_size)
+        for i in range(g):
             chain, _ = chain.add(draw, head_logits(self.params[i], state), i)
-        return chain.propose(jnp.where(context.length_b >= 2, self.num_draft, 0).astype(jnp.int32)), state
+        return chain.propose(jnp.where(context.length_b >= 2, g, 0).astype(jnp.int32)), state
 
     def follow(self, state: Array, context: Context, tokens_bg: Array) -> Array:
         """Nothing to do: the next state comes from the target, whoever drafted."""

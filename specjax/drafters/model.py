@@ -87,7 +87,7 @@ class ModelDrafter:
         # 1. Feed what the cache lacks of the row, which gives the first draft's logits.
         feed = self._missing(state, context, self._window)
         logits_btv, cache = self.model.run(feed, state.cache)
-        rows, g, vocab = length_b.shape[0], self.num_draft, logits_btv.shape[-1]
+        rows, g, vocab = length_b.shape[0], context.drafts(self.num_draft), logits_btv.shape[-1]
         logits_bv = place(logits_btv, jnp.maximum(feed.count_b - 1, 0))
         chain, token_b = Chain.empty(rows, g, vocab).add(draw, logits_bv, 0)
         read = ModelState(cache, jnp.where(context.running_b, length_b, state.fed_b))
@@ -110,13 +110,14 @@ class ModelDrafter:
             feed = self._missing(state, context, self._window)
             _, cache = self.model.run(feed, state.cache)
             return ModelState(cache, jnp.where(running_b, context.length_b, state.fed_b))
-        feed = self._missing(state, context, self.num_draft + 1)
-        place_t = jnp.arange(self.num_draft + 1, dtype=jnp.int32)[None]
+        g = tokens_bg.shape[1]
+        feed = self._missing(state, context, g + 1)
+        place_t = jnp.arange(g + 1, dtype=jnp.int32)[None]
         # Where one token was missing, the last place is not real: the last draft is not fed.
-        draft_bt = jnp.clip(place_t - feed.count_b[:, None], 0, self.num_draft - 1)
+        draft_bt = jnp.clip(place_t - feed.count_b[:, None], 0, g - 1)
         drafts_bt = jnp.take_along_axis(tokens_bg, draft_bt, axis=1)
         tokens_bt = jnp.where(feed.real_bt, feed.tokens_bt, drafts_bt)
-        count_b = jnp.where(running_b, feed.count_b + (self.num_draft - 1), 0)
+        count_b = jnp.where(running_b, feed.count_b + (g - 1), 0)
         _, cache = self.model.run(Feed(tokens_bt, feed.start_b, count_b), state.cache)
         return ModelState(cache, state.fed_b + count_b)
 

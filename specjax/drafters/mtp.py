@@ -322,15 +322,18 @@ class MTPDrafter:
         tokens_bt = text_at(context.tokens_bs, state.start_b, 3 * g)
         count_b = jnp.where(context.running_b, jnp.maximum(length_b - 1 - state.start_b, 0), 0)
         last_b = jnp.maximum(count_b - 1, 0)  # the slot of the last state that the target gave
-        chain = Chain.empty(length_b.shape[0], g, target.vocab_size)
+        width = context.drafts(g)
+        chain = Chain.empty(length_b.shape[0], width, target.vocab_size)
         states_btd, kept = state.states_btd, []
         for k, module in enumerate(self._modules, start=1):
             feed = Feed(tokens_bt[:, k : k + 2 * g], state.start_b, count_b)
             states_btd, stored = module(target, feed, states_btd, state.cache.layers[k - 1])
             kept.append(stored)
+            if k > width:  # its cache is kept up to date all the same
+                continue
             chain, token_b = chain.add(draw, module.logits(target, place(states_btd, last_b)), k - 1)
             tokens_bt = jnp.where(slot_bt == (length_b + (k - 1))[:, None], token_b[:, None], tokens_bt)
-        drafted_b = jnp.where(length_b >= 2, g, 0).astype(jnp.int32)
+        drafted_b = jnp.where(length_b >= 2, width, 0).astype(jnp.int32)
         return chain.propose(drafted_b), dataclasses.replace(state, cache=KVCache(tuple(kept)))
 
     @property

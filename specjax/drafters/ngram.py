@@ -30,6 +30,7 @@ class NGramDrafter:
 
     vocab_size = None
     max_positions = None
+    sparse = True
 
     def __post_init__(self):
         integers = all(isinstance(n, int) and not isinstance(n, bool) for n in (self.min_n, self.max_n))
@@ -72,6 +73,7 @@ class NGramDrafter:
         best_b, found_b = best_score_b % slots, best_score_b >= self.min_n * slots
         # The tokens from the match to the row's end repeat, in case the copy is longer.
         period_b1 = jnp.maximum(last_b - best_b, 1)[:, None]
-        source_bg = best_b[:, None] + 1 + jnp.arange(self.num_draft, dtype=jnp.int32)[None] % period_b1
+        g = context.drafts(self.num_draft)
+        source_bg = best_b[:, None] + 1 + jnp.arange(g, dtype=jnp.int32)[None] % period_b1
         drafts_bg = jnp.take_along_axis(tokens_bs, jnp.clip(source_bg, 0, slots - 1), axis=1)
-        return Proposal(drafts_bg, None, jnp.where(found_b, self.num_draft, 0).astype(jnp.int32)), state
+        return Proposal(drafts_bg, None, jnp.where(found_b, g, 0).astype(jnp.int32)), state

@@ -126,7 +126,7 @@ class SharedVocabularyDrafter:
         # 1. Spell the token of a row that has no other: no event came with it, since none of its tokens was fed.
         first_b = (context.running_b & (state.taken_b == 0)).astype(jnp.int32)
         state = self._extended(state, text_at(context.tokens_bs, jnp.zeros_like(first_b), 1), first_b)
-        end_b, g = self._end(state), self.num_draft
+        end_b, g = self._end(state), context.drafts(self.num_draft)
         running_b = context.running_b & (end_b > 0)
 
         # 2. Feed what the cache lacks of the text. In a cascade that may be too much for one pass, since accepted

@@ -14,6 +14,8 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from specjax.engine.adapt import UNOBSERVED, places_past, widths_of
+from specjax.engine.costs import assumed
 from specjax.sampling import PENALTIES, Sampling, is_key
 from specjax.sharding import gathered
 from specjax.types import Drafter, LanguageModel
@@ -38,12 +40,15 @@ class Request:
       limit_b: int32, the length at which a row ends.
       stop_tokens_bk: int32, ids that end a row; -1 is none.
       sampling: per-row parameters.
+      cost_bw: float32, the time of a round of each width, over that of a plain one, by which the loop chooses how many
+        drafts a round takes; the same in all rows. None: all rounds take all drafts.
     """
 
     prompt_length_b: Array
     limit_b: Array
     stop_tokens_bk: Array
     sampling: Sampling
+    cost_bw: Array | None = None
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], least: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -93,6 +98,8 @@ def lay_out(
     slots: int | None,
     logprobs: bool = False,
     top_logprobs: int = 0,
+    fixed: bool = True,
+    costs: ArrayLike | None = None,
 ) -> tuple[Array, Request, dict[str, Any]]:
     """Checks the arguments of ``generate`` and lays them out.
 
@@ -112,6 +119,12 @@ def lay_out(
     _check_sampling(sampling, rows, target.vocab_size)
     stop_tokens_bk = _stop_tokens(stop_tokens, rows, target.vocab_size)
     top = _check_logprobs(logprobs, top_logprobs, target.vocab_size)
+    if fixed and costs is not None:
+        raise ValueError(
+            "costs are given and fixed is True; give costs where rounds may take fewer drafts, or only fixed"
+        )
+    cost_w = None if fixed or drafter is None else _costs(costs, widths_of(drafter))
+    past = places_past(g, cost_w is not None)
 
     # 2. How many slots a row needs. Values that are traced are taken to be the most that their shapes allow.
     if is_known((prompt_bt, length_b)):
@@ -121,8 +134,8 @@ def lay_out(
     if is_known(new_b):
         final = int(np.max(longest_b + np.asarray(new_b)))
         _check_positions(target, drafter, int(longest_b.max()), final)
-        needed = max(final + g + 1, width)
-    allocated = _allocate(slots, needed, width, is_known((prompt_bt, length_b)), g)
+        needed = max(final + past + 1, width)
+    allocated = _allocate(slots, needed, width, is_known((prompt_bt, length_b)), past)
 
     # 3. Pad the prompts to the slots. A chunk is as wide as all of a short prompt.
     chunk = width
@@ -133,7 +146,8 @@ def lay_out(
     prompt_bs = pad.pad(prompt_bt, ((0, 0), (0, allocated - width)))
     length_b = _int32(length_b)
     limit_b = length_b + _int32(new_b)
-    request = Request(length_b, limit_b, _int32(stop_tokens_bk), sampling.per_row(rows))
+    cost_bw = None if cost_w is None else _spread(cost_w, rows)
+    request = Request(length_b, limit_b, _int32(stop_tokens_bk), sampling.per_row(rows), cost_bw)
     return _int32(prompt_bs), request, {"chunk": chunk, "logprobs": bool(logprobs), "top_logprobs": top}
 
 
@@ -176,10 +190,12 @@ def lay_out_more(
     row = int(np.argmax(final_b))
     if extended_b.any():
         _check_positions(target, drafter, int((old_b + count_b)[row]), int(final_b[row]))
-    if final_b[row] + g + 1 > slots:
+    past = places_past(g, state.adapt is not None)
+    if final_b[row] + past + 1 > slots:
         raise ValueError(
             f"row {row} has {old_b[row]} tokens; {count_b[row]} more, max_new_tokens {np.asarray(limit_b)[row]} and "
-            f"{g} drafts need {final_b[row] + g + 1} slots, and the state has {slots}: prefill with more slots="
+            f"{past} places past the end need {final_b[row] + past + 1} slots, and the state has {slots}: prefill with "
+            "more slots="
         )
 
     # 3. A chunk must fit after the last token of every row, also of those that rest.
@@ -236,7 +252,7 @@ def _check_positions(target: LanguageModel, drafter: Drafter | None, prompt: int
             )
 
 
-def _allocate(slots: Any, needed: int | None, width: int, known: bool, g: int) -> int:
+def _allocate(slots: Any, needed: int | None, width: int, known: bool, past: int) -> int:
     """Returns the slots per row: those asked for, or what fits, in a bucket if values are known."""
     if slots is not None and (isinstance(slots, bool) or not isinstance(slots, (int, np.integer))):
         raise TypeError(f"slots is {slots!r}; give an integer, or None for what fits")
@@ -253,8 +269,9 @@ def _allocate(slots: Any, needed: int | None, width: int, known: bool, g: int) -
         return bucket(needed, _SMALLEST_SLOTS) if known else needed
     if slots < needed:
         raise ValueError(
-            f"slots is {slots}; the prompt (padded to {width}), max_new_tokens and {g} drafts need {needed}: allocate "
-            "more slots or ask for fewer tokens"
+            f"slots is {slots}; the prompt (padded to {width}), max_new_tokens and {past} places past the end need "
+            f"{needed}: allocate more slots or ask for fewer tokens (places are num_draft with fixed=True, else at "
+            f"least {UNOBSERVED})"
         )
     return int(slots)
 
@@ -267,6 +284,29 @@ def _check_logprobs(logprobs: Any, top: Any, vocab: int) -> int:
     if top and not logprobs:
         raise ValueError(f"top_logprobs is {top} and logprobs is False; give logprobs=True, too")
     return top
+
+
+def _costs(costs: Any, widths: tuple[int, ...]) -> Any:
+    """Returns the costs of rounds, float32 ``[widths]``; assumed ones if there are none."""
+    array = _numbers("costs", assumed(widths) if costs is None else costs)
+    if array.shape != (len(widths),):
+        raise ValueError(
+            f"costs has shape {array.shape}; give ({len(widths)},), the time of a round of {widths} drafts over that "
+            "of a plain one"
+        )
+    if is_known(array) and not np.all(np.asarray(array) > 0):
+        raise ValueError(f"costs are {np.asarray(array).tolist()}; they must be above 0, and 1 for a plain round")
+    return array.astype(np.float32)
+
+
+def _spread(array: Any, rows: int) -> Array:
+    """Returns the array once for each row, on the device. One from the host compiles nothing."""
+    shape = (rows, *array.shape)
+    return (
+        jax.device_put(np.broadcast_to(array, shape))
+        if isinstance(array, np.ndarray)
+        else jnp.broadcast_to(array, shape)
+    )
 
 
 def _int32(array: Any) -> Array:

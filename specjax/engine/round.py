@@ -1,7 +1,7 @@
 """One round, and the reading of a prompt: what the target is fed, and what of it becomes true."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -10,9 +10,11 @@ from flax import struct
 from jax import Array, lax
 
 from specjax import sampling as sampling_lib
+from specjax.engine.adapt import UNOBSERVED, Adapt, widths_of
 from specjax.engine.request import CHUNK, Request
 from specjax.engine.state import Logprobs, State
-from specjax.sampling import RoundDraws
+from specjax.platforms import by_platform
+from specjax.sampling import Counts, RoundDraws, Sampling
 from specjax.types import Cache, Context, Drafter, Draw, Event, Feed, LanguageModel, Proposal, Stats, VerifyRule
 
 
@@ -47,6 +49,7 @@ def start(
     chunk: int,
     logprobs: bool,
     top_logprobs: int,
+    assumed: bool = False,
 ) -> State:
     """Returns the state before the first round."""
     drafter = NoDrafter() if drafter is None else drafter
@@ -65,9 +68,18 @@ def start(
         request=request,
         keys_b=sampling_lib.row_keys(request.sampling),
         logprobs=Logprobs.empty(rows, slots, top_logprobs) if logprobs else None,
+        adapt=_adapt(request.cost_bw, target, drafter),
         num_draft=drafter.num_draft,
+        assumed=assumed,
     )
     return _read(target, state, drafter, zero_b, chunk, one_pass=chunk < CHUNK)
+
+
+def _adapt(cost_bw: Array | None, target: LanguageModel, drafter: Drafter) -> Adapt | None:
+    if cost_bw is None:
+        return None
+    specs = target.state_specs(drafter.capture) if drafter.capture else ()
+    return Adapt.start(cost_bw, widths_of(drafter), specs)
 
 
 def extend(
@@ -81,6 +93,8 @@ def extend(
 ) -> State:
     """Returns the state with the first ``count_b`` of the new tokens after each row's end, read as a prompt."""
     drafter = NoDrafter() if drafter is None else drafter
+    if state.adapt is not None:
+        state = observe_plain(target, state, drafter)
     old_b, extended_b = state.length_b, count_b > 0
     length_b = old_b + count_b
     request = dataclasses.replace(
@@ -110,12 +124,10 @@ def _read(target: LanguageModel, state: State, drafter: Drafter, start_b: Array,
     missing_b = state.length_b - 1 - start_b
 
     def read(first_b: Array, count_b: Array, cache: Cache, draft: Any) -> tuple[Cache, Any]:
-        at_bt = first_b[:, None] + jnp.arange(chunk, dtype=jnp.int32)[None]
-        at_bt = jnp.minimum(at_bt, state.tokens_bs.shape[1] - 1)
-        feed = Feed(jnp.take_along_axis(state.tokens_bs, at_bt, axis=1), first_b, count_b)
+        feed = Feed(_text_at(state.tokens_bs, first_b, chunk), first_b, count_b)
         output = target.forward(target.params, feed, cache, drafter.capture)
         cache = target.keep(output.cache, feed, count_b)
-        context = Context(target, cache, state.tokens_bs, state.length_b, _room(state))
+        context = dataclasses.replace(_context(target, state), cache=cache)
         return cache, drafter.observe(draft, context, Event(feed, output.features, count_b))
 
     if one_pass:
@@ -141,32 +153,67 @@ def _room(state: State) -> Array:
     return jnp.where(state.done_b, -1, state.request.limit_b - state.length_b - 1)
 
 
-def one_round(target: LanguageModel, state: State, drafter: Drafter | None, verify: VerifyRule) -> State:
-    """Returns the state after one round."""
+def one_round(
+    target: LanguageModel, state: State, drafter: Drafter | None, verify: VerifyRule, width: int | None = None
+) -> State:
+    """Returns the state after one round of at most ``width`` drafts, None for all that the drafter has.
+
+    At width 0 the drafter neither drafts nor observes: ``observe_plain`` tells it later of several such rounds.
+    """
     drafter = NoDrafter() if drafter is None else drafter
     if drafter.num_draft != state.num_draft:
         raise ValueError(
             f"the drafter proposes {drafter.num_draft} tokens and the state was made for {state.num_draft}: give "
             "prefill and step the same drafter"
         )
-    request, sampling = state.request, state.request.sampling
-    draws = RoundDraws(state.keys_b, state.length_b, jnp.any(jnp.asarray(sampling.temperature) > 0))
-    counts = None
-    if sampling.penalized:
-        counts = sampling_lib.count_tokens(state.tokens_bs, request.prompt_length_b, state.length_b, target.vocab_size)
-
-    def distributions(logits_btv: Array, drafts_bg: Array, first: int | Array = 0) -> Array:
-        logits_btv = logits_btv.astype(jnp.float32)
-        return sampling_lib.warp(sampling_lib.penalize(logits_btv, sampling, counts, drafts_bg, first), sampling)
+    laws = _Laws.of(target, state)
+    if width == 0:
+        proposal, _ = NoDrafter().propose(None, _context(target, state), None)
+        return _finish(target, state, drafter, verify, laws, proposal, drafted=False)
 
     # 1. Draft. A row uses no more drafts than it has room for.
-    room_b = _room(state)
-    context = Context(target, state.cache, state.tokens_bs, state.length_b, room_b)
-    proposal, draft = drafter.propose(state.draft, context, _make_draw(distributions, draws, verify.shares_noise))
-    _check_proposal(proposal, state, target)
-    proposal = dataclasses.replace(proposal, length_b=jnp.clip(proposal.length_b, 0, jnp.maximum(room_b, 0)))
+    context = dataclasses.replace(_context(target, state), width=width)
+    proposal, draft = drafter.propose(state.draft, context, laws.draw(verify.shares_noise))
+    width = context.drafts(drafter.num_draft)
+    _check_proposal(proposal, width, state, target)
+    proposal = proposal.first(width)
+    length_b = jnp.clip(proposal.length_b, 0, jnp.maximum(context.room_b, 0))
+    proposal = dataclasses.replace(proposal, length_b=length_b)
+    state = dataclasses.replace(state, draft=draft)
 
+    cost_bw = state.request.cost_bw
+
+    def wide(state: State) -> State:
+        return _finish(target, state, drafter, verify, laws, proposal, drafted=True)
+
+    def either(state: State) -> State:
+        # Without a proposal in any row the target's pass is one token wide. Two loops, one of no turn and one of one
+        # turn, since lax.cond would copy all caches in both of its branches.
+        # Where a plain round costs infinitely much, as when the cost of a wide one is measured, there is none.
+        assert cost_bw is not None
+        turns = (jnp.any(length_b > 0) | jnp.isinf(cost_bw[0, 0])).astype(jnp.int32)
+        state = lax.fori_loop(jnp.int32(0), turns, lambda _, state: wide(state), state)
+        narrow = functools.partial(_finish, target, drafter=drafter, verify=verify, laws=laws, drafted=True)
+        return lax.fori_loop(0, 1 - turns, lambda _, state: narrow(state, proposal=proposal.first(0)), state)
+
+    if state.adapt is None or not getattr(drafter, "sparse", False):
+        return wide(state)
+    # A GPU's host would wait for each of the loops, and a pass over few tokens costs there what one over one does.
+    return by_platform(state, cuda=wide, rocm=wide, default=either)
+
+
+def _finish(
+    target: LanguageModel,
+    state: State,
+    drafter: Drafter,
+    verify: VerifyRule,
+    laws: "_Laws",
+    proposal: Proposal,
+    drafted: bool,
+) -> State:
+    """Returns the state after the target's pass over a proposal, and all that follows from it."""
     # 2. One target pass over [last token, drafts]. Rows that are done rest.
+    request, running_b, room_b = state.request, ~state.done_b, _room(state)
     start_b = state.length_b - 1
     last_b1 = jnp.take_along_axis(state.tokens_bs, start_b[:, None], axis=1)
     count_b = jnp.where(state.done_b, 0, proposal.length_b + 1)
@@ -176,35 +223,113 @@ def one_round(target: LanguageModel, state: State, drafter: Drafter | None, veri
     _check("the target's logits_btv", output.logits_btv, (*feed.tokens_bt.shape, target.vocab_size))
 
     # 3. Verify, and cut what is emitted at the first stop token.
-    target_btv = distributions(output.logits_btv, proposal.tokens_bg)
-    verdict = verify(dataclasses.replace(proposal, cache=None), target_btv, draws)
+    target_btv = laws.distributions(output.logits_btv, proposal.tokens_bg)
+    verdict = verify(dataclasses.replace(proposal, cache=None), target_btv, laws.draws)
     emitted_bt = _emitted(proposal.tokens_bg, verdict.num_accepted_b, verdict.next_b)
     count_b, stopped_b = _cut(emitted_bt, verdict.num_accepted_b + 1, request.stop_tokens_bk)
     count_b = jnp.where(state.done_b, 0, count_b)
 
     # 4. Write. The last token that is emitted is fed by the next round, so as many places are kept as were emitted.
     length_b = state.length_b + count_b
-    logprobs = state.logprobs
+    logprobs, adapt = state.logprobs, state.adapt
     if logprobs is not None:
         logprobs = _log(logprobs, state.length_b, emitted_bt, count_b, output.logits_btv, target_btv)
+    wide = proposal.tokens_bg.shape[1] > 0
+    if adapt is not None and request.cost_bw is not None:
+        if drafted:
+            adapt = adapt.after_drafts(request.cost_bw, running_b, room_b, proposal.length_b, verdict, wide)
+        else:
+            adapt = adapt.after_plain(request.cost_bw, running_b, output.features)
     state = dataclasses.replace(
         state,
         tokens_bs=_append(state.tokens_bs, state.length_b, emitted_bt, count_b),
         length_b=length_b,
         done_b=state.done_b | stopped_b | (length_b >= request.limit_b),
         cache=target.keep(output.cache, feed, count_b),
-        stats=_tally(state.stats, ~state.done_b, proposal.length_b, verdict.num_accepted_b, count_b),
+        stats=_tally(state.stats, running_b, proposal.length_b, verdict.num_accepted_b, count_b),
         logprobs=logprobs,
+        adapt=adapt,
     )
 
     # 5. Tell the drafter.
-    context = Context(target, state.cache, state.tokens_bs, state.length_b, _room(state))
+    if not drafted:
+        return state
     event = Event(feed, output.features, count_b, drafted=True)
-    return dataclasses.replace(state, draft=drafter.observe(draft, context, event))
+    return dataclasses.replace(state, draft=drafter.observe(state.draft, _context(target, state), event))
 
 
-def _check_proposal(proposal: Proposal, state: State, target: LanguageModel) -> None:
+def observe_plain(target: LanguageModel, state: State, drafter: Drafter, due: Array | bool = True) -> State:
+    """Returns the state after the drafter has observed, if ``due``, what plain rounds emitted, as if it were prompt."""
+    assert state.adapt is not None
+    blocks = (jnp.max(state.adapt.unobserved_b) + (UNOBSERVED - 1)) // UNOBSERVED
+
+    def block(_: Array, state: State) -> State:
+        adapt = state.adapt
+        assert adapt is not None
+        start_b = state.length_b - 1 - adapt.unobserved_b
+        count_b = jnp.minimum(adapt.unobserved_b, UNOBSERVED)
+        feed = Feed(_text_at(state.tokens_bs, start_b, UNOBSERVED), start_b, count_b)
+        draft = drafter.observe(state.draft, _context(target, state), Event(feed, adapt.features, count_b))
+        return dataclasses.replace(state, draft=draft, adapt=adapt.observed(count_b))
+
+    return lax.fori_loop(jnp.int32(0), jnp.where(due, blocks, 0), block, state)
+
+
+@struct.dataclass
+class _Laws:
+    """How this round's tokens are drawn.
+
+    Attributes:
+      sampling: per-row parameters.
+      counts: of the tokens before the round, or None without penalties.
+      draws: the random choices.
+    """
+
+    sampling: Sampling
+    counts: Counts | None
+    draws: RoundDraws
+
+    @classmethod
+    def of(cls, target: LanguageModel, state: State) -> "_Laws":
+        sampling, counts = state.request.sampling, None
+        if sampling.penalized:
+            prompt_length_b = state.request.prompt_length_b
+            counts = sampling_lib.count_tokens(state.tokens_bs, prompt_length_b, state.length_b, target.vocab_size)
+        sampled = jnp.any(jnp.asarray(sampling.temperature) > 0)
+        return cls(sampling, counts, RoundDraws(state.keys_b, state.length_b, sampled))
+
+    def distributions(self, logits_btv: Array, drafts_bg: Array, first: int | Array = 0) -> Array:
+        """Returns the distributions that are sampled, as ``sampling.warp`` does, of penalised logits."""
+        logits_btv = logits_btv.astype(jnp.float32)
+        logits_btv = sampling_lib.penalize(logits_btv, self.sampling, self.counts, drafts_bg, first)
+        return sampling_lib.warp(logits_btv, self.sampling)
+
+    def draw(self, shares_noise: bool) -> Draw:
+        """Returns ``draw`` for drafters (``types.Draw``)."""
+
+        def draw(logits_bv: Array, drafts_bg: Array, index: int | Array) -> tuple[Array, Array]:
+            probs_bv = self.distributions(logits_bv[:, None], drafts_bg, index)[:, 0]
+            if shares_noise:
+                return self.draws.emit(probs_bv, jnp.asarray(index, jnp.int32)), probs_bv
+            return self.draws.draft(probs_bv, index), probs_bv
+
+        return draw
+
+
+def _context(target: LanguageModel, state: State) -> Context:
+    return Context(target, state.cache, state.tokens_bs, state.length_b, _room(state))
+
+
+def _text_at(tokens_bs: Array, start_b: Array, width: int) -> Array:
+    """Returns ``width`` tokens of each row from ``start_b`` on; past the last slot, that slot's token."""
+    at_bt = start_b[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
+    return jnp.take_along_axis(tokens_bs, jnp.minimum(at_bt, tokens_bs.shape[1] - 1), axis=1)
+
+
+def _check_proposal(proposal: Proposal, width: int, state: State, target: LanguageModel) -> None:
     rows, g = state.stats.drafted_at.shape
+    if proposal.tokens_bg.shape[-1] == width:  # other drafters propose all that they have, whatever the width
+        g = width
     _check("the drafter's tokens_bg", proposal.tokens_bg, (rows, g), jnp.int32)
     _check("the drafter's length_b", proposal.length_b, (rows,), jnp.int32)
     if proposal.probs_bgv is not None:
@@ -216,16 +341,6 @@ def _check(name: str, array: Array, shape: tuple[int, ...], dtype: Any = None) -
     if array.shape != shape or (dtype is not None and array.dtype != dtype):
         wanted = str(shape) if dtype is None else f"{shape} and {jnp.dtype(dtype)}"
         raise ValueError(f"{name} is {array.shape} and {array.dtype}; specjax.types asks for {wanted}")
-
-
-def _make_draw(distributions: Callable[..., Array], draws: RoundDraws, shares_noise: bool) -> Draw:
-    def draw(logits_bv: Array, drafts_bg: Array, index: int | Array) -> tuple[Array, Array]:
-        probs_bv = distributions(logits_bv[:, None], drafts_bg, index)[:, 0]
-        if shares_noise:
-            return draws.emit(probs_bv, jnp.asarray(index, jnp.int32)), probs_bv
-        return draws.draft(probs_bv, index), probs_bv
-
-    return draw
 
 
 def _emitted(drafts_bg: Array, accepted_b: Array, next_b: Array) -> Array:

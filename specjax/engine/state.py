@@ -10,6 +10,7 @@ from flax import struct
 from jax import Array
 from jax.typing import ArrayLike
 
+from specjax.engine.adapt import Adapt
 from specjax.engine.request import Request, is_known
 from specjax.sharding import gathered
 from specjax.types import Cache, Generation, Stats
@@ -54,7 +55,9 @@ class State:
       request: what was asked for; constant during rounds.
       keys_b: one key per row; constant.
       logprobs: of what was emitted, or None.
+      adapt: what is known of drafting, or None if all rounds take all drafts.
       num_draft: g of the drafter that the state was made for.
+      assumed: static, whether the costs of rounds are assumed ones, which ``run`` replaces by measured ones.
     """
 
     tokens_bs: Array
@@ -66,7 +69,9 @@ class State:
     request: Request
     keys_b: Array
     logprobs: Logprobs | None
+    adapt: Adapt | None
     num_draft: int = struct.field(pytree_node=False)
+    assumed: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def generation(self) -> Generation:
@@ -137,7 +142,7 @@ def _check_fit(state: State, other: State) -> None:
     if jax.tree.structure(state) != jax.tree.structure(other):
         raise ValueError(
             "the states are of different kinds; make both with the same target, drafter and kinds of arguments "
-            "(logprobs, penalties, logit_bias, seeds or keys)"
+            "(logprobs, penalties, logit_bias, seeds or keys, fixed, costs)"
         )
     leaves = zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(other), strict=True)
     for (path, leaf), twin in leaves:

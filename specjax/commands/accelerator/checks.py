@@ -172,6 +172,7 @@ def make_program(rule: Any) -> Callable[..., specjax.Generation]:
             sampling=specjax.Sampling(temperature=temperature, seed=seed_b),
             max_new_tokens=pairs.NEW_TOKENS,
             slots=pairs.SLOTS,
+            fixed=True,
         )
 
     return program

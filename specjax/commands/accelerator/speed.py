@@ -230,6 +230,7 @@ def ready(bench: Bench, target: specjax.LanguageModel, drafter: Any, rows: int, 
         sampling=specjax.Sampling(temperature=temperature),
         max_new_tokens=(size.rounds + 1) * (NUM_DRAFT + 1),
         slots=size.slots,
+        fixed=True,
     )
 
 

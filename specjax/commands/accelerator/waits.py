@@ -62,6 +62,7 @@ def count_waits(pair: pairs.Pair, drafter: Any) -> dict[str, Any]:
             sampling=sampling,
             max_new_tokens=most,
             slots=2 * pairs.SLOTS,
+            fixed=True,
         )
         return jax.block_until_ready(state)
 

@@ -1,0 +1,213 @@
+"""How many drafts the next round takes: chosen on the device from what was accepted, and from what rounds cost.
+
+The choice looks at earlier rounds alone, never at the drafts that it admits. So the text keeps the target's law
+(docs/exactness.md).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from specjax.types import Drafter, Verdict
+
+PRIOR = 0.8
+"""The acceptance of a draft, given that the one before it was accepted, before anything is known."""
+
+_WEIGHT = 2.0  # in drafts: of the prior in what all rows saw, and of that in what is expected of one row
+_MEMORY = 0.97  # of evidence, per draft at a position, or per round without one there: the last 33 or so count
+_SLOWEST = 8  # the norm of rows' times to come: the larger, the more the row counts that will be done last
+_TRIAL = 2.5  # drafts, at the first position and in all rows together, before they are judged: three rounds of one row
+_LEAST, _MOST = 3, 8  # rounds of a trial; the most count where rows propose too little to be judged
+_PAUSE = 250.0  # plain rounds between two trials if no draft was accepted
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 8.0, 1024.0
+
+UNOBSERVED = 16
+"""The most tokens of a row that plain rounds leave for the drafter to observe later, all in one pass."""
+
+
+def places_past(num_draft: int, adapts: bool) -> int:
+    """Returns how many slots past a row's end are written, by a round or by a late look at plain rounds' tokens."""
+    return max(num_draft, UNOBSERVED) if adapts else num_draft
+
+
+def widths_of(drafter: Drafter) -> tuple[int, ...]:
+    """Returns the widths of rounds that are compiled: none, half and all of the drafts. Example: (0, 2, 4).
+
+    A drafter that is ``sparse`` drafts all or none. Its rounds have a second pass for where nothing is proposed, so
+    each width compiles for twice as long.
+    """
+    g = drafter.num_draft
+    return (0, g) if getattr(drafter, "sparse", False) else tuple(sorted({0, (g + 1) // 2, g}))
+
+
+@struct.dataclass
+class Adapt:
+    """What is known of drafting. Rows first, as in all of the loop's state.
+
+    Attributes:
+      tried_bg: float32, how often draft j was verified after draft j - 1 was accepted; earlier rounds count less.
+      kept_bg: float32, how often it was accepted then.
+      proposing_b: float32, the share of rounds in which the row proposed anything, among those that drafted.
+      wide_b: float32, the share of these rounds in which the target's pass had room for drafts; the same in all rows.
+      looked_b: int32, the rounds of the trial so far; the same in all rows.
+      width_b: int32, the number of the next round's width in ``widths``; the same in all rows.
+      rest_b: float32, how many plain rounds are to come before drafting is tried again.
+      pause_b: float32, how many there were last time.
+      features: what plain rounds kept for the drafter: ``[b, UNOBSERVED, d]``, one per index of its ``capture``.
+      unobserved_b: int32, how many tokens of plain rounds the drafter has not seen; at most ``UNOBSERVED`` if it
+        captures features.
+      widths: of the rounds that are compiled, from ``widths_of``.
+    """
+
+    tried_bg: Array
+    kept_bg: Array
+    proposing_b: Array
+    wide_b: Array
+    looked_b: Array
+    width_b: Array
+    rest_b: Array
+    pause_b: Array
+    features: tuple[Array, ...]
+    unobserved_b: Array
+    widths: tuple[int, ...] = struct.field(pytree_node=False)
+
+    @classmethod
+    def start(cls, cost_bw: Array, widths: tuple[int, ...], features: tuple[Any, ...]) -> "Adapt":
+        """Returns what is known before the first round.
+
+        Args:
+          cost_bw: float32, the time of a round of each width, over that of a plain one; the same in all rows.
+          widths: from ``widths_of``.
+          features: shapes ``[1, 1, d]`` and dtypes of the states that the drafter captures.
+        """
+        rows = cost_bw.shape[0]
+        zero_bg = jnp.zeros((rows, widths[-1]), jnp.float32)
+        zero_b = jnp.zeros((rows,), jnp.int32)
+        return cls(
+            tried_bg=zero_bg,
+            kept_bg=zero_bg,
+            proposing_b=jnp.ones((rows,), jnp.float32),
+            wide_b=jnp.ones((rows,), jnp.float32),
+            looked_b=zero_b,
+            width_b=zero_b + _narrowest(cost_bw[0], widths),
+            rest_b=jnp.zeros((rows,), jnp.float32),
+            pause_b=jnp.zeros((rows,), jnp.float32),
+            features=tuple(jnp.zeros((rows, UNOBSERVED, x.shape[-1]), x.dtype) for x in features),
+            unobserved_b=zero_b,
+            widths=widths,
+        )
+
+    @property
+    def width(self) -> Array:
+        """int32 scalar, the number of the next round's width. A row that was inserted waits while the others pause."""
+        return jnp.min(self.width_b)
+
+    def after_drafts(
+        self, cost_bw: Array, running_b: Array, room_b: Array, length_b: Array, verdict: Verdict, wide: bool
+    ) -> "Adapt":
+        """Returns what is known after a round with drafts.
+
+        Args:
+          cost_bw: as for ``start``.
+          running_b: bool, the rows that ran.
+          room_b: int32, how many drafts each could use.
+          length_b: int32, how many drafts each row proposed.
+          verdict: what became of them.
+          wide: whether the target's pass had room for drafts; not in a round without proposals.
+        """
+        # On a GPU, rounds of a block go on after the last row is done, or after drafting was given up.
+        counted = jnp.any(running_b) & (self.width > 0)
+        place_g = jnp.arange(self.tried_bg.shape[1], dtype=jnp.int32)[None]
+        accepted_b1 = verdict.num_accepted_b[:, None]
+        proposed_bg = place_g < length_b[:, None]
+        counts_bg = proposed_bg & (place_g <= accepted_b1) & running_b[:, None]
+        kept_bg = (place_g < accepted_b1).astype(jnp.float32)
+        # Bad luck at a position is forgotten though narrow rounds draft nothing there.
+        memory_bg = jnp.where(running_b[:, None] & (counts_bg | ~proposed_bg), _MEMORY, 1.0)
+        free_b = running_b & (room_b > 0)
+        share_b = _MEMORY * self.proposing_b + (1 - _MEMORY) * (length_b > 0).astype(jnp.float32)
+        after = dataclasses.replace(
+            self,
+            tried_bg=memory_bg * self.tried_bg + counts_bg.astype(jnp.float32),
+            kept_bg=memory_bg * self.kept_bg + jnp.where(counts_bg, kept_bg, 0),
+            proposing_b=jnp.where(free_b, share_b, self.proposing_b),
+            wide_b=_MEMORY * self.wide_b + (1 - _MEMORY) * wide,
+            looked_b=self.looked_b + 1,
+        )._choose(cost_bw, running_b, room_b)
+        return jax.tree.map(lambda new, old: jnp.where(counted, new, old), after, self)
+
+    def after_plain(self, cost_bw: Array, running_b: Array, features: tuple[Array, ...]) -> "Adapt":
+        """Returns what is known after a plain round, whose ``features`` ``[b, 1, d]`` the drafter has not seen."""
+        here_bt1 = (jnp.arange(UNOBSERVED, dtype=jnp.int32)[None] == self.unobserved_b[:, None])[..., None]
+        features = tuple(jnp.where(here_bt1, new, old) for old, new in zip(self.features, features, strict=True))
+        rest_b = jnp.maximum(self.rest_b - 1, 0)
+        over = ~jnp.any((rest_b > 0) & running_b)
+        return dataclasses.replace(
+            self,
+            width_b=jnp.where(over, jnp.full_like(self.width_b, _narrowest(cost_bw[0], self.widths)), 0),
+            rest_b=rest_b,
+            features=features,
+            unobserved_b=self.unobserved_b + running_b.astype(jnp.int32),
+        )
+
+    def observed(self, count_b: Array) -> "Adapt":
+        """Returns the same after the drafter has seen ``count_b`` tokens more."""
+        return dataclasses.replace(self, unobserved_b=self.unobserved_b - count_b)
+
+    def _choose(self, cost_bw: Array, running_b: Array, room_b: Array) -> "Adapt":
+        """Returns the same with the width that is soonest done, and a pause before a trial if that is none."""
+        # 1. A trial takes the fewest drafts that might pay, since it may be in vain. A round without proposals costs
+        # what a plain one does.
+        cost_w = 1 + self.wide_b[0] * (cost_bw[0] - 1)
+        others_tried_bg = jnp.sum(self.tried_bg, axis=0)[None] - self.tried_bg
+        others_kept_bg = jnp.sum(self.kept_bg, axis=0)[None] - self.kept_bg
+        prior_bg = (_WEIGHT * PRIOR + others_kept_bg) / (_WEIGHT + others_tried_bg)
+        expected_bg = (_WEIGHT * prior_bg + self.kept_bg) / (_WEIGHT + self.tried_bg)
+        left_b = jnp.where(running_b, room_b + 1, 0).astype(jnp.float32)
+        best = jnp.argmax(self._emitted(expected_bg, left_b) / cost_w)
+        looked, tried = self.looked_b[0], jnp.sum(jnp.where(running_b, self.tried_bg[:, 0], 0))
+        trying = (looked < _LEAST) | ((tried < _TRIAL) & (looked < _MOST))
+        width = jnp.where(trying, _narrowest(cost_w, self.widths), best)
+
+        # 2. The pause. Without the prior, how much of what drafts cost was lost: all if none was accepted. It is little
+        # where text that is now easy and now hard is the cause, so that drafts soon pay again: hence the third power.
+        found_bg = self.kept_bg / jnp.maximum(self.tried_bg, 1)
+        kept_w = self._emitted(found_bg, left_b) - 1
+        lost = 1 - jnp.max(kept_w[1:] / jnp.maximum(cost_w[1:] - 1, 1e-3))
+        pause_b = jnp.maximum(_PAUSE * lost**3, 2 * self.pause_b)
+        pause_b = jnp.ceil(jnp.clip(pause_b, _SHORTEST_PAUSE, _LONGEST_PAUSE))
+        stops, judged = width == 0, ~trying
+        # Little of the evidence remains, so that a few drafts of the next trial count.
+        few_b1 = jnp.where(stops, 1 / jnp.maximum(self.tried_bg[:, 0], 1), 1.0)[:, None]
+        return dataclasses.replace(
+            self,
+            tried_bg=self.tried_bg * few_b1,
+            kept_bg=self.kept_bg * few_b1,
+            looked_b=jnp.where(stops, 0, self.looked_b),
+            width_b=jnp.full_like(self.width_b, width),
+            rest_b=jnp.where(stops, pause_b, self.rest_b),
+            pause_b=jnp.where(stops, pause_b, jnp.where(judged, 0.0, self.pause_b)),
+        )
+
+    def _emitted(self, accept_bg: Array, left_b: Array) -> Array:
+        """Returns float32 ``[widths]``, the tokens of a round at these probabilities: a mean over rows.
+
+        A batch is done when its last row is. So the mean is that which gives the norm of the rounds that rows still
+        take, and rows count by the most tokens that they may still emit, ``left_b``.
+        """
+        reached_bg = jnp.cumprod(accept_bg, axis=1)
+        kept_bw = jnp.stack([jnp.sum(reached_bg[:, :width], axis=1) for width in self.widths], axis=1)
+        emitted_bw = 1 + self.proposing_b[:, None] * kept_bw
+        share_b1 = ((left_b / jnp.maximum(jnp.max(left_b), 1)) ** _SLOWEST)[:, None]
+        rounds_w = jnp.sum(share_b1 / emitted_bw**_SLOWEST, axis=0) / jnp.maximum(jnp.sum(share_b1), 1e-6)
+        return jnp.maximum(rounds_w, 1e-30) ** (-1 / _SLOWEST)
+
+
+def _narrowest(cost_w: Array, widths: tuple[int, ...]) -> Array:
+    """Returns the number of the narrowest width above 0 that would pay if all drafts were accepted; 0 if none would."""
+    most_w = 1 + jnp.asarray(widths, jnp.float32)
+    return jnp.argmax(most_w > cost_w).astype(jnp.int32)
