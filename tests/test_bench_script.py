@@ -22,9 +22,10 @@ COLUMNS = {
     "round": "num_draft | temperature | round ms | drafter ms | target ms | in turn ms | round / (drafter + target) "
     "| round / in turn",
     "slots": "drafter | 512 slots, ms | 4096 slots, ms | ratio",
-    "speed": "batch | temperature | num_draft | tokens/s | plain tokens/s | speed-up | emitted per round "
-    "| accepted by position",
-    "drafters": "drafter | g | temperature | accepted by position | emitted per round | c | w | promised | speed-up",
+    "speed": "batch | temperature | num_draft | tokens/s | plain tokens/s | speed-up | adaptive tokens/s "
+    "| adaptive speed-up | emitted per round | accepted by position",
+    "drafters": "drafter | g | temperature | accepted by position | emitted per round | c | w | promised | speed-up "
+    "| adaptive speed-up",
 }
 ROWS = {
     "width": [(t,) for t in range(1, 10)],
@@ -60,7 +61,8 @@ def figures(tmp_path_factory):
 
 
 def test_all_benchmarks_run_in_order(figures):
-    assert list(figures[1]) == list(COLUMNS)
+    assert list(figures[1]) == ["machine", *COLUMNS]
+    assert figures[1]["machine"]["instruction set"] in figures[0][0]
 
 
 @pytest.mark.parametrize("what", COLUMNS)
@@ -89,6 +91,7 @@ def test_what_follows_from_others_does(figures):
         np.testing.assert_allclose(row["round / in turn"], row["round ms"] / row["in turn ms"])
     for row in written["speed"]:
         np.testing.assert_allclose(row["speed-up"], row["tokens/s"] / row["plain tokens/s"])
+        np.testing.assert_allclose(row["adaptive speed-up"], row["adaptive tokens/s"] / row["plain tokens/s"])
         assert 1 <= row["emitted per round"] <= 2
         assert all(0 <= float(share) <= 1 for share in row["accepted by position"].split())
     for row in written["drafters"]:

@@ -4,14 +4,13 @@ import argparse
 import contextlib
 import functools
 import json
-import platform
+import os
 import sys
 import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -19,10 +18,9 @@ from tqdm import tqdm
 
 import specjax
 from specjax.checkpoint.drafters import short_name
-from specjax.commands import hosts, measure
+from specjax.commands import bench_page, compilation_cache, figures, hosts, machine, measure, models, peers, sweep
 from specjax.commands.console import add_quantize, print_table
 from specjax.commands.drafter_spec import named_drafter
-from specjax.commands.places import folder_or_shipped
 
 # Drafters of the shipped target. The target's folder replaces {0}.
 SHIPPED = (
@@ -35,76 +33,141 @@ SHIPPED = (
     "cascade:ngram,eagle:{0}-eagle",
 )
 EXCERPTS = 4  # costs are means over this many texts
-ABOUT = """Measures drafters, rounds and speed on this machine: %(prog)s [width|round|slots|speed|drafters ...].
+ABOUT = """Measures specjax on this machine: %(prog)s [WHAT ...].
 
 Figures are ratios of medians. The medians are timed in turn in one run, after a warm-up that compiles.
 
-width     a target pass over t tokens against a pass over 1 token
-round     a round against its drafter steps and its target pass: each alone, and both in turn in one loop, where
-          each evicts the other's weights from the CPU's caches
-slots     a step with many slots allocated against a step with few, with equally many in use
-speed     tokens per second against plain decoding, on excerpts of held-out modules
-drafters  the same for every drafter, one row of text at a time, and the speed-up that acceptance and costs allow:
-          emitted / (g c + w), with c the cost of a draft and w of a pass over g + 1 tokens, in passes over 1 token
+These run by default:
+  width       a target pass over t tokens against a pass over 1 token
+  round       a round against its drafter steps and its target pass: each alone, and both in turn in one loop, where
+              each evicts the other's weights from the CPU's caches
+  slots       a step with many slots allocated against a step with few, with equally many in use
+  speed       tokens per second against plain decoding, on excerpts of held-out modules: all drafts in every round
+              ("speed-up"), and as many drafts as pay ("adaptive speed-up")
+  drafters    the same for every drafter, one row of text at a time, and the speed-up that acceptance and costs allow:
+              emitted / (g c + w), with c the cost of a draft and w of a pass over g + 1 tokens, in passes over 1 token
+These run when they are named:
+  sweep       decoding by batch and context: tokens per second and speed-up, fixed and adaptive, and the share of the
+              floor, the least time that bandwidth and arithmetic of this machine allow
+  startup     time to first token, compile time and peak memory
+  acceptance  draft acceptance rate and mean acceptance length, by vLLM's definitions
+  peer        other libraries with the same weights and prompts in the same run; needs --peer
 
 speed also runs over a mesh, on one host or several (docs/distributed.md). The others run on one device.
 """
+DEFAULT = ("width", "round", "slots", "speed", "drafters")
 
 
 def main(argv: list[str] | None = None, prog: str = "bench.py") -> int:
     """Runs the benchmarks and returns the exit status."""
-    parser = argparse.ArgumentParser(prog, description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", metavar="WHAT", help=f"of {', '.join(BENCHMARKS)}; default: all")
-    parser.add_argument("--target", type=Path, metavar="DIR", help="default: the shipped py-14m")
-    parser.add_argument("--draft", type=Path, metavar="DIR", help="default: the shipped py-14m-draft")
-    add_quantize(parser)
-    parser.add_argument("--num-draft", type=int, nargs="+", default=[4], metavar="G")
-    parser.add_argument(
-        "--batch",
-        type=int,
-        nargs="+",
-        metavar="B",
-        help="for speed; default: 1 4 8, if they divide",
-    )
-    parser.add_argument("--prompts", type=int, default=8, help="for speed; rounded up to whole batches")
-    parser.add_argument("--new-tokens", type=int, default=192, help="for speed")
-    parser.add_argument("--repeats", type=int, default=15, help="number of timings of each median")
-    parser.add_argument("--json", type=Path, help="also write the figures there")
-    parser.add_argument("--drafters", nargs="+", metavar="SPEC", help="as for generate; default: all shipped ones")
-    hosts.add_mesh_options(parser)
+    parser = _parser(prog)
     args = parser.parse_args(argv)
+    compilation_cache.set_up(args)
     # Benchmarks take what they need from args, so that each is one function of one argument.
     args.prog = prog
     warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # timed parts return less than they get
-    if unknown := set(args.what) - BENCHMARKS.keys():
-        parser.error(f"unknown benchmark {', '.join(sorted(unknown))}; choose from {', '.join(BENCHMARKS)}")
     with contextlib.ExitStack() as stack:
         try:
+            _check(args)
             mesh = stack.enter_context(hosts.run(args))
             # Over a mesh, only `speed` can run, and `data` must divide the batches.
-            chosen = args.what or (BENCHMARKS if mesh is None else ["speed"])
-            if args.batch is None:
-                parts = 1 if mesh is None else mesh.shape["data"]
-                args.batch = [batch for batch in (1, 4, 8) if batch % parts == 0] or [parts]
-            check_mesh(mesh, chosen, args.batch)
-            # Models are loaded once for all benchmarks. The draft is small, so it is whole on each device.
-            args.target = folder_or_shipped(args.target)
-            args.draft = folder_or_shipped(args.draft, "py-14m-draft", "--draft")
+            chosen = _chosen(args, mesh)
+            parts = 1 if mesh is None else mesh.shape["data"]
+            args.speed_batch = args.batch or [batch for batch in (1, 4, 8) if batch % parts == 0] or [parts]
+            check_mesh(mesh, chosen, args.speed_batch)
+            models.open_all(args, chosen, mesh)
             args.drafters = args.drafters or [spec.format(args.target) for spec in SHIPPED]
-            hosts.check_same_folders(args.target, args.draft)
-            args.model = specjax.load(args.target, mesh=mesh, quantize=args.quantize)
-            args.drafts = {
-                g: specjax.load_drafter(f"model:{args.draft}", args.model, g, mesh=mesh, quantize=args.quantize_draft)
-                for g in args.num_draft
-            }
         except ValueError as error:
             parser.error(hosts.describe(error))
+        facts = machine.facts()
         over = "" if mesh is None else f", mesh {dict(mesh.shape)}"
-        print(f"jax {jax.__version__}, Python {platform.python_version()}, {jax.devices()[0].device_kind}{over}\n")
-        figures = {what: BENCHMARKS[what](args) for what in chosen}
-        if args.json and hosts.is_first():
-            args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        print(f"{machine.heading(facts)}{over}\n")
+        found = {what: BENCHMARKS[what](args) for what in chosen}
+        if "sweep" in found:
+            facts |= machine.roof()
+        if "peer" in found:
+            facts["peers"] = args.notes
+        if hosts.is_first():
+            _write(args, {"machine": facts, **found})
     return 0
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog, description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("what", nargs="*", metavar="WHAT", help=f"of {', '.join(BENCHMARKS)}; default: the first {len(DEFAULT)}")
+    add("--target", type=Path, metavar="DIR", help="or a config.json: random weights. Default: the shipped py-14m")
+    add("--draft", type=Path, metavar="DIR", help="or a config.json. Default: the shipped py-14m-draft")
+    add(
+        "--random-weights",
+        action="store_true",
+        help="read only the config.json of target and draft, and take as many positions as the contexts need",
+    )
+    add_quantize(parser)
+    add("--num-draft", type=_count, nargs="+", default=[4], metavar="G")
+    add(
+        "--forced-acceptance",
+        type=float,
+        nargs="+",
+        metavar="R",
+        help="accept drafts at these rates, whatever they are (specjax.testing.ForcedAcceptance, vLLM's synthetic "
+        "acceptance): the probability of each draft, given that the drafts before it were accepted. One number counts "
+        "for all. For speed, drafters, sweep, startup and acceptance; the text has no meaning "
+        "then",
+    )
+    add("--batch", type=_count, nargs="+", metavar="B", help="default: 1 4 8 for speed, 1 to 64 for sweep, else 1")
+    add("--context", type=_count, nargs="+", default=[256], metavar="T", help="for sweep and startup: prompt tokens")
+    add("--prompts", type=_count, default=8, metavar="N", help="for speed and peer; rounded up to whole batches")
+    add("--new-tokens", type=_count, default=192, metavar="N", help="tokens that each row emits")
+    add("--repeats", type=_count, default=15, metavar="N", help="number of timings of each median")
+    add("--peer", choices=peers.PEERS, nargs="+", default=[], help="for peer")
+    add("--torch-threads", type=_count, default=os.cpu_count() or 1, metavar="N", help="for peer; default: all cores")
+    add("--json", type=Path, metavar="FILE", help="also write the figures there")
+    add("--html", type=Path, metavar="FILE", help="also write a page with plots there")
+    add("--drafters", nargs="+", metavar="SPEC", help="as for generate; default: all shipped ones")
+    compilation_cache.add_options(parser)
+    hosts.add_mesh_options(parser)
+    return parser
+
+
+def _count(text: str) -> int:
+    """Reads an integer of at least 1; a type of ``argparse``."""
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give an integer of at least 1")
+    return int(text)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises ValueError if options do not fit each other."""
+    if unknown := set(args.what) - BENCHMARKS.keys():
+        raise ValueError(f"unknown benchmark {', '.join(sorted(unknown))}; choose from {', '.join(BENCHMARKS)}")
+    if "peer" in args.what and not args.peer:
+        raise ValueError(f"peer is asked for without --peer; give --peer with one of {', '.join(peers.PEERS)}")
+    if args.peer and args.forced_acceptance:
+        raise ValueError("--peer compares texts, and --forced-acceptance makes text without meaning; leave one out")
+    if args.peer and (args.quantize or args.quantize_draft):
+        raise ValueError("--peer compares the same weights, and the peers have no quantised ones; leave one out")
+    for num_draft in args.num_draft:
+        models.rule(args, num_draft)
+    for name in args.peer:
+        peers.check(name)
+
+
+def _chosen(args: argparse.Namespace, mesh: Mesh | None) -> list[str]:
+    """Returns the benchmarks to run, in order."""
+    if args.what:
+        return [*args.what, *(["peer"] if args.peer and "peer" not in args.what else [])]
+    if args.peer:
+        return ["peer"]
+    return list(DEFAULT) if mesh is None else ["speed"]
+
+
+def _write(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Writes the files that are asked for."""
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if args.html:
+        args.html.write_text(bench_page.render(found), encoding="utf-8")
 
 
 def check_mesh(mesh: Mesh | None, chosen: Collection[str], batches: list[int]) -> None:
@@ -138,7 +201,7 @@ def bench_width(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def bench_round(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Times a round against its parts."""
-    rows, prompt = [], measure.held_out_excerpts(args.target, 200, 1)
+    rows, prompt = [], models.prompts(args, 200, 1)
     for g, drafter in args.drafts.items():
         for temperature in (0.0, 1.0):
             state = measure.ready(args, drafter, temperature, prompt, 512)
@@ -164,7 +227,7 @@ def bench_round(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def bench_slots(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Times a step by slots allocated, with 300 tokens in use."""
-    rows, prompt = [], measure.held_out_excerpts(args.target, 300, 1)
+    rows, prompt = [], models.prompts(args, 300, 1)
     for name, drafter in {"plain": None, **{f"g = {g}": d for g, d in args.drafts.items()}}.items():
         states = {str(slots): measure.ready(args, drafter, 0.0, prompt, slots) for slots in (512, 4096)}
         seconds = measure.medians(
@@ -181,9 +244,9 @@ def bench_slots(args: argparse.Namespace) -> list[dict[str, Any]]:
 def bench_speed(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Times speculative against plain decoding."""
     rows = []
-    for batch in args.batch:
+    for batch in args.speed_batch:
         count = -(-args.prompts // batch)
-        prompts = measure.held_out_excerpts(args.target, 64, count * batch).reshape(count, batch, 64)
+        prompts = models.prompts(args, 64, count * batch).reshape(count, batch, 64)
         for temperature in (0.0, 1.0):
             rows += [speed(args, drafter, temperature, prompts) for drafter in args.drafts.values()]
     return print_table("Speed-up over plain decoding on held-out modules", rows)
@@ -192,7 +255,7 @@ def bench_speed(args: argparse.Namespace) -> list[dict[str, Any]]:
 def bench_drafters(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measures every drafter: acceptance, costs, the speed-up that these allow, and the measured speed-up."""
     tokenizer = specjax.open(args.target).need_tokenizer()
-    prompts = measure.held_out_excerpts(args.target, 64, args.prompts)[:, None]
+    prompts = models.prompts(args, 64, args.prompts)[:, None]
     # All drafters are opened first, so that a wrong spec is an error before the first measurement.
     try:
         opened = [
@@ -211,9 +274,28 @@ def bench_drafters(args: argparse.Namespace) -> list[dict[str, Any]]:
                 {"drafter": short_name(spec), "g": drafter.num_draft, "temperature": temperature}
                 | {name: found[name] for name in ("accepted by position", "emitted per round")}
                 | {"c": c, "w": w, "promised": found["emitted per round"] / (drafter.num_draft * c + w)}
-                | {"speed-up": found["speed-up"]}
+                | {name: found[name] for name in ("speed-up", "adaptive speed-up")}
             )
     return print_table("Drafters on held-out modules, one row of text at a time", rows)
+
+
+def bench_acceptance(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Counts drafts and acceptance, with all drafts in every round, by vLLM's definitions."""
+    prompts, rows = models.prompts(args, 64, args.prompts), []
+    for g, drafter in args.drafts.items():
+        for temperature in (0.0, 1.0):
+            generation = specjax.generate(
+                args.model,
+                prompts,
+                drafter=drafter,
+                verify=models.rule(args, g),
+                sampling=specjax.Sampling(temperature=temperature),
+                max_new_tokens=args.new_tokens,
+                fixed=True,
+            )
+            stats = specjax.sharding.gathered(generation.stats)
+            rows.append({"num_draft": g, "temperature": temperature, **figures.acceptance(stats)})
+    return print_table("Acceptance by vLLM's definitions", rows)
 
 
 def costs(args: argparse.Namespace, drafter: Any, temperature: float) -> tuple[float, float]:
@@ -221,7 +303,7 @@ def costs(args: argparse.Namespace, drafter: Any, temperature: float) -> tuple[f
 
     The costs are means over several texts, since the cost of a cascade depends on the text.
     """
-    prompts = measure.held_out_excerpts(args.target, 200, EXCERPTS)[:, None]
+    prompts = models.prompts(args, 200, EXCERPTS)[:, None]
     states = [measure.ready(args, drafter, temperature, prompt, 512) for prompt in prompts]
     caches = [state.cache for state in states]
 
@@ -242,15 +324,18 @@ def speed(args: argparse.Namespace, drafter: Any, temperature: float, prompts: n
     """Times batches ``[count, batch, length]`` of prompts, with the drafter and without, and returns a table's row."""
     sampling = specjax.Sampling(temperature=temperature)
     run = functools.partial(specjax.generate, args.model, sampling=sampling, max_new_tokens=args.new_tokens)
-    speculative, plain, stats = 0.0, 0.0, []
-    # Each batch is timed both ways in turn, so that a change of the machine's load touches both.
+    speculative, adaptive, plain, stats = 0.0, 0.0, 0.0, []
+    # Each batch is timed all ways in turn, so that a change of the machine's load touches all.
     for prompt in prompts:
+        drafting = functools.partial(run, prompt, drafter=drafter, verify=models.rule(args, drafter.num_draft))
         calls: dict[str, Callable[[], Any]] = {
-            "speculative": functools.partial(run, prompt, drafter=drafter),
+            "speculative": functools.partial(drafting, fixed=True),
+            "adaptive": drafting,
             "plain": functools.partial(run, prompt),
         }
         seconds = measure.medians(calls, max(3, args.repeats // 5))
         speculative, plain = speculative + seconds["speculative"], plain + seconds["plain"]
+        adaptive += seconds["adaptive"]
         stats.append(specjax.sharding.gathered(calls["speculative"]().stats))
     # Counts are added over batches before they are divided: batches differ in length.
     emitted = sum(int(s.emitted.sum()) for s in stats)
@@ -263,6 +348,8 @@ def speed(args: argparse.Namespace, drafter: Any, temperature: float, prompts: n
         "tokens/s": emitted / speculative,
         "plain tokens/s": emitted / plain,
         "speed-up": plain / speculative,
+        "adaptive tokens/s": emitted / adaptive,
+        "adaptive speed-up": plain / adaptive,
         "emitted per round": emitted / sum(int(s.rounds.sum()) for s in stats),
         "accepted by position": " ".join(f"{x:.2f}" for x in accepted / drafted),
     }
@@ -274,4 +361,8 @@ BENCHMARKS = {
     "slots": bench_slots,
     "speed": bench_speed,
     "drafters": bench_drafters,
+    "sweep": sweep.bench_sweep,
+    "startup": sweep.bench_startup,
+    "acceptance": bench_acceptance,
+    "peer": peers.bench_peer,
 }

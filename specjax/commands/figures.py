@@ -5,6 +5,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+import specjax
 from specjax.checkpoint.drafters import short_name
 from specjax.commands.transcript import COUNTS, Transcript
 
@@ -75,11 +76,34 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(f"{name:<20} {value}".rstrip() for name, value in lines) + "\n"
 
 
+def acceptance(stats: specjax.Stats) -> dict[str, Any]:
+    """Returns what was drafted and accepted, by vLLM's names and definitions.
+
+    A draft is one row's proposal in one round, of at least one token. Example, 3 drafts of 4 tokens, of which 4, 1 and
+    0 were accepted: draft acceptance rate 5 / 12, mean acceptance length 1 + 5 / 3, and per-position acceptance rate
+    2 / 3, 1 / 3, 1 / 3, 1 / 3. The last is divided by all drafts, also by those with no token at the position.
+
+    Args:
+      stats: of all rows, as NumPy arrays.
+    """
+    drafts, accepted_at = int(stats.drafted_at[:, 0].sum()), stats.accepted_at.sum(0)
+    drafted, accepted = int(stats.drafted.sum()), int(stats.accepted.sum())
+    return {
+        "draft acceptance rate": accepted / max(drafted, 1),
+        "mean acceptance length": 1 + accepted / max(drafts, 1),
+        "drafts": drafts,
+        "draft tokens": drafted,
+        "accepted tokens": accepted,
+        "per-position acceptance rate": " ".join(f"{count / max(drafts, 1):.3f}" for count in accepted_at),
+    }
+
+
 def settings(args: argparse.Namespace, spec: str, mesh: Mesh | None) -> dict[str, str]:
     """Returns the settings of the text by name, without sampling parameters that have no effect."""
     chosen = {"target": args.target.resolve().name, "drafter": short_name(spec)}
     if spec != "none":
-        chosen |= {"drafts per round": str(args.num_draft), "verify": args.verify}
+        drafts = str(args.num_draft) if args.fixed else f"at most {args.num_draft}"
+        chosen |= {"drafts per round": drafts, "verify": args.verify}
     for name in ("quantize", "quantize_draft"):
         if getattr(args, name) is not None:
             chosen[name.replace("_", " ")] = getattr(args, name)

@@ -1,6 +1,7 @@
 """Parts of the benchmarks: medians of calls in turn, compiled loops of passes and rounds, excerpts of text."""
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import time
@@ -18,6 +19,24 @@ from specjax import training
 from specjax.commands import hosts, stdlib
 
 LOOP = 20  # rounds or passes inside one timed call, so that dispatch from the host does not count
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way to decode one row greedily, of specjax or of another library.
+
+    Attributes:
+      library: its name.
+      decoding: the name of the way.
+      kind: "plain", "draft model" or "prompt lookup". A peer's way is compared with specjax's of the same kind.
+        Specjax's further ways have "".
+      decode: takes a prompt, int32 ``[t]``, and returns the new tokens, integers ``[n]``.
+    """
+
+    library: str
+    decoding: str
+    kind: str
+    decode: Callable[[np.ndarray], Any]
 
 
 def medians(calls: dict[str, Callable[[], Any]], repeats: int, inputs: Any = None) -> dict[str, float]:
@@ -108,7 +127,8 @@ def ready(args: argparse.Namespace, drafter: Any, temperature: float, prompt: np
     # 16 slots are left for the drafts of the last round.
     room = min(args.model.max_positions or slots, slots - 16) - prompt.shape[1]
     sampling = specjax.Sampling(temperature=temperature)
-    return specjax.prefill(args.model, prompt, drafter=drafter, sampling=sampling, max_new_tokens=room, slots=slots)
+    options = {"sampling": sampling, "max_new_tokens": room, "slots": slots, "fixed": True}
+    return specjax.prefill(args.model, prompt, drafter=drafter, **options)
 
 
 @functools.cache
