@@ -58,8 +58,8 @@ def writes_by_select(stored, new, start_b, **_):
 
 
 @mutant(round_lib, "one_round")
-def reverses_the_cache(target, state, drafter, verify):
-    state = one_round(target, state, drafter, verify)
+def reverses_the_cache(target, state, drafter, verify, width):
+    state = one_round(target, state, drafter, verify, width)
     return dataclasses.replace(state, cache=jax.tree.map(lambda x: jnp.flip(x, 2), state.cache))
 
 
@@ -73,8 +73,8 @@ def carries_one_array_for_two(target, state, drafter, limit, verify, blocks):
         pairs = tuple(tuple(jnp.split(layer[0], 2, axis=3)) for layer in state.cache.layers)
         return dataclasses.replace(state, cache=cache.KVCache(pairs))
 
-    def round_on_joined(target, state, drafter, verify):
-        return joined(one_round(target, parted(state), drafter, verify))
+    def round_on_joined(target, state, drafter, verify, width):
+        return joined(one_round(target, parted(state), drafter, verify, width))
 
     with mock.patch.object(round_lib, "one_round", round_on_joined):
         return parted(rounds(target, joined(state), drafter, limit, verify, blocks))
