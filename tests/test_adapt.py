@@ -417,7 +417,14 @@ def test_costs_outlast_the_process(monkeypatch, tmp_path):
     costs_lib._known.clear()
     monkeypatch.setattr(costs_lib, "_seconds", None)
     assert ask() == [1.0, 1.5, 2.0]
-    monkeypatch.setattr(costs_lib, "_seconds", lambda *_: np.asarray([1.0, 1.0, 1.0]))
+    for dear in (True, False):
+        costs_lib._known.clear()
+        (tmp_path / "folder" / "costs.json").write_text("{}")
+        monkeypatch.setattr(costs_lib, "_seconds", lambda *_, dear=dear: np.asarray([1.0, 2.5, 3.5 if dear else 3.3]))
+        ask()
+        costs_lib._known.clear()
+        monkeypatch.setattr(costs_lib, "_seconds", lambda *_: np.asarray([1.0, 1.0, 1.0]))
+        assert (ask() == [1.0, 1.0, 1.0]) == dear, "costs under which nothing pays are of this process alone"
     for text in ("broken", "[]", "null"):
         (tmp_path / "folder" / "costs.json").write_text(text)
         costs_lib._known.clear()

@@ -148,8 +148,9 @@ def test_a_second_process_finds_all_programs(tmp_path):
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=True)
         runs.append(json.loads(done.stdout.splitlines()[-1]))
-        costs.append((tmp_path / "specjax" / "specjax_costs.json").stat().st_mtime_ns)
+        file = tmp_path / "specjax" / "specjax_costs.json"  # none if the machine is so busy that nothing pays
+        costs.append(file.stat().st_mtime_ns if file.exists() else None)
     assert runs[0]["untouched"] and runs[0]["written"] > 2
-    assert runs[1]["written"] == 0 and costs[0] == costs[1]
+    assert runs[1]["written"] == 0 and costs[0] in (None, costs[1])
     first, second = ([name for name in run["traced"] if "_jit" in name] for run in runs)
     assert {"_prefill_jit", "_rounds_jit"} <= set(first) and second == []

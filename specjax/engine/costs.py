@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from specjax.engine.adapt import PRIOR
 from specjax.engine.kept import environment
 
 FILE = "specjax_costs.json"
@@ -62,7 +63,9 @@ def measured(
     if np.isnan(cost_w).any():
         seconds = _seconds(widths, room, run)
         cost_w = _agreed(seconds / seconds[0])
-        _write(lasting, cost_w.tolist())
+        # A machine that was busy gives costs under which nothing pays. They should not outlast that.
+        if np.any([sum(PRIOR**i for i in range(width + 1)) > cost_w[n] for n, width in enumerate(widths) if width]):
+            _write(lasting, cost_w.tolist())
     _known[key] = cost_w
     return cost_w
 
