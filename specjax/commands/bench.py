@@ -112,8 +112,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         metavar="R",
         help="accept drafts at these rates, whatever they are (specjax.testing.ForcedAcceptance, vLLM's synthetic "
         "acceptance): the probability of each draft, given that the drafts before it were accepted. One number counts "
-        "for all. For speed, drafters, sweep, startup and acceptance; the text has no meaning "
-        "then",
+        "for all. For speed, drafters, sweep, startup and acceptance; the text has no meaning then",
     )
     add("--batch", type=_count, nargs="+", metavar="B", help="default: 1 4 8 for speed, 1 to 64 for sweep, else 1")
     add("--context", type=_count, nargs="+", default=[256], metavar="T", help="for sweep and startup: prompt tokens")
