@@ -17,6 +17,7 @@ from tokenizers.models import WordLevel
 import specjax
 from specjax.checkpoint import convert as conversion
 from specjax.checkpoint.models import load_stop_tokens
+from specjax.commands.convert import is_quantized
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "checkpoints" / "py-14m"
@@ -266,6 +267,24 @@ def test_float8_without_scales_or_without_a_config_that_says_so(tmp_path):
     )
     with pytest.raises(ValueError, match=rf"'{UP}' has dtype float8_e4m3fn without scales"):
         specjax.load(folder)
+
+
+@pytest.mark.parametrize("left", [{}, None, {"quant_method": "gptq", "bits": 4}, "awq"], ids=str)
+def test_a_quantization_config_next_to_plain_floats_is_a_left_over(left, llama, tmp_path, caplog):
+    other = write(tmp_path / "other", {**LLAMA, "quantization_config": left}, load_file(llama / "model.safetensors"))
+    assert same(specjax.load(other).params, specjax.load(llama).params)
+    assert ("quantization_config" in caplog.text) == bool(left)
+    specjax.convert_hf(other, tmp_path / "ours")
+    assert "quantization_config" not in json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert not is_quantized(other)
+
+
+def test_a_quantization_config_next_to_packed_tensors_is_read(tmp_path):
+    tensors = changed(tensors_for(LLAMA), **{UP: None, UP.replace("weight", "qweight"): np.zeros((2, 12), np.int32)})
+    folder = write(tmp_path / "hf", {**LLAMA, "quantization_config": {"quant_method": "odd"}}, tensors)
+    with pytest.raises(ValueError, match=r"quant_method 'odd'"):
+        specjax.load(folder)
+    assert is_quantized(folder)
 
 
 def test_pickled_weights_are_refused_with_the_way_out(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from specjax.hf import decoder_config
-from specjax.hf.config import read_config
+from specjax.hf.config import quantization_block, read_config
 from specjax.transformer.config import DecoderConfig, ExpertsConfig, LatentConfig
 
 BF16 = {"torch_dtype": "bfloat16", "transformers_version": "4.45.0", "use_cache": True}
@@ -1192,37 +1192,6 @@ BAD_CONFIGS = {
     "latent null": ("deepseek_v3", {"kv_lora_rank": None}, ["kv_lora_rank", "None"]),
     "query latent a string": ("deepseek_v3", {"q_lora_rank": "14"}, ["q_lora_rank", "'14'"]),
     "rotary width odd": ("deepseek_v3", {"qk_rope_head_dim": 5}, ["rotary", "5", "even"]),
-    # Quantised weights.
-    **{
-        f"quantised by {method}": (
-            "llama",
-            {"quantization_config": {"quant_method": method, "bits": 4}},
-            ["quantization_config", f"'{method}'", "fp8"],
-        )
-        for method in ("gptq", "awq", "bitsandbytes", "compressed-tensors", "mxfp4")
-    },
-    "quantised, a string": ("llama", {"quantization_config": "awq"}, ["quantization_config", "'awq'"]),
-    "quantised, nothing said": ("llama", {"quantization_config": {}}, ["quantization_config", "{}"]),
-    "float8 without blocks": (
-        "deepseek_v3",
-        {"quantization_config": {"quant_method": "fp8"}},
-        ["weight_block_size", "None"],
-    ),
-    "float8 in blocks of zero": (
-        "deepseek_v3",
-        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 0]}},
-        ["weight_block_size", "0"],
-    ),
-    "float8 of another format": (
-        "deepseek_v3",
-        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e5m2"}},
-        ["quantization_config", "fmt", "'e5m2'"],
-    ),
-    "float8 with an unknown key": (
-        "deepseek_v3",
-        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], "zero": 3}},
-        ["quantization_config", "zero", "3"],
-    ),
     # The wrapper of Gemma 3.
     "no text_config": ("gemma3", {"text_config": None}, ["text_config", "None"]),
     "text_config of another model": ("gemma3", {"text_config": {"model_type": "llama"}}, ["text_config", "'llama'"]),
@@ -1245,6 +1214,39 @@ def test_bad_configs_name_file_key_and_value(kind, changed, words, tmp_path):
     message = refusal({**SMALL[kind], **changed}, tmp_path / "config.json")
     for word in words:
         assert word in message, f"{word!r} is not in {message!r}"
+
+
+# Quantised weights: what ``quantization_config`` may say of tensors that are no plain floats.
+BAD_QUANTIZATIONS = {
+    **{
+        f"by {method}": ({"quant_method": method, "bits": 4}, ["quantization_config", f"'{method}'", "fp8"])
+        for method in ("gptq", "awq", "bitsandbytes", "compressed-tensors", "mxfp4")
+    },
+    "a string": ("awq", ["quantization_config", "'awq'"]),
+    "float8 without blocks": ({"quant_method": "fp8"}, ["weight_block_size", "None"]),
+    "float8 in blocks of zero": (
+        {"quant_method": "fp8", "weight_block_size": [128, 0]},
+        ["weight_block_size", "0"],
+    ),
+    "float8 of another format": (
+        {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e5m2"},
+        ["quantization_config", "fmt", "'e5m2'"],
+    ),
+    "float8 with an unknown key": (
+        {"quant_method": "fp8", "weight_block_size": [128, 128], "zero": 3},
+        ["quantization_config", "zero", "3"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("value", "words"), BAD_QUANTIZATIONS.values(), ids=BAD_QUANTIZATIONS)
+def test_quantizations_that_cannot_be_read_are_named(value, words):
+    raw = {**SMALL["llama"], "quantization_config": value}
+    with pytest.raises(ValueError) as caught:
+        quantization_block(raw)
+    for word in words:
+        assert word in str(caught.value), f"{word!r} is not in {caught.value}"
+    assert decoder_config(raw) == decoder_config(SMALL["llama"])  # it says how tensors are stored, not what is computed
 
 
 @pytest.mark.parametrize("kind", SMALL)

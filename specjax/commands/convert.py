@@ -12,6 +12,9 @@ from tqdm import tqdm
 
 import specjax
 from specjax.commands.console import add_ignored_keys
+from specjax.hf.keys import read_json
+from specjax.hf.safetensors import open_tensors
+from specjax.hf.weights import FLOATS
 
 VERIFIED_TOKENS = 48  # random tokens over which logits are compared
 TOLERANCE = 1e-3  # largest difference of two float32 logits
@@ -65,10 +68,11 @@ def main(argv: list[str] | None = None, prog: str = "convert_hf.py") -> int:
 
 
 def is_quantized(source: Path) -> bool:
-    """Returns whether the folder's config names a quantization."""
+    """Returns whether a folder's tensors are quantised. Plain floats are not, whatever the config says."""
     try:
-        return "quantization_config" in json.loads((source / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # the conversion reports this error
+        named = read_json(source / "config.json").get("quantization_config")
+        return bool(named) and any(tensor.dtype not in FLOATS for tensor in open_tensors(source).values())
+    except ValueError:  # the conversion reports this error
         return False
 
 
@@ -79,7 +83,10 @@ def verify(source: Path, destination: Path) -> int:
 
     # Both compute in float32 with the parameters as stored, so that only the computations differ.
     stored = json.loads((destination / "config.json").read_text(encoding="utf-8"))["torch_dtype"]
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    config = transformers.AutoConfig.from_pretrained(source)
+    if hasattr(config, "quantization_config"):  # a left-over (``is_quantized``), which transformers would act on
+        del config.quantization_config
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(source, config=config, dtype=torch.float32).eval()
     for parameter in theirs.parameters():  # buffers are computed, so they stay as they are
         parameter.data = parameter.data.to(getattr(torch, stored)).float()
     ours = specjax.load(destination, "float32")

@@ -57,7 +57,6 @@ def read_keys(raw: Mapping[str, Any], strict: bool = False) -> tuple[DecoderConf
         raise ValueError(f"model_type {kind!r} is not supported; supported: {supported}")
     # 3. The family's reader takes the keys that it understands. The tables of class_keys.py judge the others.
     keys = _all_keys(raw, ARCHITECTURES[kind])
-    quantization_block(raw)
     config = FAMILIES[kind](keys)
     return config, dict(raw), unknown_keys(keys, kind, strict)
 
@@ -173,7 +172,7 @@ def quantization_block(raw: Mapping[str, Any]) -> tuple[int, int] | None:
     """
     # Every key may change how the weights are read, so unknown keys are refused (``finish``).
     quantization = raw.get("quantization_config")
-    if quantization is None:
+    if quantization is None or quantization == {}:
         return None
     keys = Keys(quantization if isinstance(quantization, Mapping) else {}, "quantization_config")
     method = keys.take("quant_method", quantization)

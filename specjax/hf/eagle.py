@@ -43,6 +43,7 @@ _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 _IGNORED = (
     *("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "has_no_defaults_at_init"),
     *("speculators_version", "speculators_config", "embed_requires_grad", "enable_sp_ulysses"),
+    "quantization_config",  # a left-over: only plain floats are read
     "tie_word_embeddings",  # EAGLE-1 uses the target's output head, EAGLE-3 has its own
 )
 

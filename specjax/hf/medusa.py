@@ -46,6 +46,7 @@ def medusa_config(raw: Mapping[str, Any]) -> tuple[int, int, int | None, int | N
     heads, blocks = keys.integer("medusa_num_heads", most=_MOST), keys.integer("medusa_num_layers", 1, most=_MOST)
     sizes = [keys.integer(name, None, optional=True) for name in _SIZES]
     keys.ignore("architectures", "base_model_name_or_path", "dtype", "torch_dtype", "transformers_version", "version")
+    keys.ignore("quantization_config")  # a left-over: only plain floats are read
     keys.ignore("decoding_strategy")  # how other engines choose among the heads' tokens
     warn_unknown("config.json", keys.switched_off())
     return heads, blocks, sizes[0], sizes[1]

@@ -12,7 +12,7 @@ from typing import Any
 
 from specjax.checks import check_integer
 from specjax.hf.class_keys import NO_EFFECT
-from specjax.hf.config import decoder_config, quantization_block, unknown_keys
+from specjax.hf.config import decoder_config, unknown_keys
 from specjax.hf.families import (
     FULL_ATTENTION,
     layers_of,
@@ -26,7 +26,7 @@ from specjax.hf.keys import Keys, warn_unknown
 from specjax.hf.names import DEEPSEEK_V3, LINEAR, QWEN3_MOE, SAME, TABLES, Table, sources_of
 from specjax.hf.rope import take_rope
 from specjax.hf.safetensors import Tensor, TensorSpec
-from specjax.hf.weights import check_tensors, parameters_of, tensors_of
+from specjax.hf.weights import block_of, check_tensors, parameters_of, tensors_of
 from specjax.transformer.config import MAX_HEAD, MAX_LAYERS, DecoderConfig, ExpertsConfig
 
 _LAYER = "model.layers.{i}."  # starts the name of a layer's tensor in the families' tables
@@ -123,7 +123,7 @@ class MTPLayout:
       hidden_first: whether the projections take the state before the embedding.
       first: number of the first module in the tensors' names.
       table: which tensor makes which parameter.
-      block: rows and columns of a block that shares a scale in float8 weights, or None.
+      raw: the content of ``config.json``, which says how quantised tensors are stored.
       ours: matches the names of the modules' tensors. Group 1 is the number in the name, if there is one.
     """
 
@@ -132,7 +132,7 @@ class MTPLayout:
     hidden_first: bool
     first: int
     table: Table
-    block: tuple[int, int] | None
+    raw: Mapping[str, Any]
     ours: re.Pattern
 
     def select(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -179,7 +179,7 @@ def mtp_layout(raw: Mapping[str, Any]) -> MTPLayout:
         hidden_first=naming.hidden_first,
         first=config.num_hidden_layers if naming.after_layers else 0,
         table=naming.table(layers),
-        block=quantization_block(raw),
+        raw=raw,
         ours=re.compile(prefix),
     )
 
@@ -212,8 +212,9 @@ def mtp_parameters(layout: MTPLayout, tensors: Mapping[str, Tensor], abstract: A
       ValueError: a tensor is missing, is unknown, or has another shape or dtype than the config says.
     """
     wanted = sources_of(layout.table, abstract, layout.first)
-    check_tensors(tensors, wanted, layout.block, _why_left_out)
-    return parameters_of(tensors, wanted, layout.block)
+    block = block_of(layout.raw, tensors, wanted)
+    check_tensors(tensors, wanted, block, _why_left_out)
+    return parameters_of(tensors, wanted, block)
 
 
 def _why_left_out(name: str) -> str | None:

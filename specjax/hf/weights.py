@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,7 +27,10 @@ from specjax.hf.names import (
 from specjax.hf.safetensors import Tensor, TensorSpec, open_tensors
 from specjax.transformer.config import DecoderConfig
 
-_FLOATS = frozenset(map(jnp.dtype, ("float64", "float32", "float16", "bfloat16")))
+_LOG = logging.getLogger(__name__)
+FLOATS = frozenset(map(jnp.dtype, ("float64", "float32", "float16", "bfloat16")))
+"""Dtypes of plain weights, which are read as they are."""
+
 _FLOAT8 = jnp.dtype("float8_e4m3fn")
 SCALE_SUFFIX = "_scale_inv"  # a float8 tensor's scales are in the tensor of its name and this suffix
 
@@ -81,11 +85,12 @@ def open_weights(folder: Path, ignore_config_keys: Iterable[str] = ()) -> Weight
     # 2. The config says which tensors the model needs, and the table of its family how they are called.
     found = open_tensors(folder)
     config, raw = read_config(folder / "config.json", ignore_config_keys)
-    block, model_type = quantization_block(raw), raw["model_type"]
+    model_type = raw["model_type"]
     wanted = sources(model_type, config)
     tensors = {known: found[name] for name, known in table_names(model_type, found).items()}
     # 3. The tensors must be those, but for some that are known and not needed.
     try:
+        block = block_of(raw, tensors, wanted)
         if len(tensors) < len(found):
             raise ValueError("two tensors have one name but for a wrapper's prefix; save the model again")
         left_out = check_tensors(tensors, wanted, block, functools.partial(_why_left_out, config, raw))
@@ -99,6 +104,30 @@ def _why_left_out(config: DecoderConfig, raw: Mapping[str, Any], name: str) -> s
     """Returns why the decoder does not need a tensor, or None if there is no known reason."""
     next_tokens = bool(raw.get("num_nextn_predict_layers", raw.get("num_mtp_layers", 0)))
     return why_left_out(name, config, next_tokens)
+
+
+def block_of(
+    raw: Mapping[str, Any], tensors: Mapping[str, Tensor], wanted: Mapping[str, Source]
+) -> tuple[int, int] | None:
+    """Returns what ``quantization_block`` says of a config, or None if a folder's tensors are plain floats.
+
+    A ``quantization_config`` next to plain floats is a left-over of dequantising, and has no effect.
+
+    Args:
+      raw: the content of ``config.json``.
+      tensors: the folder's, by their names in the family's table.
+      wanted: the tensors that the model needs.
+
+    Raises:
+      ValueError: a tensor is missing or is no plain float, and ``quantization_block`` refuses the config.
+    """
+    if any(name not in tensors or tensors[name].dtype not in FLOATS for name in wanted):
+        return quantization_block(raw)
+    if any(name + SCALE_SUFFIX in tensors for name in wanted):
+        return quantization_block(raw)
+    if raw.get("quantization_config"):
+        _LOG.warning("quantization_config in config.json has no effect: all tensors of the model are plain floats")
+    return None
 
 
 def check_tensors(
@@ -133,12 +162,12 @@ def check_tensors(
         scales = tensors.get(name + SCALE_SUFFIX)
         if tensor.dtype == _FLOAT8 and block is not None and scales is not None:
             expected = tuple(-(-size // of) for size, of in zip(tensor.shape, block, strict=True))
-            if scales.shape != expected or scales.dtype not in _FLOATS:
+            if scales.shape != expected or scales.dtype not in FLOATS:
                 given = f"{scales.dtype} {scales.shape}"
                 raise ValueError(f"tensor {name + SCALE_SUFFIX!r} is {given}; blocks of {block} need floats {expected}")
-        elif tensor.dtype not in _FLOATS or scales is not None:
+        elif tensor.dtype not in FLOATS or scales is not None:
             scaled = "with" if scales is not None else "without"
-            floats = ", ".join(sorted(map(str, _FLOATS)))
+            floats = ", ".join(sorted(map(str, FLOATS)))
             raise ValueError(
                 f"tensor {name!r} has dtype {tensor.dtype} {scaled} scales; supported: {floats}, and {_FLOAT8} with "
                 "scales where config.json has a quantization_config"
