@@ -18,6 +18,7 @@ import specjax
 from specjax.checkpoint import convert as conversion
 from specjax.checkpoint.models import load_stop_tokens
 from specjax.commands.convert import is_quantized
+from specjax.hf import weights
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "checkpoints" / "py-14m"
@@ -200,17 +201,101 @@ def test_gpt2_without_its_wrapper_and_with_buffers(tmp_path):
     assert "2 left out: a buffer" in report
 
 
-def test_a_head_beside_tied_embeddings_is_left_out(tmp_path):
-    config = {**LLAMA, "tie_word_embeddings": True}
-    tensors = {**tensors_for(config), "lm_head.weight": np.zeros((23, 12), np.float32)}
-    report = "\n".join(specjax.convert_hf(write(tmp_path / "hf", config, tensors), tmp_path / "ours"))
+GEMMA3 = {
+    "model_type": "gemma3",
+    "text_config": {**LLAMA, "model_type": "gemma3_text", "head_dim": 4, "query_pre_attn_scalar": 4},
+}
+TIED = {
+    "llama": {**LLAMA, "tie_word_embeddings": True},
+    "gemma2, by default": {**LLAMA, "model_type": "gemma2"},
+    "gpt2, by default": GPT2,
+    "gemma3, the text part": GEMMA3,
+}
+
+
+def untied(config):
+    """The same config with an output head of its own, and its tensors."""
+    config = {**config.get("text_config", config), "tie_word_embeddings": False}
+    tensors = tensors_for(config)
+    table = next(name for name in tensors if name.endswith(("embed_tokens.weight", "wte.weight")))
+    return config, tensors, table
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_a_stored_head_that_differs_from_tied_embeddings_is_used(name, tmp_path, caplog):
+    """As in transformers 5. One number in the last row is all that differs."""
+    config, tensors, table = untied(TIED[name])
+    tensors["lm_head.weight"] = tensors[table].copy()
+    tensors["lm_head.weight"][-1, -1] += 1
+    expected = specjax.load(write(tmp_path / "untied", config, tensors), "float32")
+    folder = write(tmp_path / "hf", TIED[name], tensors)
+    opened = specjax.load(folder, "float32")
+    assert same(opened.params, expected.params) and opened.forward is expected.forward
+    assert "'lm_head.weight' differs" in caplog.text
+    assert "left out" not in "\n".join(specjax.convert_hf(folder, tmp_path / "ours"))
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert same(specjax.load(tmp_path / "ours", "float32").params, expected.params)
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_a_stored_head_that_equals_the_embedding_is_left_out(name, tmp_path, caplog):
+    _, tensors, table = untied(TIED[name])
+    tensors["lm_head.weight"] = tensors[table]
+    folder = write(tmp_path / "hf", TIED[name], tensors)
+    report = "\n".join(specjax.convert_hf(folder, tmp_path / "ours"))
     assert "1 left out: the output head is the embedding (lm_head.weight)" in report
+    assert "lm_head" not in specjax.load(folder).params and "differs" not in caplog.text
+
+
+def test_a_tied_model_may_hold_its_table_under_the_name_of_the_head(tmp_path):
+    _, tensors, table = untied(TIED["llama"])
+    expected = tensors["lm_head.weight"]
+    del tensors[table]
+    params = specjax.load(write(tmp_path / "hf", TIED["llama"], tensors), "float32").params
+    assert "lm_head" not in params
+    np.testing.assert_array_equal(params["embed_tokens"]["weight"], expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda head: head[:-1].copy(), r"'lm_head.weight' is \(22, 12\); config.json asks for \(23, 12\)"),
+        (lambda head: head.astype(np.int8), "'lm_head.weight' has dtype int8"),
+    ],
+    ids=["shape", "dtype"],
+)
+def test_a_stored_head_that_cannot_be_used_is_refused(change, message, tmp_path):
+    _, tensors, _ = untied(TIED["llama"])
+    tensors["lm_head.weight"] = change(tensors["lm_head.weight"])
+    with pytest.raises(ValueError, match=message):
+        specjax.load(write(tmp_path / "hf", TIED["llama"], tensors))
+
+
+def test_a_stored_head_of_another_dtype_is_compared_by_its_numbers(tmp_path):
+    _, tensors, table = untied(TIED["llama"])
+    tensors[table] = tensors[table].astype(np.float16)
+    tensors["lm_head.weight"] = tensors[table].astype(np.float32)
+    assert "lm_head" not in specjax.load(write(tmp_path / "hf", TIED["llama"], tensors)).params
+
+
+def test_heads_are_compared_block_by_block(tmp_path, monkeypatch):
+    """Blocks of 5 numbers, which do not divide the table's 276."""
+    monkeypatch.setattr(weights, "_COMPARED", 20)
+    _, tensors, table = untied(TIED["llama"])
+    tensors["lm_head.weight"] = tensors[table].copy()
+    assert "lm_head" not in specjax.load(write(tmp_path / "a", TIED["llama"], tensors)).params
+    tensors["lm_head.weight"][-1, -1] += 1
+    assert "lm_head" in specjax.load(write(tmp_path / "b", TIED["llama"], tensors)).params
 
 
 def test_prediction_layers_are_left_out_when_the_config_names_them(tmp_path):
     extra = {"model.layers.2.eh_proj.weight": np.zeros((12, 24), np.float32)}
     named = write(tmp_path / "named", {**LATENT, "num_nextn_predict_layers": 1}, {**tensors_for(LATENT), **extra})
     assert "1 left out: a multi-token prediction layer" in "\n".join(specjax.convert_hf(named, tmp_path / "ours"))
+    beyond = {"model.layers.3.eh_proj.weight": np.zeros((12, 24), np.float32)}
+    write(tmp_path / "named", {**LATENT, "num_nextn_predict_layers": 1}, {**tensors_for(LATENT), **extra, **beyond})
+    with pytest.raises(ValueError, match=r"unknown, such as 'model\.layers\.3\.eh_proj\.weight'"):
+        specjax.load(named)
     unnamed = write(tmp_path / "unnamed", {**LATENT, "num_nextn_predict_layers": 0}, {**tensors_for(LATENT), **extra})
     with pytest.raises(ValueError, match=r"unknown, such as 'model\.layers\.2\.eh_proj\.weight'"):
         specjax.load(unnamed)

@@ -570,6 +570,18 @@ def test_the_targets_own_embedding_is_not_kept(tmp_path):
     assert "embed_tokens" not in drafter.params
 
 
+def test_an_output_head_in_an_eagle_1_folder_must_be_the_targets(tmp_path):
+    case = CASES["EAGLE-1, SafeAILab"]
+    head = np.asarray(TARGET.params["lm_head"]["kernel"]).T.copy()
+    folder = write_folder(tmp_path / "same", case.config, published(case) | {"lm_head.weight": head})
+    assert "lm_head" not in open_eagle(folder, TARGET, 3, "float32").params
+    open_eagle(folder, specjax.quantize(TARGET, "int8"), 3, "float32")
+    head[-1, 0] += 1
+    folder = write_folder(tmp_path / "other", case.config, published(case) | {"lm_head.weight": head})
+    with pytest.raises(ValueError, match=r"'lm_head.weight' differs from the target's output head"):
+        open_eagle(folder, TARGET, 3, "float32")
+
+
 # Out again.
 
 

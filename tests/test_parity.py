@@ -1,6 +1,7 @@
 """Every family against transformers, on tiny random checkpoints written by transformers itself."""
 
 import dataclasses
+import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -248,6 +249,22 @@ def test_greedy_text_is_equal(case):
         max_new_tokens=NEW_TOKENS,
     )
     assert np.asarray(generation.tokens)[0, : int(generation.lengths[0])].tolist() == tokens
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Gemma2"])
+def test_tables_that_differ_are_both_used_though_the_config_ties_them(kind, tmp_path):
+    make_model(kind, {"tie_word_embeddings": False}).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    raw = json.loads(file.read_text())
+    del raw["tie_word_embeddings"]
+    file.write_text(json.dumps(raw | ({"tie_word_embeddings": True} if kind == "Qwen2" else {})))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    tokens = np.random.default_rng(0).integers(3, VOCAB, (1, 20)).astype(np.int32)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    model = specjax.load(tmp_path, "float32")
+    logits, _ = forward(model, whole_feed(jnp.asarray(tokens)), model.init_cache(1, 32))
+    np.testing.assert_allclose(logits, expected, atol=TOLERANCE, rtol=0)
 
 
 def test_multimodal_gemma_3_is_its_text_part_and_exports_as_that(tmp_path):

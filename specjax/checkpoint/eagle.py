@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax.checkpoint.models import check_params, write_json
-from specjax.checkpoint.shared import errors_name, is_targets_embedding
+from specjax.checkpoint.shared import errors_name, is_targets_embedding, is_targets_head
 from specjax.drafters.eagle import EagleHead, check_fit
 from specjax.drafters.feature import FeatureDrafter
 from specjax.hf.eagle import (
@@ -22,9 +22,13 @@ from specjax.hf.eagle import (
     tensors_of_eagle,
 )
 from specjax.hf.keys import read_json, without_keys
-from specjax.hf.safetensors import open_tensors, write_tensors
+from specjax.hf.names import LINEAR, Piece, Source
+from specjax.hf.safetensors import Tensor, open_tensors, write_tensors
+from specjax.hf.weights import check_tensors, parameters_of
+from specjax.quantized import is_quantized
 from specjax.types import LanguageModel
 
+_HEAD = "lm_head.weight"
 _LOG = logging.getLogger(__name__)
 
 
@@ -61,12 +65,29 @@ def open_eagle(
         if fields["version"] == 3:
             draft_of_v = draft_vocabulary(tensors, fields["draft_vocab_size"], fields["decoder"].vocab_size)
         head = _head(fields, target, own_embedding="embed_tokens.weight" in tensors, mapped=draft_of_v is not None)
+        targets = tensors.pop(_HEAD, None) if head.version == 1 else None
         params = eagle_parameters(tensors, draft_of_v, head.abstract_params())
+        if targets is not None:
+            _check_targets_head(targets, target)
         if head.own_embedding and is_targets_embedding(params["embed_tokens"]["weight"], target):
             head = dataclasses.replace(head, own_embedding=False)
             del params["embed_tokens"]
     _LOG.info("%s: %s", path, head.describe())
     return FeatureDrafter(head.abstract_params(dtype), head, num_draft), params
+
+
+def _check_targets_head(tensor: Tensor, target: LanguageModel) -> None:
+    """Raises ValueError unless a stored output head equals the target's, which an EAGLE-1 head uses."""
+    shape = (target.embedding_spec.shape[-1], target.vocab_size)
+    wanted = {_HEAD: Source(_HEAD, (Piece(("kernel",), None, shape, LINEAR, 0),))}
+    check_tensors({_HEAD: tensor}, wanted, None, lambda name: None)
+    kernel_dv = parameters_of({_HEAD: tensor}, wanted)["kernel"]
+    # Rounding would be a difference, so the head of a quantised target is not compared.
+    if not is_quantized(target.params) and not is_targets_head(kernel_dv, target):
+        raise ValueError(
+            f"tensor {_HEAD!r} differs from the target's output head, which an EAGLE-1 head uses; give the target that "
+            "the draft head was trained for"
+        )
 
 
 def fill_eagle(

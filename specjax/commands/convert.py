@@ -84,8 +84,7 @@ def verify(source: Path, destination: Path) -> int:
     # Both compute in float32 with the parameters as stored, so that only the computations differ.
     stored = json.loads((destination / "config.json").read_text(encoding="utf-8"))["torch_dtype"]
     config = transformers.AutoConfig.from_pretrained(source)
-    if hasattr(config, "quantization_config"):  # a left-over (``is_quantized``), which transformers would act on
-        del config.quantization_config
+    vars(config).pop("quantization_config", None)  # a left-over (``is_quantized``), which transformers would act on
     theirs = transformers.AutoModelForCausalLM.from_pretrained(source, config=config, dtype=torch.float32).eval()
     for parameter in theirs.parameters():  # buffers are computed, so they stay as they are
         parameter.data = parameter.data.to(getattr(torch, stored)).float()

@@ -201,14 +201,19 @@ def table_names(model_type: str, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def why_left_out(name: str, config: DecoderConfig, next_tokens: bool) -> str | None:
+def why_left_out(name: str, config: DecoderConfig, next_tokens: Any) -> str | None:
     """Returns why the decoder does not need a tensor, or None if the tensor must not be there.
 
-    ``next_tokens``: the config says that the folder holds multi-token prediction layers.
+    transformers leaves out the same tensors, whatever is in them.
+
+    Args:
+      name: the tensor's name in the family's table.
+      config: the decoder's. It is tied only if a stored output head equals the embedding.
+      next_tokens: the number of multi-token prediction layers in the folder, as its config says.
     """
     if name == "lm_head.weight" and config.tie_word_embeddings:
         return "the output head is the embedding"
-    if name.endswith((".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")):
+    if name.endswith(".rotary_emb.inv_freq") or re.search(r"(^|\.)h\.\d+\.attn\.(masked_)?bias$", name):
         return "a buffer, computed anew"
     if name.startswith(
         ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
@@ -217,7 +222,8 @@ def why_left_out(name: str, config: DecoderConfig, next_tokens: bool) -> str | N
     if name.startswith("medusa_head."):
         return "a Medusa head, no part of the decoder"
     layer = re.match(r"model\.layers\.(\d+)\.", name)
-    if next_tokens and layer and int(layer[1]) >= config.num_hidden_layers:
+    count = next_tokens if isinstance(next_tokens, int) else 0
+    if layer and 0 <= int(layer[1]) - config.num_hidden_layers < count:
         return "a multi-token prediction layer, no part of the decoder"
     return None
 

@@ -15,6 +15,7 @@ from flax.traverse_util import unflatten_dict
 
 from specjax.hf.config import quantization_block, read_config
 from specjax.hf.names import (
+    TABLES,
     ParameterPath,
     Piece,
     Source,
@@ -32,6 +33,7 @@ FLOATS = frozenset(map(jnp.dtype, ("float64", "float32", "float16", "bfloat16"))
 """Dtypes of plain weights, which are read as they are."""
 
 _FLOAT8 = jnp.dtype("float8_e4m3fn")
+_COMPARED = 2**24  # bytes of a table that are compared at a time
 SCALE_SUFFIX = "_scale_inv"  # a float8 tensor's scales are in the tensor of its name and this suffix
 
 
@@ -85,24 +87,55 @@ def open_weights(folder: Path, ignore_config_keys: Iterable[str] = ()) -> Weight
     # 2. The config says which tensors the model needs, and the table of its family how they are called.
     found = open_tensors(folder)
     config, raw = read_config(folder / "config.json", ignore_config_keys)
-    model_type = raw["model_type"]
-    wanted = sources(model_type, config)
-    tensors = {known: found[name] for name, known in table_names(model_type, found).items()}
-    # 3. The tensors must be those, but for some that are known and not needed.
+    tensors = {known: found[name] for name, known in table_names(raw["model_type"], found).items()}
     try:
-        block = block_of(raw, tensors, wanted)
         if len(tensors) < len(found):
             raise ValueError("two tensors have one name but for a wrapper's prefix; save the model again")
-        left_out = check_tensors(tensors, wanted, block, functools.partial(_why_left_out, config, raw))
+        return _with_head(config, raw, tensors)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    params = parameters_of(tensors, wanted, block)
-    return Weights(config, raw, params, tuple(_report(wanted, left_out)))
+
+
+def _with_head(config: DecoderConfig, raw: dict[str, Any], tensors: dict[str, Tensor]) -> Weights:
+    """Returns the model with the output head that the folder holds, whatever ``tie_word_embeddings`` says.
+
+    As in transformers 5, the model is tied if the config says so and the folder holds one table, under either name, or
+    two equal ones. Two tables that differ are both used.
+    """
+    table, head = (TABLES[raw["model_type"]][row][0] for row in ("embed_tokens.weight", "lm_head.kernel"))
+    if config.tie_word_embeddings and head in tensors:
+        if table not in tensors:
+            tensors = {table if name == head else name: tensors[name] for name in tensors}
+        elif not _are_equal(*(_table(raw, tensors, name) for name in (table, head))):
+            _LOG.warning("tie_word_embeddings is true, but tensor %r differs from %r; both are used", head, table)
+            untied = {"tie_word_embeddings": False}
+            config, raw = dataclasses.replace(config, **untied), raw | untied
+    wanted = sources(raw["model_type"], config)
+    block = block_of(raw, tensors, wanted)
+    left_out = check_tensors(tensors, wanted, block, functools.partial(_why_left_out, config, raw))
+    return Weights(config, raw, parameters_of(tensors, wanted, block), tuple(_report(wanted, left_out)))
+
+
+def _table(raw: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> np.ndarray:
+    """Returns the array of an embedding or output head."""
+    scales = tensors.get(name + SCALE_SUFFIX)
+    return _Stored(tensors[name], scales, quantization_block(raw) if scales else None).read()
+
+
+def _are_equal(one: np.ndarray, other: np.ndarray) -> bool:
+    """Returns whether two arrays hold the same numbers. Mapped files are read up to the first block that differs."""
+    if one.shape != other.shape:
+        return False
+    # Bytes compare many times faster than bfloat16. Zeros of two signs count as a difference, which is harmless.
+    known = (lambda x: x.view(np.uint8)) if one.dtype == other.dtype else (lambda x: x.astype(np.float64))
+    one, other, size = one.reshape(-1), other.reshape(-1), _COMPARED // one.itemsize
+    blocks = (slice(start, start + size) for start in range(0, one.size, size))
+    return all(np.array_equal(known(one[block]), known(other[block])) for block in blocks)
 
 
 def _why_left_out(config: DecoderConfig, raw: Mapping[str, Any], name: str) -> str | None:
     """Returns why the decoder does not need a tensor, or None if there is no known reason."""
-    next_tokens = bool(raw.get("num_nextn_predict_layers", raw.get("num_mtp_layers", 0)))
+    next_tokens = raw.get("num_nextn_predict_layers", raw.get("num_mtp_layers", 0))
     return why_left_out(name, config, next_tokens)
 
 
