@@ -17,7 +17,7 @@ from jitted import jit
 import specjax
 from specjax.drafters.feature import FeatureDrafter
 from specjax.drafters.mtp import MTPConfig, MTPDrafter, MTPHead, abstract_mtp_params, init_mtp_params
-from specjax.hf.names import sources
+from specjax.hf.families import sources
 from specjax.hf.safetensors import TensorSpec, open_tensors, write_tensors
 from specjax.hf.weights import tensors_of
 from specjax.transformer.config import DecoderConfig, LayerConfig, Rope

@@ -22,8 +22,7 @@ from specjax.checkpoint.models import (
     write_json,
 )
 from specjax.hf.config import read_config
-from specjax.hf.families import ARCHITECTURES
-from specjax.hf.names import sources
+from specjax.hf.families import FAMILIES, sources
 from specjax.hf.safetensors import write_tensors
 from specjax.hf.weights import Parameter, open_weights, tensors_of
 from specjax.transformer.decoder import abstract_params
@@ -168,5 +167,5 @@ def _config(raw: dict[str, Any], leaves: list[Any]) -> dict[str, Any]:
     """Returns a ``config.json`` for parameters that are not quantised. Its dtype is that of the largest parameter."""
     left = {key: value for key, value in raw.items() if key not in ("dtype", "torch_dtype", "quantization_config")}
     largest = max(leaves, key=lambda leaf: leaf.size)
-    usual = {"architectures": [ARCHITECTURES[raw["model_type"]]]}
+    usual = {"architectures": [FAMILIES[raw["model_type"]].architecture]}
     return usual | left | {"torch_dtype": str(largest.dtype)}

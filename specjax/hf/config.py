@@ -7,12 +7,9 @@ from typing import Any
 
 from specjax.checks import check_integer
 from specjax.hf.class_keys import CLASS_KEYS, NO_EFFECT, UNDECLARED
-from specjax.hf.families import ARCHITECTURES, FAMILIES
+from specjax.hf.families import FAMILIES
 from specjax.hf.keys import Keys, read_json, switch, warn_unknown, without_keys
 from specjax.transformer.config import DecoderConfig
-
-# Published folders of these families bring code. transformers contains the same code, in classes of these names.
-_TAKEN_OVER = {"deepseek_v3": "DeepseekV3", "phi3": "Phi3"}
 
 
 def decoder_config(raw: Mapping[str, Any], strict: bool = False) -> DecoderConfig:
@@ -56,8 +53,8 @@ def read_keys(raw: Mapping[str, Any], strict: bool = False) -> tuple[DecoderConf
         supported = ", ".join(sorted([*FAMILIES, "gemma3"]))
         raise ValueError(f"model_type {kind!r} is not supported; supported: {supported}")
     # 3. The family's reader takes the keys that it understands. The tables of class_keys.py judge the others.
-    keys = _all_keys(raw, ARCHITECTURES[kind])
-    config = FAMILIES[kind](keys)
+    keys = _all_keys(raw, FAMILIES[kind].architecture, FAMILIES[kind].code)
+    config = FAMILIES[kind].read(keys)
     return config, dict(raw), unknown_keys(keys, kind, strict)
 
 
@@ -72,7 +69,7 @@ def unknown_keys(keys: Keys, kind: str, strict: bool = False) -> tuple[str, ...]
     return keys.switched_off() if strict else unknown
 
 
-def _all_keys(raw: Mapping[str, Any], architecture: str) -> Keys:
+def _all_keys(raw: Mapping[str, Any], architecture: str, code: str | None) -> Keys:
     """Returns the keys of a config, less the keys that have no effect on logits.
 
     Raises:
@@ -83,23 +80,26 @@ def _all_keys(raw: Mapping[str, Any], architecture: str) -> Keys:
             f"architectures is {raw['architectures']!r}; supported for model_type {raw.get('model_type')!r}: "
             f"[{architecture!r}]{switch('architectures')}"
         )
-    _check_code(raw)
+    _check_code(raw, code)
     keys = Keys(raw, "config.json")
     keys.ignore("auto_map", "quantization_config", *NO_EFFECT)
     return keys
 
 
-def _check_code(raw: Mapping[str, Any]) -> None:
-    """Raises ValueError if the folder brings code that may compute something else than transformers' own."""
+def _check_code(raw: Mapping[str, Any], taken_over: str | None) -> None:
+    """Raises ValueError if the folder brings code that may compute something else than transformers' own.
+
+    ``taken_over``: see ``Family.code``.
+    """
     code = raw.get("auto_map")
     if not code:
         return
-    known = _TAKEN_OVER.get(raw.get("model_type", "llama"), "no name")
     # A folder's code for its tokenizer does not change the model.
     entries = code.items() if isinstance(code, Mapping) else [("AutoModel", code)]
     for name, value in entries:
         of_model = name.startswith(("AutoConfig", "AutoModel"))
-        if of_model and not re.fullmatch(rf"(.*\.)?{known}(Config|Model|For\w+)", str(value)):
+        known = taken_over and re.fullmatch(rf"(.*\.)?{taken_over}(Config|Model|For\w+)", str(value))
+        if of_model and not known:
             raise ValueError(
                 f"auto_map is {code!r}: the folder brings code of its own, which is never run and may compute "
                 f"something else than the model_type says{switch('auto_map')}"
@@ -113,7 +113,7 @@ def _text_part(raw: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]
       ValueError: there is no text part, or the multimodal model would compute it in another way than it says.
     """
     # 1. The keys next to the text part. Keys of images do not change the text part.
-    keys = _all_keys(raw, "Gemma3ForConditionalGeneration")
+    keys = _all_keys(raw, "Gemma3ForConditionalGeneration", None)
     text = keys.take("text_config")
     keys.ignore(*("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index"))
     keys.ignore(*("boi_token_id", "eoi_token_id", "image_token_id"))

@@ -13,7 +13,10 @@ from typing import Any
 from specjax.checks import check_integer
 from specjax.hf.class_keys import NO_EFFECT
 from specjax.hf.config import decoder_config, unknown_keys
-from specjax.hf.families import (
+from specjax.hf.families import FAMILIES
+from specjax.hf.families.deepseek import DEEPSEEK_V3
+from specjax.hf.families.qwen import QWEN3_MOE
+from specjax.hf.families.shared import (
     FULL_ATTENTION,
     layers_of,
     take_activation,
@@ -23,7 +26,7 @@ from specjax.hf.families import (
     with_experts,
 )
 from specjax.hf.keys import Keys, warn_unknown
-from specjax.hf.names import DEEPSEEK_V3, LINEAR, QWEN3_MOE, SAME, TABLES, Table, sources_of
+from specjax.hf.names import LINEAR, SAME, Table, sources_of
 from specjax.hf.rope import take_rope
 from specjax.hf.safetensors import Tensor, TensorSpec
 from specjax.hf.weights import block_of, check_tensors, parameters_of, tensors_of
@@ -44,7 +47,7 @@ _QWEN3_NEXT: Table = {
     },
     "layers.{i}.mlp.shared_expert_gate.kernel": (f"{_LAYER}mlp.shared_expert_gate.weight", LINEAR),
 }
-_OTHER_TABLES: Mapping[str, Table] = {"glm4_moe": _GLM4_MOE, "mimo": TABLES["qwen2"], "qwen3_next": _QWEN3_NEXT}
+_OTHER_TABLES: Mapping[str, Table] = {"glm4_moe": _GLM4_MOE, "mimo": FAMILIES["qwen2"].names, "qwen3_next": _QWEN3_NEXT}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +166,7 @@ def mtp_layout(raw: Mapping[str, Any]) -> MTPLayout:
     kind = raw.get("model_type", "llama")
     naming = _NAMINGS.get(kind, _DEEPSEEK) if isinstance(kind, str) else _DEEPSEEK
     config = _read_config(kind, raw)
-    layers = _OTHER_TABLES.get(kind) or TABLES[kind]
+    layers = _OTHER_TABLES.get(kind) or FAMILIES[kind].names
     if not any(theirs.startswith(_LAYER) for theirs, _ in layers.values()):
         raise ValueError(f"model_type {kind!r} has no MTP layout; its layers are not named {_LAYER}*")
     # 2. How many modules there are. Qwen3-Next's configs do not say; published folders have one.

@@ -12,14 +12,13 @@ of width 64, rows 0 to 511 of that tensor are ``q_proj``, rows 512 to 639 ``k_pr
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from specjax.transformer.config import DecoderConfig
-from specjax.transformer.decoder import abstract_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,160 +44,57 @@ HEADS = Layout(axis=1, by_head=True)  # [heads * width, in] -> [heads, part of w
 
 Table = Mapping[str, tuple[str, Layout]]
 
-_ENDS: Table = {
+ENDS: Table = {
     "embed_tokens.weight": ("model.embed_tokens.weight", SAME),
     "norm.weight": ("model.norm.weight", SAME),
     "lm_head.kernel": ("lm_head.weight", LINEAR),
 }
 
 
-def _linear(ours: str, theirs: str) -> Table:
+def linear(ours: str, theirs: str) -> Table:
     """Rows of a projection with kernel and bias. A model without the bias has no such parameter."""
     return {f"{ours}.kernel": (f"{theirs}.weight", LINEAR), f"{ours}.bias": (f"{theirs}.bias", SAME)}
 
 
-def _layer(name: str) -> str:
+def layer_path(name: str) -> str:
     """Returns the path of a layer's parameter."""
     return f"layers.{{i}}.{name}"
 
 
-def _theirs(name: str) -> str:
+def layer_tensor(name: str) -> str:
     """Returns the name of a layer's tensor."""
     return f"model.layers.{{i}}.{name}"
 
 
-def _linears(*names: str) -> Table:
+def linears(*names: str) -> Table:
     """Rows of projections whose parameters and tensors have the same names."""
     rows: dict[str, tuple[str, Layout]] = {}
     for name in names:
-        rows |= _linear(_layer(name), _theirs(name))
+        rows |= linear(layer_path(name), layer_tensor(name))
     return rows
 
 
-def _norms(**names: str) -> Table:
+def norms(**names: str) -> Table:
     """Rows of a layer's norms: parameter=tensor."""
-    return {_layer(f"{ours}.weight"): (_theirs(f"{theirs}.weight"), SAME) for ours, theirs in names.items()}
+    return {layer_path(f"{ours}.weight"): (layer_tensor(f"{theirs}.weight"), SAME) for ours, theirs in names.items()}
 
 
-def _experts(block: str, gate: str, up: str, down: str) -> Table:
+def expert_rows(block: str, gate: str, up: str, down: str) -> Table:
     """Rows of a router and its experts, whose tensors are in ``block``."""
     experts = {"gate_proj": gate, "up_proj": up, "down_proj": down}
-    return {_layer("mlp.gate.kernel"): (_theirs(f"{block}.gate.weight"), LINEAR)} | {
-        _layer(f"mlp.experts.{ours}"): (_theirs(f"{block}.experts.{{e}}.{theirs}.weight"), LINEAR)
+    return {layer_path("mlp.gate.kernel"): (layer_tensor(f"{block}.gate.weight"), LINEAR)} | {
+        layer_path(f"mlp.experts.{ours}"): (layer_tensor(f"{block}.experts.{{e}}.{theirs}.weight"), LINEAR)
         for ours, theirs in experts.items()
     }
 
 
-_LAYER_NORMS = _norms(input_layernorm="input_layernorm", post_attention_layernorm="post_attention_layernorm")
-_QUERY_KEY_NORMS = {
-    _layer(f"self_attn.{name}.weight"): (_theirs(f"self_attn.{name}.weight"), SAME) for name in ("q_norm", "k_norm")
+LAYER_NORMS = norms(input_layernorm="input_layernorm", post_attention_layernorm="post_attention_layernorm")
+QUERY_KEY_NORMS = {
+    layer_path(f"self_attn.{name}.weight"): (layer_tensor(f"self_attn.{name}.weight"), SAME)
+    for name in ("q_norm", "k_norm")
 }
-_ATTENTION = _linears("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-_MLP = _linears("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-
-LLAMA: Table = {**_ENDS, **_LAYER_NORMS, **_ATTENTION, **_MLP}
-QWEN3: Table = {**LLAMA, **_QUERY_KEY_NORMS}
-# Gemma has four norms in a layer. Its post_attention_layernorm is applied to attention's output. In other families the
-# norm of this name is applied to the MLP's input, as Gemma's pre_feedforward_layernorm is.
-GEMMA: Table = {
-    **_ENDS,
-    **_norms(
-        input_layernorm="input_layernorm",
-        attention_post_norm="post_attention_layernorm",
-        post_attention_layernorm="pre_feedforward_layernorm",
-        mlp_post_norm="post_feedforward_layernorm",
-    ),
-    **_ATTENTION,
-    **_QUERY_KEY_NORMS,
-    **_MLP,
-}
-PHI3: Table = {
-    **_ENDS,
-    **_LAYER_NORMS,
-    **_linear(_layer("self_attn.q_proj"), _theirs("self_attn.qkv_proj")),
-    **_linear(_layer("self_attn.k_proj"), _theirs("self_attn.qkv_proj")),
-    **_linear(_layer("self_attn.v_proj"), _theirs("self_attn.qkv_proj")),
-    **_linears("self_attn.o_proj", "mlp.down_proj"),
-    **_linear(_layer("mlp.gate_proj"), _theirs("mlp.gate_up_proj")),
-    **_linear(_layer("mlp.up_proj"), _theirs("mlp.gate_up_proj")),
-}
-MIXTRAL: Table = {**_ENDS, **_LAYER_NORMS, **_ATTENTION, **_experts("block_sparse_moe", "w1", "w3", "w2")}
-QWEN3_MOE: Table = {**QWEN3, **_experts("mlp", "gate_proj", "up_proj", "down_proj")}
-DEEPSEEK_V3: Table = {
-    **_ENDS,
-    **_LAYER_NORMS,
-    **_linears("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.q_b_proj", "self_attn.o_proj"),
-    **_linear(_layer("self_attn.kv_a_proj"), _theirs("self_attn.kv_a_proj_with_mqa")),
-    _layer("self_attn.q_a_layernorm.weight"): (_theirs("self_attn.q_a_layernorm.weight"), SAME),
-    _layer("self_attn.kv_a_layernorm.weight"): (_theirs("self_attn.kv_a_layernorm.weight"), SAME),
-    _layer("self_attn.k_up"): (_theirs("self_attn.kv_b_proj.weight"), HEADS),
-    _layer("self_attn.v_up"): (_theirs("self_attn.kv_b_proj.weight"), HEADS),
-    **_MLP,
-    **_experts("mlp", "gate_proj", "up_proj", "down_proj"),
-    _layer("mlp.gate.e_score_correction_bias"): (_theirs("mlp.gate.e_score_correction_bias"), SAME),
-    **_linears("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj", "mlp.shared_experts.down_proj"),
-}
-
-
-def _conv1d(ours: str, theirs: str) -> Table:
-    """Rows of a projection of GPT-2."""
-    kernel, bias = f"transformer.h.{{i}}.{theirs}.weight", f"transformer.h.{{i}}.{theirs}.bias"
-    return {_layer(f"{ours}.kernel"): (kernel, CONV1D), _layer(f"{ours}.bias"): (bias, SAME)}
-
-
-def _layer_norm(ours: str, theirs: str) -> Table:
-    """Rows of a norm of GPT-2."""
-    return {f"{ours}.{part}": (f"transformer.{theirs}.{part}", SAME) for part in ("weight", "bias")}
-
-
-GPT2: Table = {
-    "embed_tokens.weight": ("transformer.wte.weight", SAME),
-    "embed_positions.weight": ("transformer.wpe.weight", SAME),
-    "lm_head.kernel": ("lm_head.weight", LINEAR),
-    **_layer_norm("norm", "ln_f"),
-    **_layer_norm("layers.{i}.input_layernorm", "h.{i}.ln_1"),
-    **_layer_norm("layers.{i}.post_attention_layernorm", "h.{i}.ln_2"),
-    **_conv1d("self_attn.q_proj", "attn.c_attn"),
-    **_conv1d("self_attn.k_proj", "attn.c_attn"),
-    **_conv1d("self_attn.v_proj", "attn.c_attn"),
-    **_conv1d("self_attn.o_proj", "attn.c_proj"),
-    **_conv1d("mlp.up_proj", "mlp.c_fc"),
-    **_conv1d("mlp.down_proj", "mlp.c_proj"),
-}
-
-TABLES: Mapping[str, Table] = {
-    "deepseek_v3": DEEPSEEK_V3,
-    "gemma2": GEMMA,
-    "gemma3_text": GEMMA,
-    "gpt2": GPT2,
-    "llama": LLAMA,
-    "mistral": LLAMA,
-    "mixtral": MIXTRAL,
-    "phi3": PHI3,
-    "qwen2": LLAMA,
-    "qwen3": QWEN3,
-    "qwen3_moe": QWEN3_MOE,
-}
-
-# Other model classes put the decoder into a module of their own, which changes the start of tensor names.
-_WRAPPERS = {
-    "model.language_model.": "model.",
-    "language_model.model.": "model.",
-    "language_model.lm_head.": "lm_head.",
-}
-
-
-def table_names(model_type: str, names: Iterable[str]) -> dict[str, str]:
-    """Returns the name that each tensor has in the family's table, whatever model class it was saved from."""
-    found = {}
-    for name in names:
-        wrapper = next((wrapper for wrapper in _WRAPPERS if name.startswith(wrapper)), "")
-        found[name] = _WRAPPERS.get(wrapper, "") + name.removeprefix(wrapper)
-    prefix = TABLES[model_type]["embed_tokens.weight"][0].split(".")[0] + "."
-    # A model that was saved without its output head has no prefix "model." or "transformer.".
-    if not any(name.startswith(prefix) for name in found.values()):
-        found = {name: known if known.startswith("lm_head.") else prefix + known for name, known in found.items()}
-    return found
+ATTENTION = linears("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+MLP = linears("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 def why_left_out(name: str, config: DecoderConfig, next_tokens: Any) -> str | None:
@@ -287,11 +183,6 @@ class Source:
         if layout.by_head:
             return view[0] * end, view[2]
         return (*view[: layout.axis], end, *view[layout.axis + 1 :])
-
-
-def sources(model_type: str, config: DecoderConfig) -> dict[str, Source]:
-    """Returns the tensors of a model, by their names in the family's table."""
-    return sources_of(TABLES[model_type], abstract_params(config))
 
 
 def sources_of(table: Table, params: Any, first: int = 0) -> dict[str, Source]:

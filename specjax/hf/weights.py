@@ -14,15 +14,13 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from specjax.hf.config import quantization_block, read_config
+from specjax.hf.families import FAMILIES, sources, table_names
 from specjax.hf.names import (
-    TABLES,
     ParameterPath,
     Piece,
     Source,
     parameters,
     path_row,
-    sources,
-    table_names,
     why_left_out,
 )
 from specjax.hf.safetensors import Tensor, TensorSpec, open_tensors
@@ -102,7 +100,7 @@ def _with_head(config: DecoderConfig, raw: dict[str, Any], tensors: dict[str, Te
     As in transformers 5, the model is tied if the config says so and the folder holds one table, under either name, or
     two equal ones. Two tables that differ are both used.
     """
-    table, head = (TABLES[raw["model_type"]][row][0] for row in ("embed_tokens.weight", "lm_head.kernel"))
+    table, head = (FAMILIES[raw["model_type"]].names[row][0] for row in ("embed_tokens.weight", "lm_head.kernel"))
     if config.tie_word_embeddings and head in tensors:
         if table not in tensors:
             tensors = {table if name == head else name: tensors[name] for name in tensors}

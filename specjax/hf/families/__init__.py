@@ -1,0 +1,40 @@
+"""The families of models: one module for each kin of ``model_type``, with readers of configs and tables of names."""
+
+from collections.abc import Iterable, Mapping
+
+from specjax.hf.families import deepseek, gemma, gpt2, llama, mixtral, phi, qwen
+from specjax.hf.families.shared import Family as Family
+from specjax.hf.names import Source, sources_of
+from specjax.transformer.config import DecoderConfig
+from specjax.transformer.decoder import abstract_params
+
+FAMILIES: Mapping[str, Family] = {
+    kind: family
+    for module in (deepseek, gemma, gpt2, llama, mixtral, phi, qwen)
+    for kind, family in module.FAMILIES.items()
+}
+
+# Other model classes put the decoder into a module of their own, which changes the start of tensor names.
+_WRAPPERS = {
+    "model.language_model.": "model.",
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+}
+
+
+def table_names(model_type: str, names: Iterable[str]) -> dict[str, str]:
+    """Returns the name that each tensor has in the family's table, whatever model class it was saved from."""
+    found = {}
+    for name in names:
+        wrapper = next((wrapper for wrapper in _WRAPPERS if name.startswith(wrapper)), "")
+        found[name] = _WRAPPERS.get(wrapper, "") + name.removeprefix(wrapper)
+    prefix = FAMILIES[model_type].names["embed_tokens.weight"][0].split(".")[0] + "."
+    # A model that was saved without its output head has no prefix "model." or "transformer.".
+    if not any(name.startswith(prefix) for name in found.values()):
+        found = {name: known if known.startswith("lm_head.") else prefix + known for name, known in found.items()}
+    return found
+
+
+def sources(model_type: str, config: DecoderConfig) -> dict[str, Source]:
+    """Returns the tensors of a model, by their names in the family's table."""
+    return sources_of(FAMILIES[model_type].names, abstract_params(config))

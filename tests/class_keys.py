@@ -1,0 +1,28 @@
+"""Writes ``specjax/hf/class_keys.json`` from the config classes of the installed transformers.
+
+Run it after a family is added: ``python tests/class_keys.py``.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from specjax.hf.class_keys import NO_EFFECT
+from specjax.hf.families import FAMILIES
+
+# Model types whose config holds that of a text model, and those whose draft modules can be read, but not their models.
+OTHERS = ("gemma3", "glm4_moe", "qwen3_next")
+FILE = Path(__file__).parent.parent / "specjax" / "hf" / "class_keys.json"
+
+
+def class_keys(kind):
+    """Returns the fields of the class of a ``model_type``, less those without effect, with their defaults."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    fields = {field.name: field.default for field in dataclasses.fields(CONFIG_MAPPING[kind])}
+    return {key: fields[key] for key in sorted(fields) if key not in {*NO_EFFECT, "is_encoder_decoder"}}
+
+
+if __name__ == "__main__":
+    table = {kind: class_keys(kind) for kind in sorted({*FAMILIES, *OTHERS})}
+    FILE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

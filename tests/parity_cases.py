@@ -1,0 +1,120 @@
+"""The checkpoints of the parity tests: for each case, transformers' class and the settings of its config.
+
+``SMALL`` are the sizes of all cases. They are odd, so that no two sizes are equal by chance.
+"""
+
+VOCAB = 53
+LIMIT = 128  # tokens of the longest text
+
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": LIMIT,
+    "tie_word_embeddings": False,
+}
+WIDE = {"head_dim": 10}  # not hidden_size / num_attention_heads
+ONE_HEAD, ALL_HEADS = {"num_key_value_heads": 1}, {"num_key_value_heads": 4}
+TIED = {"tie_word_embeddings": True}
+WINDOW = {"sliding_window": 7}
+
+
+def rope(kind, theta=50.0, **more):
+    return {"rope_parameters": dict(rope_type=kind, rope_theta=theta, **more)}
+
+
+LLAMA3 = rope("llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=3.0, original_max_position_embeddings=16)
+YARN = rope("yarn", theta=10000.0, factor=8.0, original_max_position_embeddings=16)
+DYNAMIC = {**rope("dynamic", factor=4.0), "max_position_embeddings": 32}
+MOE = {"num_experts_per_tok": 2, "num_local_experts": 5}
+QWEN_MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "sliding_window": None}
+LATENT = {
+    "moe_intermediate_size": 20,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+    "kv_lora_rank": 12,
+    "q_lora_rank": 14,
+    "qk_rope_head_dim": 6,
+    "qk_nope_head_dim": 10,
+    "v_head_dim": 9,
+    "num_key_value_heads": 4,
+}
+LATENT_YARN = rope("yarn", theta=10000.0, factor=8.0, mscale=1.0, mscale_all_dim=0.7, beta_fast=32, beta_slow=1)
+LATENT_YARN["rope_parameters"]["original_max_position_embeddings"] = 16
+GPT2 = {"vocab_size": VOCAB, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": LIMIT}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 50.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+}
+LONGROPE = rope("longrope", short_factor=[1.0, 1.2, 1.5], long_factor=[2.0, 3.0, 4.0])
+
+DENSE = {
+    "llama": ("Llama", {}),
+    "llama, wide heads, one key head, tied": ("Llama", {**WIDE, **ONE_HEAD, **TIED}),
+    "llama, all biases, as many key heads": ("Llama", {**ALL_HEADS, "attention_bias": True, "mlp_bias": True}),
+    "llama, linear rope": ("Llama", rope("linear", factor=4.0)),
+    "llama, dynamic rope": ("Llama", DYNAMIC),
+    "llama 3": ("Llama", LLAMA3),
+    "llama, yarn": ("Llama", YARN),
+    "llama, yarn with attention factor": (
+        "Llama",
+        rope(
+            "yarn", theta=10000.0, factor=8.0, original_max_position_embeddings=16, attention_factor=1.3, truncate=False
+        ),
+    ),
+    "mistral": ("Mistral", {**WIDE, **WINDOW}),
+    "mistral without a window": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", TIED),
+    "qwen2 with windows": ("Qwen2", {**WINDOW, "use_sliding_window": True, "max_window_layers": 1}),
+    "qwen2, yarn": ("Qwen2", YARN),
+    "qwen3": ("Qwen3", {**WIDE, **TIED}),
+    "qwen3, biases, one key head": ("Qwen3", {**WIDE, **ONE_HEAD, "attention_bias": True}),
+    "gemma 2": ("Gemma2", {**WIDE, **TIED, **WINDOW, "query_pre_attn_scalar": 7, "attn_logit_softcapping": 2.0}),
+    "gemma 2, untied, biases": ("Gemma2", {**WIDE, **WINDOW, "attention_bias": True, "final_logit_softcapping": 3.0}),
+    "gemma 3": ("Gemma3Text", {**WIDE, **TIED, **WINDOW, "sliding_window_pattern": 2, "rope_parameters": GEMMA3_ROPE}),
+    "gemma 3, soft caps": (
+        "Gemma3Text",
+        {**WIDE, **WINDOW, "query_pre_attn_scalar": 9, "final_logit_softcapping": 5.0},
+    ),
+    "phi-3": ("Phi3", {**WINDOW, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}),
+    "phi-3, partial rotary": (
+        "Phi3",
+        {**rope("default", partial_rotary_factor=0.6), "hidden_size": 40, "pad_token_id": 0},
+    ),
+    "phi-3, longrope": (
+        "Phi3",
+        {
+            **LONGROPE,
+            "original_max_position_embeddings": LIMIT,
+            "max_position_embeddings": 4 * LIMIT,
+            "pad_token_id": 0,
+        },
+    ),
+    "smollm": ("Llama", {**TIED, "num_attention_heads": 3, "num_key_value_heads": 1}),
+    "gpt-2": ("GPT2", GPT2),
+    "gpt-2, untied, inner width": ("GPT2", {**GPT2, "n_inner": 31, "tie_word_embeddings": False}),
+}
+EXPERTS = {
+    "mixtral": ("Mixtral", MOE),
+    "mixtral with windows": ("Mixtral", {**MOE, **WINDOW, **WIDE}),
+    "qwen3-moe": ("Qwen3Moe", {**QWEN_MOE, **WIDE}),
+    "qwen3-moe, dense layers, weights that sum to 1": (
+        "Qwen3Moe",
+        {**QWEN_MOE, "norm_topk_prob": True, "decoder_sparse_step": 2, "mlp_only_layers": [0]},
+    ),
+    "deepseek-v3": ("DeepseekV3", LATENT),
+    "deepseek-v3, yarn, one group": ("DeepseekV3", {**LATENT, **LATENT_YARN, "n_group": 1, "topk_group": 1}),
+    "deepseek-v3, whole queries, halves, biases": (
+        "DeepseekV3",
+        {**LATENT, "q_lora_rank": None, "rope_interleave": False, "attention_bias": True, "norm_topk_prob": False},
+    ),
+}
+CASES = DENSE | EXPERTS
