@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -432,10 +433,58 @@ def test_float64_becomes_float32(tmp_path):
     assert same(specjax.load(tmp_path / "ours").params, specjax.load(source).params)
 
 
-def test_an_adapter_is_no_model(llama):
+def test_the_weights_of_an_adapter_are_no_model(llama):
+    """Next to a model they are not left out in silence. A config alone is a left-over of merging."""
+    params = specjax.load(llama).params
     (llama / "adapter_config.json").write_text("{}")
+    assert same(specjax.load(llama).params, params)
+    (llama / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="an adapter next to a model; merge the two"):
+        specjax.load(llama)
+    (llama / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="merge it into its base model"):
         specjax.load(llama)
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.json", "loss.png", "model.gguf", "consolidated.safetensors", "pytorch_model.bin", "params"]
+)
+def test_files_next_to_the_weights_do_not_say_what_a_folder_is(name, llama):
+    params = specjax.load(llama).params
+    (llama / name).write_text("{}")
+    assert same(specjax.load(llama).params, params)
+
+
+def test_a_folder_of_other_params_next_to_the_weights(llama):
+    params = specjax.load(llama).params
+    (llama / "params").mkdir()
+    (llama / "params" / "lr.json").write_text("{}")
+    assert same(specjax.load(llama).params, params)
+
+
+def test_a_folder_with_two_models_is_refused(llama, tmp_path):
+    specjax.convert_hf(llama, tmp_path / "ours")
+    shutil.copy(llama / "model.safetensors", tmp_path / "ours")
+    (tmp_path / "ours" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="is a checkpoint folder; specjax.open opens it"):
+        specjax.convert_hf(tmp_path / "ours", tmp_path / "again")
+    (tmp_path / "model.safetensors").rename(tmp_path / "ours" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"two models, in params/ and in safetensors files; move one of them away"):
+        specjax.load(tmp_path / "ours")
+
+
+HEADS = {
+    "eagle": {"fc.weight": np.ones((12, 24), np.float32), "layers.0.mlp.up_proj.weight": np.ones(3, np.float32)},
+    "medusa": {"0.0.linear.weight": np.ones((12, 12), np.float32), "0.1.weight": np.ones((23, 12), np.float32)},
+    "mtp": {"model.layers.2.eh_proj.weight": np.ones((12, 24), np.float32)},
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_draft_head_is_no_model(kind, tmp_path):
+    folder = write(tmp_path / "head", LLAMA, HEADS[kind], metrics={})
+    with pytest.raises(ValueError, match=f"a draft head, no model; load_drafter opens it as {kind}:"):
+        specjax.open(folder)
 
 
 def test_only_checkpoint_folders_are_exported(llama, tmp_path):

@@ -329,20 +329,30 @@ def test_what_is_not_a_folder_is_refused(tmp_path, folder, says):
     assert says in message
 
 
-@pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "model.pt", "a.pth", "a.ckpt", "flax_model.msgpack", "tf_model.h5", "a.gguf"]
-)
-def test_other_weights_are_named_and_never_opened(tmp_path, name):
+OTHERS = {
+    **{name: r"sandbox.*save_pretrained\(folder\)" for name in ("pytorch_model.bin", "a.pt", "a.pth", "a.ckpt")},
+    **{name: "download the model's safetensors" for name in ("flax_model.msgpack", "tf_model.h5")},
+    "a.gguf": r"from_pretrained\(folder, gguf_file=NAME\)",
+    "model-00001-of-00002.safetensors": r"need their index, download model\.safetensors\.index\.json",
+    "medusa_lm_head.safetensors": "load_drafter opens them as medusa:DIR",
+    "adapter_model.safetensors": "merge it into its base model with peft",
+    "consolidated.safetensors": "download the files that have transformers' names",
+    "model.fp16.safetensors": r"call it model\.safetensors",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_weights_are_named_with_a_cure_and_never_opened(tmp_path, name):
     os.mkfifo(tmp_path / name)  # opening it would wait for ever
     message = refusal(tmp_path)
     assert name in message
-    assert re.search(r"never opened.*sandbox.*save_pretrained\(folder, safe_serialization=True\)", message)
+    assert re.search(OTHERS[name], message)
 
 
 def test_a_folder_without_weights_says_what_it_holds(tmp_path):
     assert re.search(r"holds neither model\.safetensors nor .*index\.json, only \[\]", refusal(tmp_path))
-    (tmp_path / "adapter_model.safetensors").touch()
-    assert "only ['adapter_model.safetensors']" in refusal(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    assert "only ['notes.txt']" in refusal(tmp_path)
 
 
 OUTSIDE = ["../x.safetensors", "/etc/hostname", "sub/x.safetensors", "./x.safetensors", ".", "..", "", "x\0", "x" * 300]
@@ -392,9 +402,18 @@ def test_damaged_indices_are_refused(tmp_path, raw, says):
     assert len(message) < len(str(folder)) + 600
 
 
-def test_a_tensor_in_two_files_is_refused(tmp_path):
-    shards = {"x.safetensors": {"a": A}, "y.safetensors": {"a": A, "b": B}}
-    shard_folder(tmp_path, shards, {"a": "x.safetensors", "b": "y.safetensors"})
+@pytest.mark.parametrize("holder", ["x.safetensors", "y.safetensors"])
+def test_of_a_tensor_in_two_files_the_index_says_which_holds(tmp_path, holder):
+    shards = {"x.safetensors": {"a": A, "c": A}, "y.safetensors": {"a": A + 1, "b": B}}
+    shard_folder(tmp_path, shards, {"a": holder, "b": "y.safetensors", "c": "x.safetensors"})
+    opened = open_tensors(tmp_path)
+    assert opened.keys() == {"a", "b", "c"}
+    np.testing.assert_array_equal(opened["a"].read(), A if holder == "x.safetensors" else A + 1)
+
+
+def test_a_tensor_in_two_files_that_the_index_does_not_name_is_refused(tmp_path):
+    shards = {"x.safetensors": {"a": A, "c": A}, "y.safetensors": {"a": A, "b": B}}
+    shard_folder(tmp_path, shards, {"b": "y.safetensors", "c": "x.safetensors"})
     assert re.search(r"y\.safetensors: tensor 'a' is in x\.safetensors as well", refusal(tmp_path))
 
 

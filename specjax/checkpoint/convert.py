@@ -23,7 +23,7 @@ from specjax.checkpoint.models import (
 )
 from specjax.hf.config import read_config
 from specjax.hf.families import FAMILIES, sources
-from specjax.hf.safetensors import write_tensors
+from specjax.hf.safetensors import holds_weights, write_tensors
 from specjax.hf.weights import Parameter, open_weights, tensors_of
 from specjax.transformer.decoder import abstract_params
 
@@ -70,6 +70,8 @@ def convert_hf(
     source, destination = Path(source).absolute(), Path(destination).absolute()
     _check_ends(source, destination)
     wanted = None if dtype is None else check_dtype(dtype)
+    if (source / "params").is_dir() and not holds_weights(source):
+        raise ValueError(f"{source} is a checkpoint folder; specjax.open opens it, and export_hf converts it back")
     weights = open_weights(source, ignore_config_keys)
 
     def abstract(parameter: Parameter) -> jax.ShapeDtypeStruct:

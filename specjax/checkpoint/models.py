@@ -27,6 +27,7 @@ from specjax.checks import check_integer
 from specjax.hf.config import decoder_config, read_config
 from specjax.hf.keys import read_json
 from specjax.hf.names import ParameterPath, parameters
+from specjax.hf.safetensors import holds_weights
 from specjax.hf.weights import Parameter, open_weights
 from specjax.quantized import Kind, check_kind, is_quantized, quantize_leaf, quantize_params
 from specjax.sharding import RULES, Rules, shard, shardings
@@ -36,6 +37,8 @@ from specjax.types import LanguageModel
 
 _LEAST_BUFFER = 64 * 10**6  # bytes that Orbax may read or write at a time
 _LEAST_CHUNK = 4 * 2**20  # bytes
+_OF_ORBAX = ("_METADATA", "_CHECKPOINT_METADATA")  # files in each ``params/``
+_SMALL = (".json", ".jinja", ".md", ".png")  # no file of weights
 _CHUNKS = 64  # about how many chunks an array of more than _LEAST_CHUNK * _CHUNKS bytes has
 
 
@@ -193,16 +196,29 @@ def load_with_config(
         check_kind(quantize)
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; give one with config.json and params/, or with safetensors files")
-    if (path / "params").is_dir():
+    if is_checkpoint(path):
         config, raw = read_config(path / "config.json", ignore_config_keys)
         params = load_params(path, _decoder_with_places(config, dtype, mesh, rules))
         params = params if quantize is None else quantize_params(params, quantize)
         return _placed(decoder_model(config, params), mesh, rules), raw
-    if (path / "metrics.json").is_file():
-        raise ValueError(f"{path / 'params'} does not exist; the checkpoint is incomplete, copy or convert it again")
     weights = open_weights(path, ignore_config_keys)
     params = read_params(weights.params, _decoder_with_places(weights.config, dtype, mesh, rules), quantize=quantize)
     return _placed(decoder_model(weights.config, params), mesh, rules), weights.raw
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Returns whether a folder's weights are in ``params/``, and not in safetensors files. The weights alone decide.
+
+    Raises:
+      ValueError: the folder holds both; or neither, though ``metrics.json`` says that it was a checkpoint.
+    """
+    ours, theirs = (path / "params").is_dir(), holds_weights(path)
+    if ours and theirs and any((path / "params" / name).is_file() for name in _OF_ORBAX):
+        raise ValueError(f"{path} holds two models, in params/ and in safetensors files; move one of them away")
+    small = all(file.suffix in _SMALL for file in path.iterdir())
+    if not ours and not theirs and small and (path / "metrics.json").is_file():
+        raise ValueError(f"{path / 'params'} does not exist; the checkpoint is incomplete, copy or convert it again")
+    return ours and not theirs
 
 
 def _placed(model: LanguageModel, mesh: Mesh | None, rules: Rules) -> LanguageModel:

@@ -181,7 +181,6 @@ def quantization_block(raw: Mapping[str, Any]) -> tuple[int, int] | None:
         raise ValueError(
             f"quantization_config has quant_method {method!r} and weight_block_size {block!r}; supported: 'fp8' with "
             "two block sizes. Load the model with transformers, dequantise it and save it again"
-            + switch("quantization_config")
         )
     for size in block:
         check_integer("weight_block_size", size, 1)

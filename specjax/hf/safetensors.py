@@ -21,6 +21,7 @@ import functools
 import json
 import math
 import os
+import re
 import reprlib
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -35,7 +36,26 @@ import numpy as np
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5", ".gguf")
+
+# What a folder without weights under the usual names may hold in their place, and what to do. The first that fits.
+_CURES = {
+    r"model-\d+-of-\d+\.safetensors": f"the shards need their index, download {_INDEX}",
+    r"medusa_lm_head\.safetensors": "these are Medusa heads, no model: load_drafter opens them as medusa:DIR",
+    r"adapter_model\.(safetensors|bin)": "this is an adapter, no model; merge it into its base model with peft, and save that",
+    r"consolidated.*\.safetensors": (
+        "its tensors have other names than transformers'; download the files that have transformers' names, too"
+    ),
+    r".*\.safetensors": f"if one of these holds the whole model, call it {_SINGLE}; otherwise download the folder again",
+    r".*\.(bin|pt|pth|ckpt|pkl)": (
+        "pickled weights are never opened: in a sandbox, load them with transformers and write them with "
+        "save_pretrained(folder)"
+    ),
+    r".*\.gguf": (
+        "GGUF is never opened: download the model's safetensors, or load it with transformers' "
+        "from_pretrained(folder, gguf_file=NAME) and write it with save_pretrained(folder)"
+    ),
+    r".*\.(msgpack|h5)": "weights of Flax and TensorFlow are never opened: download the model's safetensors",
+}
 _POINTER = b"version https://git-lfs"
 _ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
 
@@ -134,16 +154,16 @@ class TensorSpec:
 def open_tensors(folder: str | os.PathLike) -> dict[str, Tensor]:
     """Opens the tensors of a Hugging Face model folder. Only the headers of files are read.
 
-    If there are both ``model.safetensors`` and an index, the single file is used, as in transformers. All tensors of
-    shards are returned, even if the index does not name them.
+    If there are both ``model.safetensors`` and an index, the single file is used, as in transformers. Of a tensor in
+    several shards, the index says which one holds. A tensor that the index does not name must be in one shard.
 
     Returns:
       The tensors by their names.
 
     Raises:
       ValueError: the folder, its index or a file of it is missing, cannot be read, or is damaged; a file lies
-        outside the folder; a tensor lies in two files, in another file than the index says, or in none; a dtype has
-        no NumPy counterpart; or the weights are of another format, which is never opened.
+        outside the folder; a tensor that the index does not name lies in two files; a tensor does not lie where the
+        index says; a dtype has no NumPy counterpart; or the weights are of another format, which is never opened.
     """
     # 1. One file needs no index.
     folder = Path(folder)
@@ -163,13 +183,15 @@ def open_tensors(folder: str | os.PathLike) -> dict[str, Tensor]:
                 "download it again, with all files in the folder of the index"
             )
         for tensor in open_file(folder / shard):
+            if weight_map.get(tensor.name, shard) != shard:  # superseded by the tensor of another file
+                continue
             if tensor.name in tensors:
                 other = tensors[tensor.name].file.name
                 raise _damage(tensor.file, f"tensor {_show(tensor.name)} is in {other} as well")
             tensors[tensor.name] = tensor
     # 3. The files and the index must agree, or the folder is a mixture of two downloads.
     for name, shard in weight_map.items():
-        if name not in tensors or tensors[name].file.name != shard:
+        if name not in tensors:
             raise _damage(index, f"weight_map says that {_show(shard)} holds tensor {_show(name)}, which it does not")
     return tensors
 
@@ -242,16 +264,20 @@ def _list_folder(folder: Path) -> list[str]:
         raise ValueError(f"{str(folder)!r} cannot be read as a folder ({reason}); give one that can") from None
 
 
+def holds_weights(folder: Path) -> bool:
+    """Returns whether there are safetensors that ``open_tensors`` would open."""
+    return any((folder / name).is_file() for name in (_SINGLE, _INDEX))
+
+
 def _what_else(folder: Path, present: list[str]) -> str:
-    """Returns the message for a folder without safetensors, which says what it does hold."""
-    text = f"{folder} holds neither {_SINGLE} nor {_INDEX}"
-    others = [name for name in present if name.endswith(_OTHER_WEIGHTS)]
-    if others:
-        return (
-            f"{text}, but {_show(others)}; pickled and other weights are never opened: in a sandbox, load them with "
-            "transformers and write them with save_pretrained(folder, safe_serialization=True)"
-        )
-    return f"{text}, only {_show(present)}; give the folder of a model, or download it again"
+    """Returns the message for a folder without safetensors, which says what it does hold, and what to do."""
+    for pattern, cure in _CURES.items():
+        if others := [name for name in present if re.fullmatch(pattern, name)]:
+            return f"{folder} holds neither {_SINGLE} nor {_INDEX}, but {_show(others)}; {cure}"
+    return (
+        f"{folder} holds neither {_SINGLE} nor {_INDEX}, only {_show(present)}; give the folder of a model, or download "
+        "it again"
+    )
 
 
 def _damage(file: Path, what: str) -> ValueError:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -79,11 +80,15 @@ def open_weights(folder: Path, ignore_config_keys: Iterable[str] = ()) -> Weight
       ValueError: a file is missing or damaged; the model is not supported; or a tensor is missing, is unknown, or has
         another shape or dtype than the config says.
     """
-    # 1. An adapter's folder may have a config.json and safetensors, too, and would be refused for the wrong reason.
-    if (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{folder} holds an adapter, no model; merge it into its base model with peft, and save that")
-    # 2. The config says which tensors the model needs, and the table of its family how they are called.
+    # 1. Weights that are no model's, or not all of it, would be refused for the wrong reason.
     found = open_tensors(folder)
+    if any(folder.glob("adapter_model.*")):
+        raise ValueError(
+            f"{folder} holds an adapter next to a model; merge the two with peft and save that, or move the adapter away"
+        )
+    if kind := _head_kind(found):
+        raise ValueError(f"{folder} holds a draft head, no model; load_drafter opens it as {kind}:{folder}")
+    # 2. The config says which tensors the model needs, and the table of its family how they are called.
     config, raw = read_config(folder / "config.json", ignore_config_keys)
     tensors = {known: found[name] for name, known in table_names(raw["model_type"], found).items()}
     try:
@@ -92,6 +97,18 @@ def open_weights(folder: Path, ignore_config_keys: Iterable[str] = ()) -> Weight
         return _with_head(config, raw, tensors)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
+
+
+def _head_kind(names: Iterable[str]) -> str | None:
+    """Returns the kind of draft head, as in ``load_drafter``, whose tensors have these names; None for a model's."""
+    names = [name.removeprefix("model.") for name in names]
+    if any(name in ("fc.weight", "fusion_fc.weight") for name in names):
+        return "eagle"
+    if any(re.fullmatch(r"\d+\.\d+\.linear\.weight", name) for name in names):
+        return "medusa"
+    own = [name for name in names if not name.startswith(("mtp.", "mtp_layers."))]
+    layers = [int(match[1]) for name in own if (match := re.match(r"layers\.(\d+)\.", name))]
+    return "mtp" if names and (not own or (layers and min(layers) > 0 and len(layers) == len(own))) else None
 
 
 def _with_head(config: DecoderConfig, raw: dict[str, Any], tensors: dict[str, Tensor]) -> Weights:
