@@ -135,7 +135,7 @@ class MTPLayout:
     hidden_first: bool
     first: int
     table: Table
-    raw: Mapping[str, Any]
+    raw: Mapping[str, Any] = dataclasses.field(repr=False, compare=False)
     ours: re.Pattern
 
     def select(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
