@@ -466,7 +466,7 @@ def test_a_folder_with_two_models_is_refused(llama, tmp_path):
     specjax.convert_hf(llama, tmp_path / "ours")
     shutil.copy(llama / "model.safetensors", tmp_path / "ours")
     (tmp_path / "ours" / "model.safetensors").rename(tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="is a checkpoint folder; specjax.open opens it"):
+    with pytest.raises(ValueError, match="is a checkpoint folder; .* opens it"):
         specjax.convert_hf(tmp_path / "ours", tmp_path / "again")
     (tmp_path / "model.safetensors").rename(tmp_path / "ours" / "model.safetensors")
     with pytest.raises(ValueError, match=r"two models, in params/ and in safetensors files; move one of them away"):

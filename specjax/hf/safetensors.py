@@ -41,11 +41,11 @@ _INDEX = "model.safetensors.index.json"
 _CURES = {
     r"model-\d+-of-\d+\.safetensors": f"the shards need their index, download {_INDEX}",
     r"medusa_lm_head\.safetensors": "these are Medusa heads, no model: load_drafter opens them as medusa:DIR",
-    r"adapter_model\.(safetensors|bin)": "this is an adapter, no model; merge it into its base model with peft, and save that",
+    r"adapter_model\.(safetensors|bin)": "an adapter is no model; merge it into its base model with peft, and save that",
     r"consolidated.*\.safetensors": (
         "its tensors have other names than transformers'; download the files that have transformers' names, too"
     ),
-    r".*\.safetensors": f"if one of these holds the whole model, call it {_SINGLE}; otherwise download the folder again",
+    r".*\.safetensors": f"if one of these holds the whole model, call it {_SINGLE}; else download the folder again",
     r".*\.(bin|pt|pth|ckpt|pkl)": (
         "pickled weights are never opened: in a sandbox, load them with transformers and write them with "
         "save_pretrained(folder)"
@@ -275,8 +275,8 @@ def _what_else(folder: Path, present: list[str]) -> str:
         if others := [name for name in present if re.fullmatch(pattern, name)]:
             return f"{folder} holds neither {_SINGLE} nor {_INDEX}, but {_show(others)}; {cure}"
     return (
-        f"{folder} holds neither {_SINGLE} nor {_INDEX}, only {_show(present)}; give the folder of a model, or download "
-        "it again"
+        f"{folder} holds neither {_SINGLE} nor {_INDEX}, only {_show(present)}; give the folder of a model, or "
+        "download it again"
     )
 
 

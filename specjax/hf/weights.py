@@ -84,7 +84,8 @@ def open_weights(folder: Path, ignore_config_keys: Iterable[str] = ()) -> Weight
     found = open_tensors(folder)
     if any(folder.glob("adapter_model.*")):
         raise ValueError(
-            f"{folder} holds an adapter next to a model; merge the two with peft and save that, or move the adapter away"
+            f"{folder} holds an adapter next to a model; merge the two with peft and save that, or move the adapter "
+            "away"
         )
     if kind := _head_kind(found):
         raise ValueError(f"{folder} holds a draft head, no model; load_drafter opens it as {kind}:{folder}")
