@@ -464,11 +464,9 @@ def test_a_folder_of_other_params_next_to_the_weights(llama):
 
 def test_a_folder_with_two_models_is_refused(llama, tmp_path):
     specjax.convert_hf(llama, tmp_path / "ours")
-    shutil.copy(llama / "model.safetensors", tmp_path / "ours")
-    (tmp_path / "ours" / "model.safetensors").rename(tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="is a checkpoint folder; .* opens it"):
+    with pytest.raises(ValueError, match=r"is a checkpoint folder; specjax\.open opens it"):
         specjax.convert_hf(tmp_path / "ours", tmp_path / "again")
-    (tmp_path / "model.safetensors").rename(tmp_path / "ours" / "model.safetensors")
+    shutil.copy(llama / "model.safetensors", tmp_path / "ours")
     with pytest.raises(ValueError, match=r"two models, in params/ and in safetensors files; move one of them away"):
         specjax.load(tmp_path / "ours")
 
