@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 from flax import struct
@@ -46,10 +46,10 @@ class KVCache:
     Each layer has its own arrays, not a slice of one stacked array, so that reads and writes need no slicing.
 
     Attributes:
-      layers: for each layer, arrays ``[b, k, s, h]``.
+      layers: for each layer, arrays ``[b, k, s, h]``; for a recurrent layer its state, a pytree with rows first.
     """
 
-    layers: tuple[Stored, ...]
+    layers: tuple[Any, ...]
 
 
 def allocate(layers: int, rows: int, slots: int, kv_heads: int, widths: tuple[int, ...], dtype: jnp.dtype) -> KVCache:

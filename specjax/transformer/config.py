@@ -45,11 +45,13 @@ class LayerConfig:
       rope: rotary positions, or None for a layer without positions.
       window: tokens that a query sees, itself included (sliding-window attention), or None for all.
       experts: whether the layer's MLP is the mixture ``DecoderConfig.experts``.
+      recurrent: whether ``DecoderConfig.recurrence`` takes the place of attention.
     """
 
     rope: Rope | None
     window: int | None = None
     experts: bool = False
+    recurrent: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +71,61 @@ class LatentConfig:
     plain_width: int
     rotary_width: int
     value_width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaConfig:
+    """A recurrence by the gated delta rule (Yang et al. 2025, arXiv 2412.06464).
+
+    Attributes:
+      key_heads: k, heads of queries and keys.
+      heads: heads of values, each with a state; a multiple of ``key_heads``.
+      key_width: e, entries of a query or key.
+      value_width: h, entries of a value.
+      taps: tokens that the convolution of queries, keys and values sees.
+    """
+
+    key_heads: int
+    heads: int
+    key_width: int
+    value_width: int
+    taps: int = 4
+
+    @property
+    def state_shape(self) -> tuple[int, int, int, int]:
+        """k, e, r and h of a row's state: key heads, width of a key, value heads that share a key, width of a value."""
+        return self.key_heads, self.key_width, self.heads // self.key_heads, self.value_width
+
+
+@dataclasses.dataclass(frozen=True)
+class MambaConfig:
+    """A recurrence by Mamba-2 (Dao and Gu 2024, arXiv 2405.21060).
+
+    Attributes:
+      heads: heads of values, each with a state; a multiple of ``groups``.
+      head_width: h, entries of a value.
+      groups: k, how many queries and keys there are. The heads of a group share them.
+      state_width: e, entries of a query or key.
+      taps: tokens that the convolution of queries, keys and values sees.
+      conv_bias: biases on the convolution.
+      proj_bias: biases on the projections.
+    """
+
+    heads: int
+    head_width: int
+    groups: int
+    state_width: int
+    taps: int = 4
+    conv_bias: bool = True
+    proj_bias: bool = False
+
+    @property
+    def state_shape(self) -> tuple[int, int, int, int]:
+        """k, e, r and h of a row's state, as in ``DeltaConfig``."""
+        return self.groups, self.state_width, self.heads // self.groups, self.head_width
+
+
+RecurrenceConfig = DeltaConfig | MambaConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +195,7 @@ class DecoderConfig:
       logit_softcap: the same for the logits.
       latent: multi-head latent attention in place of grouped-query attention.
       experts: the mixture of the layers that have one.
+      recurrence: what takes the place of attention in the layers that are recurrent.
 
     Raises:
       ValueError: a number is out of range, a name is unknown, or sizes contradict each other. The message names them.
@@ -170,6 +228,7 @@ class DecoderConfig:
     logit_softcap: float | None = None
     latent: LatentConfig | None = None
     experts: ExpertsConfig | None = None
+    recurrence: RecurrenceConfig | None = None
 
     def __post_init__(self):
         # Defaults that follow from other fields come first, so that the checks see the values in use.
@@ -222,6 +281,8 @@ class DecoderConfig:
                 check_integer("sliding window", layer.window, 1, MAX_SIZE)
             if layer.experts and self.experts is None:
                 raise ValueError("a layer is a mixture of experts, but experts is None; describe them")
+            if layer.recurrent and self.recurrence is None:
+                raise ValueError("a layer is recurrent, but recurrence is None; describe it")
             if layer.rope and 2 * len(layer.rope.frequencies) > rotary:
                 pairs = len(layer.rope.frequencies)
                 raise ValueError(f"rotary positions turn {pairs} pairs of entries, but a head has {rotary} entries")
@@ -240,6 +301,16 @@ class DecoderConfig:
             if experts.per_token > choosable:
                 raise ValueError(
                     f"{experts.per_token} experts per token (num_experts_per_tok), but only {choosable} to choose from"
+                )
+
+        if self.recurrence:
+            for field in dataclasses.fields(self.recurrence):
+                if field.type is int:
+                    check_integer(f"the recurrence's {field.name}", getattr(self.recurrence, field.name), 1, MAX_SIZE)
+            keys, _, _, _ = self.recurrence.state_shape
+            if self.recurrence.heads % keys:
+                raise ValueError(
+                    f"the recurrence has {self.recurrence.heads} value heads for {keys} keys; give a multiple of {keys}"
                 )
 
     @property

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from specjax.cache import KVCache, Stored, allocate
+from specjax.cache import KVCache, allocate
 from specjax.transformer.attention import Attention, LatentAttention, attention_form
-from specjax.transformer.config import DecoderConfig, LayerConfig
+from specjax.transformer.config import DecoderConfig, DeltaConfig, LayerConfig
+from specjax.transformer.delta import GatedDelta
 from specjax.transformer.functional import Functional
 from specjax.transformer.layers import (
     MLP,
@@ -22,47 +23,61 @@ from specjax.transformer.layers import (
     rotary_tables,
     softcap,
 )
+from specjax.transformer.mamba import Mamba
 from specjax.transformer.moe import MoE
-from specjax.types import EarlyExit, Feed, Forward, InitCache, LanguageModel, Output
+from specjax.transformer.recurrent import RecurrentPass, empty_state
+from specjax.types import CommitCache, EarlyExit, Feed, Forward, InitCache, LanguageModel, Output
+
+LayerStored = Any
+"""A layer's part of the cache: ``Stored``, or a ``RecurrentState`` and after a pass a ``RecurrentPass``; or None."""
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm attention and MLP, each added to the residual stream."""
+    """Pre-norm attention, or a recurrence, and MLP, each added to the residual stream."""
 
     def __init__(self, config: DecoderConfig, layer: LayerConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         width, sandwich = config.hidden_size, config.sandwich_norms
-        attention = Attention if config.latent is None else LatentAttention
         self.input_layernorm = make_norm(config, width, dtype)
-        self.self_attn = attention(config, layer, dtype, rngs)
+        if layer.recurrent:
+            recurrence = GatedDelta if isinstance(config.recurrence, DeltaConfig) else Mamba
+            self.self_attn, self.recurrence = None, recurrence(config, dtype, rngs)
+        else:
+            attention = Attention if config.latent is None else LatentAttention
+            self.self_attn, self.recurrence = attention(config, layer, dtype, rngs), None
         self.attention_post_norm = make_norm(config, width, dtype) if sandwich else None
         self.post_attention_layernorm = make_norm(config, width, dtype)
         self.mlp = MoE(config, dtype, rngs) if layer.experts else MLP(config, config.intermediate_size, dtype, rngs)
         self.mlp_post_norm = make_norm(config, width, dtype) if sandwich else None
 
     def __call__(
-        self, x_btd: Array, feed: Feed, tables: tuple[Array, Array] | None, stored: Stored | None
-    ) -> tuple[Array, Stored]:
+        self, x_btd: Array, feed: Feed, tables: tuple[Array, Array] | None, stored: LayerStored
+    ) -> tuple[Array, LayerStored]:
         """Returns the residual stream ``[b, t, d]`` after the layer, and the layer's part of the cache."""
         return _run_layer(*nnx.split(self), attention_form(), x_btd, feed, tables, stored)
 
     def inline(
-        self, x_btd: Array, feed: Feed, tables: tuple[Array, Array] | None, stored: Stored | None
-    ) -> tuple[Array, Stored]:
+        self, x_btd: Array, feed: Feed, tables: tuple[Array, Array] | None, stored: LayerStored
+    ) -> tuple[Array, LayerStored]:
         """Does what a call does, in the caller's own trace."""
-        y_btd, stored = self.self_attn(self.input_layernorm(x_btd), feed, tables, stored)
+        normed_btd = self.input_layernorm(x_btd)
+        if self.self_attn is not None:
+            y_btd, stored = self.self_attn(normed_btd, feed, tables, stored)
+        else:
+            assert self.recurrence is not None
+            y_btd, stored = self.recurrence(normed_btd, feed, stored)
         x_btd = x_btd + (y_btd if self.attention_post_norm is None else self.attention_post_norm(y_btd))
         y_btd = self.mlp(self.post_attention_layernorm(x_btd))
         return x_btd + (y_btd if self.mlp_post_norm is None else self.mlp_post_norm(y_btd)), stored
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
-def _run_layer(graph: Any, state: Any, form: str, *args: Any) -> tuple[Array, Stored]:
+def _run_layer(graph: Any, state: Any, form: str, *args: Any) -> tuple[Array, LayerStored]:
     """Runs a layer. It is jitted, so that layers that differ in their arrays alone share one trace."""
     del form  # only a part of the key under which jit keeps the trace
     return nnx.merge(graph, state).inline(*args)
 
 
-RunLayer = Callable[[Array, Feed, tuple[Array, Array] | None, Stored | None], tuple[Array, Stored]]
+RunLayer = Callable[[Array, Feed, tuple[Array, Array] | None, LayerStored], tuple[Array, LayerStored]]
 """The type of ``DecoderLayer.__call__``."""
 
 
@@ -92,6 +107,8 @@ def run_layers(
     states, kept = [x_btd], []
     for i, layer in enumerate(layers):
         stored = None if cache is None else cache.layers[i]
+        if stored is None and config.each_layer[i].recurrent:
+            stored = empty_state(config, x_btd.shape[0], x_btd.dtype)
         x_btd, stored = layer(x_btd, feed, tables[config.each_layer[i].rope], stored)
         states.append(x_btd)
         kept.append(stored)
@@ -177,12 +194,21 @@ def dtype_of(params: Any) -> jnp.dtype:
 
 
 def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtype) -> KVCache:
-    """Returns an empty cache: per layer keys and values ``[b, k, s, h]``, or latents ``[b, 1, s, r + rotary]``."""
+    """Returns an empty cache.
+
+    A layer has keys and values ``[b, k, s, h]``, or latents ``[b, 1, s, r + rotary]``, or a ``RecurrentState``.
+    """
     if config.latent is None:
         heads, widths = config.kv_heads, (config.head_width, config.head_width)
     else:
         heads, widths = 1, (config.latent.key_value_rank + config.latent.rotary_width,)
-    return allocate(config.num_hidden_layers, rows, slots, heads, widths, dtype)
+    attention = allocate(config.num_hidden_layers, rows, slots, heads, widths, dtype).layers
+    return KVCache(
+        tuple(
+            empty_state(config, rows, dtype) if layer.recurrent else stored
+            for layer, stored in zip(config.each_layer, attention, strict=True)
+        )
+    )
 
 
 def bind(config: DecoderConfig, params: Any) -> Decoder:
@@ -195,8 +221,9 @@ class _Functions(NamedTuple):
     init_cache: InitCache
     embed: Callable[[Any, Array], Array]
     unembed: Callable[[Any, Array], Array]
-    early_exit: EarlyExit
+    early_exit: EarlyExit | None
     axes: Callable[[], Any]
+    commit: CommitCache | None
 
 
 @functools.cache
@@ -220,7 +247,15 @@ def _functions(config: DecoderConfig, dtype: jnp.dtype) -> _Functions:
     def axes():
         return _DECODER.axes(config, dtype)
 
-    return _Functions(forward, init_cache, embed, unembed, early_exit, axes)
+    def commit(cache, feed, kept_b):
+        del feed
+        layers = (stored.keep(kept_b) if isinstance(stored, RecurrentPass) else stored for stored in cache.layers)
+        return KVCache(tuple(layers))
+
+    if not any(layer.recurrent for layer in config.each_layer):
+        return _Functions(forward, init_cache, embed, unembed, early_exit, axes, None)
+    # A state cannot take tokens back that another pass fed, so no layers are run ahead of the others.
+    return _Functions(forward, init_cache, embed, unembed, None, axes, commit)
 
 
 def decoder_model(config: DecoderConfig, params: Any) -> LanguageModel:

@@ -88,7 +88,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        return _rms(x, self.eps).astype(x.dtype) * jnp.broadcast_to(self.weight[...], x.shape)
+        return rms(x, self.eps).astype(x.dtype) * jnp.broadcast_to(self.weight[...], x.shape)
 
 
 class RMSNormOnePlus(nnx.Module):
@@ -100,10 +100,11 @@ class RMSNormOnePlus(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         scale = 1.0 + self.weight[...].astype(jnp.float32)
-        return (_rms(x, self.eps) * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)
+        return (rms(x, self.eps) * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)
 
 
-def _rms(x: Array, eps: float) -> Array:
+def rms(x: Array, eps: float) -> Array:
+    """Returns float32 ``x`` over the root of the mean square of its last axis."""
     x = x.astype(jnp.float32)
     return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
