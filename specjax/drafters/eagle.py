@@ -209,9 +209,9 @@ class _BareLayer(DecoderLayer):
     def __call__(
         self, x_btd: Array, feed: Feed, tables: tuple[Array, Array] | None, stored: Stored | None
     ) -> tuple[Array, Stored]:
-        y_btd, stored = self.self_attn(x_btd, feed, tables, stored)
+        y_btd, kept = self.self_attn(x_btd, feed, tables, stored)
         x_btd = x_btd + y_btd
-        return x_btd + self.mlp(self.post_attention_layernorm(x_btd)), stored
+        return x_btd + self.mlp(self.post_attention_layernorm(x_btd)), kept
 
 
 class _FusingLayer(nnx.Module):

@@ -95,8 +95,8 @@ class MTPModule(nnx.Module):
             embedded_btd = jnp.where(position_bt[:, :, None] == 0, 0, embedded_btd)
         pair = self.enorm(embedded_btd), self.hnorm(states_btd.astype(dtype))
         x_btd = self.eh_proj(jnp.concatenate(pair[::-1] if self.config.hidden_first else pair, axis=-1))
-        x_btd, stored = self.layer(x_btd, feed, rotary_tables(position_bt, self.rope), stored)
-        return self.norm(x_btd).astype(states_btd.dtype), stored
+        x_btd, kept = self.layer(x_btd, feed, rotary_tables(position_bt, self.rope), stored)
+        return self.norm(x_btd).astype(states_btd.dtype), kept
 
     def _embed(self, target: LanguageModel, tokens_bt: Array) -> Array:
         if self.embed_tokens is None:

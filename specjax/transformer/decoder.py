@@ -38,12 +38,10 @@ class DecoderLayer(nnx.Module):
     def __init__(self, config: DecoderConfig, layer: LayerConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         width, sandwich = config.hidden_size, config.sandwich_norms
         self.input_layernorm = make_norm(config, width, dtype)
-        if layer.recurrent:
-            recurrence = GatedDelta if isinstance(config.recurrence, DeltaConfig) else Mamba
-            self.self_attn, self.recurrence = None, recurrence(config, dtype, rngs)
-        else:
-            attention = Attention if config.latent is None else LatentAttention
-            self.self_attn, self.recurrence = attention(config, layer, dtype, rngs), None
+        attention = Attention if config.latent is None else LatentAttention
+        recurrence = GatedDelta if isinstance(config.recurrence, DeltaConfig) else Mamba
+        self.self_attn: Any = None if layer.recurrent else attention(config, layer, dtype, rngs)
+        self.recurrence: Any = recurrence(config, dtype, rngs) if layer.recurrent else None
         self.attention_post_norm = make_norm(config, width, dtype) if sandwich else None
         self.post_attention_layernorm = make_norm(config, width, dtype)
         self.mlp = MoE(config, dtype, rngs) if layer.experts else MLP(config, config.intermediate_size, dtype, rngs)
@@ -63,7 +61,6 @@ class DecoderLayer(nnx.Module):
         if self.self_attn is not None:
             y_btd, stored = self.self_attn(normed_btd, feed, tables, stored)
         else:
-            assert self.recurrence is not None
             y_btd, stored = self.recurrence(normed_btd, feed, stored)
         x_btd = x_btd + (y_btd if self.attention_post_norm is None else self.attention_post_norm(y_btd))
         y_btd = self.mlp(self.post_attention_layernorm(x_btd))
