@@ -11,7 +11,7 @@ from specjax.hf.class_keys import NO_EFFECT
 from specjax.hf.families import FAMILIES
 
 # Model types whose config holds that of a text model, and those whose draft modules can be read, but not their models.
-OTHERS = ("gemma3", "glm4_moe", "qwen3_next")
+OTHERS = ("gemma3", "qwen3_next")
 FILE = Path(__file__).parent.parent / "specjax" / "hf" / "class_keys.json"
 
 

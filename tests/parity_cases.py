@@ -31,7 +31,7 @@ YARN = rope("yarn", theta=10000.0, factor=8.0, original_max_position_embeddings=
 DYNAMIC = {**rope("dynamic", factor=4.0), "max_position_embeddings": 32}
 MOE = {"num_experts_per_tok": 2, "num_local_experts": 5}
 QWEN_MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "sliding_window": None}
-LATENT = {
+GROUPS = {
     "moe_intermediate_size": 20,
     "n_routed_experts": 8,
     "n_shared_experts": 1,
@@ -40,6 +40,9 @@ LATENT = {
     "topk_group": 2,
     "first_k_dense_replace": 1,
     "routed_scaling_factor": 1.7,
+}
+LATENT = {
+    **GROUPS,
     "kv_lora_rank": 12,
     "q_lora_rank": 14,
     "qk_rope_head_dim": 6,
@@ -116,5 +119,6 @@ EXPERTS = {
         "DeepseekV3",
         {**LATENT, "q_lora_rank": None, "rope_interleave": False, "attention_bias": True, "norm_topk_prob": False},
     ),
+    "glm-4.5": ("Glm4Moe", {**GROUPS, "head_dim": 12, "attention_bias": True, "use_qk_norm": True}),
 }
 CASES = DENSE | EXPERTS

@@ -42,6 +42,7 @@ SMALL["phi3"] |= {"pad_token_id": 0}
 SMALL["mixtral"] |= {"num_local_experts": 4}
 SMALL["qwen3_moe"] |= {"num_experts": 4, **EXPERTS}
 SMALL["deepseek_v3"] |= {"num_key_value_heads": 4, **EXPERTS, **LATENTS, **GROUPS}
+SMALL["glm4_moe"] |= {**EXPERTS, **GROUPS}
 families = pytest.mark.parametrize("kind", FAMILIES)
 
 

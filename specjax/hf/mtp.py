@@ -14,20 +14,16 @@ from specjax.checks import check_integer
 from specjax.hf.class_keys import NO_EFFECT
 from specjax.hf.config import decoder_config, unknown_keys
 from specjax.hf.families import FAMILIES
-from specjax.hf.families.deepseek import DEEPSEEK_V3
 from specjax.hf.families.qwen import QWEN3_MOE
 from specjax.hf.families.shared import (
-    FULL_ATTENTION,
-    layers_of,
+    partly_rotary_layers,
     take_activation,
-    take_grouped_experts,
     take_num_experts,
     take_sizes,
     with_experts,
 )
 from specjax.hf.keys import Keys, warn_unknown
 from specjax.hf.names import LINEAR, SAME, Table, sources_of
-from specjax.hf.rope import take_rope
 from specjax.hf.safetensors import Tensor, TensorSpec
 from specjax.hf.weights import block_of, check_tensors, parameters_of, tensors_of
 from specjax.transformer.config import MAX_HEAD, MAX_LAYERS, DecoderConfig, ExpertsConfig
@@ -35,10 +31,6 @@ from specjax.transformer.config import MAX_HEAD, MAX_LAYERS, DecoderConfig, Expe
 _LAYER = "model.layers.{i}."  # starts the name of a layer's tensor in the families' tables
 
 # Layers of families whose models specjax does not compute, but whose modules it does.
-_GLM4_MOE: Table = {
-    **QWEN3_MOE,
-    **{row: DEEPSEEK_V3[row] for row in DEEPSEEK_V3 if "shared_experts" in row or "e_score_correction_bias" in row},
-}
 _QWEN3_NEXT: Table = {
     **QWEN3_MOE,
     **{
@@ -47,7 +39,7 @@ _QWEN3_NEXT: Table = {
     },
     "layers.{i}.mlp.shared_expert_gate.kernel": (f"{_LAYER}mlp.shared_expert_gate.weight", LINEAR),
 }
-_OTHER_TABLES: Mapping[str, Table] = {"glm4_moe": _GLM4_MOE, "mimo": FAMILIES["qwen2"].names, "qwen3_next": _QWEN3_NEXT}
+_OTHER_TABLES: Mapping[str, Table] = {"mimo": FAMILIES["qwen2"].names, "qwen3_next": _QWEN3_NEXT}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,34 +249,6 @@ def _is_modules(key: str) -> bool:
     return key == "chain_hidden_post_norm" or (key.startswith("mtp_") and key != "mtp_layer_types")
 
 
-def _partly_rotary(keys: Keys, sizes: dict[str, Any], head_dim: int, part: float) -> dict[str, Any]:
-    """Takes the keys of layers of full attention that rotate a part of each head; ``part`` is the default share."""
-    ropes = take_rope(keys, partial=True)
-    ropes[""].setdefault("partial_rotary_factor", part)
-    return (
-        sizes
-        | {"head_dim": head_dim}
-        | layers_of(sizes, head_dim, ropes, [FULL_ATTENTION] * sizes["num_hidden_layers"], None)
-    )
-
-
-def _glm4_moe(keys: Keys) -> DecoderConfig:
-    sizes = take_sizes(keys, max_position_embeddings=131072, num_key_value_heads=8, rms_norm_eps=1e-5)
-    head_dim = keys.integer("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"], most=MAX_HEAD)
-    dense = keys.integer("first_k_dense_replace", 1, least=0)
-    experts = take_grouped_experts(
-        keys, n_routed_experts=128, moe_intermediate_size=1408, routed_scaling_factor=1.0, n_group=1, topk_group=1
-    )
-    layers = _partly_rotary(keys, sizes, head_dim, 0.5)
-    return DecoderConfig(
-        **with_experts(layers, [i >= dense for i in range(sizes["num_hidden_layers"])]),
-        activation=take_activation(keys, "hidden_act", "silu"),
-        attention_bias=keys.flag("attention_bias", False),
-        query_key_norm=keys.flag("use_qk_norm", False),
-        experts=experts,
-    )
-
-
 def _qwen3_next(keys: Keys) -> DecoderConfig:
     """Reads the layers of full attention. The target's other layers, of linear attention, are not in the modules."""
     # 1. Sizes. Keys of linear attention, and of which layers have it, are not needed.
@@ -305,7 +269,7 @@ def _qwen3_next(keys: Keys) -> DecoderConfig:
     )
     # 3. Attention, which rotates a quarter of each head unless the config says otherwise.
     bias = keys.flag("attention_bias", False)
-    layers = _partly_rotary(keys, sizes, head_dim, 0.25)
+    layers = partly_rotary_layers(keys, sizes, head_dim, 0.25)
     return DecoderConfig(
         **with_experts(layers, [True] * sizes["num_hidden_layers"]),
         norm="rms_one_plus",
@@ -318,4 +282,4 @@ def _qwen3_next(keys: Keys) -> DecoderConfig:
     )
 
 
-_READERS: dict[str, Callable[[Keys], DecoderConfig]] = {"glm4_moe": _glm4_moe, "qwen3_next": _qwen3_next}
+_READERS: dict[str, Callable[[Keys], DecoderConfig]] = {"qwen3_next": _qwen3_next}

@@ -151,6 +151,17 @@ def uniform_layers(
     return sizes | {"head_dim": head_dim} | layers_of(sizes, head_dim, take_rope(keys, theta), kinds, window)
 
 
+def partly_rotary_layers(keys: Keys, sizes: dict[str, Any], head_dim: int, part: float) -> dict[str, Any]:
+    """Takes the keys of layers of full attention that rotate a part of each head, as arguments of DecoderConfig.
+
+    ``part`` is the family's own share of a head.
+    """
+    ropes = take_rope(keys, partial=True)
+    ropes[""].setdefault("partial_rotary_factor", part)
+    kinds = same_kind(keys, sizes, None)
+    return sizes | {"head_dim": head_dim} | layers_of(sizes, head_dim, ropes, kinds, None)
+
+
 def take_num_experts(keys: Keys, key: str, default: int) -> int:
     """Takes the number of experts under the family's own name, or under ``num_local_experts`` of transformers 5."""
     number = keys.integer(key, None, optional=True)

@@ -1,0 +1,42 @@
+"""GLM with experts: GLM-4.5, 4.6 and 4.7."""
+
+from specjax.hf.families.deepseek import DEEPSEEK_V3
+from specjax.hf.families.qwen import QWEN3_MOE
+from specjax.hf.families.shared import (
+    Family,
+    partly_rotary_layers,
+    take_activation,
+    take_grouped_experts,
+    take_sizes,
+    with_experts,
+)
+from specjax.hf.keys import Keys
+from specjax.hf.names import Table
+from specjax.transformer.config import MAX_HEAD, DecoderConfig
+
+GLM4_MOE: Table = {
+    **QWEN3_MOE,
+    **{row: DEEPSEEK_V3[row] for row in DEEPSEEK_V3 if "shared_experts" in row or "e_score_correction_bias" in row},
+}
+
+
+def _glm4_moe(keys: Keys) -> DecoderConfig:
+    sizes = take_sizes(keys, max_position_embeddings=131072, num_key_value_heads=8, rms_norm_eps=1e-5)
+    head_dim = keys.integer("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"], most=MAX_HEAD)
+    dense = keys.integer("first_k_dense_replace", 1, least=0)
+    experts = take_grouped_experts(
+        keys, n_routed_experts=128, moe_intermediate_size=1408, routed_scaling_factor=1.0, n_group=1, topk_group=1
+    )
+    layers = partly_rotary_layers(keys, sizes, head_dim, 0.5)
+    return DecoderConfig(
+        **with_experts(layers, [i >= dense for i in range(sizes["num_hidden_layers"])]),
+        activation=take_activation(keys, "hidden_act", "silu"),
+        attention_bias=keys.flag("attention_bias", False),
+        query_key_norm=keys.flag("use_qk_norm", False),
+        experts=experts,
+    )
+
+
+FAMILIES = {
+    "glm4_moe": Family(_glm4_moe, "Glm4MoeForCausalLM", GLM4_MOE),
+}
