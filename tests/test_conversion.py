@@ -309,6 +309,41 @@ def test_the_report_names_every_tensor(llama, tmp_path):
     assert any("no tokenizer.json" in line for line in report)
 
 
+# Numbers that are none.
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_weights_that_are_not_finite_are_refused(dtype, number, tmp_path):
+    """The last number of one tensor. A checkpoint folder is made of sound parameters that are damaged after."""
+    tensors = tensors_for(LLAMA, dtype)
+    specjax.convert_hf(write(tmp_path / "sound", LLAMA, tensors), tmp_path / "ours")
+    tensors["model.layers.1.self_attn.k_proj.weight"][-1, -1] = number
+    source = write(tmp_path / "hf", LLAMA, tensors)
+    message = r"parameter \['layers'\]\[1\]\['self_attn'\]\['k_proj'\]\['kernel'\] holds NaN or an infinite number"
+    for call in (lambda: specjax.load(source), lambda: specjax.convert_hf(source, tmp_path / "again")):
+        with pytest.raises(ValueError, match=message) as caught:
+            call()
+        assert str(source) in str(caught.value)
+    assert not (tmp_path / "again").exists()
+    params = specjax.load(tmp_path / "ours", np.dtype(dtype)).params
+    kernel = params["layers"][1]["self_attn"]["k_proj"]["kernel"]
+    params["layers"][1]["self_attn"]["k_proj"]["kernel"] = kernel.at[-1, -1].set(number)
+    specjax.save(tmp_path / "ours", LLAMA, params)
+    with pytest.raises(ValueError, match=message) as caught:
+        specjax.load(tmp_path / "ours")
+    assert str(tmp_path / "ours") in str(caught.value)
+
+
+def test_numbers_that_are_finite_only_in_a_wider_dtype_are_refused(tmp_path):
+    tensors = tensors_for(LLAMA)
+    tensors["model.norm.weight"][0] = 1e5
+    folder = write(tmp_path / "hf", LLAMA, tensors)
+    assert specjax.load(folder, "float32").params["norm"]["weight"][0] == 1e5
+    with np.errstate(over="ignore"), pytest.raises(ValueError, match=r"infinite number in float16; .* a wider dtype"):
+        specjax.load(folder, "float16")
+
+
 # Refusals.
 
 

@@ -570,6 +570,15 @@ def test_the_targets_own_embedding_is_not_kept(tmp_path):
     assert "embed_tokens" not in drafter.params
 
 
+def test_a_head_that_is_not_finite_is_refused(tmp_path):
+    case = CASES["EAGLE-1, SafeAILab"]
+    tensors = published(case)
+    next(iter(tensors.values())).flat[-1] = np.nan
+    with pytest.raises(ValueError, match="holds NaN or an infinite number in float32") as caught:
+        open_eagle(write_folder(tmp_path, case.config, tensors), TARGET, 3, "float32")
+    assert str(tmp_path) in str(caught.value)
+
+
 def test_an_output_head_in_an_eagle_1_folder_must_be_the_targets(tmp_path):
     case = CASES["EAGLE-1, SafeAILab"]
     head = np.asarray(TARGET.params["lm_head"]["kernel"]).T.copy()

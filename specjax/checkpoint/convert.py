@@ -21,6 +21,7 @@ from specjax.checkpoint.models import (
     stored_params,
     write_json,
 )
+from specjax.checkpoint.sound import errors_name
 from specjax.hf.config import read_config
 from specjax.hf.families import FAMILIES, sources
 from specjax.hf.safetensors import holds_weights, write_tensors
@@ -92,7 +93,9 @@ def convert_hf(
     with new_folder(destination, replace=False) as folder, jax.default_device(jax.local_devices(backend="cpu")[0]):
         companions = _copy_companions(source, folder)
         write_json(folder / "config.json", _config(weights.raw, jax.tree.leaves(expected)))
-        save_params(folder, read_params(weights.params, expected, on_read))
+        with errors_name(source):
+            params = read_params(weights.params, expected, on_read)
+        save_params(folder, params)
     lines = [*weights.report, f"copied: {', '.join(companions) or 'nothing'}"]
     if "tokenizer.json" not in companions:
         lines.append("there is no tokenizer.json: load the tokenizer with transformers and save it next to params/")

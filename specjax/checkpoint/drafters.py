@@ -26,6 +26,7 @@ from specjax.checkpoint.models import (
 from specjax.checkpoint.mtp import fill_mtp, open_mtp
 from specjax.checkpoint.opened import Opened
 from specjax.checkpoint.shared import read_onto
+from specjax.checkpoint.sound import errors_name
 from specjax.checks import check_integer
 from specjax.drafters.cascade import Cascade
 from specjax.drafters.eagle import EagleHead
@@ -135,7 +136,8 @@ def load_drafter(
     else:
         open_head = {"eagle": open_eagle, "medusa": open_medusa}[kind]
         drafter, params = open_head(path, target, num_draft, dtype, ignore_config_keys)
-    return read_onto(mesh, rules, drafter, params, quantize)
+    with errors_name(path):
+        return read_onto(mesh, rules, drafter, params, quantize)
 
 
 def _parse(spec: str) -> tuple[str, str]:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax.checkpoint.models import check_params, write_json
-from specjax.checkpoint.shared import errors_name, is_targets_embedding, is_targets_head
+from specjax.checkpoint.shared import is_targets_embedding, is_targets_head
+from specjax.checkpoint.sound import errors_name
 from specjax.drafters.eagle import EagleHead, check_fit
 from specjax.drafters.feature import FeatureDrafter
 from specjax.hf.eagle import (

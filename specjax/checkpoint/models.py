@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import functools
 import json
 import math
 import os
@@ -23,6 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
+from specjax.checkpoint.sound import check_finite, errors_name
 from specjax.checks import check_integer
 from specjax.hf.config import decoder_config, read_config
 from specjax.hf.keys import read_json
@@ -176,7 +176,8 @@ def load(
 
     Raises:
       ValueError: the folder or a file of it is missing, truncated, of an unsupported model, or does not fit its
-        ``config.json``; or the mesh or the rules do not fit the model; or as for ``specjax.quantize``.
+        ``config.json``; a weight is not finite in ``dtype``; the mesh or the rules do not fit the model; or as for
+        ``specjax.quantize``.
       TypeError: as for ``specjax.shard``.
     """
     return load_with_config(Path(path).absolute(), dtype, mesh, rules, ignore_config_keys, quantize)[0]
@@ -199,10 +200,14 @@ def load_with_config(
     if is_checkpoint(path):
         config, raw = read_config(path / "config.json", ignore_config_keys)
         params = load_params(path, _decoder_with_places(config, dtype, mesh, rules))
+        with errors_name(path):
+            jax.tree_util.tree_map_with_path(check_finite, params)
         params = params if quantize is None else quantize_params(params, quantize)
         return _placed(decoder_model(config, params), mesh, rules), raw
     weights = open_weights(path, ignore_config_keys)
-    params = read_params(weights.params, _decoder_with_places(weights.config, dtype, mesh, rules), quantize=quantize)
+    with errors_name(path):
+        places = _decoder_with_places(weights.config, dtype, mesh, rules)
+        params = read_params(weights.params, places, quantize=quantize)
     return _placed(decoder_model(weights.config, params), mesh, rules), weights.raw
 
 
@@ -346,13 +351,20 @@ def read_params(
     default device.
 
     ``on_read(size)`` is called after each, with its bytes. ``quantize``: each is quantised so after it was read.
+
+    Raises:
+      ValueError: as for ``Parameter.read``, or a number is not finite.
     """
 
     def read(path: tuple[Any, ...], parameter: Parameter, like: jax.ShapeDtypeStruct) -> Any:
+        def part(index: tuple[slice, ...] = ()) -> np.ndarray:
+            array = parameter.read(like.dtype, index)
+            check_finite(path, array)
+            return array
+
         if like.sharding is None:
-            array = jax.device_put(parameter.read(like.dtype))
+            array = jax.device_put(part())
         else:
-            part = functools.partial(parameter.read, like.dtype)
             array = jax.make_array_from_callback(parameter.shape, like.sharding, part)
         jax.block_until_ready(array)  # or the host would read all parameters before the first is on its device
         on_read(array.nbytes)

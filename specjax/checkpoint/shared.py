@@ -1,9 +1,7 @@
 """What the folders of all draft heads share: reading parameters, and finding copies of the target's own tables."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -19,15 +17,6 @@ from specjax.types import LanguageModel
 
 _COMPARED = 1024  # rows at a time: a whole table of the target need not fit the host twice
 D = TypeVar("D")
-
-
-@contextlib.contextmanager
-def errors_name(path: Path) -> Iterator[None]:
-    """Context manager that puts a path before the message of any ValueError raised inside."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def read_onto(mesh: Mesh | None, rules: Rules, drafter: D, params: Any, quantize: Kind | None = None) -> D:
