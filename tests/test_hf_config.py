@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from specjax.hf import decoder_config
-from specjax.hf.config import quantization_block, read_config
+from specjax.hf.config import read_config
 from specjax.transformer.config import DecoderConfig, ExpertsConfig, LatentConfig
 
 BF16 = {"torch_dtype": "bfloat16", "transformers_version": "4.45.0", "use_cache": True}
@@ -1214,39 +1214,6 @@ def test_bad_configs_name_file_key_and_value(kind, changed, words, tmp_path):
     message = refusal({**SMALL[kind], **changed}, tmp_path / "config.json")
     for word in words:
         assert word in message, f"{word!r} is not in {message!r}"
-
-
-# Quantised weights: what ``quantization_config`` may say of tensors that are no plain floats.
-BAD_QUANTIZATIONS = {
-    **{
-        f"by {method}": ({"quant_method": method, "bits": 4}, ["quantization_config", f"'{method}'", "fp8"])
-        for method in ("gptq", "awq", "bitsandbytes", "compressed-tensors", "mxfp4")
-    },
-    "a string": ("awq", ["quantization_config", "'awq'"]),
-    "float8 without blocks": ({"quant_method": "fp8"}, ["weight_block_size", "None"]),
-    "float8 in blocks of zero": (
-        {"quant_method": "fp8", "weight_block_size": [128, 0]},
-        ["weight_block_size", "0"],
-    ),
-    "float8 of another format": (
-        {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e5m2"},
-        ["quantization_config", "fmt", "'e5m2'"],
-    ),
-    "float8 with an unknown key": (
-        {"quant_method": "fp8", "weight_block_size": [128, 128], "zero": 3},
-        ["quantization_config", "zero", "3"],
-    ),
-}
-
-
-@pytest.mark.parametrize(("value", "words"), BAD_QUANTIZATIONS.values(), ids=BAD_QUANTIZATIONS)
-def test_quantizations_that_cannot_be_read_are_named(value, words):
-    raw = {**SMALL["llama"], "quantization_config": value}
-    with pytest.raises(ValueError) as caught:
-        quantization_block(raw)
-    for word in words:
-        assert word in str(caught.value), f"{word!r} is not in {caught.value}"
-    assert decoder_config(raw) == decoder_config(SMALL["llama"])  # it says how tensors are stored, not what is computed
 
 
 @pytest.mark.parametrize("kind", SMALL)

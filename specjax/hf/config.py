@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from specjax.checks import check_integer
 from specjax.hf.class_keys import CLASS_KEYS, NO_EFFECT, UNDECLARED
 from specjax.hf.families import FAMILIES
 from specjax.hf.keys import Keys, read_json, switch, warn_unknown, without_keys
@@ -162,29 +161,3 @@ def read_config(path: Path, ignore_config_keys: Iterable[str] = ()) -> tuple[Dec
         raise ValueError(f"{path}: a value is nested too deeply to be a model's; write the file again") from None
     warn_unknown(path, unknown)
     return config, text
-
-
-def quantization_block(raw: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Returns the rows and columns of a block that shares a scale in float8 weights, or None for plain weights.
-
-    Raises:
-      ValueError: the weights are quantised in another way.
-    """
-    # Every key may change how the weights are read, so unknown keys are refused (``finish``).
-    quantization = raw.get("quantization_config")
-    if quantization is None or quantization == {}:
-        return None
-    keys = Keys(quantization if isinstance(quantization, Mapping) else {}, "quantization_config")
-    method = keys.take("quant_method", quantization)
-    block = keys.take("weight_block_size", None)
-    if method != "fp8" or not isinstance(block, list) or len(block) != 2:
-        raise ValueError(
-            f"quantization_config has quant_method {method!r} and weight_block_size {block!r}; supported: 'fp8' with "
-            "two block sizes. Load the model with transformers, dequantise it and save it again"
-        )
-    for size in block:
-        check_integer("weight_block_size", size, 1)
-    keys.only("fmt", "e4m3")
-    keys.ignore("activation_scheme", "scale_fmt", "modules_to_not_convert", "dequantize")
-    keys.finish()
-    return block[0], block[1]

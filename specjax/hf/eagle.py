@@ -248,7 +248,7 @@ def eagle_parameters(tensors: Mapping[str, Tensor], draft_of_v: np.ndarray | Non
     """
     wanted = _sources(abstract)
     floats = {name: tensor for name, tensor in tensors.items() if name not in ("d2t", "t2d")}
-    check_tensors(floats, wanted, None, _why_left_out)
+    check_tensors(floats, wanted, _why_left_out)
     opened = parameters_of(floats, wanted)
     if draft_of_v is not None:
 

@@ -109,7 +109,7 @@ def medusa_parameters(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     if last is not None and len(last.shape) == 2:
         vocab, width = vocab or last.shape[0], width or last.shape[1]
     sources = _sources(heads, blocks, width or 1, vocab or 1)
-    check_tensors(tensors, sources, None, lambda name: None)
+    check_tensors(tensors, sources, lambda name: None)
     return parameters_of(tensors, sources)
 
 

@@ -25,7 +25,7 @@ from specjax.hf.families.shared import (
 from specjax.hf.keys import Keys, warn_unknown
 from specjax.hf.names import LINEAR, SAME, Table, sources_of
 from specjax.hf.safetensors import Tensor, TensorSpec
-from specjax.hf.weights import block_of, check_tensors, parameters_of, tensors_of
+from specjax.hf.weights import check_tensors, parameters_of, plain_tensors, tensors_of
 from specjax.transformer.config import MAX_HEAD, MAX_LAYERS, DecoderConfig, ExpertsConfig
 
 _LAYER = "model.layers.{i}."  # starts the name of a layer's tensor in the families' tables
@@ -207,9 +207,9 @@ def mtp_parameters(layout: MTPLayout, tensors: Mapping[str, Tensor], abstract: A
       ValueError: a tensor is missing, is unknown, or has another shape or dtype than the config says.
     """
     wanted = sources_of(layout.table, abstract, layout.first)
-    block = block_of(layout.raw, tensors, wanted)
-    check_tensors(tensors, wanted, block, _why_left_out)
-    return parameters_of(tensors, wanted, block)
+    plain, form = plain_tensors(layout.raw, tensors, wanted)
+    check_tensors(plain, wanted, _why_left_out, form)
+    return parameters_of(plain, wanted)
 
 
 def _why_left_out(name: str) -> str | None:

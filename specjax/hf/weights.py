@@ -14,8 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from specjax.hf.config import quantization_block, read_config
+from specjax.hf.computed import Readable
+from specjax.hf.config import read_config
 from specjax.hf.families import FAMILIES, sources, table_names
+from specjax.hf.formats import Format, check_named, decode, is_plain, read_format
+from specjax.hf.formats import why_left_out as why_left_out_by_formats
 from specjax.hf.names import (
     ParameterPath,
     Piece,
@@ -31,9 +34,7 @@ _LOG = logging.getLogger(__name__)
 FLOATS = frozenset(map(jnp.dtype, ("float64", "float32", "float16", "bfloat16")))
 """Dtypes of plain weights, which are read as they are."""
 
-_FLOAT8 = jnp.dtype("float8_e4m3fn")
 _COMPARED = 2**24  # bytes of a table that are compared at a time
-SCALE_SUFFIX = "_scale_inv"  # a float8 tensor's scales are in the tensor of its name and this suffix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +43,10 @@ class Parameter:
 
     Attributes:
       shape: its shape.
-      dtype: the dtype of its tensors; but bfloat16 for block-scaled float8, and float32 for float64.
+      dtype: the dtype of its tensors; float32 for float64, and for quantised tensors the dtype of their scales, or
+        bfloat16 if these are float32.
       read: ``read(dtype, index=())`` loads the parameter, or the part that ``index``, a tuple of slices, selects. It
-        holds only the result in memory; for block-scaled float8, one source tensor more.
+        holds only the result in memory; for quantised tensors, a block of 8 MiB or one row more.
     """
 
     shape: tuple[int, ...]
@@ -91,11 +93,10 @@ def open_weights(folder: Path, ignore_config_keys: Iterable[str] = ()) -> Weight
         raise ValueError(f"{folder} holds a draft head, no model; load_drafter opens it as {kind}:{folder}")
     # 2. The config says which tensors the model needs, and the table of its family how they are called.
     config, raw = read_config(folder / "config.json", ignore_config_keys)
-    tensors = {known: found[name] for name, known in table_names(raw["model_type"], found).items()}
+    wanted = sources(raw["model_type"], config)
     try:
-        if len(tensors) < len(found):
-            raise ValueError("two tensors have one name but for a wrapper's prefix; save the model again")
-        return _with_head(config, raw, tensors)
+        tensors, form = plain_tensors(raw, found, wanted, functools.partial(table_names, raw["model_type"]))
+        return _with_head(config, raw, tensors, form)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
 
@@ -112,7 +113,9 @@ def _head_kind(names: Iterable[str]) -> str | None:
     return "mtp" if names and (not own or (layers and min(layers) > 0 and len(layers) == len(own))) else None
 
 
-def _with_head(config: DecoderConfig, raw: dict[str, Any], tensors: dict[str, Tensor]) -> Weights:
+def _with_head(
+    config: DecoderConfig, raw: dict[str, Any], tensors: dict[str, Readable], form: Format | None
+) -> Weights:
     """Returns the model with the output head that the folder holds, whatever ``tie_word_embeddings`` says.
 
     As in transformers 5, the model is tied if the config says so and the folder holds one table, under either name, or
@@ -122,20 +125,13 @@ def _with_head(config: DecoderConfig, raw: dict[str, Any], tensors: dict[str, Te
     if config.tie_word_embeddings and head in tensors:
         if table not in tensors:
             tensors = {table if name == head else name: tensors[name] for name in tensors}
-        elif not _are_equal(*(_table(raw, tensors, name) for name in (table, head))):
+        elif not _are_equal(tensors[table].read(), tensors[head].read()):
             _LOG.warning("tie_word_embeddings is true, but tensor %r differs from %r; both are used", head, table)
             untied = {"tie_word_embeddings": False}
             config, raw = dataclasses.replace(config, **untied), raw | untied
     wanted = sources(raw["model_type"], config)
-    block = block_of(raw, tensors, wanted)
-    left_out = check_tensors(tensors, wanted, block, functools.partial(_why_left_out, config, raw))
-    return Weights(config, raw, parameters_of(tensors, wanted, block), tuple(_report(wanted, left_out)))
-
-
-def _table(raw: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> np.ndarray:
-    """Returns the array of an embedding or output head."""
-    scales = tensors.get(name + SCALE_SUFFIX)
-    return _Stored(tensors[name], scales, quantization_block(raw) if scales else None).read()
+    left_out = check_tensors(tensors, wanted, functools.partial(_why_left_out, config, raw), form)
+    return Weights(config, raw, parameters_of(tensors, wanted), tuple(_report(wanted, left_out)))
 
 
 def _are_equal(one: np.ndarray, other: np.ndarray) -> bool:
@@ -152,46 +148,65 @@ def _are_equal(one: np.ndarray, other: np.ndarray) -> bool:
 def _why_left_out(config: DecoderConfig, raw: Mapping[str, Any], name: str) -> str | None:
     """Returns why the decoder does not need a tensor, or None if there is no known reason."""
     next_tokens = raw.get("num_nextn_predict_layers", raw.get("num_mtp_layers", 0))
-    return why_left_out(name, config, next_tokens)
+    if reason := why_left_out(name, config, next_tokens):
+        return reason
+    return why_left_out_by_formats(name) if raw.get("quantization_config") else None
 
 
-def block_of(
-    raw: Mapping[str, Any], tensors: Mapping[str, Tensor], wanted: Mapping[str, Source]
-) -> tuple[int, int] | None:
-    """Returns what ``quantization_block`` says of a config, or None if a folder's tensors are plain floats.
+def plain_tensors(
+    raw: Mapping[str, Any],
+    found: Mapping[str, Tensor],
+    wanted: Iterable[str],
+    table_names: Callable[[Iterable[str]], Mapping[str, str]] = lambda names: {name: name for name in names},
+) -> tuple[dict[str, Readable], Format | None]:
+    """Returns the tensors that a plain folder would hold, by their names in the family's table.
 
     A ``quantization_config`` next to plain floats is a left-over of dequantising, and has no effect.
 
     Args:
       raw: the content of ``config.json``.
-      tensors: the folder's, by their names in the family's table.
+      found: the folder's tensors, by their own names.
       wanted: the tensors that the model needs.
+      table_names: returns the name that each tensor has in the table.
+
+    Returns:
+      The tensors, and how the quantised ones among them are stored; None if all are plain.
 
     Raises:
-      ValueError: a tensor is missing or is no plain float, and ``quantization_block`` refuses the config.
+      ValueError: the tensors are quantised in a way that is not read, or do not fit together; or two tensors have one
+        name in the table.
     """
-    if any(name not in tensors or tensors[name].dtype not in FLOATS for name in wanted):
-        return quantization_block(raw)
-    if any(name + SCALE_SUFFIX in tensors for name in wanted):
-        return quantization_block(raw)
-    if raw.get("quantization_config"):
-        _LOG.warning("quantization_config in config.json has no effect: all tensors of the model are plain floats")
-    return None
+    # 1. What there is decides, not what the config says.
+    form = None
+    if is_plain({known: found[name] for name, known in table_names(found).items()}, wanted, FLOATS):
+        decoded: Mapping[str, Readable] = found
+        if raw.get("quantization_config"):
+            _LOG.warning("quantization_config in config.json has no effect: all tensors of the model are plain floats")
+    else:
+        form = read_format(raw)
+        if form is None:
+            check_named(found)
+        decoded = found if form is None else decode(found, form)
+    # 2. Their names in the table.
+    tensors = {known: decoded[name] for name, known in table_names(decoded).items()}
+    if len(tensors) < len(decoded):
+        raise ValueError("two tensors have one name but for a wrapper's prefix; save the model again")
+    return tensors, form
 
 
 def check_tensors(
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Readable],
     wanted: Mapping[str, Source],
-    block: tuple[int, int] | None,
     why: Callable[[str], str | None],
+    form: Format | None = None,
 ) -> dict[str, str]:
     """Checks a folder's tensors against the tensors that a model is made of.
 
     Args:
       tensors: the folder's, by their names in the family's table.
       wanted: the tensors that the model needs.
-      block: rows and columns that share a scale in block-scaled float8 weights, or None.
       why: returns why a tensor may be left out, or None if it may not.
+      form: how the quantised tensors were stored, or None.
 
     Returns:
       The reason for each tensor that is left out.
@@ -208,22 +223,17 @@ def check_tensors(
         tensor = tensors[name]
         if tensor.shape != source.shape:
             raise ValueError(f"tensor {name!r} is {tensor.shape}; config.json asks for {source.shape}; {_CURE}")
-        scales = tensors.get(name + SCALE_SUFFIX)
-        if tensor.dtype == _FLOAT8 and block is not None and scales is not None:
-            expected = tuple(-(-size // of) for size, of in zip(tensor.shape, block, strict=True))
-            if scales.shape != expected or scales.dtype not in FLOATS:
-                given = f"{scales.dtype} {scales.shape}"
-                raise ValueError(f"tensor {name + SCALE_SUFFIX!r} is {given}; blocks of {block} need floats {expected}")
-        elif tensor.dtype not in FLOATS or scales is not None:
-            scaled = "with" if scales is not None else "without"
+        if tensor.dtype not in FLOATS:
             floats = ", ".join(sorted(map(str, FLOATS)))
             raise ValueError(
-                f"tensor {name!r} has dtype {tensor.dtype} {scaled} scales; supported: {floats}, and {_FLOAT8} with "
-                "scales where config.json has a quantization_config"
+                f"tensor {name!r} has dtype {tensor.dtype}, and nothing says how it is quantised; supported without a "
+                f"quantization_config in config.json: {floats}"
             )
     # 3. A tensor that nothing explains may change the model, so it is an error.
-    used = wanted.keys() | {name + SCALE_SUFFIX for name in wanted}
-    left_out = {name: why(name) for name in sorted(tensors.keys() - used)}
+    left_out = {name: why(name) for name in sorted(tensors.keys() - wanted.keys())}
+    if form is not None:
+        stored = {name: tensors[name] for name, reason in left_out.items() if reason is None}
+        left_out |= {name: form.why_left_out(tensor) for name, tensor in stored.items() if isinstance(tensor, Tensor)}
     extra = [name for name, reason in left_out.items() if reason is None]
     if extra:
         raise ValueError(f"{len(extra)} tensors are unknown, such as {extra[0]!r}; {_CURE}")
@@ -233,47 +243,18 @@ def check_tensors(
 _CURE = "the weights are of another model than config.json, or of one that specjax does not know; download both again"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Stored:
-    """A tensor of a folder, with the scales of its blocks if it is float8."""
-
-    tensor: Tensor
-    scales: Tensor | None
-    block: tuple[int, int] | None
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return jnp.dtype("bfloat16") if self.scales else self.tensor.dtype
-
-    def read(self) -> np.ndarray:
-        """Returns the tensor's array; float8 is multiplied by its scales, in float32."""
-        if self.scales is None or self.block is None:
-            return self.tensor.read()
-        weight = self.tensor.read().astype(np.float32)
-        scale = self.scales.read().astype(np.float32)
-        rows, columns = self.block
-        # One row of blocks at a time: the scales of all blocks, spread out, would take as much memory as the weight.
-        for i in range(scale.shape[0]):
-            spread = np.repeat(scale[i], columns)[: weight.shape[1]]
-            weight[i * rows : (i + 1) * rows] *= spread
-        return weight
-
-
-def parameters_of(
-    tensors: Mapping[str, Tensor], wanted: Mapping[str, Source], block: tuple[int, int] | None = None
-) -> Any:
+def parameters_of(tensors: Mapping[str, Readable], wanted: Mapping[str, Source]) -> Any:
     """Returns nested dicts of ``Parameter`` from tensors that ``check_tensors`` accepted."""
-    places: dict[ParameterPath, list[tuple[_Stored, Piece]]] = {}
+    places: dict[ParameterPath, list[tuple[Readable, Piece]]] = {}
     for name, source in wanted.items():
-        stored = _Stored(tensors[name], tensors.get(name + SCALE_SUFFIX), block)
         for piece in source.pieces:
-            places.setdefault(piece.parameter, []).append((stored, piece))
+            places.setdefault(piece.parameter, []).append((tensors[name], piece))
     return unflatten_dict({path: _parameter(parts) for path, parts in places.items()})
 
 
-def _parameter(parts: list[tuple[_Stored, Piece]]) -> Parameter:
+def _parameter(parts: list[tuple[Readable, Piece]]) -> Parameter:
     """Returns a parameter that is made of pieces of tensors: of one piece, or of one for each expert, in order."""
-    dtype = functools.reduce(jnp.promote_types, (stored.dtype for stored, _ in parts))
+    dtype = functools.reduce(jnp.promote_types, (tensor.dtype for tensor, _ in parts))
     dtype = jnp.dtype("float32") if dtype == jnp.float64 else dtype
     stacked = parts[0][1].expert is not None
     shape = (len(parts), *parts[0][1].shape) if stacked else parts[0][1].shape
@@ -283,15 +264,34 @@ def _parameter(parts: list[tuple[_Stored, Piece]]) -> Parameter:
         ranges = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
         out = _empty_aligned(tuple(map(len, ranges)), jnp.dtype(dtype))
         # Pieces are copied straight into the result, so a part of a stack reads only the experts that lie in it.
-        for stored, piece in parts:
+        for tensor, piece in parts:
             if piece.expert is None:
-                np.copyto(out, piece.of(stored.read())[index], casting="same_kind")
+                _copy(tensor, piece, index, out)
             elif piece.expert in ranges[0]:
-                place = ranges[0].index(piece.expert)
-                np.copyto(out[place], piece.of(stored.read())[index[1:]], casting="same_kind")
+                _copy(tensor, piece, index[1:], out[ranges[0].index(piece.expert)])
         return out
 
     return Parameter(shape, dtype, read)
+
+
+def _copy(tensor: Readable, piece: Piece, index: tuple[slice, ...], out: np.ndarray) -> None:
+    """Copies the part of a piece that ``index`` selects into an array; of a computed tensor, a block at a time."""
+    # 1. Stored tensors are mapped, so only what is copied is read. Parts by attention heads mix rows.
+    if isinstance(tensor, Tensor) or piece.layout.by_head:
+        np.copyto(out, piece.of(tensor.read())[index], casting="same_kind")
+        return
+    # 2. A row of the tensor is an entry along this axis of the parameter.
+    axis = 1 if piece.layout.transpose and len(piece.shape) == 2 else 0
+    first = piece.start if piece.layout.axis == 0 else 0
+    start, stop, _ = index[axis].indices(piece.shape[axis])
+    others = (*index[:axis], slice(None), *index[axis + 1 :])
+    for begin, end, block in tensor.blocks(first + start, first + stop):
+        if piece.layout.axis != 0:
+            part = piece.of(block)
+        else:
+            part = block.swapaxes(-1, -2) if piece.layout.transpose else block
+        place = (slice(None),) * axis + (slice(begin - first - start, end - first - start),)
+        np.copyto(out[place], part[others], casting="same_kind")
 
 
 def _empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
