@@ -56,7 +56,8 @@ def convert_hf(
     Args:
       source: a folder with ``config.json`` and safetensors.
       destination: the folder to make.
-      dtype: dtype of the parameters. None keeps the dtype of each tensor; float8 becomes bfloat16 and float64 float32.
+      dtype: dtype of the parameters. None keeps the dtype of each tensor; float64 becomes float32, and quantised
+        tensors get the dtype of their scales, or bfloat16 if these are float32.
       progress: called after each parameter, as ``progress(done, total)`` in bytes.
       ignore_config_keys: as for ``specjax.load``. The config that is written does not have these keys.
 

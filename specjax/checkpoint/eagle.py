@@ -81,7 +81,7 @@ def _check_targets_head(tensor: Tensor, target: LanguageModel) -> None:
     """Raises ValueError unless a stored output head equals the target's, which an EAGLE-1 head uses."""
     shape = (target.embedding_spec.shape[-1], target.vocab_size)
     wanted = {_HEAD: Source(_HEAD, (Piece(("kernel",), None, shape, LINEAR, 0),))}
-    check_tensors({_HEAD: tensor}, wanted, None, lambda name: None)
+    check_tensors({_HEAD: tensor}, wanted, lambda name: None)
     kernel_dv = parameters_of({_HEAD: tensor}, wanted)["kernel"]
     # Rounding would be a difference, so the head of a quantised target is not compared.
     if not is_quantized(target.params) and not is_targets_head(kernel_dv, target):

@@ -31,13 +31,13 @@ def main(argv: list[str] | None = None, prog: str = "convert_hf.py") -> int:
     parser = argparse.ArgumentParser(prog, description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="SRC", help="Hugging Face folder")
     parser.add_argument("destination", type=Path, metavar="DST", help="folder to make")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored; float8 becomes bfloat16)")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored; quantised: as their scales)")
     add_ignored_keys(parser)
     parser.add_argument("--verify", action="store_true", help="compare logits with transformers, on this machine's CPU")
     args = parser.parse_args(argv)
     # The needs of --verify are checked first, since the conversion may take long.
     if args.verify and is_quantized(args.source):
-        parser.error("--verify compares with transformers on a CPU, which cannot run float8 weights; leave it out")
+        parser.error("--verify compares with transformers on a CPU, which cannot run most quantised weights; leave it out")
     if args.verify and not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         parser.error("--verify needs torch and transformers; pip install 'specjax[parity]'")
     # Errors of the source are one line. Ctrl-C leaves no folder.
