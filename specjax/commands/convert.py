@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None, prog: str = "convert_hf.py") -> int:
     args = parser.parse_args(argv)
     # The needs of --verify are checked first, since the conversion may take long.
     if args.verify and is_quantized(args.source):
-        parser.error("--verify compares with transformers on a CPU, which cannot run most quantised weights; leave it out")
+        parser.error("--verify compares with transformers on a CPU, which cannot run most quantised weights; omit it")
     if args.verify and not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         parser.error("--verify needs torch and transformers; pip install 'specjax[parity]'")
     # Errors of the source are one line. Ctrl-C leaves no folder.
