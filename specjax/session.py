@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from specjax import verify as verify_lib
 from specjax.checkpoint.drafters import load_drafter
+from specjax.checkpoint.generation import load_generation_defaults
 from specjax.checkpoint.opened import Opened
 from specjax.checkpoint.opened import open as open_folder
 from specjax.engine.adapt import places_past
@@ -39,7 +40,8 @@ class Completion:
 
     Attributes:
       text: the generated text, without a stop token. It ends before a stop string.
-      tokens: the generated tokens. A stop token is included, and so are the tokens of a stop string.
+      tokens: the generated tokens. A stop token is included, and so are the tokens of a stop string and the tokens
+        after it in the same rounds. So after a stop string, the tokens say more than ``text``.
       finish_reason: "stop token", "stop string", or "length" for a row that reached ``max_new_tokens``.
       prompt_tokens: how many tokens the prompt has.
       rounds: how many rounds ran; each has one pass of the target.
@@ -84,6 +86,7 @@ class Session:
         slots: int | None = None,
         seed: int = 0,
         fixed: bool = False,
+        generation_defaults: bool = False,
     ):
         """Opens the folder and the drafter if they are given by name.
 
@@ -96,9 +99,13 @@ class Session:
             at least 2048 for most conversations, so that later turns find room.
           seed: the seed of the first prompt that comes without a seed. Each further such prompt has the next seed.
           fixed: every round takes all drafts, as for ``specjax.generate``. By default rounds take as many as pay.
+          generation_defaults: whether the folder's ``generation_config.json`` gives the sampling parameters that a call
+            does not give: temperature, top_k, top_p, min_p and repetition_penalty, and temperature 0 for
+            ``do_sample: false``.
 
         Raises:
-          ValueError: the folder has no tokenizer; or as for ``specjax.open`` and ``specjax.load_drafter``.
+          ValueError: the folder has no tokenizer, or its ``generation_config.json`` is damaged; or as for
+            ``specjax.open`` and ``specjax.load_drafter``.
         """
         self.opened = opened if isinstance(opened, Opened) else open_folder(opened)
         self._tokenizer = self.opened.need_tokenizer()
@@ -106,6 +113,7 @@ class Session:
             drafter = load_drafter(drafter, self.opened, num_draft, mesh=_mesh_of(self.opened))
         self.drafter = drafter
         self._verify, self._slots, self._seed, self._fixed = verify, slots, seed, fixed
+        self._defaults = load_generation_defaults(self.opened.path) if generation_defaults else {}
         self._kept: _Kept | None = None
 
     @overload
@@ -147,6 +155,7 @@ class Session:
         *,
         stop: Sequence[str] = (),
         variables: Mapping[str, Any] | None = None,
+        sanitize_control_tokens: bool = False,
         **sampling: Any,
     ) -> Completion:
         """Answers a conversation, laid out by the model's chat template.
@@ -167,7 +176,11 @@ class Session:
             of the user.
           max_new_tokens: the most tokens to generate.
           stop: stop strings. The answer ends before the first.
-          variables: further variables of the template, such as ``{"enable_thinking": False}``.
+          variables: further arguments of ``ChatTemplate.render``: variables of the template such as ``tools`` or
+            ``{"enable_thinking": False}``, and ``chat_template``, the name of one of several templates.
+          sanitize_control_tokens: whether special tokens that someone typed into a message are ordinary text, as for
+            ``ChatTemplate.encode``. By default, as in transformers, they are control tokens: a message that holds
+            "<|im_end|>" ends there.
           **sampling: as for ``complete``. A conversation that goes on keeps its seed unless another is given.
 
         Returns:
@@ -177,7 +190,7 @@ class Session:
           ValueError: the folder has no chat template, or the template refuses the messages; or as for ``complete``.
           TypeError: as for ``complete``.
         """
-        tokens = self._lay_out(messages, variables)
+        tokens = self._lay_out(messages, variables, sanitize_control_tokens)
         state, row = self._go_on(tokens, max_new_tokens, stop, sampling)
         state = _exhaust(self._run(state, [row], _ROUNDS_PER_LOOK if stop else None))
         self._keep(state, sampling)
@@ -190,6 +203,7 @@ class Session:
         *,
         stop: Sequence[str] = (),
         variables: Mapping[str, Any] | None = None,
+        sanitize_control_tokens: bool = False,
         **sampling: Any,
     ) -> Iterator[str]:
         """Like ``complete`` for one text, or ``chat`` for a list of messages, but yields the text piece by piece.
@@ -198,7 +212,7 @@ class Session:
 
         Args:
           prompt: a text to continue, or a list of messages to answer.
-          max_new_tokens, stop, variables, sampling: as for ``chat``.
+          max_new_tokens, stop, variables, sanitize_control_tokens, sampling: as for ``chat``.
 
         Yields:
           Pieces of text, none of them empty. A piece never splits a character. The generator's return value, which
@@ -210,7 +224,8 @@ class Session:
         if isinstance(prompt, str):
             state, (row,) = self._begin([self._encode(prompt)], max_new_tokens, stop, sampling)
         else:
-            state, row = self._go_on(self._lay_out(prompt, variables), max_new_tokens, stop, sampling)
+            tokens = self._lay_out(prompt, variables, sanitize_control_tokens)
+            state, row = self._go_on(tokens, max_new_tokens, stop, sampling)
         return self._pieces(state, row, None if isinstance(prompt, str) else sampling)
 
     def _pieces(self, state: State, row: "_Row", kept_sampling: dict[str, Any] | None) -> Iterator[str]:
@@ -229,21 +244,24 @@ class Session:
             if piece:
                 yield piece
 
-    def _encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         """Returns the tokens of a text, at least one."""
-        tokens = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        tokens = self._tokenizer.encode(text).ids
         if not tokens:
             raise ValueError(f"the prompt {text!r} has no tokens; give at least one character")
         return tokens
 
-    def _lay_out(self, messages: Messages, variables: Mapping[str, Any] | None) -> list[int]:
-        """Returns a conversation as tokens."""
+    def _lay_out(self, messages: Messages, variables: Mapping[str, Any] | None, sanitize: bool) -> list[int]:
+        """Returns a conversation as tokens, at least one."""
         template = self.opened.need_chat_template()
         if not messages:
             raise ValueError(f"messages is {messages!r}; give at least one message, or the text of one")
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        return self._encode(template.render(messages, **(variables or {})), add_special_tokens=False)
+        tokens = template.encode(self._tokenizer, messages, sanitize_control_tokens=sanitize, **(variables or {}))
+        if not tokens:
+            raise ValueError(f"the chat template lays {messages!r} out as no tokens; repair it, or use complete")
+        return tokens
 
     def _begin(
         self,
@@ -261,6 +279,7 @@ class Session:
                 f"there is no argument {unknown[0]!r}; sampling parameters are {', '.join(_SAMPLING)} (and there are "
                 "max_new_tokens and stop)"
             )
+        sampling = self._defaults | sampling
         rows = [_Row(self._tokenizer, tokens, self.opened.stop_tokens, stop) for tokens in prompts]
         # Each prompt has its own seed, so that the same prompt twice has two texts.
         if "seed" not in sampling:

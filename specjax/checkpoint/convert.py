@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from tokenizers import Tokenizer
 
+from specjax.checkpoint.generation import load_stop_tokens
 from specjax.checkpoint.models import (
     check_dtype,
     check_params,
     load_params,
-    load_stop_tokens,
-    load_tokenizer,
     new_folder,
     read_params,
     save_params,
@@ -26,16 +26,19 @@ from specjax.hf.config import read_config
 from specjax.hf.families import FAMILIES, sources
 from specjax.hf.safetensors import holds_weights, write_tensors
 from specjax.hf.weights import Parameter, open_weights, tensors_of
+from specjax.text.tokenizer import load_tokenizer
 from specjax.transformer.decoder import abstract_params
 
-# Files that are copied unchanged if the source has them.
+# Files of the tokenizer, of chat templates and of generation. They are copied unchanged if the source has them.
 _COMPANIONS = (
-    "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "generation_config.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "chat_template.json",
+    "processor_config.json",
 )
 
 Progress = Callable[[int, int], None]
@@ -70,7 +73,7 @@ def convert_hf(
     """
     # 1. Everything that can be refused without reading a weight is refused first.
     source, destination = Path(source).absolute(), Path(destination).absolute()
-    _check_ends(source, destination)
+    tokenizer = _check_ends(source, destination)
     wanted = None if dtype is None else check_dtype(dtype)
     if (source / "params").is_dir() and not holds_weights(source):
         raise ValueError(f"{source} is a checkpoint folder; specjax.open opens it, and export_hf converts it back")
@@ -92,7 +95,7 @@ def convert_hf(
 
     # 3. The host's memory holds the parameters: a model that is converted need not fit an accelerator.
     with new_folder(destination, replace=False) as folder, jax.default_device(jax.local_devices(backend="cpu")[0]):
-        companions = _copy_companions(source, folder)
+        companions = _write_companions(source, folder, tokenizer)
         write_json(folder / "config.json", _config(weights.raw, jax.tree.leaves(expected)))
         with errors_name(source):
             params = read_params(weights.params, expected, on_read)
@@ -126,7 +129,7 @@ def export_hf(
     """
     # 1. Everything that can be refused without reading a weight is refused first.
     source, destination = Path(source).absolute(), Path(destination).absolute()
-    _check_ends(source, destination)
+    tokenizer = _check_ends(source, destination)
     if not (source / "params").is_dir():
         raise ValueError(f"{source} has no params/; give a checkpoint folder, such as convert_hf and save write")
     config, raw = read_config(source / "config.json")
@@ -141,7 +144,7 @@ def export_hf(
         params = load_params(source, stored)
         tensors = tensors_of(sources(raw["model_type"], config), params)
         with new_folder(destination, replace=False) as folder:
-            companions = _copy_companions(source, folder)
+            companions = _write_companions(source, folder, tokenizer)
             write_json(folder / "config.json", _config(raw, jax.tree.leaves(stored)))
             # Otherwise transformers picks the tokenizer's class by model_type, which this tokenizer need not fit.
             if "tokenizer_config.json" not in companions and "tokenizer.json" in companions:
@@ -150,23 +153,32 @@ def export_hf(
     return tuple(destination / name for name in [*companions, *(file.name for file in files)])
 
 
-def _check_ends(source: Path, destination: Path) -> None:
-    """Raises ValueError unless the source can be read, its small files included, and the destination is free."""
+def _check_ends(source: Path, destination: Path) -> Tokenizer | None:
+    """Returns the source's tokenizer, or None.
+
+    Raises ValueError unless the source can be read, its small files included, and the destination is free.
+    """
     if not source.is_dir():
         raise ValueError(f"{source} is not a folder; give the folder of a model")
     if os.path.lexists(destination):
         raise ValueError(f"{destination} exists; remove it or give another name")
-    if os.path.lexists(source / "tokenizer.json"):
-        load_tokenizer(source)
-    load_stop_tokens(source)
+    tokenizer = load_tokenizer(source) if os.path.lexists(source / "tokenizer.json") else None
+    load_stop_tokens(source, tokenizer)
+    return tokenizer
 
 
-def _copy_companions(source: Path, folder: Path) -> list[str]:
-    """Copies the files of ``_COMPANIONS`` that there are; returns their names."""
-    there = [name for name in _COMPANIONS if (source / name).is_file()]
-    for name in there:
-        shutil.copyfile(source / name, folder / name)
-    return there
+def _write_companions(source: Path, folder: Path, tokenizer: Tokenizer | None) -> list[str]:
+    """Writes the tokenizer and copies the files of ``_COMPANIONS`` that there are; returns their names.
+
+    The tokenizer is written as it was opened: with all added tokens, and without truncation, padding and dropout.
+    """
+    there = [file.relative_to(source) for name in _COMPANIONS for file in sorted(source.glob(name)) if file.is_file()]
+    for file in there:
+        (folder / file).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / file, folder / file)
+    if tokenizer is not None:
+        tokenizer.save(str(folder / "tokenizer.json"))
+    return ["tokenizer.json"] * (tokenizer is not None) + [file.as_posix() for file in there]
 
 
 def _config(raw: dict[str, Any], leaves: list[Any]) -> dict[str, Any]:

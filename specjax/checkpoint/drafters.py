@@ -19,7 +19,6 @@ from specjax.checkpoint.models import (
     check_not_quantized,
     default_dtype,
     load,
-    load_tokenizer,
     new_folder,
     write_json,
 )
@@ -39,6 +38,7 @@ from specjax.drafters.ngram import NGramDrafter
 from specjax.drafters.shared_vocabulary import shared_vocabulary_drafter
 from specjax.quantized import Kind, check_kind
 from specjax.sharding import Rules, gathered, shard
+from specjax.text.tokenizer import load_tokenizer
 from specjax.text.vocabulary import match_vocabularies
 from specjax.types import Drafter, LanguageModel
 

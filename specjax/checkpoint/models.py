@@ -22,15 +22,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
+from specjax.checkpoint.generation import load_stop_tokens as load_stop_tokens
 from specjax.checkpoint.sound import check_finite, errors_name
-from specjax.checks import check_integer
 from specjax.hf.config import decoder_config, read_config
-from specjax.hf.keys import read_json
 from specjax.hf.names import ParameterPath, parameters
 from specjax.hf.safetensors import holds_weights
 from specjax.hf.weights import Parameter, open_weights
 from specjax.quantized import Kind, check_kind, is_quantized, quantize_leaf, quantize_params
 from specjax.sharding import RULES, Rules, shard, shardings
+from specjax.text.tokenizer import load_tokenizer as load_tokenizer
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import abstract_params, decoder_model
 from specjax.types import LanguageModel
@@ -371,40 +371,3 @@ def read_params(
         return array if quantize is None else jax.block_until_ready(quantize_leaf(quantize, path, array))
 
     return jax.tree_util.tree_map_with_path(read, params, abstract, is_leaf=lambda x: isinstance(x, Parameter))
-
-
-def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """Opens the tokenizer of a checkpoint folder.
-
-    Raises:
-      ValueError: ``tokenizer.json`` is missing or damaged.
-    """
-    file = Path(path) / "tokenizer.json"
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist; a checkpoint folder must hold one: add the model's")
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise ValueError(f"{file} is not a tokenizer ({error}); copy it again") from None
-
-
-def load_stop_tokens(path: str | os.PathLike) -> tuple[int, ...]:
-    """Returns the ids of the tokens that end a text; empty if the folder names none.
-
-    The ids are ``eos_token_id`` of ``generation_config.json``, or else of ``config.json``.
-
-    Raises:
-      ValueError: a file is damaged, or ``eos_token_id`` is neither a token id nor a list of token ids.
-    """
-    for name in ("generation_config.json", "config.json"):
-        file = Path(path) / name
-        if not file.is_file():
-            continue
-        tokens = read_json(file).get("eos_token_id")
-        if tokens is None:
-            continue
-        tokens = tokens if isinstance(tokens, list) else [tokens]
-        for token in tokens:
-            check_integer(f"{file}: eos_token_id", token, 0)
-        return tuple(tokens)
-    return ()

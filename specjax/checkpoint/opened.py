@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from specjax.checkpoint.models import load_stop_tokens, load_tokenizer, load_with_config
+from specjax.checkpoint.generation import load_stop_tokens
+from specjax.checkpoint.models import load_with_config
 from specjax.quantized import Kind
 from specjax.sharding import RULES, Rules
 from specjax.text.chat import ChatTemplate, find_chat_template
+from specjax.text.tokenizer import load_tokenizer
 from specjax.types import LanguageModel
 
 # Keys of ``config.json`` that describe how the parameters were stored, not the model.
@@ -28,7 +30,8 @@ class Opened:
       path: the folder.
       model: the model.
       tokenizer: the tokenizer, or None if the folder has none.
-      stop_tokens: ids of the tokens that end a text; empty if the folder names none.
+      stop_tokens: ids of the tokens that end a text; empty if the folder names none. Ids past the model's vocabulary,
+        which cannot occur, are left out.
       chat_template: lays a conversation out as text, or None if the folder has no template.
       config: the keys of ``config.json`` that describe the model and its stop tokens, for ``specjax.save``.
     """
@@ -90,11 +93,12 @@ def open(
     there = path.is_dir()
     tokenizer = load_tokenizer(path) if os.path.lexists(path / "tokenizer.json") else None
     template = find_chat_template(path) if there else None
-    stop_tokens = load_stop_tokens(path) if there else ()
+    stop_tokens = load_stop_tokens(path, tokenizer) if there else ()
     # 2. The config goes with the model, so that ``specjax.save`` can write both. It says how the model computes, not
     # how this folder stored it. Stop tokens may come from another file, so they are put into the config.
     model, raw = load_with_config(path, dtype, mesh, rules, ignore_config_keys, quantize)
     config = {key: value for key, value in raw.items() if key not in _OF_STORAGE}
+    stop_tokens = tuple(token for token in stop_tokens if token < model.vocab_size)
     if stop_tokens:
         config["eos_token_id"] = list(stop_tokens)
     return Opened(path, model, tokenizer, stop_tokens, template, config)

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 import specjax
 from specjax.checkpoint.drafters import folders_of
+from specjax.checkpoint.generation import load_generation_defaults
 from specjax.commands import compilation_cache, figures, hosts
 from specjax.commands.console import Parser, add_ignored_keys, add_quantize, write_whole
 from specjax.commands.drafter_spec import named_drafter
@@ -31,6 +32,7 @@ PROMPT = '''class Stack:
 
     def __init__(self, items=()):'''
 VERIFY = {"token": specjax.verify.token, "block": specjax.verify.block, "coupled": specjax.verify.coupled}
+TEMPERATURE = 0.8  # unless another is given
 STDIN_WAIT_S = 3.0  # a pipe that nobody writes to must not hold up a call without arguments
 
 
@@ -95,6 +97,12 @@ def parse(argv: list[str] | None, prog: str) -> tuple[Parser, argparse.Namespace
     text.add_argument("--prompt-file", dest="prompts", action="append", type=Path, metavar="FILE")
     text.add_argument("--chat", action="store_true", help="prompts are messages, laid out by the target's template")
     text.add_argument("--system", type=utf8, metavar="TEXT", help="system message before each message, with --chat")
+    text.add_argument("--chat-template", type=utf8, metavar="NAME", help="which of the target's templates, with --chat")
+    text.add_argument(
+        "--sanitize-control-tokens",
+        action="store_true",
+        help="special tokens typed into a message are ordinary text, with --chat",
+    )
     text.add_argument(
         "--stop", action="append", type=utf8, default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
@@ -121,15 +129,20 @@ def parse(argv: list[str] | None, prog: str) -> tuple[Parser, argparse.Namespace
     )
     models.add_argument("--verify", choices=VERIFY, default="block", help="how drafts are verified (default: block)")
     draws = parser.add_argument_group("sampling")
-    draws.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default: 0.8)")
-    draws.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens; 0 keeps all")
-    draws.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest tokens that reach P")
+    draws.add_argument("--temperature", type=float, metavar="T", help=f"0 is greedy (default: {TEMPERATURE})")
+    draws.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest tokens; 0 keeps all")
+    draws.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest tokens that reach P")
     draws.add_argument(
-        "--min-p", type=float, default=0.0, metavar="P", help="keep tokens at least P times as likely as the likeliest"
+        "--min-p", type=float, metavar="P", help="keep tokens at least P times as likely as the likeliest"
     )
     draws.add_argument("--repetition-penalty", type=float, metavar="X", help="1 changes nothing (default: not used)")
     draws.add_argument("--presence-penalty", type=float, metavar="X", help="0 changes nothing (default: not used)")
     draws.add_argument("--frequency-penalty", type=float, metavar="X", help="0 changes nothing (default: not used)")
+    draws.add_argument(
+        "--generation-defaults",
+        action="store_true",
+        help="take options that are not given from the target's generation_config.json",
+    )
     draws.add_argument(
         "--seed", type=int, default=0, metavar="S", help="seed of the first prompt; the second has S + 1, and so on"
     )
@@ -223,6 +236,14 @@ def request_for(
     }
 
 
+def fill_sampling(args: argparse.Namespace) -> None:
+    """Sets the sampling options that were not given: from ``generation_config.json`` if asked for, or to defaults."""
+    said = load_generation_defaults(args.target) if args.generation_defaults else {}
+    for name, value in ({"temperature": TEMPERATURE} | figures.IDLE | said).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
 def default_drafter(target: Path) -> str:
     """Returns the spec of the shipped draft model for the shipped target, and "ngram" for other targets."""
     shipped_target, draft = shipped(SHIPPED), shipped(SHIPPED_DRAFT)
@@ -243,6 +264,7 @@ def main(argv: list[str] | None = None, prog: str = "generate.py") -> None:
             if hosts.is_first():
                 check_outputs(args)
             prompts = prompts_of(args)
+            fill_sampling(args)
             spec = default_drafter(args.target) if args.drafter is None else args.drafter
             hosts.check_same_folders(args.target, *folders_of(spec))
             # Errors of models, drafter and options come before anything compiles, and each is one line.
@@ -257,12 +279,17 @@ def main(argv: list[str] | None = None, prog: str = "generate.py") -> None:
                 )
             if args.compare and drafter is None:
                 raise ValueError("--compare needs a drafter to compare with plain decoding; --drafter is none")
-            if args.system is not None and not args.chat:
-                raise ValueError("--system is given without --chat; give both, or neither")
+            for name in ("system", "chat_template", "sanitize_control_tokens"):
+                if getattr(args, name) not in (None, False) and not args.chat:
+                    raise ValueError(f"--{name.replace('_', '-')} is given without --chat; give both, or neither")
             template = opened.need_chat_template() if args.chat else None
             stop_tokens = opened.stop_tokens
             transcripts = [
-                Transcript(tokenizer, prompt, args.max_new_tokens, stop_tokens, args.stop, template, args.system)
+                Transcript(
+                    *(tokenizer, prompt, args.max_new_tokens, stop_tokens, args.stop, template, args.system),
+                    sanitize_control_tokens=args.sanitize_control_tokens,
+                    chat_template=args.chat_template,
+                )
                 for prompt in prompts
             ]
             request = request_for(args, target, transcripts, stop_tokens, mesh)

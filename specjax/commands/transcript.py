@@ -37,13 +37,30 @@ class Transcript:
         stop: Sequence[str] = (),
         template: specjax.text.ChatTemplate | None = None,
         system: str | None = None,
+        sanitize_control_tokens: bool = False,
+        **variables: Any,
     ):
+        """Starts after a prompt.
+
+        Args:
+          tokenizer: the target's.
+          prompt: the text to continue, or with a template, the message to answer.
+          max_new_tokens: the most tokens that are emitted.
+          stop_tokens, stop: tokens and texts that end the row.
+          template: lays the message out; None continues the prompt itself.
+          system: a system message before it.
+          sanitize_control_tokens, variables: as for ``ChatTemplate.encode``.
+        """
         self.prompt, self.shown, self.messages, self.done = prompt, prompt, None, False
         if template is not None:
             roles = {"system": system, "user": prompt}
             self.messages = [{"role": role, "content": text} for role, text in roles.items() if text is not None]
-            self.prompt, self.shown = template.render(self.messages), prompt + "\n"
-        self.prompt_ids = tokenizer.encode(self.prompt, add_special_tokens=template is None).ids
+            self.prompt, self.shown = template.render(self.messages, **variables), prompt + "\n"
+            self.prompt_ids = template.encode(
+                tokenizer, self.messages, sanitize_control_tokens=sanitize_control_tokens, **variables
+            )
+        else:
+            self.prompt_ids = tokenizer.encode(prompt).ids
         self.ids, self.tokens, self.rounds = [], [], []
         self.counts: dict[str, Any] = dict.fromkeys(COUNTS, 0)
         self._tokenizer, self._limit, self._stop_tokens = tokenizer, max_new_tokens, stop_tokens

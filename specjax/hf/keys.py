@@ -186,7 +186,7 @@ def read_json(path: Path) -> dict[str, Any]:
       ValueError: the file is missing, cannot be read, or holds something else.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; a checkpoint folder must hold one") from None
     except OSError as error:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,16 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+from tokenizers import Tokenizer
 
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+from specjax.text.control import control_tokens, encode_marked, mark
+from specjax.text.files import read_object, read_text
+from specjax.text.tokenizer import read_special_tokens
+
+DEFAULT, TOOLS = "default", "tool_use"
+"""Names of the template that is used if none is named: without tools, and with tools."""
+# Names of a message's reasoning. Templates read the first, or the second.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def load_chat_template(path: str | os.PathLike) -> "ChatTemplate":
@@ -36,103 +44,238 @@ def load_chat_template(path: str | os.PathLike) -> "ChatTemplate":
 def find_chat_template(path: str | os.PathLike) -> "ChatTemplate | None":
     """Opens the chat template of a checkpoint folder or a Hugging Face folder; returns None if there is none.
 
-    The template is ``chat_template.jinja``. Without this file it is ``chat_template`` of ``tokenizer_config.json``: a
-    string, or a list of named templates with one called "default". Special tokens come from ``tokenizer_config.json``.
-    If it has no ``added_tokens_decoder``, ``special_tokens_map.json`` is read as well and goes before it.
+    Templates are found in these places. The first place that has any counts alone, as in transformers 5.24.
+
+    1. ``chat_template.jinja``, which is the template named "default", and ``additional_chat_templates/NAME.jinja``.
+    2. ``chat_template`` of ``tokenizer_config.json``: one template, a list of objects with ``name`` and ``template``,
+       or an object of names and templates.
+    3. ``chat_template`` of ``chat_template.json``, then of ``processor_config.json``: the older files of multimodal
+       models.
+
+    The names of special tokens, such as ``bos_token``, are variables of templates. ``read_special_tokens`` finds them.
 
     Raises:
-      ValueError: the path is no folder, a file is damaged, or the template does not compile.
+      ValueError: the path is no folder, a file is damaged, or a template does not compile.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give one with chat_template.jinja or tokenizer_config.json")
-    config_file, file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    # Older folders keep special tokens in a file of their own.
-    config = _read_json(config_file)
-    if "added_tokens_decoder" not in config:
-        config |= _read_json(folder / "special_tokens_map.json")
-    tokens = {name: _content(config.get(name)) for name in SPECIAL_TOKENS}
-    tokens = {name: token for name, token in tokens.items() if token is not None}
-    # A file beside the config is the newer way to store a template, and transformers prefers it as well.
+    tokens = {name: token.content for name, token in read_special_tokens(folder).named.items()}
+    control = read_object(folder / "tokenizer_config.json").get("chat_control_tokens")
+    control = control if isinstance(control, list) else None
+    # 1. Files of their own.
+    file, files = folder / "chat_template.jinja", sorted(folder.glob("additional_chat_templates/*.jinja"))
+    sources = {each.stem: read_text(each) for each in files}
     if file.is_file():
-        return ChatTemplate(_read(file), tokens, str(file))
-    source, name = config.get("chat_template"), f"{config_file}: chat_template"
-    if source is None:
-        return None
-    if isinstance(source, list):
-        source = next((each.get("template") for each in source if _content(each, "name") == "default"), None)
-    if not isinstance(source, str):
-        raise ValueError(f'{name} is neither a text nor a list with a template named "default"; give one of the two')
-    return ChatTemplate(source, tokens, name)
+        sources[DEFAULT] = read_text(file)
+    if sources:
+        name = str(file if list(sources) == [DEFAULT] else folder / "additional_chat_templates")
+        return ChatTemplate(sources, tokens, name, control)
+    # 2. A key of a JSON file.
+    for file in (folder / f"{name}.json" for name in ("tokenizer_config", "chat_template", "processor_config")):
+        source = read_object(file).get("chat_template")
+        if source is not None:
+            return ChatTemplate(_named(source, file), tokens, f"{file}: chat_template", control)
+    return None
+
+
+def _named(source: Any, file: Path) -> dict[str, str]:
+    """Returns templates by name."""
+    if isinstance(source, list) and all(
+        isinstance(each, dict) and isinstance(each.get("name"), str) for each in source
+    ):
+        source = {each["name"]: each.get("template") for each in source}
+    named = source if isinstance(source, dict) else {DEFAULT: source}
+    texts = {str(name): text for name, text in named.items() if isinstance(text, str)}
+    if not named or len(texts) < len(named):
+        raise ValueError(
+            f"{file}: chat_template is neither a text nor a list of named templates; give one of the two, such as "
+            '[{"name": "default", "template": "..."}]'
+        )
+    return texts
 
 
 class ChatTemplate:
     """A Jinja template that lays out a conversation, as ``apply_chat_template`` of ``transformers`` renders it.
 
+    A model may have several templates, by name. With ``tools``, the one named "tool_use" is used, and else the one
+    named "default".
+
     Templates come with a model and are not trusted. They run in Jinja's sandbox, where they read their variables and
-    change nothing. The text already holds all special tokens, so encode it with ``add_special_tokens=False``.
+    change nothing. The text already holds all special tokens, so encode it with ``add_special_tokens=False``, or with
+    the method ``encode``.
 
     Reference: https://huggingface.co/docs/transformers/chat_templating_writing
     """
 
-    def __init__(self, source: str, tokens: Mapping[str, str] | None = None, name: str = "the chat template"):
-        """Compiles a template.
+    def __init__(
+        self,
+        source: str | Mapping[str, str],
+        tokens: Mapping[str, str] | None = None,
+        name: str = "the chat template",
+        control: Sequence[str] | None = None,
+    ):
+        """Compiles a template, or several.
 
         Args:
-          source: the template's text.
+          source: the template's text, or texts of templates by name.
           tokens: special tokens by the names that templates use, such as ``bos_token``.
           name: what errors call the template.
+          control: added tokens that ``encode`` can keep out of messages, besides all special tokens. None takes those
+            that the template contains.
 
         Raises:
-          ValueError: the template does not compile.
+          ValueError: a template does not compile.
         """
         self._tokens, self._name = dict(tokens or {}), name
+        self._sources = {DEFAULT: source} if isinstance(source, str) else dict(source)
+        self._control = None if control is None else tuple(control)
+        self._templates = {each: self._compile(each, text) for each, text in self._sources.items()}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the templates."""
+        return tuple(self._sources)
+
+    def _compile(self, template: str, source: str) -> jinja2.Template:
         try:
-            self._template = _environment().from_string(source)
+            return _environment().from_string(source)
         except Exception as error:  # Jinja raises whatever Python's own compiler raises
             place = f" at line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-            raise ValueError(f"{name} does not compile{place} ({_reason(error)}); copy it again or repair it") from None
+            raise ValueError(
+                f"{self._called(template)} does not compile{place} ({_reason(error)}); copy it again or repair it"
+            ) from None
+
+    def _called(self, template: str) -> str:
+        """Returns what errors call one of the templates."""
+        return self._name if len(self._sources) == 1 else f"{self._name} {template!r}"
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        **variables: Any,
     ) -> str:
         """Returns a conversation as text.
+
+        Keys of a message whose value is None are left out. A message's reasoning may be called ``reasoning_content``,
+        ``thinking`` or ``reasoning``; the template finds it under the first two names.
 
         Args:
           messages: the conversation, in order; a message is ``{"role": ..., "content": ...}``.
           add_generation_prompt: whether the text ends with the beginning of an answer of the model.
+          chat_template: the name of one of the templates. None takes "tool_use" if there are ``tools`` and such a
+            template, and else "default".
           **variables: other variables of the template, such as ``tools`` or ``enable_thinking``. They go before special
             tokens of the same name.
 
         Raises:
-          ValueError: the messages or variables are not plain JSON values; or the template refuses them, fails on them,
-            or tries something that the sandbox forbids.
+          ValueError: there are no messages; the messages or variables are not plain JSON values; there is no such
+            template; or the template refuses them, fails on them, or tries something that the sandbox forbids.
         """
-        # A string is a sequence, too, and would be read as one message per letter.
-        listed = isinstance(messages, Sequence) and not isinstance(messages, str)
-        if not listed or not all(isinstance(message, Mapping) for message in messages):
-            raise ValueError(f'messages is {messages!r}; give a list such as [{{"role": "user", "content": "Hello"}}]')
-        values = {"tools": None, "documents": None, **self._tokens, **variables}
-        values |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
-        # Plain JSON values only: the sandbox cannot watch the methods of other objects.
-        try:
-            values = json.loads(json.dumps(values))
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"messages and variables must be plain JSON values ({error}); convert them") from None
+        which = self._which(chat_template, variables.get("tools"))
+        return self._render(which, _plain(messages, variables), add_generation_prompt)
+
+    def encode(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        sanitize_control_tokens: bool = False,
+        **variables: Any,
+    ) -> list[int]:
+        """Returns a conversation as tokens.
+
+        Args:
+          tokenizer: the model's tokenizer.
+          messages, add_generation_prompt, chat_template, variables: as for ``render``.
+          sanitize_control_tokens: whether control tokens within messages and variables are encoded as ordinary text.
+            Then only the template writes control tokens, and a user cannot end a message by typing "<|im_end|>".
+            Control tokens are the special tokens, and the added tokens that the template contains. They are found as
+            a whole only: a template that joins them from parts, such as a message's role, can still write them.
+
+        Raises:
+          ValueError: as for ``render``; or the tokenizer makes a control token of ordinary text.
+        """
+        which = self._which(chat_template, variables.get("tools"))
+        values = _plain(messages, variables)
+        if not sanitize_control_tokens:
+            text = self._render(which, values, add_generation_prompt)
+            return tokenizer.encode(text, add_special_tokens=False).ids
+        values = mark(values, control_tokens(tokenizer, self._is_control(which)))
+        return encode_marked(tokenizer, self._render(which, values, add_generation_prompt))
+
+    def _is_control(self, template: str) -> Callable[[str], bool]:
+        """Returns whether an added token that is not special is a control token."""
+        if self._control is not None:
+            return set(self._control).__contains__
+        # White space, such as Gemma's tokens of newlines, is ordinary text of templates.
+        texts = _literals(self._sources[template])
+        return lambda token: not token.isspace() and any(token in text for text in texts)
+
+    def _which(self, name: str | None, tools: Any) -> str:
+        """Returns the name of the template to use."""
+        if name is None:
+            name = TOOLS if tools is not None and TOOLS in self._sources else DEFAULT
+            if name not in self._sources:
+                raise ValueError(
+                    f'{self._name} has no template named "default"; name one of them as chat_template: '
+                    f"{', '.join(map(repr, self._sources))}"
+                )
+        if name not in self._sources:
+            raise ValueError(f"chat_template is {name!r}; {self._name} has {', '.join(map(repr, self._sources))}")
+        return name
+
+    def _render(self, template: str, values: dict[str, Any], add_generation_prompt: bool) -> str:
+        """Returns the text; ``values`` are plain JSON values."""
+        values = {"tools": None, "documents": None, **self._tokens, **values}
+        values["add_generation_prompt"] = add_generation_prompt
+        name = self._called(template)
         # A template is a program and can fail in any way. Each kind of failure has its own remedy in the message.
         try:
-            return self._template.render(values)
+            return self._templates[template].render(values)
         except _RefusalError as error:
-            raise ValueError(f"{self._name} refuses the messages: {_reason(error)}; change them to suit it") from None
+            raise ValueError(f"{name} refuses the messages: {_reason(error)}; change them to suit it") from None
         except SecurityError as error:
             raise ValueError(
-                f"{self._name} tries what a template may not ({_reason(error)}); take one from a trusted source"
+                f"{name} tries what a template may not ({_reason(error)}); take one from a trusted source"
             ) from None
         except Exception as error:
             raise ValueError(
-                f"{self._name} fails on the messages ({type(error).__name__}: {_reason(error)}); "
+                f"{name} fails on the messages ({type(error).__name__}: {_reason(error)}); "
                 "give messages that it supports, or repair it"
             ) from None
+
+
+def _plain(messages: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns messages and variables as a template reads them."""
+    # A string is a sequence, too, and would be read as one message per letter.
+    listed = isinstance(messages, Sequence) and not isinstance(messages, str)
+    if not listed or not messages or not all(isinstance(message, Mapping) for message in messages):
+        raise ValueError(f'messages is {messages!r}; give a list such as [{{"role": "user", "content": "Hello"}}]')
+    plain = [_message(message) for message in messages]
+    # Plain JSON values only: the sandbox cannot watch the methods of other objects.
+    try:
+        return json.loads(json.dumps({**variables, "messages": plain}))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"messages and variables must be plain JSON values ({error}); convert them") from None
+
+
+def _message(message: Any) -> dict[str, Any]:
+    """Returns a message without keys that are None, and with its reasoning under the names that templates read."""
+    # Many templates write the word None for a content that is None, as beside tool calls.
+    given = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((given[name] for name in _REASONING if name in given), None)
+    return given if reasoning is None else {"thinking": reasoning, **given, "reasoning_content": reasoning}
+
+
+def _literals(source: str) -> tuple[str, ...]:
+    """Returns the texts that a template contains outside of its statements, and as constants within them."""
+    tree = _environment().parse(source)
+    texts = [node.data for node in tree.find_all(nodes.TemplateData)]
+    return (*texts, *(node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)))
 
 
 class _RefusalError(jinja2.TemplateError):
@@ -203,29 +346,3 @@ def _strftime_now(form: str) -> str:
 def _reason(error: Exception) -> str:
     # One short line: errors of templates may quote whole conversations.
     return " ".join(str(error).split())[:300]
-
-
-def _content(token: Any, key: str = "content") -> str | None:
-    """Returns a token that is a string or an object with the string under ``key``; None for anything else."""
-    token = token.get(key) if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read as UTF-8 text ({error}); copy it again") from None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """Returns the object that a JSON file holds, or an empty dict if there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(_read(file))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON ({error}); copy it again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} holds a {type(value).__name__}; it must hold one JSON object")
-    return value
