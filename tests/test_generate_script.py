@@ -430,6 +430,33 @@ def test_chat_answers_messages(script, chat, tmp_path, system):
     assert page.prompts == [pictures(text)]
 
 
+def test_options_of_chat_reach_the_template_and_the_tokens(transcripts, chat):
+    tokenizer, stop = load_tokenizer(chat), load_tokenizer(chat).token_to_id(STOP)
+    template = specjax.text.ChatTemplate({"default": "", "x": "{{ messages[0].content }}!" + STOP})
+    for sanitized in (False, True):
+        options = {"template": template, "chat_template": "x", "sanitize_control_tokens": sanitized}
+        transcript = transcripts.Transcript(tokenizer, f"Hi{STOP}", 5, **options)
+        assert transcript.prompt == f"Hi{STOP}!{STOP}"
+        assert transcript.prompt_ids.count(stop) == 2 - sanitized and transcript.prompt_ids[-1] == stop
+
+
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [
+        ([], (0.8, 0, 1.0, 0.0, None)),
+        (["--generation-defaults"], (0.6, 20, 1.0, 0.0, 1.1)),
+        (["--generation-defaults", "--temperature", "0.8", "--top-p", "0.5"], (0.8, 20, 0.5, 0.0, 1.1)),
+        (["--temperature", "0", "--top-k", "3", "--min-p", "0.1"], (0.0, 3, 1.0, 0.1, None)),
+    ],
+)
+def test_sampling_comes_from_options_then_from_the_folder(script, tmp_path, argv, wanted):
+    said = {"do_sample": True, "temperature": 0.6, "top_k": 20, "repetition_penalty": 1.1}
+    (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    _, args = script.parse(["--target", str(tmp_path), *argv], "generate.py")
+    script.fill_sampling(args)
+    assert (args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty) == wanted
+
+
 def test_prompts_get_the_tokenizers_special_tokens_without_chat(transcripts, chat):
     tokenizer = load_tokenizer(chat)
     transcript = transcripts.Transcript(tokenizer, "Hi", 5)
@@ -588,6 +615,13 @@ ERRORS = {
     "empty stop string": (["--stop", "x", "--stop", ""], "give a sequence of strings, none of them empty"),
     "stop string that is not text": (["--stop", "\udcff"], "not UTF-8"),
     "system message without chat": (["--system", "Be brief."], "--system is given without --chat"),
+    "control tokens without chat": (["--sanitize-control-tokens"], "--sanitize-control-tokens is given without --chat"),
+    "template without chat": (["--chat-template", "x"], "--chat-template is given without --chat"),
+    "no such template": (["--chat", "--chat-template", "x", "--target", "{pair}/strict"], "chat_template is 'x'; "),
+    "defaults that are none": (
+        ["--generation-defaults", "--target", "{pair}/endless"],
+        "generation_config.json: temperature is 'hot'; it must be a number",
+    ),
     "target without template": (["--chat"], "target has neither chat_template.jinja nor a chat_template in"),
     "template that refuses": (["--chat", "--target", "{pair}/strict"], "refuses the messages: no"),
     "stop tokens that are none": (["--target", "{pair}/endless"], "eos_token_id"),
@@ -610,7 +644,8 @@ def damaged(pair):
     shutil.copytree(pair / "target", pair / "strict")
     (pair / "strict" / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
     shutil.copytree(pair / "target", pair / "endless")
-    stop_at(pair / "endless", STOP)
+    config = {"eos_token_id": [STOP], "temperature": "hot"}
+    (pair / "endless" / "generation_config.json").write_text(json.dumps(config))
     shutil.copytree(pair / "target", pair / "truncated")
     for file in (pair / "truncated" / "params").rglob("*"):
         if file.is_file() and file.stat().st_size > 1000:

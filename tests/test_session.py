@@ -251,7 +251,7 @@ def test_a_conversation_that_comes_close_to_the_end_of_its_slots(opened, monkeyp
     monkeypatch.setattr(session_module, "_CONVERSATION_SLOTS", 128)
     session, messages = specjax.Session(opened), [user("hello")]
     messages += [session.chat(messages, 8, **GREEDY).message, user("more")]
-    tokens = session._encode(opened.need_chat_template().render(messages), add_special_tokens=False)
+    tokens = opened.need_chat_template().encode(opened.tokenizer, messages)
     new = session._kept.state.tokens_bs.shape[1] - len(tokens) - 10  # places past the end
     fresh = specjax.Session(opened, slots=SLOTS).chat(messages, new, **GREEDY)
     assert session.chat(messages, new, **GREEDY).text == fresh.text
