@@ -9,9 +9,10 @@ from pathlib import Path
 
 from specjax.hf.class_keys import NO_EFFECT
 from specjax.hf.families import FAMILIES
+from specjax.hf.multimodal import MULTIMODAL
 
-# Model types whose config holds that of a text model, and those whose draft modules can be read, but not their models.
-OTHERS = ("gemma3", "qwen3_next")
+# Multimodal models, and model types whose draft modules can be read, but not their models.
+OTHERS = (*MULTIMODAL, "qwen3_next")
 FILE = Path(__file__).parent.parent / "specjax" / "hf" / "class_keys.json"
 
 

@@ -23,6 +23,7 @@ from specjax.hf.families import FAMILIES
 from specjax.hf.keys import without_keys
 from specjax.hf.medusa import medusa_config
 from specjax.hf.mtp import mtp_layout
+from specjax.hf.multimodal import MULTIMODAL
 
 ROOT = Path(__file__).parent.parent
 SIZES = {
@@ -68,7 +69,19 @@ def test_the_tables_hold_the_keys_and_defaults_of_the_classes(kind):
 
 
 def test_every_family_has_a_table():
-    assert CLASS_KEYS.keys() >= FAMILIES.keys() | {"gemma3"}
+    assert CLASS_KEYS.keys() >= FAMILIES.keys() | MULTIMODAL.keys()
+
+
+@pytest.mark.parametrize("kind", MULTIMODAL)
+def test_text_parts_have_the_defaults_of_their_own_classes(kind):
+    """Those of the family, but for those that the table names. A reader has no default for the sizes."""
+    for own, text in MULTIMODAL[kind].texts.items():
+        theirs, family = (
+            {field.name: field.default for field in dataclasses.fields(one)} | {"rope_theta": one.default_theta}
+            for one in (class_of(own), class_of(text.family))
+        )
+        other = {key: theirs[key] for key in theirs.keys() & family.keys() if theirs[key] != family[key]}
+        assert {key: other[key] for key in other.keys() - NO_EFFECT - {*SIZES} | text.defaults.keys()} == text.defaults
 
 
 def test_keys_of_every_model_have_no_effect_or_are_checked():

@@ -8,6 +8,7 @@ from typing import Any
 from specjax.hf.class_keys import CLASS_KEYS, NO_EFFECT, UNDECLARED
 from specjax.hf.families import FAMILIES
 from specjax.hf.keys import Keys, read_json, switch, warn_unknown, without_keys
+from specjax.hf.multimodal import MULTIMODAL, take_text
 from specjax.transformer.config import DecoderConfig
 
 
@@ -38,18 +39,20 @@ def read_keys(raw: Mapping[str, Any], strict: bool = False) -> tuple[DecoderConf
     Raises:
       ValueError: as for ``decoder_config``.
     """
-    # 1. Multimodal Gemma 3 has the text part's config inside its own.
-    if raw.get("model_type") == "gemma3":
-        text, outer = _text_part(raw)
+    # 1. A multimodal model has the text part's config inside its own.
+    kind = raw.get("model_type", "llama")
+    if isinstance(kind, str) and kind in MULTIMODAL:
+        keys = _all_keys(raw, MULTIMODAL[kind].architecture, MULTIMODAL[kind].code)
+        text = take_text(keys, raw, MULTIMODAL[kind])
+        outer = unknown_keys(keys, kind)
         try:
             config, text, unknown = read_keys(text, strict)
         except ValueError as error:
             raise ValueError(f"text_config: {error}") from None
         return config, text, (*outer, *unknown)
     # 2. The family.
-    kind = raw.get("model_type", "llama")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        supported = ", ".join(sorted([*FAMILIES, "gemma3"]))
+        supported = ", ".join(sorted({*FAMILIES, *MULTIMODAL}))
         raise ValueError(f"model_type {kind!r} is not supported; supported: {supported}")
     # 3. The family's reader takes the keys that it understands. The tables of class_keys.py judge the others.
     keys = _all_keys(raw, FAMILIES[kind].architecture, FAMILIES[kind].code)
@@ -105,37 +108,6 @@ def _check_code(raw: Mapping[str, Any], taken_over: str | None) -> None:
             )
 
 
-def _text_part(raw: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Returns the config of multimodal Gemma 3's text part as a model's own config, and unknown keys next to it.
-
-    Raises:
-      ValueError: there is no text part, or the multimodal model would compute it in another way than it says.
-    """
-    # 1. The keys next to the text part. Keys of images do not change the text part.
-    keys = _all_keys(raw, "Gemma3ForConditionalGeneration", None)
-    text = keys.take("text_config")
-    keys.ignore(*("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index"))
-    keys.ignore(*("boi_token_id", "eoi_token_id", "image_token_id"))
-    tied = keys.flag("tie_word_embeddings", True)
-    unknown = unknown_keys(keys, "gemma3")
-    # 2. The text part itself must not contradict them.
-    if not isinstance(text, Mapping) or text.get("model_type", "gemma3_text") != "gemma3_text":
-        raise ValueError(f"text_config is {text!r}; it must be the config of a 'gemma3_text' model")
-    if text.get("tie_word_embeddings", tied) != tied:
-        raise ValueError(
-            f"tie_word_embeddings is {tied}, but {text['tie_word_embeddings']!r} in text_config; give one of them"
-        )
-    if text.get("final_logit_softcapping") is not None:
-        raise ValueError(
-            f"final_logit_softcapping is {text['final_logit_softcapping']!r} in text_config, where transformers does "
-            f"not apply it; remove it{switch('final_logit_softcapping')}"
-        )
-    # 3. What the text part needs of the outer config to stand alone.
-    kept = {key: raw[key] for key in ("eos_token_id", "quantization_config") if raw.get(key) is not None}
-    own = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "tie_word_embeddings": tied}
-    return {**text, **kept, **own}, unknown
-
-
 def read_config(path: Path, ignore_config_keys: Iterable[str] = ()) -> tuple[DecoderConfig, dict[str, Any]]:
     """Reads a ``config.json``.
 
@@ -144,7 +116,7 @@ def read_config(path: Path, ignore_config_keys: Iterable[str] = ()) -> tuple[Dec
       ignore_config_keys: as for ``without_keys``.
 
     Returns:
-      The decoder's config, and the keys that describe the model; for multimodal Gemma 3, the keys of the text part.
+      The decoder's config, and the keys that describe the model; for a multimodal model, the keys of its text part.
 
     Raises:
       ValueError: the file is missing, is not a JSON object, or describes a model that ``decoder_config`` refuses.

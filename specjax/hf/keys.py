@@ -14,7 +14,7 @@ from specjax.transformer.config import MAX_SIZE
 
 _LOG = logging.getLogger(__name__)
 _REQUIRED = object()
-_ROPES = ("rope_parameters", "rope_scaling")  # two names of one object
+ROPES = ("rope_parameters", "rope_scaling")  # two names of one object
 
 
 class Keys:
@@ -158,7 +158,7 @@ def without_keys(raw: Mapping[str, Any], ignore_config_keys: Iterable[str]) -> d
     for key, value in kept.items():
         if not isinstance(value, Mapping):
             continue
-        spellings = _ROPES if key in _ROPES else (key,)
+        spellings = ROPES if key in ROPES else (key,)
         inner = {name.removeprefix(f"{at}.") for at in spellings for name in names if name.startswith(f"{at}.")}
         if key == "text_config":
             kept[key] = without_keys(value, {*names, *inner})

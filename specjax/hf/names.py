@@ -111,10 +111,6 @@ def why_left_out(name: str, config: DecoderConfig, next_tokens: Any) -> str | No
         return "the output head is the embedding"
     if name.endswith(".rotary_emb.inv_freq") or re.search(r"(^|\.)h\.\d+\.attn\.(masked_)?bias$", name):
         return "a buffer, computed anew"
-    if name.startswith(
-        ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-    ):
-        return "the vision part, which text does not need"
     if name.startswith("medusa_head."):
         return "a Medusa head, no part of the decoder"
     layer = re.match(r"model\.layers\.(\d+)\.", name)

@@ -14,7 +14,11 @@ TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 def take_rope(
-    keys: Keys, theta: float = 10000.0, kinds: Mapping[str, float | None] | None = None, partial: bool = False
+    keys: Keys,
+    theta: float = 10000.0,
+    kinds: Mapping[str, float | None] | None = None,
+    partial: bool = False,
+    axes: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Takes the keys that describe rotary positions, in the spelling of transformers 4 or 5.
 
@@ -24,6 +28,7 @@ def take_rope(
       kinds: layer types that may have their own parameters, each with its base, used if the config names none. A base
         of None is the config's base for all layers.
       partial: whether the family may rotate only a part of each attention head.
+      axes: whether the family's positions have axes, as ``without_axes`` says.
 
     Returns:
       The parameters of each layer type; or, under "", the parameters of all layers.
@@ -40,6 +45,7 @@ def take_rope(
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise ValueError(f"rope_parameters or rope_scaling is {raw!r}; it must be an object")
+    raw = without_axes(raw) if axes else raw
     # 2. transformers 4 has these two keys at the top level; 5 has them in the object, which wins.
     common = {"rope_theta": keys.number("rope_theta", theta)}
     if "partial_rotary_factor" in keys:
@@ -130,6 +136,18 @@ def read_rope(
         if not np.all(np.isfinite(frequency.astype(np.float32))):
             raise ValueError(f"rope_theta {theta} and rope_type {kind!r} give frequencies that float32 does not hold")
     return Rope(tuple(frequency.tolist()), scale, interleaved, dynamic), max_positions
+
+
+def without_axes(parameters: Any) -> Any:
+    """Returns rotary parameters without the axes of multimodal models (Wang et al. 2024, Qwen2-VL, section 2.1).
+
+    A place of an image has a position on each of three axes, and each axis rotates some of the pairs. The three
+    positions of a token of text are equal, so the axes make no difference.
+    """
+    if not isinstance(parameters, Mapping):
+        return parameters
+    rope = {key: value for key, value in parameters.items() if key not in ("mrope_section", "mrope_interleaved")}
+    return rope | {key: "default" for key in ("rope_type", "type") if rope.get(key) == "mrope"}
 
 
 def attention_scale(parameters: dict[str, Any]) -> float:

@@ -19,6 +19,7 @@ from specjax.hf.config import read_config
 from specjax.hf.families import FAMILIES, sources, table_names
 from specjax.hf.formats import Format, check_named, decode, is_plain, read_format
 from specjax.hf.formats import why_left_out as why_left_out_by_formats
+from specjax.hf.multimodal import other_part
 from specjax.hf.names import (
     ParameterPath,
     Piece,
@@ -148,7 +149,7 @@ def _are_equal(one: np.ndarray, other: np.ndarray) -> bool:
 def _why_left_out(config: DecoderConfig, raw: Mapping[str, Any], name: str) -> str | None:
     """Returns why the decoder does not need a tensor, or None if there is no known reason."""
     next_tokens = raw.get("num_nextn_predict_layers", raw.get("num_mtp_layers", 0))
-    if reason := why_left_out(name, config, next_tokens):
+    if reason := why_left_out(name, config, next_tokens) or other_part(name):
         return reason
     return why_left_out_by_formats(name) if raw.get("quantization_config") else None
 
