@@ -25,8 +25,10 @@ class AttendingCache(Protocol):
         *,
         scale: float,
         window: int | None = None,
+        chunk: int | None = None,
         cap: float | None = None,
         value_width: int | None = None,
+        sinks_n: Array | None = None,
     ) -> tuple[Array, "AttendingCache"]:
         """Returns the output and the cache with ``new``; see ``specjax.transformer.attention.store_and_attend``."""
         ...

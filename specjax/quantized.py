@@ -194,9 +194,9 @@ def quantize_leaf(kind: Kind, path: tuple[Any, ...], array: Any) -> Any:
 
 
 def _input_axis(names: list[str]) -> int | None:
-    """Returns a kernel's input axis, from the end; None for parameters that stay as they are."""
+    """Returns a kernel's input axis, from the end; None for parameters that stay as they are, such as the router's."""
     parent, name = names[-2:] if len(names) > 1 else ("", "")
-    if (name == "kernel" and parent != "gate") or parent == "experts":  # "gate" is the router
+    if (name == "kernel" and parent != "gate") or (parent == "experts" and not name.endswith("_bias")):
         return -2
     return -1 if (parent, name) == ("embed_tokens", "weight") else None
 

@@ -52,6 +52,7 @@ LATENT = {
 }
 LATENT_YARN = rope("yarn", theta=10000.0, factor=8.0, mscale=1.0, mscale_all_dim=0.7, beta_fast=32, beta_slow=1)
 LATENT_YARN["rope_parameters"]["original_max_position_embeddings"] = 16
+GPT_OSS_ROPE = rope("yarn", theta=10000.0, factor=8.0, original_max_position_embeddings=16, truncate=False)
 GPT2 = {"vocab_size": VOCAB, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": LIMIT}
 GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 50.0},
@@ -118,6 +119,10 @@ EXPERTS = {
     "deepseek-v3, whole queries, halves, biases": (
         "DeepseekV3",
         {**LATENT, "q_lora_rank": None, "rope_interleave": False, "attention_bias": True, "norm_topk_prob": False},
+    ),
+    "gpt-oss": (
+        "GptOss",
+        {**WIDE, **WINDOW, **GPT_OSS_ROPE, "num_local_experts": 6, "num_experts_per_tok": 3, "swiglu_limit": 1.5},
     ),
     "glm-4.5": ("Glm4Moe", {**GROUPS, "head_dim": 12, "attention_bias": True, "use_qk_norm": True}),
 }

@@ -67,10 +67,11 @@ def attention(config, layers, x):
     return linear(layers["o_proj"], out.transpose(1, 0, 2).reshape(length, heads * width))
 
 
-def attend(query_nth, keys_ksh, values_ksh, position_t, scale, window=None, cap=None):
+def attend(query_nth, keys_ksh, values_ksh, position_t, scale, window=None, cap=None, chunk=None, sinks_n=None):
     """Attends from each query to the slots up to its position, or the last ``window`` of them; returns ``[n, t, h]``.
 
-    The products are scaled, then bent to ``cap * tanh(score / cap)`` where there is a cap.
+    With ``chunk``, a query sees only slots of its own chunk of so many. With ``sinks_n``, each head's softmax has one
+    more entry, without a value. The products are scaled, then bent to ``cap * tanh(score / cap)`` where there is a cap.
     """
     heads, length, _ = query_nth.shape
     group = heads // len(keys_ksh)
@@ -78,12 +79,17 @@ def attend(query_nth, keys_ksh, values_ksh, position_t, scale, window=None, cap=
     for n in range(heads):
         for t in range(length):
             end = position_t[t] + 1
-            seen = slice(0 if window is None else max(0, end - window), end)
+            first = 0 if window is None else max(0, end - window)
+            seen = slice(first if chunk is None else max(first, position_t[t] // chunk * chunk), end)
             scores = keys_ksh[n // group, seen].astype(np.float64) @ query_nth[n, t].astype(np.float64) * scale
             if cap is not None:
                 scores = cap * np.tanh(scores / cap)
-            weights = np.exp(scores - scores.max())
-            out[n, t] = weights / weights.sum() @ values_ksh[n // group, seen].astype(np.float64)
+            sink = -np.inf if sinks_n is None else float(sinks_n[n])
+            peak = max(scores.max(), sink)
+            weights = np.exp(scores - peak)
+            out[n, t] = (
+                weights / (weights.sum() + np.exp(sink - peak)) @ values_ksh[n // group, seen].astype(np.float64)
+            )
     return out
 
 

@@ -19,6 +19,9 @@ OPTIONS = {
     "window of 256": {"window": 256},
     "window of one": {"window": 1},
     "window wider than the cache": {"window": 10_000, "cap": 0.5},
+    "chunks of three": {"chunk": 3},
+    "chunks of 256, a window in them": {"chunk": 256, "window": 200},
+    "sinks": {"sinks_n": np.array([-1.0, 0.5, 2.0, 30.0], np.float32), "cap": 2.0},
 }
 FORMS = ["xla", "kernel"]
 
@@ -26,7 +29,7 @@ FORMS = ["xla", "kernel"]
 def run(form, monkeypatch):
     """Returns ``attend`` in one of its two forms."""
     if form == "xla":
-        return jax.jit(attend, static_argnames=("scale", "window", "cap", "value_width"))
+        return jax.jit(attend, static_argnames=("scale", "window", "chunk", "cap", "value_width"))
     kernel = flash.attend
     monkeypatch.setattr(flash, "attend", lambda *args, **kwargs: kernel(*args, **kwargs, interpret=True))
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cuda, default: cuda(*args))

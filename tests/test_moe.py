@@ -8,7 +8,7 @@ from flax import nnx
 
 from specjax.transformer.config import DecoderConfig, ExpertsConfig, LayerConfig, plain_rope
 from specjax.transformer.decoder import decoder_model, init_params
-from specjax.transformer.moe import MoE, expert_by_expert, sorted_by_expert
+from specjax.transformer.moe import Form, MoE, Stacks, expert_by_expert, sorted_by_expert
 from specjax.types import whole_feed
 
 D, F = 8, 5
@@ -20,6 +20,12 @@ CASES = {
     "sigmoid with groups, a bias and a shared expert": ExpertsConfig(
         8, 3, F, score="sigmoid", scale=1.7, groups=4, best_groups=2, corrected=True, shared_size=7
     ),
+    "biases, clamped": ExpertsConfig(6, 3, F, router_bias=True, bias=True, clamp=(1.702, 0.7)),
+    "inputs are weighted": ExpertsConfig(
+        5, 2, F, score="sigmoid", renormalize=False, weighs_inputs=True, shared_size=4
+    ),
+    "softmax, groups by their best": ExpertsConfig(8, 3, F, renormalize=False, groups=4, best_groups=2, group_best=1),
+    "sparsemixer": ExpertsConfig(6, 2, F, score="sparsemixer", nearness=0.8, renormalize=False),
     "groups of one expert": ExpertsConfig(4, 2, F, score="sigmoid", groups=4, best_groups=3, corrected=True),
 }
 
@@ -46,33 +52,53 @@ def make(experts, seed=0):
     return params, lambda x_btd: np.asarray(run(params, jnp.asarray(x_btd, jnp.float32)))
 
 
-def gated(x, gate, up, down):
-    hidden = x @ gate
-    return (hidden / (1 + np.exp(-hidden)) * (x @ up)) @ down
+def gated(x, gate, up, down, biases=(0, 0, 0), clamp=None):
+    gate, up = x @ gate + biases[0], x @ up + biases[1]
+    slope = 1
+    if clamp is not None:
+        slope, most = clamp
+        gate, up = np.minimum(gate, most), np.clip(up, -most, most) + 1
+    return (gate / (1 + np.exp(-slope * gate)) * up) @ down + biases[2]
+
+
+def sparsemixer(logits, count, nearness):
+    """Weights of the chosen experts, in the order of the choice."""
+    weights, left = {}, set(range(len(logits)))
+    for _ in range(count):
+        best = max(left, key=lambda e: logits[e])
+        near = [e for e in left if (logits[best] - logits[e]) / max(abs(logits[e]), logits[best]) <= nearness]
+        weights[best] = 1 / sum(np.exp(logits[e] - logits[best]) for e in near)
+        left.remove(best)
+    return weights
 
 
 def twin(experts, params, x):
     """One token at a time, in float64."""
     params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
-    logits = x @ params["gate"]["kernel"]
+    logits = x @ params["gate"]["kernel"] + (params["gate"]["bias"] if experts.router_bias else 0)
     scores = np.exp(logits - logits.max())
     scores = scores / scores.sum() if experts.score == "softmax" else 1 / (1 + np.exp(-logits))
     choice = scores + params["gate"]["e_score_correction_bias"] if experts.corrected else scores.copy()
     size = experts.num_experts // experts.groups
-    groups = [sorted(choice[g * size : (g + 1) * size])[-2:] for g in range(experts.groups)]
+    groups = [sorted(choice[g * size : (g + 1) * size])[-experts.group_best :] for g in range(experts.groups)]
     best = sorted(range(experts.groups), key=lambda g: -sum(groups[g]))[: experts.best_groups]
     allowed = [e for e in range(experts.num_experts) if e // size in best]
     chosen = sorted(allowed, key=lambda e: -choice[e])[: experts.per_token]
     total = sum(scores[e] for e in chosen) if experts.renormalize else 1.0
+    weights = {e: scores[e] / total * experts.scale for e in chosen}
+    if experts.score == "sparsemixer":
+        weights = sparsemixer(logits, experts.per_token, experts.nearness)
     stacks = params["experts"]
     out = np.zeros(len(x))
-    for e in chosen:
-        weight = scores[e] / total * experts.scale
-        out += weight * gated(x, stacks["gate_proj"][e], stacks["up_proj"][e], stacks["down_proj"][e])
+    for e, weight in weights.items():
+        kernels = (stacks[name][e] for name in ("gate_proj", "up_proj", "down_proj"))
+        biases = [stacks[name][e] for name in ("gate_bias", "up_bias", "down_bias")] if experts.bias else (0, 0, 0)
+        before, after = (weight, 1) if experts.weighs_inputs else (1, weight)
+        out += after * gated(before * x, *kernels, biases, experts.clamp)
     if experts.shared_size:
         shared = params["shared_experts"]
         out += gated(x, *(shared[name]["kernel"] for name in ("gate_proj", "up_proj", "down_proj")))
-    return out, chosen
+    return out, list(weights)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -86,16 +112,26 @@ def test_equals_the_twin(name):
     np.testing.assert_allclose(run(x), expected, atol=2e-4, rtol=2e-5)
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 40])
-def test_both_ways_through_the_experts_are_equal(tokens):
+@pytest.mark.parametrize(
+    ("tokens", "form", "biased"),
+    [
+        (1, Form("silu"), False),
+        (5, Form("silu"), True),
+        (40, Form("silu"), False),
+        (5, Form("silu", clamp=(1.702, 0.5)), True),
+        (5, Form("gelu", weighs_inputs=True), False),
+    ],
+)
+def test_both_ways_through_the_experts_are_equal(tokens, form, biased):
     """A CPU takes them one by one, other devices sorted."""
     rng = np.random.default_rng(tokens)
-    stacks = tuple(jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((7, D, F), (7, D, F), (7, F, D)))
+    shapes = ((7, D, F), (7, D, F), (7, F, D), (7, F), (7, F), (7, D))
+    stacks = Stacks(*(jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes[: 6 if biased else 3]))
     x_md = jnp.asarray(rng.normal(size=(tokens, D)), jnp.float32)
     chosen_mc = jnp.asarray([rng.permutation(7)[:3] for _ in range(tokens)], jnp.int32)
     weights_mc = jnp.asarray(rng.uniform(size=(tokens, 3)), jnp.float32)
     one_by_one, in_order = (
-        jax.jit(way, static_argnums=0)("silu", x_md, chosen_mc, weights_mc, stacks)
+        jax.jit(way, static_argnums=0)(form, x_md, chosen_mc, weights_mc, stacks)
         for way in (expert_by_expert, sorted_by_expert)
     )
     np.testing.assert_allclose(one_by_one, in_order, atol=1e-4, rtol=1e-5)

@@ -27,12 +27,14 @@ class Layout:
 
     Attributes:
       axis: the axis along which a tensor holds the parts of several parameters.
+      stride: parts alternate, entry by entry, with so many entries of all parts in a period; 1: they follow each other.
       transpose: whether the last two axes change places.
       by_head: whether the tensor's first axis holds the parts of each attention head in turn. The parameter then has
         an axis for the heads.
     """
 
     axis: int = 0
+    stride: int = 1
     transpose: bool = False
     by_head: bool = False
 
@@ -149,14 +151,16 @@ class Piece:
 
     @property
     def end(self) -> int:
-        """The entry after the part's last on the tensor's split axis."""
-        return self.start + self.view_shape[self.layout.axis]
+        """The entry where the next part starts on the tensor's split axis."""
+        return self.start + (self.view_shape[self.layout.axis] if self.layout.stride == 1 else 1)
 
     def of(self, tensor: np.ndarray) -> np.ndarray:
         """Returns this part of a tensor's array, as a view in the parameter's layout."""
         if self.layout.by_head:
             tensor = tensor.reshape(self.shape[0], -1, tensor.shape[-1])
-        part = tensor[(slice(None),) * self.layout.axis + (slice(self.start, self.end),)]
+        axis, stride = self.layout.axis, self.layout.stride
+        taken = slice(self.start, self.end) if stride == 1 else slice(self.start, None, stride)
+        part = tensor[(slice(None),) * axis + (taken,)]
         return part.swapaxes(-1, -2) if self.layout.transpose else part
 
 
@@ -176,6 +180,8 @@ class Source:
     def shape(self) -> tuple[int, ...]:
         """The tensor's shape."""
         layout, view, end = self.pieces[0].layout, self.pieces[0].view_shape, self.pieces[-1].end
+        if layout.stride > 1:
+            end = layout.stride * view[layout.axis]
         if layout.by_head:
             return view[0] * end, view[2]
         return (*view[: layout.axis], end, *view[layout.axis + 1 :])

@@ -216,7 +216,7 @@ def forward(
     # projections are absorbed: scores are as wide as a cache entry, values as wide as the latent.
     heads, latent = config.num_attention_heads / mesh.tensor, config.latent
     entries = 2 * latent.key_value_rank + latent.rotary_width if latent else 2 * config.head_width
-    seen = sum(min(context + tokens, layer.window or math.inf) for layer in config.each_layer)
+    seen = sum(min(context + tokens, layer.reach or math.inf) for layer in config.each_layer)
     read += rows * seen * token_bytes(model, mesh)
     flops += 2 * fed * heads * entries * seen
     return Pass(read, flops, _messages(model, mesh, fed) + chosen)

@@ -1,12 +1,12 @@
 """A cache for training a draft head as it drafts: chains of drafts that start at every slot at once."""
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
 from specjax.cache import LayerCache
-from specjax.transformer.layers import softcap
+from specjax.transformer.attention import first_seen
+from specjax.transformer.layers import softcap, softmax
 
 
 @struct.dataclass
@@ -29,8 +29,10 @@ class ChainCache:
         *,
         scale: float,
         window: int | None = None,
+        chunk: int | None = None,
         cap: float | None = None,
         value_width: int | None = None,
+        sinks_n: Array | None = None,
     ) -> tuple[Array, "ChainCache"]:
         """Adds a step to all chains and attends from it (EAGLE-3's training-time test).
 
@@ -55,17 +57,21 @@ class ChainCache:
         # Step 0 of every chain is the true text, shared by all chains: one matrix product.
         slot_t = jnp.arange(t, dtype=jnp.int32)
         seen_ts = slot_t[None, :] <= slot_t[:, None] - j
-        if window is not None:
-            seen_ts &= slot_t[None, :] > slot_t[:, None] - window
+        first_t = first_seen(slot_t, window, chunk)
+        if first_t is not None:
+            seen_ts &= slot_t[None, :] >= first_t[:, None]
         scores = softcap(jnp.einsum("bkqth,bksh->bkqts", query, true_keys, preferred_element_type=jnp.float32), cap)
         scores = [jnp.where(seen_ts[None, None, None], scores, -jnp.inf)]
         # Of each later step a query sees one entry, j - m slots before its own. A dot product per slot is enough.
         own = [(_shift(keys, j - m), _shift(values, j - m)) for m, (keys, values) in enumerate(chain, 1)]
-        for keys, _ in own:
-            score = jnp.einsum("bkqth,bkth->bkqt", query, keys, preferred_element_type=jnp.float32)
-            scores.append(softcap(score, cap)[..., None])
+        for m, (keys, _) in enumerate(own, 1):
+            score = softcap(jnp.einsum("bkqth,bkth->bkqt", query, keys, preferred_element_type=jnp.float32), cap)
+            if first_t is not None:
+                score = jnp.where((slot_t - (j - m) >= first_t)[None, None, None], score, -jnp.inf)
+            scores.append(score[..., None])
         # One softmax over both parts; the sums over values are split in the same way as the scores.
-        weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(true_values.dtype)
+        sinks = None if sinks_n is None else sinks_n.astype(jnp.float32).reshape(1, k, n // k, 1, 1)
+        weights = softmax(jnp.concatenate(scores, axis=-1), sinks).astype(true_values.dtype)
         out = jnp.einsum("bkqts,bksh->bkqth", weights[..., :t], true_values)
         for m, (_, values) in enumerate(own):
             out = out + weights[..., t + m, None] * values[:, :, None]

@@ -14,7 +14,7 @@ from specjax.cache import LayerCache, Stored, update
 from specjax.platforms import by_platform
 from specjax.transformer import flash
 from specjax.transformer.config import DecoderConfig, LayerConfig
-from specjax.transformer.layers import Linear, RMSNorm, declare, make_norm, normal, rotate, softcap
+from specjax.transformer.layers import Linear, RMSNorm, declare, make_norm, normal, rms, rotate, softcap, softmax
 from specjax.types import Feed
 
 SMALLEST_WINDOW = 256
@@ -29,8 +29,10 @@ def attend(
     *,
     scale: float,
     window: int | None = None,
+    chunk: int | None = None,
     cap: float | None = None,
     value_width: int | None = None,
+    sinks_n: Array | None = None,
 ) -> Array:
     """Attends from each place to its row's slots before the feed, and to the places that it follows.
 
@@ -46,7 +48,9 @@ def attend(
       scale: multiplies the products of queries and keys.
       window: how many positions a query sees, its own included; None for all. Example: with a window of 3 the query at
         position 10 sees positions 8, 9 and 10.
+      chunk: see ``LayerConfig``.
       cap: soft cap of the scaled products, or None.
+      sinks_n: floats, the logit of each query head that takes part in the softmax and has no value; None for no sinks.
       value_width: see ``values_bksh``.
 
     Returns:
@@ -62,29 +66,49 @@ def attend(
     # Latents hold keys and values in one array, which is passed to branches once.
     stored = (keys_bksh,) if values_bksh is None else (keys_bksh, values_bksh)
 
-    def by_xla(query: Array, stored: LayerCache, feed: Feed) -> Array:
-        return _over_windows(query, stored, feed, window, cap, value_width)
+    sinks_n = None if sinks_n is None else sinks_n.astype(jnp.float32)
 
-    def by_kernel(query: Array, stored: LayerCache, feed: Feed) -> Array:
+    def by_xla(query: Array, stored: LayerCache, feed: Feed, sinks_n: Array | None) -> Array:
+        return _over_windows(query, stored, feed, window, chunk, cap, value_width, sinks_n)
+
+    def by_kernel(query: Array, stored: LayerCache, feed: Feed, sinks_n: Array | None) -> Array:
         keys, values = stored if len(stored) == 2 else (stored[0], None)
         seen_btt = places_seen(feed)
-        first_bt = None if window is None else positions(feed, seen_btt) - window + 1
+        position_bt = positions(feed, seen_btt)
+        first_bt = first_seen(position_bt, window, chunk)
         if window is not None:
             seen_btt &= _depths(seen_btt)[:, :, None] - _depths(seen_btt)[:, None] < window
+        if chunk is not None and first_bt is not None:
+            seen_btt &= position_bt[:, None] >= first_bt[:, :, None]
         length_b = jnp.where(feed.count_b > 0, feed.start_b, 0)
         places = flash.Places(feed.start_b, length_b, first_bt, seen_btt)
-        return flash.attend(query, keys, values, places, cap=cap, value_width=value_width)
+        sinks_kq = None if sinks_n is None else jnp.repeat(sinks_n.reshape(k, -1), t, axis=1)
+        return flash.attend(query, keys, values, places, sinks_kq, cap=cap, value_width=value_width)
 
     # Without a cache there is no prefix, and the pass may be one of training, which needs derivatives.
     if attention_form() == "xla" or keys_bksh.shape[2] == t or not flash.serves(query, keys_bksh, value_width):
-        out = by_xla(query, stored, feed)
+        out = by_xla(query, stored, feed, sinks_n)
     else:
-        out = by_platform(query, stored, feed, cuda=by_kernel, default=by_xla)
+        out = by_platform(query, stored, feed, sinks_n, cuda=by_kernel, default=by_xla)
     return out.reshape(b, n, t, value_width)
 
 
+def first_seen(position: Array, window: int | None, chunk: int | None) -> Array | None:
+    """Returns the lowest position that a query at each position sees; None if neither window nor chunk limits it."""
+    limits = [] if window is None else [position - window + 1]
+    limits += [] if chunk is None else [position // chunk * chunk]
+    return functools.reduce(jnp.maximum, limits) if limits else None
+
+
 def _over_windows(
-    query_bkqh: Array, stored: LayerCache, feed: Feed, window: int | None, cap: float | None, value_width: int
+    query_bkqh: Array,
+    stored: LayerCache,
+    feed: Feed,
+    window: int | None,
+    chunk: int | None,
+    cap: float | None,
+    value_width: int,
+    sinks_n: Array | None,
 ) -> Array:
     """Attends over the smallest window of slots that holds every real place, in one softmax."""
     b, k, q, _ = query_bkqh.shape
@@ -97,14 +121,23 @@ def _over_windows(
         # A place that is not real sees slot 0. Without any slot its softmax would be NaN, and the next layer would
         # write NaN into the cache.
         position_bt = jnp.where(feed.real_bt, position_bt, 0)
+    first_bt = first_seen(position_bt, window, chunk)
+    sinks_1n11 = None if sinks_n is None else sinks_n[None, :, None, None]
 
-    def over(used: int, query: Array, stored: LayerCache, position_bt: Array, tree: tuple[Array, ...]) -> Array:
+    def over(
+        used: int,
+        query: Array,
+        stored: LayerCache,
+        seen: tuple[Array, Array | None],
+        tree: tuple[Array, ...],
+        sinks: Array | None,
+    ) -> Array:
         keys, values = stored[0][:, :, :used], stored[-1][:, :, :used, :value_width]
         scores = jnp.einsum("bkqh,bksh->bkqs", query, keys, preferred_element_type=jnp.float32)
         scores = softcap(scores, cap).reshape(b, k * q // t, t, used)
-        seen_bts = _slots_of_tree(used, position_bt, window, *tree) if tree else _slots(used, position_bt, window)
+        seen_bts = _slots_of_tree(used, *seen, *tree) if tree else _slots(used, *seen)
         scores = jnp.where(seen_bts[:, None], scores, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+        weights = softmax(scores, sinks).astype(values.dtype)
         return jnp.einsum("bkqs,bksh->bkqh", weights.reshape(b, k, q, used), values)
 
     # One branch for each window, chosen on the device: the length of the text is not known when this compiles.
@@ -113,7 +146,7 @@ def _over_windows(
     index = jnp.sum(needed > jnp.asarray(windows[:-1], needed.dtype))
     tree = () if seen_btt is None else (feed.start_b, feed.real_bt, seen_btt)
     branches = [functools.partial(over, used) for used in windows]
-    return lax.switch(index, branches, query_bkqh, stored, position_bt, tree)
+    return lax.switch(index, branches, query_bkqh, stored, (position_bt, first_bt), tree, sinks_1n11)
 
 
 def places_seen(feed: Feed) -> Array:
@@ -143,15 +176,15 @@ def positions(feed: Feed, seen_btt: Array) -> Array:
     return feed.start_b[:, None] + _depths(seen_btt)
 
 
-def _slots(used: int, position_bt: Array, window: int | None) -> Array:
+def _slots(used: int, position_bt: Array, first_bt: Array | None) -> Array:
     """Returns which of the first ``used`` slots each place of a chain sees, bool ``[b, t, used]``."""
     slot_11s = jnp.arange(used, dtype=jnp.int32)[None, None]
     seen_bts = slot_11s <= position_bt[:, :, None]
-    return seen_bts if window is None else seen_bts & (slot_11s > position_bt[:, :, None] - window)
+    return seen_bts if first_bt is None else seen_bts & (slot_11s >= first_bt[:, :, None])
 
 
 def _slots_of_tree(
-    used: int, position_bt: Array, window: int | None, start_b: Array, real_bt: Array, seen_btt: Array
+    used: int, position_bt: Array, first_bt: Array | None, start_b: Array, real_bt: Array, seen_btt: Array
 ) -> Array:
     """Returns as ``_slots`` does what the places of a tree see; one that is not real sees slot 0."""
     slot_11s, t = jnp.arange(used, dtype=jnp.int32)[None, None], seen_btt.shape[1]
@@ -159,10 +192,10 @@ def _slots_of_tree(
     index_bts = jnp.broadcast_to(jnp.clip(place_b1s, 0, t - 1), (*seen_btt.shape[:2], used))
     own_bts = jnp.take_along_axis(seen_btt, index_bts, axis=2) & (place_b1s < t)
     seen_bts = (place_b1s < 0) | own_bts
-    if window is not None:
+    if first_bt is not None:
         # A slot of the tree is not its position.
         own_b1s = jnp.take_along_axis(position_bt[:, None], index_bts[:, :1], axis=2)
-        seen_bts &= jnp.where(place_b1s < 0, slot_11s, own_b1s) > position_bt[:, :, None] - window
+        seen_bts &= jnp.where(place_b1s < 0, slot_11s, own_b1s) >= first_bt[:, :, None]
     return jnp.where(real_bt[:, :, None], seen_bts, slot_11s == 0)
 
 
@@ -210,6 +243,13 @@ def attention_windows(slots: int) -> tuple[int, ...]:
     return (*windows, slots)
 
 
+def grown(query_bnth: Array, position_bt: Array, weight: float, step: int) -> Array:
+    """Returns queries times ``1 + weight log(1 + floor((p + 1) / step))`` at position p; see ``LayerConfig.growth``."""
+    steps_bt = ((position_bt + 1) // step).astype(jnp.float32)
+    factor_b1t1 = (1 + weight * jnp.log1p(steps_bt))[:, None, :, None]
+    return (query_bnth.astype(jnp.float32) * factor_b1t1).astype(query_bnth.dtype)
+
+
 class Attention(nnx.Module):
     """Grouped-query self-attention (Ainslie et al. 2023, arXiv 2305.13245).
 
@@ -233,6 +273,8 @@ class Attention(nnx.Module):
         self.o_proj = Linear(self.n * self.h, width, config.output_bias, dtype, rngs, (heads, "embed"))
         self.q_norm = make_norm(config, self.h, dtype) if config.query_key_norm else None
         self.k_norm = make_norm(config, self.h, dtype) if config.query_key_norm else None
+        self.sinks = declare(jnp.zeros((self.n,), dtype), heads) if config.attention_sinks else None
+        self.eps = config.norm_eps
 
     def __call__(
         self, x_btd: Array, feed: Feed, tables: tuple[Array, Array] | None, stored: Stored | None
@@ -254,8 +296,13 @@ class Attention(nnx.Module):
             query, gate = jnp.split(query.reshape(b, t, self.n, 2 * self.h), 2, axis=-1)
         query = rotate(heads(query, self.n, self.q_norm), tables, interleaved)
         keys = rotate(heads(self.k_proj(x_btd), self.k, self.k_norm), tables, interleaved)
+        if self.layer.unit_heads:
+            query, keys = (rms(x, self.eps).astype(x.dtype) for x in (query, keys))
+        if self.layer.growth is not None:
+            query = grown(query, feed.position_bt, *self.layer.growth)
         new = keys, heads(self.v_proj(x_btd), self.k)
-        options = {"scale": self.scale, "window": self.layer.window, "cap": self.cap}
+        options = {"scale": self.scale, "window": self.layer.window, "chunk": self.layer.chunk, "cap": self.cap}
+        options["sinks_n"] = None if self.sinks is None else self.sinks[...]
         out, stored = store_and_attend(query, new, feed, stored, **options)
         out = out.transpose(0, 2, 1, 3)
         out = out if gate is None else out * jax.nn.sigmoid(gate)
@@ -312,7 +359,7 @@ class LatentAttention(nnx.Module):
         compressed = self.kv_a_proj(x_btd)[:, None]
         shared = rotate(compressed[..., r:], tables, interleaved)
         keys = jnp.concatenate([self.kv_a_layernorm(compressed[..., :r]), shared], axis=-1)
-        options = {"scale": self.scale, "window": self.layer.window, "value_width": r}
+        options = {"scale": self.scale, "window": self.layer.window, "chunk": self.layer.chunk, "value_width": r}
         out, stored = store_and_attend(query, (keys,), feed, stored, **options)
         # The value projection comes after the sum over slots: once per query, not once per slot.
         out = jnp.einsum("bntr,nhr->btnh", out, self.v_up[...])

@@ -44,14 +44,28 @@ class LayerConfig:
     Attributes:
       rope: rotary positions, or None for a layer without positions.
       window: tokens that a query sees, itself included (sliding-window attention), or None for all.
+      chunk: c; positions are cut into chunks of c, and a query sees positions of its own chunk only. Example: with a
+        chunk of 8, the query at position 10 sees positions 8, 9 and 10. None: there are no chunks.
+      growth: (w, m); the query at position p is multiplied by ``1 + w log(1 + floor((p + 1) / m))`` (Nakanishi 2025,
+        arXiv 2501.19399, in steps of m tokens). None: queries are not.
+      unit_heads: whether each head's query and key are divided by the root of their mean square, after the rotation.
       experts: whether the layer's MLP is the mixture ``DecoderConfig.experts``.
       recurrent: whether ``DecoderConfig.recurrence`` takes the place of attention.
     """
 
     rope: Rope | None
     window: int | None = None
+    chunk: int | None = None
+    growth: tuple[float, int] | None = None
+    unit_heads: bool = False
     experts: bool = False
     recurrent: bool = False
+
+    @property
+    def reach(self) -> int | None:
+        """The most tokens that a query sees, or None if there is no limit."""
+        limits = [limit for limit in (self.window, self.chunk) if limit is not None]
+        return min(limits, default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,27 +150,42 @@ class ExpertsConfig:
       num_experts: e, experts of a layer.
       per_token: c, experts that each token goes to.
       intermediate_size: width of one expert.
-      score: how router logits become scores, "softmax" or "sigmoid".
+      score: how router logits become scores: "softmax", "sigmoid", or "sparsemixer" (Liu et al. 2024, 2409.12136).
+        Sparsemixer chooses one expert after the other. An expert's weight is its softmax over those experts that were
+        not chosen before it and have nearly its logit: ``(best - logit) / max(|logit|, best)`` is at most ``nearness``.
+      nearness: for "sparsemixer" only.
       renormalize: whether the chosen experts' scores are divided by their sum.
       scale: multiplies the chosen experts' weights.
       groups: experts are chosen within the best groups only (DeepSeek-V3, section 2.1.2); 1 for no groups.
       best_groups: how many groups the experts are chosen from.
+      group_best: a group is as good as the sum of the scores of so many of its best experts.
+      router_bias: whether a bias per expert is added to the router logits, for the choice and for the weights.
       corrected: whether a bias per expert is added to the scores. It decides the choice, not the weights.
       shared_size: width of the shared MLP that every token goes through as well; 0 for none.
       shared_gate: whether the sigmoid of one more projection of the token scales the shared MLP's output (Qwen3-Next).
+      bias: whether the experts' three projections have biases.
+      clamp: (a, m); with g = min(gate, m) and u = clip(up, -m, m), an expert computes ``down(g sigmoid(a g) (u + 1))``.
+        None: it computes ``down(act(gate) up)``.
+      weighs_inputs: whether the weights multiply what goes into the experts, not what comes out.
     """
 
     num_experts: int
     per_token: int
     intermediate_size: int
-    score: Literal["softmax", "sigmoid"] = "softmax"
+    score: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
+    nearness: float | None = None
     renormalize: bool = True
     scale: float = 1.0
     groups: int = 1
     best_groups: int = 1
+    group_best: int = 2
+    router_bias: bool = False
     corrected: bool = False
     shared_size: int = 0
     shared_gate: bool = False
+    bias: bool = False
+    clamp: tuple[float, float] | None = None
+    weighs_inputs: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,10 +213,13 @@ class DecoderConfig:
       gated_mlp: ``down(act(gate(x)) * up(x))``; otherwise ``down(act(up(x)))``.
       attention_bias: biases on the query, key and value projections (on latents: on those from the hidden state).
       output_bias: bias on the attention's output projection.
+      attention_sinks: each query head has a learned logit, which takes part in the softmax over the slots and has no
+        value (Xiao et al. 2024, arXiv 2309.17453). Not with latent attention.
       output_gate: the output of the attention heads is multiplied by the sigmoid of one more projection (Qwen3-Next).
         This projection is the second half of each head's part of the query projection. Not with latent attention.
       mlp_bias: biases on the MLP's projections.
       tie_word_embeddings: the output head is the embedding.
+      head_bias: bias on the output head.
       embedding_scale: multiplies the embeddings, rounded to their dtype.
       attention_scale: multiplies query-key products; None means ``head_dim ** -0.5``, or for latent attention
         ``(plain_width + rotary_width) ** -0.5``.
@@ -219,9 +251,11 @@ class DecoderConfig:
     gated_mlp: bool = True
     attention_bias: bool = False
     output_bias: bool = False
+    attention_sinks: bool = False
     output_gate: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
+    head_bias: bool = False
     embedding_scale: float = 1.0
     attention_scale: float | None = None
     attention_softcap: float | None = None
@@ -260,6 +294,10 @@ class DecoderConfig:
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
                 f"{self.kv_heads}"
             )
+        if self.latent and self.attention_sinks:
+            raise ValueError("attention_sinks is true beside latent attention, which has none; give one of them")
+        if self.head_bias and self.tie_word_embeddings:
+            raise ValueError("head_bias is true, but tie_word_embeddings makes the embedding the output head; untie it")
         if self.latent and self.output_gate:
             raise ValueError("output_gate is true beside latent attention, which has no gate; give one of them")
         if self.layers is None:
@@ -279,6 +317,11 @@ class DecoderConfig:
         for layer in self.each_layer:
             if layer.window is not None:
                 check_integer("sliding window", layer.window, 1, MAX_SIZE)
+            if layer.chunk is not None:
+                check_integer("attention chunk", layer.chunk, 1, MAX_SIZE)
+            if layer.growth is not None:
+                check_positive("growth of queries", layer.growth[0])
+                check_integer("growth of queries, tokens of a step", layer.growth[1], 1, MAX_SIZE)
             if layer.experts and self.experts is None:
                 raise ValueError("a layer is a mixture of experts, but experts is None; describe them")
             if layer.recurrent and self.recurrence is None:
@@ -289,9 +332,17 @@ class DecoderConfig:
         # The router takes the best groups and then experts within them: both choices must be possible.
         if self.experts:
             experts = self.experts
-            for name in ("num_experts", "per_token", "intermediate_size", "groups", "best_groups"):
+            for name in ("num_experts", "per_token", "intermediate_size", "groups", "best_groups", "group_best"):
                 check_integer(f"experts' {name}", getattr(experts, name), 1, MAX_SIZE)
             check_positive("experts' scale", experts.scale)
+            for value in experts.clamp or ():
+                check_positive("experts' clamp", value)
+            check_positive("experts' nearness", experts.nearness, optional=experts.score != "sparsemixer")
+            if experts.score == "sparsemixer" and (experts.renormalize or experts.corrected or experts.groups > 1):
+                raise ValueError(
+                    "the experts' score is 'sparsemixer', which has its own choice and weights; renormalize and "
+                    "corrected must be false, and groups 1"
+                )
             if experts.num_experts % experts.groups or experts.best_groups > experts.groups:
                 raise ValueError(
                     f"{experts.num_experts} experts in {experts.groups} groups (n_group), {experts.best_groups} of "

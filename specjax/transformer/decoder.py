@@ -124,7 +124,9 @@ class Decoder(nnx.Module):
         self.layers = nnx.List([DecoderLayer(config, layer, dtype, rngs) for layer in config.each_layer])
         self.norm = make_norm(config, config.hidden_size, dtype)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, False, dtype, rngs, ("embed", "vocab"))
+            self.lm_head = Linear(
+                config.hidden_size, config.vocab_size, config.head_bias, dtype, rngs, ("embed", "vocab")
+            )
 
     def __call__(
         self,

@@ -55,6 +55,7 @@ def attend(
     keys_bksh: Array,
     values_bksh: Array | None,
     places: Places,
+    sinks_kq: Array | None = None,
     *,
     cap: float | None,
     value_width: int,
@@ -67,6 +68,7 @@ def attend(
       keys_bksh: floats of the same type, keys.
       values_bksh: floats, values. None: the values are the first ``value_width`` entries of the keys.
       places: what the places see.
+      sinks_kq: float32, a logit for each query that takes part in its softmax and has no value; None for no sinks.
       cap: soft cap of the products, or None.
       value_width: the width of the values.
       interpret: whether to run the kernel step by step in JAX, on any device.
@@ -112,7 +114,10 @@ def attend(
         interpret=interpret,
         name="flash_decoding",
     )(*places[:3], places.seen_btt.astype(jnp.int32), query_bkqh, keys_bksh, values_bksh)
-    return jnp.sum(jax.nn.softmax(height, axis=0)[..., None] * out, axis=0).astype(query_bkqh.dtype)
+    # A sink is one more part, which has no values.
+    parts = height if sinks_kq is None else jnp.append(height, jnp.broadcast_to(sinks_kq, height[:1].shape), axis=0)
+    share = jax.nn.softmax(parts, axis=0)[:splits]
+    return jnp.sum(share[..., None] * out, axis=0).astype(query_bkqh.dtype)
 
 
 def _kernel(

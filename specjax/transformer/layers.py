@@ -153,6 +153,21 @@ def softcap(x: Array, cap: float | None) -> Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
+def softmax(scores: Array, sinks: Array | None = None) -> Array:
+    """Returns the softmax over the last axis.
+
+    Args:
+      scores: floats; -inf for entries that get no weight.
+      sinks: floats that broadcast to ``[.., 1]``: the logits of one more entry each, which takes its weight away; the
+        rest is returned. None: there is no such entry.
+    """
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    peak = lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks))
+    weights = jnp.exp(scores - peak)
+    return weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - peak))
+
+
 def positions(start_b: Array, width: int) -> Array:
     """Returns the positions of ``width`` tokens from ``start_b`` on: ``[b, t]``, in the dtype of ``start_b``."""
     return start_b[:, None] + jnp.arange(width, dtype=start_b.dtype)[None]
