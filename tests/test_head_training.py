@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import reference_model
 from draft_heads import open_mtp
 from jitted import jit
 
 from specjax.drafters.mtp import MTPConfig, MTPHead, init_mtp_params
 from specjax.hf.config import decoder_config
 from specjax.training import losses
+from specjax.training.chains import ChainCache
 from specjax.training.objectives import chain_logits, head_objective
 from specjax.training.recipe import Recipe, Stage
 from specjax.training.trainees import make_trainee, most_frequent
@@ -219,3 +221,21 @@ def test_nothing_to_draft_is_no_loss():
     nothing = jnp.full((1, 2, VOCAB), -jnp.inf).at[..., 0].set(0.0)
     target = jnp.zeros((1, 2, VOCAB)).at[..., 3].set(5.0)
     assert float(losses.draft("kl", nothing, target, jnp.ones((1, 2), jnp.int32))) == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"window": 4}, {"chunk": 5, "sinks_n": np.array([-1.0, 0.5, 2.0, 9.0], np.float32)}, {"window": 2, "cap": 0.7}],
+    ids=str,
+)
+def test_chains_attend_as_one_chain_after_the_other(options):
+    """Every slot's query sees the true slots before its chain and the chain's own steps, as if they were its row."""
+    rng, t, cache = np.random.default_rng(0), 12, ChainCache()
+    made = [[rng.normal(size=(1, heads, t, 6)).astype(np.float32) for heads in (4, 2, 2)] for _ in range(3)]
+    for j, (query, keys, values) in enumerate(made):
+        out, cache = cache.attend(query, (keys, values), scale=0.4, **options)
+        for i in range(j, t):
+            slots = [(0, s) for s in range(i - j + 1)] + [(m, i - j + m) for m in range(1, j + 1)]
+            row = [np.stack([made[m][part][0, :, s] for m, s in slots], axis=1) for part in (1, 2)]
+            wanted = reference_model.attend(query[0, :, i : i + 1], *row, np.array([i]), scale=0.4, **options)
+            np.testing.assert_allclose(out[0, :, i], wanted[:, 0], atol=1e-5, rtol=0)
