@@ -38,6 +38,7 @@ class Router(nnx.Module):
         if self.bias is not None:
             logits_me = logits_me + self.bias[...].astype(jnp.float32)[None]
         if experts.score == "sparsemixer":
+            assert experts.nearness is not None
             chosen_mc, weights_mc = _sparsemixer(logits_me, experts.per_token, experts.nearness)
             return chosen_mc, weights_mc * experts.scale
         scores_me = jax.nn.softmax(logits_me) if experts.score == "softmax" else jax.nn.sigmoid(logits_me)
@@ -61,7 +62,7 @@ class Router(nnx.Module):
         return chosen_mc, weights_mc * experts.scale
 
 
-def _sparsemixer(logits_me: Array, count: int, nearness: float | None) -> tuple[Array, Array]:
+def _sparsemixer(logits_me: Array, count: int, nearness: float) -> tuple[Array, Array]:
     """Returns the chosen experts and their weights, ``[m, c]``; see ``ExpertsConfig.score``."""
     left_me, chosen, weights = logits_me, [], []
     for _ in range(count):
