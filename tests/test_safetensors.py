@@ -335,7 +335,7 @@ OTHERS = {
     "a.gguf": r"from_pretrained\(folder, gguf_file=NAME\)",
     "model-00001-of-00002.safetensors": r"need their index, download model\.safetensors\.index\.json",
     "medusa_lm_head.safetensors": "load_drafter opens them as medusa:DIR",
-    "adapter_model.safetensors": "merge it into its base model with peft",
+    "adapter_model.safetensors": "with adapter=this folder",
     "consolidated.safetensors": "download the files that have transformers' names",
     "model.fp16.safetensors": r"call it model\.safetensors",
 }

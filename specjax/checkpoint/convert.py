@@ -51,6 +51,7 @@ def convert_hf(
     dtype: jnp.dtype | str | None = None,
     progress: Progress = lambda done, total: None,
     ignore_config_keys: Iterable[str] = (),
+    adapter: str | os.PathLike | None = None,
 ) -> tuple[str, ...]:
     """Writes a checkpoint folder from a Hugging Face folder.
 
@@ -63,6 +64,7 @@ def convert_hf(
         tensors get the dtype of their scales, or bfloat16 if these are float32.
       progress: called after each parameter, as ``progress(done, total)`` in bytes.
       ignore_config_keys: as for ``specjax.load``. The config that is written does not have these keys.
+      adapter: as for ``specjax.load``. Other files than the weights are the base model's.
 
     Returns:
       Lines of text: which tensors made which parameters, which were left out, and which files were copied.
@@ -77,7 +79,7 @@ def convert_hf(
     wanted = None if dtype is None else check_dtype(dtype)
     if (source / "params").is_dir() and not holds_weights(source):
         raise ValueError(f"{source} is a checkpoint folder; specjax.open opens it, and export_hf converts it back")
-    weights = open_weights(source, ignore_config_keys)
+    weights = open_weights(source, ignore_config_keys, None if adapter is None else Path(adapter).absolute())
 
     def abstract(parameter: Parameter) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(parameter.shape, parameter.dtype if wanted is None else wanted)

@@ -157,6 +157,7 @@ def load(
     rules: Rules = RULES,
     ignore_config_keys: Iterable[str] = (),
     quantize: Kind | None = None,
+    adapter: str | os.PathLike | None = None,
 ) -> LanguageModel:
     """Opens the model of a checkpoint folder, or of a Hugging Face folder with safetensors.
 
@@ -173,6 +174,8 @@ def load(
         there are no error.
       quantize: "int8", "int4" or "fp8", as for ``specjax.quantize``; None keeps the weights as they are. Of safetensors
         files, each parameter is quantised before the next is read.
+      adapter: the folder of a LoRA adapter, as peft writes it, to merge into the weights of a Hugging Face folder as
+        they are read.
 
     Raises:
       ValueError: the folder or a file of it is missing, truncated, of an unsupported model, or does not fit its
@@ -180,7 +183,7 @@ def load(
         ``specjax.quantize``.
       TypeError: as for ``specjax.shard``.
     """
-    return load_with_config(Path(path).absolute(), dtype, mesh, rules, ignore_config_keys, quantize)[0]
+    return load_with_config(Path(path).absolute(), dtype, mesh, rules, ignore_config_keys, quantize, adapter)[0]
 
 
 def load_with_config(
@@ -190,6 +193,7 @@ def load_with_config(
     rules: Rules,
     ignore_config_keys: Iterable[str],
     quantize: Kind | None = None,
+    adapter: str | os.PathLike | None = None,
 ) -> tuple[LanguageModel, dict[str, Any]]:
     """Returns the model as ``load`` does, and the keys of ``config.json`` that describe the model."""
     dtype = check_dtype(default_dtype() if dtype is None else dtype)
@@ -198,13 +202,18 @@ def load_with_config(
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; give one with config.json and params/, or with safetensors files")
     if is_checkpoint(path):
+        if adapter is not None:
+            raise ValueError(
+                f"adapter is {str(adapter)!r}, and {path} holds its weights in params/; give the Hugging Face folder "
+                "that they were converted from, or convert that again with the adapter"
+            )
         config, raw = read_config(path / "config.json", ignore_config_keys)
         params = load_params(path, _decoder_with_places(config, dtype, mesh, rules))
         with errors_name(path):
             jax.tree_util.tree_map_with_path(check_finite, params)
         params = params if quantize is None else quantize_params(params, quantize)
         return _placed(decoder_model(config, params), mesh, rules), raw
-    weights = open_weights(path, ignore_config_keys)
+    weights = open_weights(path, ignore_config_keys, None if adapter is None else Path(adapter).absolute())
     with errors_name(path):
         places = _decoder_with_places(weights.config, dtype, mesh, rules)
         params = read_params(weights.params, places, quantize=quantize)

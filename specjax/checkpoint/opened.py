@@ -69,6 +69,7 @@ def open(
     rules: Rules = RULES,
     ignore_config_keys: Iterable[str] = (),
     quantize: Kind | None = None,
+    adapter: str | os.PathLike | None = None,
 ) -> Opened:
     """Opens a checkpoint folder, or a Hugging Face folder with safetensors.
 
@@ -82,6 +83,7 @@ def open(
       rules: as for ``specjax.shard``.
       ignore_config_keys: as for ``specjax.load``.
       quantize: "int8", "int4" or "fp8", as for ``specjax.quantize``; None keeps the weights as they are.
+      adapter: as for ``specjax.load``. Tokenizer and chat template are the base model's.
 
     Raises:
       ValueError: a file of the folder is damaged; or as for ``specjax.load``. A missing ``tokenizer.json`` or chat
@@ -96,7 +98,7 @@ def open(
     stop_tokens = load_stop_tokens(path, tokenizer) if there else ()
     # 2. The config goes with the model, so that ``specjax.save`` can write both. It says how the model computes, not
     # how this folder stored it. Stop tokens may come from another file, so they are put into the config.
-    model, raw = load_with_config(path, dtype, mesh, rules, ignore_config_keys, quantize)
+    model, raw = load_with_config(path, dtype, mesh, rules, ignore_config_keys, quantize, adapter)
     config = {key: value for key, value in raw.items() if key not in _OF_STORAGE}
     stop_tokens = tuple(token for token in stop_tokens if token < model.vocab_size)
     if stop_tokens:

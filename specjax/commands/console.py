@@ -50,6 +50,11 @@ def add_quantize(parser: Any) -> None:
         parser.add_argument(name, choices=KINDS, help=f"quantise the weights of the {what} (docs/quantization.md)")
 
 
+def add_adapter(parser: Any, what: str) -> None:
+    """Adds ``--adapter`` to a parser, or to a group of its options. ``what``: the model that it is merged into."""
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help=f"merge the LoRA adapter in DIR into {what}")
+
+
 def add_ignored_keys(parser: Any) -> None:
     """Adds ``--ignore-config-key`` to a parser, or to a group of its options."""
     parser.add_argument(

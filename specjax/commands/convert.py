@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 import specjax
-from specjax.commands.console import add_ignored_keys
+from specjax.commands.console import add_adapter, add_ignored_keys
 from specjax.hf.keys import read_json
 from specjax.hf.safetensors import open_tensors
 from specjax.hf.weights import FLOATS
@@ -32,12 +32,15 @@ def main(argv: list[str] | None = None, prog: str = "convert_hf.py") -> int:
     parser.add_argument("source", type=Path, metavar="SRC", help="Hugging Face folder")
     parser.add_argument("destination", type=Path, metavar="DST", help="folder to make")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored; quantised: as their scales)")
+    add_adapter(parser, "the model")
     add_ignored_keys(parser)
     parser.add_argument("--verify", action="store_true", help="compare logits with transformers, on this machine's CPU")
     args = parser.parse_args(argv)
     # The needs of --verify are checked first, since the conversion may take long.
     if args.verify and is_quantized(args.source):
         parser.error("--verify compares with transformers on a CPU, which cannot run most quantised weights; omit it")
+    if args.verify and args.adapter is not None:
+        parser.error("--verify compares with the model in SRC, without --adapter; omit one of the two")
     if args.verify and not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         parser.error("--verify needs torch and transformers; pip install 'specjax[parity]'")
     # Errors of the source are one line. Ctrl-C leaves no folder.
@@ -48,7 +51,8 @@ def main(argv: list[str] | None = None, prog: str = "convert_hf.py") -> int:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            report = specjax.convert_hf(args.source, args.destination, args.dtype, progress, args.ignore_config_keys)
+            ignored, adapter = args.ignore_config_keys, args.adapter
+            report = specjax.convert_hf(args.source, args.destination, args.dtype, progress, ignored, adapter)
     except (ValueError, OSError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2

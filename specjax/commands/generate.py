@@ -20,7 +20,7 @@ import specjax
 from specjax.checkpoint.drafters import folders_of
 from specjax.checkpoint.generation import load_generation_defaults
 from specjax.commands import compilation_cache, figures, hosts
-from specjax.commands.console import Parser, add_ignored_keys, add_quantize, write_whole
+from specjax.commands.console import Parser, add_adapter, add_ignored_keys, add_quantize, write_whole
 from specjax.commands.drafter_spec import named_drafter
 from specjax.commands.places import folder_or_shipped, shipped
 from specjax.commands.trace_page import Trace, render
@@ -114,6 +114,7 @@ def parse(argv: list[str] | None, prog: str) -> tuple[Parser, argparse.Namespace
         help="model:DIR, mtp:DIR, eagle:DIR, medusa:DIR, early-exit:LAYERS, ngram, none, or cascade:A,B, where B "
         "drafts if A has nothing (default: the shipped draft, or ngram)",
     )
+    add_adapter(models, "the target")
     add_ignored_keys(models)
     add_quantize(models)
     models.add_argument("--num-draft", type=int, default=4, metavar="N", help="tokens drafted per round (default: 4)")
@@ -266,10 +267,12 @@ def main(argv: list[str] | None = None, prog: str = "generate.py") -> None:
             prompts = prompts_of(args)
             fill_sampling(args)
             spec = default_drafter(args.target) if args.drafter is None else args.drafter
-            hosts.check_same_folders(args.target, *folders_of(spec))
+            adapters = [] if args.adapter is None else [args.adapter]
+            hosts.check_same_folders(args.target, *adapters, *folders_of(spec))
             # Errors of models, drafter and options come before anything compiles, and each is one line.
             ignored = args.ignore_config_keys
-            opened = specjax.open(args.target, mesh=mesh, ignore_config_keys=ignored, quantize=args.quantize)
+            options = {"ignore_config_keys": ignored, "quantize": args.quantize, "adapter": args.adapter}
+            opened = specjax.open(args.target, mesh=mesh, **options)
             target, tokenizer = opened.model, opened.need_tokenizer()
             rules = specjax.sharding.RULES if args.shard_draft else {}
             drafter = None

@@ -41,7 +41,7 @@ _INDEX = "model.safetensors.index.json"
 _CURES = {
     r"model-\d+-of-\d+\.safetensors": f"the shards need their index, download {_INDEX}",
     r"medusa_lm_head\.safetensors": "these are Medusa heads, no model: load_drafter opens them as medusa:DIR",
-    r"adapter_model\.(safetensors|bin)": "an adapter is no model; merge it into its base model with peft and save that",
+    r"adapter_model\.(safetensors|bin)": "an adapter is no model; open its base model with adapter=this folder",
     r"consolidated.*\.safetensors": (
         "its tensors have other names than transformers'; download the files that have transformers' names, too"
     ),

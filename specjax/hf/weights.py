@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from specjax.hf.adapter import base_model, merge, open_adapter
 from specjax.hf.computed import Readable
 from specjax.hf.config import read_config
 from specjax.hf.families import FAMILIES, sources, table_names
@@ -21,6 +22,7 @@ from specjax.hf.formats import Format, check_named, decode, is_plain, read_forma
 from specjax.hf.formats import why_left_out as why_left_out_by_formats
 from specjax.hf.multimodal import other_part
 from specjax.hf.names import (
+    CONV1D,
     ParameterPath,
     Piece,
     Source,
@@ -28,7 +30,7 @@ from specjax.hf.names import (
     path_row,
     why_left_out,
 )
-from specjax.hf.safetensors import Tensor, TensorSpec, open_tensors
+from specjax.hf.safetensors import Tensor, TensorSpec, holds_weights, open_tensors
 from specjax.transformer.config import DecoderConfig
 
 _LOG = logging.getLogger(__name__)
@@ -72,18 +74,23 @@ class Weights:
     report: tuple[str, ...]
 
 
-def open_weights(folder: Path, ignore_config_keys: Iterable[str] = ()) -> Weights:
+def open_weights(folder: Path, ignore_config_keys: Iterable[str] = (), adapter: Path | None = None) -> Weights:
     """Opens a folder with ``config.json`` and safetensors. Data are read by ``Parameter.read``.
 
     Args:
       folder: the folder.
       ignore_config_keys: as for ``specjax.load``.
+      adapter: the folder of a LoRA adapter to merge into the model, or None.
 
     Raises:
-      ValueError: a file is missing or damaged; the model is not supported; or a tensor is missing, is unknown, or has
-        another shape or dtype than the config says.
+      ValueError: a file is missing or damaged; the model is not supported; a tensor is missing, is unknown, or has
+        another shape or dtype than the config says; or the adapter is not the model's.
     """
     # 1. Weights that are no model's, or not all of it, would be refused for the wrong reason.
+    base = base_model(folder)
+    if base is not None and not holds_weights(folder):
+        of = f"an adapter of {base!r}" if base else "an adapter"
+        raise ValueError(f"{folder} is {of}, no model; open the folder of its base model, with adapter={str(folder)!r}")
     found = open_tensors(folder)
     if any(folder.glob("adapter_model.*")):
         raise ValueError(
@@ -96,10 +103,36 @@ def open_weights(folder: Path, ignore_config_keys: Iterable[str] = ()) -> Weight
     config, raw = read_config(folder / "config.json", ignore_config_keys)
     wanted = sources(raw["model_type"], config)
     try:
-        tensors, form = plain_tensors(raw, found, wanted, functools.partial(table_names, raw["model_type"]))
+        names = functools.partial(table_names, raw["model_type"])
+        tensors, form = plain_tensors(raw, found, wanted, names)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    # 3. An adapter, whose errors name its own folder.
+    if adapter is not None:
+        transposed = [name for name, source in wanted.items() if source.pieces[0].layout == CONV1D]
+        tensors = merge(open_adapter(adapter), _with_both_tables(config, raw, tensors), names, transposed)
+    try:
         return _with_head(config, raw, tensors, form)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
+
+
+def _with_both_tables(
+    config: DecoderConfig, raw: Mapping[str, Any], tensors: Mapping[str, Readable]
+) -> Mapping[str, Readable]:
+    """Returns the tensors of a model with its embedding and output head, which may be one table of the folder.
+
+    An adapter that changes one of two tied tables unties them: peft leaves the other as it was.
+    """
+    table, head = _table_and_head(raw)
+    shared = tensors.get(table, tensors.get(head)) if config.tie_word_embeddings else None
+    return tensors if shared is None else {table: shared, head: shared, **tensors}
+
+
+def _table_and_head(raw: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns the names of the embedding and of the output head in the table of a family."""
+    names = FAMILIES[raw["model_type"]].names
+    return names["embed_tokens.weight"][0], names["lm_head.kernel"][0]
 
 
 def _head_kind(names: Iterable[str]) -> str | None:
@@ -122,9 +155,9 @@ def _with_head(
     As in transformers 5, the model is tied if the config says so and the folder holds one table, under either name, or
     two equal ones. Two tables that differ are both used.
     """
-    table, head = (FAMILIES[raw["model_type"]].names[row][0] for row in ("embed_tokens.weight", "lm_head.kernel"))
+    table, head = _table_and_head(raw)
     if config.tie_word_embeddings and head in tensors:
-        if table not in tensors:
+        if table not in tensors or tensors[table] is tensors[head]:
             tensors = {table if name == head else name: tensors[name] for name in tensors}
         elif not _are_equal(tensors[table].read(), tensors[head].read()):
             _LOG.warning("tie_word_embeddings is true, but tensor %r differs from %r; both are used", head, table)
