@@ -15,12 +15,11 @@ from specjax.checkpoint.models import (
     check_dtype,
     check_params,
     load_params,
-    new_folder,
     read_params,
     save_params,
     stored_params,
-    write_json,
 )
+from specjax.checkpoint.new_folder import new_folder, write_json
 from specjax.checkpoint.sound import errors_name
 from specjax.hf.config import read_config
 from specjax.hf.families import FAMILIES, sources

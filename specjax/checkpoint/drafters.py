@@ -19,10 +19,9 @@ from specjax.checkpoint.models import (
     check_not_quantized,
     default_dtype,
     load,
-    new_folder,
-    write_json,
 )
 from specjax.checkpoint.mtp import fill_mtp, open_mtp
+from specjax.checkpoint.new_folder import new_folder, write_json
 from specjax.checkpoint.opened import Opened
 from specjax.checkpoint.shared import read_onto
 from specjax.checkpoint.sound import errors_name

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from specjax.checkpoint.models import write_json
+from specjax.checkpoint.new_folder import write_json
 from specjax.checkpoint.sound import errors_name
 from specjax.drafters.medusa import MedusaDrafter, check_medusa_fit
 from specjax.hf.keys import read_json, without_keys

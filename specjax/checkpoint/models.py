@@ -4,11 +4,8 @@
 """
 
 import contextlib
-import json
 import math
 import os
-import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from specjax.checkpoint.generation import load_stop_tokens as load_stop_tokens
+from specjax.checkpoint.new_folder import end_of_links, new_folder, write_json
 from specjax.checkpoint.sound import check_finite, errors_name
 from specjax.hf.config import decoder_config, read_config
 from specjax.hf.names import ParameterPath, parameters
@@ -89,50 +87,8 @@ def _folder_of_all(path: str | os.PathLike) -> Iterator[Path]:
     with new_folder(path) if jax.process_index() == 0 else contextlib.nullcontext() as folder:
         name = np.frombuffer((b"" if folder is None else folder.name.encode()).ljust(256, b"\0"), np.uint8)
         told = np.asarray(multihost_utils.broadcast_one_to_all(name)).tobytes().rstrip(b"\0").decode()
-        yield Path(path).absolute().with_name(told)
+        yield end_of_links(path).with_name(told)
     multihost_utils.sync_global_devices("specjax.checkpoint.save")
-
-
-@contextlib.contextmanager
-def new_folder(path: str | os.PathLike, replace: bool = True) -> Iterator[Path]:
-    """Yields a folder to fill, which takes the place of ``path`` when it is complete.
-
-    If anything fails, the new folder is removed and ``path`` stays as it was. A killed process leaves a hidden folder
-    next to ``path``, whose name ends in ``.partial``.
-
-    Raises:
-      ValueError: with ``replace=False``, ``path`` exists when the folder is complete.
-    """
-    path = Path(path).absolute()
-    partial, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if not os.path.lexists(path):
-            partial.rename(path)
-        elif not replace:
-            raise ValueError(f"{path} has come to exist meanwhile; remove it or give another name")
-        else:
-            # A folder cannot be renamed onto a full one, so the old folder steps aside first.
-            path.rename(old)
-            partial.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
-    finally:
-        _remove(partial)
-
-
-def _remove(folder: Path) -> None:
-    """Removes a folder into which threads of a save that failed may still be writing."""
-    for _ in range(50):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
-            return
-        time.sleep(0.1)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file for people and programs."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def save_params(folder: Path, params: Any) -> None:
@@ -366,7 +322,7 @@ def read_params(
     """
 
     def read(path: tuple[Any, ...], parameter: Parameter, like: jax.ShapeDtypeStruct) -> Any:
-        def part(index: tuple[slice, ...] = ()) -> np.ndarray:
+        def part(index: Any = ()) -> np.ndarray:
             array = parameter.read(like.dtype, index)
             check_finite(path, array)
             return array

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from specjax.checkpoint.models import check_params, write_json
+from specjax.checkpoint.models import check_params
+from specjax.checkpoint.new_folder import write_json
 from specjax.checkpoint.shared import is_targets_embedding, is_targets_head
 from specjax.checkpoint.sound import errors_name
 from specjax.drafters.feature import FeatureDrafter

@@ -8,6 +8,7 @@ import signal
 import sys
 
 import specjax
+from specjax.commands import streams
 
 COMMANDS = {
     "generate": "continue prompts, or answer messages, by speculative decoding",
@@ -58,11 +59,16 @@ def run(command: str, argv: list[str] | None = None, prog: str | None = None) ->
       prog: the command's name in messages; None takes the name of its script.
     """
     _set_signals(command)
+    streams.mend()
     gc.set_threshold(GARBAGE)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character shows its code
     module = importlib.import_module(f"specjax.commands.{command}")
-    return module.main(argv) if prog is None else module.main(argv, prog)
+    try:
+        status = module.main(argv) if prog is None else module.main(argv, prog)
+    except SystemExit as error:
+        raise SystemExit(streams.end(error.code)) from None
+    return streams.end(status)
 
 
 def _set_signals(command: str) -> None:

@@ -28,7 +28,8 @@ def print_table(title: str, rows: list[dict[str, Any]], columns: Sequence[str] |
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file at once: readers see the old content or all of the new content."""
+    """Writes a file at once: readers see the old content or all of the new. Of a link, the target is written."""
+    path = path.resolve() if path.is_symlink() else path
     # A rename within a folder is atomic. The process's number keeps two writers apart.
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 from jax.sharding import Mesh
@@ -23,6 +23,7 @@ from specjax.commands import compilation_cache, figures, hosts
 from specjax.commands.console import Parser, add_adapter, add_ignored_keys, add_quantize, write_whole
 from specjax.commands.drafter_spec import named_drafter
 from specjax.commands.places import folder_or_shipped, shipped
+from specjax.commands.streams import has_escapes
 from specjax.commands.trace_page import Trace, render
 from specjax.commands.transcript import Transcript, follow
 
@@ -55,7 +56,7 @@ def text_file(path: Path) -> str:
       ValueError: the file cannot be read, or is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8").removesuffix("\n")
+        return path.read_text(encoding="utf-8-sig").removesuffix("\n")  # without a byte order mark
     except UnicodeDecodeError:
         raise ValueError(f"--prompt-file: {path} is not UTF-8 text") from None
     except OSError as error:
@@ -169,21 +170,36 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
 
 
 def piped_text() -> str:
-    """Returns the text that is piped in, without its last newline; "" from a terminal, or if no text comes."""
-    if sys.stdin is None or sys.stdin.isatty():
+    """Returns the text that is piped in, without its last newline; "" from a terminal, or if no text comes.
+
+    Raises:
+      ValueError: standard input cannot be read, or is not UTF-8.
+    """
+    if sys.stdin is not None and sys.stdin.isatty():
         return ""
+    hint = ""
+    if sys.stdin is not None:
+        try:
+            waiting = select.select([sys.stdin], [], [], STDIN_WAIT_S)[0]
+        except (OSError, ValueError):  # standard input is a file that cannot be polled
+            waiting = [sys.stdin]
+        if waiting and (text := _read_stdin(sys.stdin).removesuffix("\n")):
+            return text
+        hint = "" if waiting else " (--prompt-file /dev/stdin waits for text)"
+    hosts.note(f"nothing was piped in, so the prompt is the built-in one{hint}\n")
+    return ""
+
+
+def _read_stdin(stdin: TextIO) -> str:
+    """Returns all of standard input, without a byte order mark; raises as ``piped_text`` does."""
+    if isinstance(stdin, io.TextIOWrapper):
+        stdin.reconfigure(encoding="utf-8-sig", errors="strict")
     try:
-        waiting = select.select([sys.stdin], [], [], STDIN_WAIT_S)[0]
-    except (OSError, ValueError):  # standard input is a file that cannot be polled
-        waiting = [sys.stdin]
-    if not waiting:
-        hosts.note(
-            "nothing was piped in, so the prompt is the built-in one (--prompt-file /dev/stdin waits for text)\n"
-        )
-        return ""
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
-    return sys.stdin.read().removesuffix("\n")
+        return stdin.read()
+    except UnicodeDecodeError:
+        raise ValueError("standard input is not UTF-8 text; give such text, or --prompt") from None
+    except OSError as error:  # such as a folder
+        raise ValueError(f"standard input cannot be read: {error.strerror}; give --prompt") from None
 
 
 def compare(request: dict[str, Any], drafter: Any, rows: int) -> dict[str, float]:
@@ -302,7 +318,7 @@ def main(argv: list[str] | None = None, prog: str = "generate.py") -> None:
             parser.error(hosts.describe(error))
 
         # The text streams to standard output. The figures follow on standard error, so the text can be piped.
-        progress = hosts.note if sys.stderr.isatty() else lambda message: None
+        progress = hosts.note if has_escapes(sys.stderr) else lambda message: None
         progress("compiling ...")
         next(warm_up)
         progress("\r\x1b[K")

@@ -1,12 +1,12 @@
 """The tokens emitted after each prompt, round by round, and their printing while they are made."""
 
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import specjax
+from specjax.commands.streams import has_colours
 from specjax.commands.trace_page import Round, Token
 
 COUNTS = ("rounds", "drafted", "accepted", "emitted")
@@ -113,7 +113,7 @@ class Printer:
 
     def __init__(self, transcripts: list[Transcript]):
         self._transcripts, self._row, self._printed = transcripts, 0, 0
-        self._colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        self._colour = has_colours(sys.stdout)
         self._begin()
 
     def _begin(self) -> None:

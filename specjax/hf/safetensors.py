@@ -301,12 +301,12 @@ def _open_regular(file: Path) -> Iterator[tuple[BinaryIO, int]]:
         raise ValueError(f"{file} cannot be read ({error.strerror}); download it again, or allow reading it") from None
 
 
-def _read_json(file: Path, stream: BinaryIO, length: int) -> dict[str, Any]:
+def _read_json(file: Path, stream: BinaryIO, length: int, encoding: str = "utf-8") -> dict[str, Any]:
     """Reads a JSON object of ``length`` bytes from a stream."""
     if length > _MOST_JSON:
         raise _damage(file, f"its JSON is {length} bytes long and may be {_MOST_JSON}")
     try:
-        value = json.loads(stream.read(length).decode(), object_pairs_hook=_unique)
+        value = json.loads(stream.read(length).decode(encoding), object_pairs_hook=_unique)
     except RecursionError:
         raise _damage(file, "its JSON is nested too deep") from None
     except ValueError as error:
@@ -332,7 +332,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _read_weight_map(index: Path) -> dict[str, str]:
     """Returns an index's file name of each tensor name."""
     with _open_regular(index) as (stream, size):
-        weight_map = _read_json(index, stream, size).get("weight_map")
+        weight_map = _read_json(index, stream, size, "utf-8-sig").get("weight_map")
     if not _maps_to_strings(weight_map):
         raise _damage(index, f"weight_map is {_show(weight_map)} and must map names of tensors to names of files")
     return weight_map

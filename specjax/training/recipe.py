@@ -124,7 +124,7 @@ def read_recipe(folder: Path) -> Recipe:
     """
     file = folder / "recipe.toml"
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         raw: dict[str, Any] = tomllib.loads(text)
     except FileNotFoundError:
         raise ValueError(f"{file} does not exist; give a folder of models/") from None
