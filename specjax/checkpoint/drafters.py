@@ -263,7 +263,7 @@ def save_drafter(
         return
     with new_folder(path) as folder:
         if isinstance(head, EagleHead):
-            fill_eagle(folder, config or {}, params, model, target_name, drafter.num_draft)
+            fill_eagle(folder, config or {}, params, model, target_name, drafter.num_draft, bool(head.own_head))
         elif isinstance(head, MedusaDrafter):
             fill_medusa(folder, params, target_name)
         else:

@@ -40,7 +40,8 @@ def open_eagle(
     """Opens an EAGLE-1, EAGLE-2 or EAGLE-3 head as a drafter of chains.
 
     ``drafter.head.describe()`` says which of the target's states the draft head reads; the log of this module says the
-    same. An embedding that equals the target's is dropped, and the target's is used.
+    same. An embedding or output head that equals the target's is dropped, and the target's is used. A folder without an
+    output head uses the target's, too; of a reduced draft vocabulary, the logits of its tokens.
 
     Args:
       path: a folder with ``config.json`` and safetensors, of SafeAILab's EAGLE, SpecForge or speculators.
@@ -61,19 +62,25 @@ def open_eagle(
     with errors_name(path / "config.json"):
         _, fields = _describe(raw, target)
     found = open_tensors(path)
-    # Which tensors there are decides what the head is: whether it embeds by itself, and has its own draft ids.
+    # Which tensors there are decides what the head is: whether it embeds and unembeds by itself, and has its own draft
+    # ids.
     with errors_name(path):
-        tensors, draft_of_v = eagle_tensors(found), None
+        whole = fields.get("draft_vocab_size") == fields["decoder"].vocab_size
+        tensors, draft_of_v = eagle_tensors(found, tied=whole and raw.get("tie_word_embeddings") is True), None
         if fields["version"] == 3:
             draft_of_v = draft_vocabulary(tensors, fields["draft_vocab_size"], fields["decoder"].vocab_size)
-        head = _head(fields, target, own_embedding="embed_tokens.weight" in tensors, mapped=draft_of_v is not None)
-        targets = tensors.pop(_HEAD, None) if head.version == 1 else None
+        targets = tensors.pop(_HEAD, None) if fields["version"] == 1 else None
+        own = {"own_embedding": "embed_tokens.weight" in tensors, "own_head": _HEAD in tensors}
+        head = _head(fields, target, **own, mapped=draft_of_v is not None)
         params = eagle_parameters(tensors, draft_of_v, head.abstract_params())
         if targets is not None:
             _check_targets_head(targets, target)
         if head.own_embedding and is_targets_embedding(params["embed_tokens"]["weight"], target):
             head = dataclasses.replace(head, own_embedding=False)
             del params["embed_tokens"]
+        if head.own_head and is_targets_head(params["lm_head"]["kernel"], target):
+            head = dataclasses.replace(head, own_head=False)
+            del params["lm_head"]
     _LOG.info("%s: %s", path, head.describe())
     return FeatureDrafter(head.abstract_params(dtype), head, num_draft), params
 
@@ -99,6 +106,7 @@ def fill_eagle(
     target: LanguageModel,
     target_name: str | None,
     num_draft: int,
+    own_head: bool,
 ) -> None:
     """Writes an EAGLE head in speculators' layout into a folder.
 
@@ -110,13 +118,15 @@ def fill_eagle(
       target_name: the target's name or path, for other engines. None keeps the target that ``config`` names.
       num_draft: tokens per round, a hint for other engines. Used only if ``config`` has no ``speculators_config``, or
         with ``target_name``.
+      own_head: whether the draft head has its own output head.
 
     Raises:
       ValueError: as for ``open_eagle``; or the parameters are other than the config describes.
     """
     # 1. Check that the config describes these parameters: other engines trust it.
     config, fields = _describe(config, target)
-    head = _head(fields, target, own_embedding="embed_tokens" in params, mapped="draft_of_v" in params)
+    own = {"own_embedding": "embed_tokens" in params, "own_head": own_head}
+    head = _head(fields, target, **own, mapped="draft_of_v" in params)
     _check_params(params, head)
     # 2. What speculators asks for beyond the draft head itself: the target, and how to draft.
     kind = config["speculators_model_type"]
@@ -140,7 +150,8 @@ def fill_eagle(
 def eagle_head(config: Mapping[str, Any], target: LanguageModel) -> EagleHead:
     """Returns the draft head that a config of any layout describes.
 
-    The head uses the target's embedding, unless the target's states have another width than the head's.
+    The head uses the target's embedding, unless the target's states have another width than the head's. Only EAGLE-3
+    heads have their own output heads.
 
     Args:
       config: describes the draft head.
@@ -150,8 +161,8 @@ def eagle_head(config: Mapping[str, Any], target: LanguageModel) -> EagleHead:
       ValueError: the config is not of an EAGLE head, has an unknown key or value, or does not fit the target.
     """
     _, fields = _describe(config, target)
-    width = fields["decoder"].hidden_size
-    return _head(fields, target, own_embedding=fields.get("target_hidden_size") not in (None, width), mapped=False)
+    other_width = fields.get("target_hidden_size") not in (None, fields["decoder"].hidden_size)
+    return _head(fields, target, own_embedding=other_width, own_head=fields["version"] == 3, mapped=False)
 
 
 def _describe(raw: Mapping[str, Any], target: LanguageModel) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -165,7 +176,9 @@ def _describe(raw: Mapping[str, Any], target: LanguageModel) -> tuple[dict[str, 
         raise ValueError("a value is nested too deeply to be a head's; write the file again") from None
 
 
-def _head(fields: Mapping[str, Any], target: LanguageModel, own_embedding: bool, mapped: bool) -> EagleHead:
+def _head(
+    fields: Mapping[str, Any], target: LanguageModel, own_embedding: bool, own_head: bool, mapped: bool
+) -> EagleHead:
     """Returns the head of the arguments that ``_describe`` returned, after checking that it fits the target.
 
     ``mapped``: draft ids differ from the target's ids.
@@ -173,7 +186,7 @@ def _head(fields: Mapping[str, Any], target: LanguageModel, own_embedding: bool,
     # Draft ids that are the target's need no table.
     if not mapped and fields.get("draft_vocab_size") == fields["decoder"].vocab_size:
         fields = {**fields, "draft_vocab_size": None}
-    head = EagleHead(**fields, own_embedding=own_embedding)
+    head = EagleHead(**fields, own_embedding=own_embedding, own_head=own_head)
     check_fit(head, target)
     return head
 

@@ -52,6 +52,8 @@ def is_targets_head(kernel_dv: Parameter, target: LanguageModel) -> bool:
     """
     assert target.unembed is not None
     unembed, like = target.unembed, target.embedding_spec
+    if kernel_dv.shape != (like.shape[-1], target.vocab_size):
+        return False
 
     def rows(start: int, end: int) -> jax.Array:
         unit_bd = jax.nn.one_hot(jnp.arange(start, end), like.shape[-1], dtype=like.dtype)

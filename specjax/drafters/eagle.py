@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ class EagleHead:
     EAGLE-1 (Li et al. 2024, arXiv 2401.15077, section 4.1) predicts the target's last state from
     ``fc([embedding ; state])``. The target's output head then gives the logits. EAGLE-2 has the same draft head.
     EAGLE-3 (Li et al. 2025, arXiv 2503.01840, section 3.1) fuses several states of the target into one by ``fc``. From
-    the second draft on it reads its own states. It has its own output head, often over a part of the vocabulary.
+    the second draft on it reads its own states. Most have their own output heads, often over a part of the vocabulary.
 
     Attributes:
       decoder: describes the layers. Its ``vocab_size`` is the target's; its ``max_position_embeddings`` is ignored.
@@ -36,11 +36,14 @@ class EagleHead:
       target_hidden_size: width of the target's states, None for ``decoder.hidden_size``.
       draft_vocab_size: u, how many of the target's tokens can be drafted; None for all. EAGLE-1: None.
       own_embedding: whether the draft head has its own embedding; otherwise the target embeds.
+      own_head: whether the draft head has its own output head; otherwise the target unembeds. None: as most heads of
+        the version, EAGLE-3 has one and EAGLE-1 has not. EAGLE-1 cannot have one.
       fc_bias: whether ``fc`` has a bias; EAGLE-1 only.
       norm_before_residual: whether the first layer's residual is the normed state; EAGLE-3 only, like the fields below.
       norm_before_fc: whether the target's states are normed together before ``fc``.
       fc_norm: whether the target's states are normed one by one before ``fc``. Not together with ``norm_before_fc``.
       norm_output: whether the next draft reads the normed states of the draft before it (EAGLE-3.1).
+      norm_logits: whether the logits come from normed states. SpecForge could train heads without this norm.
 
     Raises:
       ValueError: a size is out of range, ``version`` is neither 1 nor 3, or fields contradict each other or the
@@ -53,15 +56,19 @@ class EagleHead:
     target_hidden_size: int | None = None
     draft_vocab_size: int | None = None
     own_embedding: bool = False
+    own_head: bool | None = None
     fc_bias: bool = False
     norm_before_residual: bool = False
     norm_before_fc: bool = False
     fc_norm: bool = False
     norm_output: bool = False
+    norm_logits: bool = True
 
     def __post_init__(self):
         if self.target_hidden_size is None:
             object.__setattr__(self, "target_hidden_size", self.decoder.hidden_size)
+        if self.own_head is None:
+            object.__setattr__(self, "own_head", self.version == 3)
         check_integer("target_hidden_size", self.target_hidden_size, 1)
         if self.draft_vocab_size is not None:
             check_integer("draft_vocab_size", self.draft_vocab_size, 1, self.vocab_size)
@@ -69,6 +76,7 @@ class EagleHead:
             raise ValueError(f"version is {self.version!r}; give 1 (also for EAGLE-2) or 3")
         # Each version has fields that the other lacks. A field that is silently ignored would draft badly.
         features = [name for name in _OF_EAGLE_3 if getattr(self, name)]
+        features += ["own_head"] * bool(self.own_head) + ["norm_logits=False"] * (not self.norm_logits)
         if self.version == 1 and (features or self.draft_vocab_size or self.capture != (-1,)):
             raise ValueError(
                 f"an EAGLE-1 head has capture {self.capture}, draft_vocab_size {self.draft_vocab_size} and {features}; "
@@ -81,14 +89,16 @@ class EagleHead:
                 f"the hidden-state indices are {self.capture}; give different ones, 0 for the embedding output and i "
                 "for the output of layer i"
             )
+        if self.norm_output and not self.norm_logits:
+            raise ValueError("norm_output is true and norm_logits false; a normed state gives normed logits")
         if self.norm_before_fc and self.fc_norm:
             raise ValueError("norm_before_fc and fc_norm are both true; the states are normed together or one by one")
-        # Only `fc` of EAGLE-3 changes the width, and embeddings of the target do not go through it.
+        # Only `fc` of EAGLE-3 changes the width, and the target's embedding and output head do not go through it.
         width, other = self.decoder.hidden_size, self.target_hidden_size
-        if width != other and (self.version == 1 or not self.own_embedding):
+        if width != other and (self.version == 1 or not self.own_embedding or not self.own_head):
             raise ValueError(
-                f"the head is {width} wide and the target's states {other}: only an EAGLE-3 head with an embedding of "
-                "its own can differ from the target in width"
+                f"the head is {width} wide and the target's states {other}: only an EAGLE-3 head with an embedding and "
+                "an output head of its own can differ from the target in width"
             )
 
     @property
@@ -136,14 +146,14 @@ class EagleHead:
           width: width of the target's hidden states.
 
         Raises:
-          ValueError: the draft head reads states of another width; the target has no ``embed`` and the draft head no
-            embedding; or the target has no ``embed`` or ``unembed`` and the draft head is EAGLE-1.
+          ValueError: the draft head reads states of another width; or the target lacks the ``embed`` or ``unembed``
+            that the draft head uses.
         """
         if self.target_hidden_size != width:
             raise ValueError(
                 f"the head reads states {self.target_hidden_size} wide and the target's are {width}; {_CURE}"
             )
-        if self.version == 1:  # `logits` needs both: it unembeds states in the dtype of the target's embeddings
+        if not self.own_head:  # `logits` needs both: it unembeds states in the dtype of the target's embeddings
             target.require("embed", "unembed")
         elif not self.own_embedding:
             target.require("embed")
@@ -170,12 +180,13 @@ class EagleHead:
 
     def logits(self, params: Any, target: LanguageModel, states_bd: Array) -> Array:
         """Returns float32 logits ``[b, v]`` of states ``[b, d]``. Tokens that are never drafted have -inf."""
-        module = self._bind(params)
-        if isinstance(module, _Eagle3):
-            return module.logits(states_bd)
-        assert target.unembed is not None
-        states_bd = states_bd.astype(target.embedding_spec.dtype)
-        return target.unembed(target.params, states_bd[:, None])[:, 0].astype(jnp.float32)
+
+        def unembed(x_bd: Array) -> Array:
+            assert target.unembed is not None
+            x_bd = x_bd.astype(target.embedding_spec.dtype)
+            return target.unembed(target.params, x_bd[:, None])[:, 0].astype(jnp.float32)
+
+        return self._bind(params).logits(states_bd, unembed)
 
     def _bind(self, params: Any) -> "_Eagle1 | _Eagle3":
         return _EAGLE.bind(self, params, _dtype_of(params))
@@ -260,6 +271,9 @@ class _Eagle1(nnx.Module):
         states, cache = run_layers(self.layers, self.head.decoder, x_btd, cache, feed)
         return states[-1], cache
 
+    def logits(self, x_bd: Array, unembed: Callable[[Array], Array]) -> Array:
+        return unembed(x_bd)
+
 
 class _Eagle3(nnx.Module):
     def __init__(self, head: EagleHead, dtype: jnp.dtype, rngs: nnx.Rngs):
@@ -277,8 +291,8 @@ class _Eagle3(nnx.Module):
         self.norm = make_norm(config, width, dtype)
         # With a reduced draft vocabulary, logits are looked up by the target's ids. With logits split over devices, the
         # look-up would move more than the split saves.
-        axes = ("embed", "vocab" if head.draft_vocab_size is None else None)
-        self.lm_head = Linear(width, head.draft_vocab_size or head.vocab_size, False, dtype, rngs, axes)
+        axes, size = ("embed", "vocab" if head.draft_vocab_size is None else None), head.draft_vocab_size
+        self.lm_head = Linear(width, size or head.vocab_size, False, dtype, rngs, axes) if head.own_head else None
         if head.draft_vocab_size is not None:
             token_v = jnp.arange(head.vocab_size, dtype=jnp.int32)
             self.draft_of_v = nnx.Param(jnp.where(token_v < head.draft_vocab_size, token_v, -1))
@@ -296,13 +310,16 @@ class _Eagle3(nnx.Module):
         states, cache = run_layers(layers, self.head.decoder, x_btd, cache, feed)
         return (self.norm(states[-1]) if self.head.norm_output else states[-1]), cache
 
-    def logits(self, x_bd: Array) -> Array:
-        logits_bu = self.lm_head.logits(x_bd if self.head.norm_output else self.norm(x_bd))
+    def logits(self, x_bd: Array, unembed: Callable[[Array], Array]) -> Array:
+        if self.head.norm_logits and not self.head.norm_output:
+            x_bd = self.norm(x_bd)
+        logits = unembed(x_bd) if self.lm_head is None else self.lm_head.logits(x_bd)
         if self.head.draft_vocab_size is None:
-            return logits_bu
+            return logits
         # From the draft's ids to the target's. Tokens outside of the draft vocabulary look up entry 0 and are masked.
         draft_of_v = self.draft_of_v[...]
-        return jnp.where((draft_of_v >= 0)[None], logits_bu[:, jnp.maximum(draft_of_v, 0)], -jnp.inf)
+        logits_bv = logits if self.lm_head is None else logits[:, jnp.maximum(draft_of_v, 0)]
+        return jnp.where((draft_of_v >= 0)[None], logits_bv, -jnp.inf)
 
 
 def _module(head: EagleHead, dtype: jnp.dtype, rngs: nnx.Rngs) -> _Eagle1 | _Eagle3:

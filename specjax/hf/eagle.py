@@ -44,7 +44,15 @@ _IGNORED = (
     *("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "has_no_defaults_at_init"),
     *("speculators_version", "speculators_config", "embed_requires_grad", "enable_sp_ulysses"),
     "quantization_config",  # a left-over: only plain floats are read
-    "tie_word_embeddings",  # EAGLE-1 uses the target's output head, EAGLE-3 has its own
+    # Attributes of the config's class, which some versions of speculators write, too.
+    *("base_model_ep_plan", "base_model_pp_plan", "base_model_tp_plan", "keys_to_ignore_at_inference", "sub_configs"),
+    *("attribute_map", "base_config_key", "is_composition", "_auto_class"),
+    "tie_word_embeddings",  # the tensors say which output head there is
+)
+# Keys of a target with experts, which SpecForge's configs may still have. The layers of its class have no experts.
+_OF_EXPERTS = (
+    *("decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob", "num_experts"),
+    *("num_experts_per_tok", "num_local_experts", "experts_per_token", "shared_expert_intermediate_size"),
 )
 
 
@@ -142,6 +150,11 @@ def _decoder(raw: Any) -> tuple[DecoderConfig, tuple[str, ...]]:
     layer.pop("max_window_layers", None)
     if layer.get("use_sliding_window") is False:
         layer.pop("sliding_window", None)
+    # With text alone, all axes of a multimodal rotation have the same position, so that it is the ordinary one.
+    if isinstance(scaling := layer.get("rope_scaling"), Mapping) and "mrope_section" in scaling:
+        plain = {key: value for key, value in scaling.items() if key not in ("mrope_section", "mrope_interleaved")}
+        ordinary = all(plain.get(key) in (None, "mrope", "default") for key in ("rope_type", "type"))
+        layer["rope_scaling"] = None if ordinary else plain
     # Strict, since some layouts have the draft head's own keys among the layer's.
     config, _, unknown = read_keys(layer, strict=True)
     return config, unknown
@@ -165,7 +178,7 @@ def _from_original(raw: Mapping[str, Any]) -> dict[str, Any]:
         head = {"speculators_model_type": "eagle", "fusion_bias": bias}
         return head | {"transformer_layer_config": layer}
     if architectures[0] == "LlamaForCausalLMEagle3":  # SpecForge's class, for targets of any family
-        layer["model_type"] = "llama"
+        layer = {key: layer[key] for key in layer if key not in _OF_EXPERTS} | {"model_type": "llama"}
     head = {"speculators_model_type": "eagle3", **_flat_options(layer, inner)}
     return head | {"transformer_layer_config": layer}
 
@@ -216,8 +229,12 @@ def _flat_options(layer: dict[str, Any], inner: Any) -> dict[str, Any]:
 # Tensors.
 
 
-def eagle_tensors(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def eagle_tensors(found: Mapping[str, Tensor], tied: bool) -> dict[str, Tensor]:
     """Returns a folder's tensors, of any layout, by the names of speculators' EAGLE-3.
+
+    Args:
+      found: the folder's tensors by their names.
+      tied: whether an embedding without an output head next to it is the output head, too.
 
     Raises:
       ValueError: two tensors would have the same name.
@@ -229,6 +246,8 @@ def eagle_tensors(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if known in tensors:
             raise ValueError(f"tensors {tensors[known].name!r} and {name!r} are both {known!r}; remove one of them")
         tensors[known] = found[name]
+    if tied and "embed_tokens.weight" in tensors:
+        tensors.setdefault("lm_head.weight", tensors["embed_tokens.weight"])
     return tensors
 
 
