@@ -77,15 +77,19 @@ def attention(config, tensors, layer, x):
 
 
 def logits(config, tensors, states, target_head):
-    """Returns ``[t, v]``, -inf for tokens outside the draft vocabulary; ``target_head`` ``[v, d]`` is EAGLE-1's."""
+    """Returns ``[t, v]``, -inf for tokens outside the draft vocabulary.
+
+    ``target_head`` ``[v, d]`` is for heads without an output head: all of EAGLE-1, and some of EAGLE-3.
+    """
     if config["version"] == 1:
         return states @ np.asarray(target_head, np.float64).T
-    if not config.get("norm_output"):
+    if not config.get("norm_output") and config.get("norm_logits", True):
         states = rms_norm(states, weight(tensors, "norm.weight"), config["rms_norm_eps"])
-    drafted = states @ weight(tensors, "lm_head.weight").T
     out = np.full((len(states), config["vocab_size"]), -np.inf)
-    for u in range(drafted.shape[1]):
-        out[:, u + int(tensors["d2t"][u]) if "d2t" in tensors else u] = drafted[:, u]
+    for u in range(config["draft_vocab_size"]):
+        token = u + int(tensors["d2t"][u]) if "d2t" in tensors else u
+        row = weight(tensors, "lm_head.weight")[u] if "lm_head.weight" in tensors else np.float64(target_head[token])
+        out[:, token] = states @ row
     return out
 
 

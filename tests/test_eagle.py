@@ -47,6 +47,9 @@ EAGLE_1 = {"architectures": ["LlamaForCausalLM"], **LAYER}
 SPECFORGE = {
     **{"architectures": ["LlamaForCausalLMEagle3"], **LAYER, "draft_vocab_size": DRAFTED, "pad_token_id": 0},
     **{"sliding_window": 512, "use_sliding_window": False, "max_window_layers": 8, "target_model_type": "gemma3_text"},
+    # Left over from targets with experts, and from multimodal ones.
+    **{"decoder_sparse_step": 1, "num_experts": 128, "num_experts_per_tok": 8, "mlp_only_layers": []},
+    "rope_scaling": {"mrope_interleaved": True, "mrope_section": [1, 1, 0], "rope_type": "default"},
 }
 
 
@@ -58,7 +61,8 @@ def in_speculators(kind="eagle3", layer=None, **head):
         "architectures": ["Eagle3Speculator"],
         "auto_map": {"": "eagle3.Eagle3SpeculatorConfig"},
         "speculators_model_type": kind,
-        "speculators_version": "0.4.0",
+        "speculators_version": "0.2.0",
+        **{"base_model_ep_plan": None, "has_no_defaults_at_init": False, "keys_to_ignore_at_inference": []},
         "speculators_config": {"algorithm": kind, "verifier": verifier},
         "transformer_layer_config": LAYER | (layer or {}),
         **usual | head,
@@ -131,6 +135,17 @@ CASES = {
         in_speculators(draft_vocab_size=VOCAB), {"draft_vocab_size": VOCAB}, leave_out=("d2t", "t2d")
     ),
     "the whole vocabulary, with buffers": Case(in_speculators(draft_vocab_size=VOCAB), {"draft_vocab_size": VOCAB}),
+}
+
+# Folders without an output head.
+HEADLESS = {
+    "the target's output head": Case(
+        SPECFORGE | {"draft_vocab_size": VOCAB}, {"draft_vocab_size": VOCAB}, leave_out=("lm_head", "d2t", "t2d")
+    ),
+    "some tokens of the target's": Case(SPECFORGE, leave_out=("lm_head",)),
+    "normed states for the target's": Case(
+        SPECFORGE | {"norm_output": True}, {"norm_output": True}, leave_out=("lm_head",)
+    ),
 }
 
 
@@ -212,7 +227,7 @@ def tables_of(target, tensors):
     return table, np.asarray(target.params["lm_head"]["kernel"]).T
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", (CASES | HEADLESS).values(), ids=CASES | HEADLESS)
 def test_teacher_forced_logits_equal_the_twin(case, tmp_path):
     """True states at every slot, and then, at the last, one step from the head's own."""
     tensors, target = published(case), target_of(case)
@@ -577,6 +592,34 @@ def test_a_head_that_is_not_finite_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds NaN or an infinite number in float32") as caught:
         open_eagle(write_folder(tmp_path, case.config, tensors), TARGET, 3, "float32")
     assert str(tmp_path) in str(caught.value)
+
+
+def test_the_targets_own_output_head_is_not_kept(tmp_path):
+    """Of an EAGLE-3 head that drafts the whole vocabulary; any other output head is the draft head's own."""
+    case, head = CASES["the whole vocabulary"], np.asarray(TARGET.params["lm_head"]["kernel"]).T
+    folder = write_folder(tmp_path / "same", case.config, published(case) | {"lm_head.weight": head})
+    drafter = open_eagle(folder, TARGET, 3, "float32")
+    assert "lm_head" not in drafter.params and not drafter.head.own_head
+    assert "lm_head" in open_eagle(write_folder(tmp_path / "own", case.config, published(case)), TARGET, 3).params
+
+
+def test_a_tied_head_unembeds_with_its_own_embedding(tmp_path):
+    """``tie_word_embeddings`` counts only without a stored output head: configs copy it from their targets."""
+    case, table = HEADLESS["the target's output head"], np.random.default_rng(9).normal(size=(VOCAB, WIDTH))
+    tensors = published(case) | {"embed_tokens.weight": table.astype(np.float32)}
+    folder = write_folder(tmp_path / "tied", case.config | {"tie_word_embeddings": True}, tensors)
+    params = open_eagle(folder, TARGET, 3, "float32").params
+    np.testing.assert_array_equal(params["lm_head"]["kernel"].T, params["embed_tokens"]["weight"])
+    case = CASES["EAGLE-3, SpecForge"]
+    folder = write_folder(tmp_path / "own", case.config | {"tie_word_embeddings": True}, published(case))
+    kernel = open_eagle(folder, TARGET, 3, "float32").params["lm_head"]["kernel"]
+    np.testing.assert_array_equal(kernel.T, published(case)["lm_head.weight"])
+
+
+@pytest.mark.parametrize("name", ["EAGLE-1, speculators", "EAGLE-3, SpecForge", "EAGLE-3, speculators"])
+def test_left_over_keys_are_no_surprise(name, caplog):
+    eagle_fields(speculators_config(CASES[name].config, LAYERS))
+    assert not caplog.records
 
 
 def test_an_output_head_in_an_eagle_1_folder_must_be_the_targets(tmp_path):

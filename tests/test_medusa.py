@@ -76,6 +76,106 @@ def test_heads_equal_the_twin(target, tmp_path, blocks, prefix, name):
         np.testing.assert_allclose(head_logits(drafter.params[i], states)[0], wanted, atol=1e-4)
 
 
+# vLLM's layout (vllm/model_executor/models/medusa.py).
+
+VLLM = {"model_type": "medusa", "num_heads": HEADS, "num_hidden_layers": 2, "architectures": ["MedusaModel"]}
+VLLM |= {"max_paths": 64, "topk": 10, "max_seq_len": 2**20, "hidden_size": WIDTH, "vocab_size": VOCAB}
+MAP = np.array([4, 18, 0, 7, 9], np.int64)
+
+
+def as_vllm(tensors, prefix="", shared=False):
+    """Returns tensors of two blocks by vLLM's names; a shared output head is that of head 0."""
+    renamed = {}
+    for name, array in tensors.items():
+        head, block, *rest = name.split(".")
+        if rest[0] == "linear":
+            renamed[f"{prefix}blocks.{head}.layers.{block}.{rest[1]}"] = array
+        elif not shared:
+            renamed[f"{prefix}lm_heads.{head}.weight"] = array
+        elif head == "0":
+            renamed[f"{prefix}lm_head.weight"] = array
+    return renamed
+
+
+def write_vllm(folder, tensors, **config):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(VLLM | config))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def vllm_case(name):
+    """Returns tensors by FasterDecoding's names, the same by vLLM's, and the config's further keys."""
+    tensors = published(2)
+    if name == "without biases":
+        tensors = {key: array for key, array in tensors.items() if "bias" not in key}
+        return tensors, as_vllm(tensors), {"medusa_fc_bias": False}
+    if name == "one output head for all":
+        tensors |= {f"{i}.2.weight": tensors["0.2.weight"] for i in range(HEADS)}
+        return tensors, as_vllm(tensors, shared=True), {"original_lm_head": True}
+    if name == "biases, with vLLM's prefix":
+        return tensors, as_vllm(tensors, "medusa_heads."), {"medusa_fc_bias": True}
+    drafted = {key: array[MAP] if key.endswith(".2.weight") else array for key, array in tensors.items()}
+    stored = as_vllm(drafted if name == "a token map" else tensors) | {"token_map": MAP}
+    return drafted | {"token_map": MAP}, stored, {"truncated_vocab_size": len(MAP)}
+
+
+VLLM_CASES = ["without biases", "biases, with vLLM's prefix", "one output head for all", "a token map"]
+
+
+@pytest.mark.parametrize("name", [*VLLM_CASES, "a token map beside whole output heads"])
+def test_heads_in_vllms_layout_equal_the_twin(target, tmp_path, name):
+    tensors, stored, config = vllm_case(name)
+    drafter = open_medusa(write_vllm(tmp_path / "heads", stored, **config), target, HEADS)
+    assert drafter.vocab_size == VOCAB
+    states, given = np.random.default_rng(3).normal(size=(2, WIDTH)).astype(np.float32), []
+    context = types.SimpleNamespace(
+        drafts=lambda g: g, length_b=jnp.asarray([2, 3], jnp.int32), target=types.SimpleNamespace(vocab_size=VOCAB)
+    )
+
+    def draw(logits_bv, drafts_bg, index):
+        given.append(logits_bv)
+        return jnp.zeros((2,), jnp.int32), jax.nn.softmax(logits_bv)
+
+    drafter.propose(jnp.asarray(states), context, draw)
+    for i in range(HEADS):
+        wanted = [reference_medusa.logits(tensors, i, state, VOCAB) for state in states]
+        np.testing.assert_allclose(given[i], wanted, atol=1e-4)
+
+
+def test_vllms_heads_draft_and_only_biased_ones_are_written_in_the_other_layout(target, tmp_path):
+    _, stored, config = vllm_case("a token map")
+    drafter = open_medusa(write_vllm(tmp_path / "heads", stored, **config), target, 2)
+    assert jax.tree.structure(drafter.axes()) != jax.tree.structure({})
+    out = generate(target, drafter, PROMPTS, 20)
+    assert out.tokens.tolist() == generate(target, None, PROMPTS, 20).tokens.tolist()
+    with pytest.raises(ValueError, match="only vLLM's layout has names for"):
+        write_medusa(tmp_path / "copy", drafter.params)
+
+
+VLLM_BAD = {
+    "a map of floats": ({"token_map": MAP.astype(np.float32)}, {}, "'token_map' is float32"),
+    "a map of two axes": ({"token_map": MAP[None]}, {}, r"'token_map' is int64 \(1, 5\)"),
+    "a map to a token past the last": ({"token_map": MAP + 1}, {}, "different tokens of the target's 19"),
+    "a map that repeats": ({"token_map": MAP * 0}, {}, "different tokens of the target's 19"),
+    "another output head": ({"lm_heads.1.weight": np.zeros((3, WIDTH), np.float32)}, {}, r"is \(3, 16\)"),
+    "an unknown tensor": ({"norm.weight": np.zeros(3, np.float32)}, {}, "unknown, such as 'norm.weight'"),
+    "two names for one": ({"0.0.linear.weight": np.zeros((WIDTH, WIDTH), np.float32)}, {}, "are both '0.0.linear"),
+    "biases that the config denies": ({}, {"medusa_fc_bias": False}, "unknown, such as '0.0.linear.bias'"),
+    "a scale": ({}, {"logit_scale": 0.5}, "'logit_scale' is 0.5"),
+    "a flag of another type": ({}, {"original_lm_head": 1}, "original_lm_head must be true or false"),
+    "no vocabulary": ({}, {"vocab_size": None}, "different tokens of the target's 5"),
+}
+
+
+@pytest.mark.parametrize(("tensors", "config", "message"), VLLM_BAD.values(), ids=VLLM_BAD)
+def test_bad_folders_of_vllms_layout_are_refused(target, tmp_path, tensors, config, message):
+    _, stored, usual = vllm_case("a token map")
+    with pytest.raises(ValueError, match=message) as caught:
+        open_medusa(write_vllm(tmp_path / "heads", stored | tensors, **usual | config), target, 2)
+    assert str(tmp_path) in str(caught.value)
+
+
 def test_a_round_reads_the_state_before_the_last_token(target, tmp_path):
     """What ``draw`` is given is head i on the state at position n - 2, in rows of all lengths."""
     drafter = open_medusa(write(tmp_path / "heads", published(1)), target, HEADS)
@@ -311,8 +411,8 @@ def without(name):
 BAD = {
     "no such family": ({"medusa_num_heads": None}, published(1), "medusa_num_heads must be an integer"),
     "a model type that is none": ({"model_type": 3}, published(1), "model_type.*is 3"),
-    "unknown flag": ({"medusa_fc_bias": True}, published(1), "medusa_fc_bias.*unknown"),
-    "unknown flag in a model": ({"model_type": "llama", "medusa_fc_bias": True}, published(1), "medusa_fc_bias.*unk"),
+    "unknown flag": ({"medusa_twist": True}, published(1), "medusa_twist.*unknown"),
+    "unknown flag in a model": ({"model_type": "llama", "medusa_twist": True}, published(1), "medusa_twist.*unk"),
     "unknown key": ({"rms_norm_eps": 1e-5}, published(1), "rms_norm_eps.*unknown"),
     "too few tensors": ({"medusa_num_heads": 4}, published(1), r"missing, such as '3.0.linear.bias'"),
     "too many heads": ({"medusa_num_heads": 10**9}, published(1), "at most 100"),
@@ -342,7 +442,7 @@ def test_two_names_for_one_tensor_are_refused(target, tmp_path):
 
 def test_a_config_of_another_layout_is_refused(target, tmp_path):
     folder = write(tmp_path / "heads", published(1))
-    (folder / "config.json").write_text(json.dumps({"model_type": "medusa", "num_heads": 3}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "medusa", "heads": 3}))
     with pytest.raises(ValueError, match="lacks the key 'medusa_num_heads'; give a folder in the layout of"):
         open_medusa(folder, target, 2)
 

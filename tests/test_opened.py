@@ -10,7 +10,7 @@ from draft_heads import write_medusa, write_mtp
 from tiny import CONFIG, save_tiny, spelling_tokenizer
 
 import specjax
-from specjax.checkpoint.drafters import folders_of, short_name
+from specjax.checkpoint.spec import folders_of, short_name
 from specjax.drafters.medusa import init_medusa_params
 from specjax.drafters.mtp import MTPConfig, init_mtp_params
 from specjax.hf.config import decoder_config

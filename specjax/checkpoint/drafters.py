@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
+from specjax.checkpoint.doors import opened_as
 from specjax.checkpoint.eagle import fill_eagle, open_eagle
 from specjax.checkpoint.medusa import fill_medusa, open_medusa
 from specjax.checkpoint.models import (
@@ -25,6 +26,7 @@ from specjax.checkpoint.new_folder import new_folder, write_json
 from specjax.checkpoint.opened import Opened
 from specjax.checkpoint.shared import read_onto
 from specjax.checkpoint.sound import errors_name
+from specjax.checkpoint.spec import Spec, parse
 from specjax.checks import check_integer
 from specjax.drafters.cascade import Cascade
 from specjax.drafters.eagle import EagleHead
@@ -44,12 +46,6 @@ from specjax.types import Drafter, LanguageModel
 WHOLE_ON_EACH: Rules = MappingProxyType({})
 """Rules that split nothing over devices. Splitting a small draft model costs more in messages between devices than it
 saves in memory."""
-
-_FOLDERS = ("model", "eagle", "mtp", "medusa")
-_ALLOWED = (
-    "model:DIR, eagle:DIR, mtp:DIR, medusa:DIR, ngram, early-exit:LAYERS, or cascade:A,B of these, where B drafts the "
-    "rows in which A has nothing"
-)
 
 
 def load_drafter(
@@ -80,8 +76,11 @@ def load_drafter(
     cascade:A,B        A, and B in the rows in which A has nothing; cascade:A,B,C is cascade:(A,B),C
     ================== ==================================================================================
 
+    Engines wire some draft heads differently. Options after the folder choose: "mtp:DIR@chain_states=unnormed",
+    "mtp:DIR@chained@zero_first". docs/drafters.md lists them (``specjax.checkpoint.spec.OPTIONS``).
+
     Args:
-      spec: kind and folder, as in the table. In a cascade, folders have no comma in their names.
+      spec: kind, folder and options, as above. In a cascade, folders have no comma in their names.
       target: the model to draft for, or the result of ``specjax.open``.
       num_draft: g, tokens proposed per round.
       dtype: dtype of parameters and computation; None means ``specjax.default_dtype()``.
@@ -91,9 +90,9 @@ def load_drafter(
       mesh: where the parameters go, as for ``specjax.load``. Give the target's mesh if the target is on one.
       rules: as for ``specjax.shard``. By default each device holds the whole drafter, which is best for a small one.
         ``specjax.sharding.RULES`` splits the drafter like the target.
-      chained: only for several MTP modules: the first module drafts all tokens and takes its own states. Otherwise
-        each module drafts one token.
-      zero_first: only for MTP modules: the embedding at position 0 is zero, as in vLLM. Other engines differ.
+      chained: the option of this name, for all MTP modules of the text: the first module drafts all tokens and takes
+        its own states. Otherwise each module drafts one token.
+      zero_first: likewise: the embedding at position 0 is zero, as in vLLM. Other engines differ.
       ignore_config_keys: as for ``specjax.load``, for the config of a draft model or draft head.
       quantize: as for ``specjax.load``, for the drafter's own parameters. What it uses of the target stays as it is.
 
@@ -101,15 +100,17 @@ def load_drafter(
       The drafter, whose parameters are read.
 
     Raises:
-      ValueError: the text names no drafter; ``num_draft`` is below 1, or is more than the draft heads can draft; a file
-        of the folder is missing, damaged or pickled; the drafter does not fit the target; or as for ``specjax.load``.
+      ValueError: the text names no drafter, or an unknown option; ``num_draft`` is below 1, or is more than the draft
+        heads can draft; a file of the folder is missing, damaged or pickled; the folder holds something else than the
+        text says; the drafter does not fit the target; or as for ``specjax.load``.
       TypeError: ``spec`` is not a string; or as for ``specjax.shard``.
     """
     # 1. What the text says. An ``Opened`` target knows the tokenizer, so that the caller need not.
     check_integer("num_draft", num_draft, 1)
     if quantize is not None:
         check_kind(quantize)
-    kind, value = _parse(spec)
+    named = parse(spec)
+    kind, value, opened = named.kind, named.value, target
     if isinstance(target, Opened):
         target, tokenizer = target.model, tokenizer or target.tokenizer
     # 2. Kinds without a folder of their own.
@@ -117,7 +118,7 @@ def load_drafter(
         options = {"chained": chained, "zero_first": zero_first, "ignore_config_keys": ignore_config_keys}
         options["quantize"] = quantize
         again = functools.partial(load_drafter, **options)
-        parts = [again(part, target, num_draft, dtype, tokenizer, mesh, rules) for part in value.split(",")]
+        parts = [again(part, opened, num_draft, dtype, tokenizer, mesh, rules) for part in value.split(",")]
         return functools.reduce(Cascade, parts)
     if kind == "ngram":
         return NGramDrafter(num_draft=num_draft)
@@ -130,43 +131,32 @@ def load_drafter(
     if kind == "model":
         model = load(path, dtype, mesh, rules, ignore_config_keys, quantize)
         return _model_drafter(path, model, target, num_draft, tokenizer, mesh, rules)
-    if kind == "mtp":
-        drafter, params = open_mtp(path, target, num_draft, dtype, chained, zero_first, ignore_config_keys)
-    else:
-        open_head = {"eagle": open_eagle, "medusa": open_medusa}[kind]
-        drafter, params = open_head(path, target, num_draft, dtype, ignore_config_keys)
+    with opened_as(kind, path):
+        if kind == "mtp":
+            chained, zero_first = chained or named.flag("chained"), zero_first or named.flag("zero_first")
+            normed = named.choice("chain_states") == "normed"
+            drafter, params = open_mtp(path, target, num_draft, dtype, chained, zero_first, normed, ignore_config_keys)
+        elif kind == "eagle":
+            options = _eagle_options(named, opened)
+            drafter, params = open_eagle(path, target, num_draft, dtype, ignore_config_keys, **options)
+        else:
+            drafter, params = open_medusa(path, target, num_draft, dtype, ignore_config_keys)
     with errors_name(path):
         return read_onto(mesh, rules, drafter, params, quantize)
 
 
-def _parse(spec: str) -> tuple[str, str]:
-    """Returns the kind of a spec and the text after its colon.
-
-    Raises:
-      TypeError, ValueError: as for ``load_drafter``.
-    """
-    # Each kind has its own idea of a value, so each is checked by itself.
-    if not isinstance(spec, str):
-        raise TypeError(f"spec is {spec!r}; give a string: {_ALLOWED}")
-    kind, _, value = spec.partition(":")
-    parts = value.split(",") if kind == "cascade" else []
-    if _names_one(spec) or (len(parts) > 1 and all(map(_names_one, parts))):
-        return kind, value
-    # A folder alone is the likeliest slip, so its message says how to name the kind.
-    if os.path.isdir(spec):
-        raise ValueError(
-            f"spec is {spec!r}, a folder without its kind; give model:{spec} for a language model, or eagle:, mtp: or "
-            "medusa: and the folder for draft heads"
-        )
-    raise ValueError(f"spec is {spec!r}; give {_ALLOWED}")
-
-
-def _names_one(spec: str) -> bool:
-    """Returns whether a text names a drafter that is no cascade."""
-    kind, _, value = spec.partition(":")
-    if kind == "early-exit":
-        return value.isascii() and value.isdecimal()
-    return spec == "ngram" or (kind in _FOLDERS and value != "")
+def _eagle_options(named: Spec, target: LanguageModel | Opened) -> dict[str, Any]:
+    """Returns the options of a text as arguments of ``open_eagle``."""
+    rope_of = None
+    if named.choice("rope") == "target":
+        if not isinstance(target, Opened):
+            raise ValueError("rope=target needs the target's config; give the result of specjax.open as the target")
+        rope_of = target.config
+    return {
+        "rope_of": rope_of,
+        "norm_output_of_logits": named.choice("norm_output") == "logits",
+        "window_stays": named.choice("window") == "stays",
+    }
 
 
 def _model_drafter(
@@ -199,20 +189,6 @@ def _model_drafter(
         raise ValueError(f"{path} cannot draft for this target: {error}") from None
     drafter = shared_vocabulary_drafter(model, shared, num_draft)
     return drafter if mesh is None else shard(drafter, mesh, rules)  # only its tables move: the model is there
-
-
-def folders_of(spec: str) -> list[Path]:
-    """Returns the folders that a spec names."""
-    parts = (part.partition(":") for part in spec.removeprefix("cascade:").split(","))
-    return [Path(value) for kind, _, value in parts if kind in _FOLDERS and value]
-
-
-def short_name(spec: str) -> str:
-    """Returns the name of a spec's drafter for tables and plots, such as "ngram, else py-14m-eagle"."""
-    kind, _, value = spec.partition(":")
-    if kind == "cascade":
-        return ", else ".join(map(short_name, value.split(",")))
-    return f"first {value} layers" if kind == "early-exit" else Path(value).name or kind
 
 
 def save_drafter(

@@ -15,6 +15,7 @@ from specjax.checkpoint.shared import is_targets_embedding, is_targets_head
 from specjax.checkpoint.sound import errors_name
 from specjax.drafters.eagle import EagleHead, check_fit
 from specjax.drafters.feature import FeatureDrafter
+from specjax.hf.config import decoder_config
 from specjax.hf.eagle import (
     draft_vocabulary,
     eagle_fields,
@@ -28,6 +29,7 @@ from specjax.hf.names import LINEAR, Piece, Source
 from specjax.hf.safetensors import Tensor, open_tensors, write_tensors
 from specjax.hf.weights import check_tensors, parameters_of
 from specjax.quantized import is_quantized
+from specjax.transformer.config import DecoderConfig
 from specjax.types import LanguageModel
 
 _HEAD = "lm_head.weight"
@@ -35,7 +37,15 @@ _LOG = logging.getLogger(__name__)
 
 
 def open_eagle(
-    path: Path, target: LanguageModel, num_draft: int, dtype: jnp.dtype, ignore_config_keys: Iterable[str] = ()
+    path: Path,
+    target: LanguageModel,
+    num_draft: int,
+    dtype: jnp.dtype,
+    ignore_config_keys: Iterable[str] = (),
+    *,
+    rope_of: Mapping[str, Any] | None = None,
+    norm_output_of_logits: bool = False,
+    window_stays: bool = False,
 ) -> tuple[FeatureDrafter, Any]:
     """Opens an EAGLE-1, EAGLE-2 or EAGLE-3 head as a drafter of chains.
 
@@ -49,6 +59,10 @@ def open_eagle(
       num_draft: g, tokens proposed per round.
       dtype: dtype of parameters and computation.
       ignore_config_keys: as for ``specjax.load``.
+      rope_of: the target's config, whose rotary positions the draft head then has. None: the draft head's config says.
+      norm_output_of_logits: the key ``norm_output`` says whether logits come from normed states, as in SpecForge before
+        EAGLE-3.1. Otherwise it says whether the next draft reads them, as everywhere else.
+      window_stays: as for ``EagleHead``.
 
     Returns:
       The drafter, with shapes and dtypes in place of parameters, and a tree of ``Parameter`` in the same structure.
@@ -60,7 +74,13 @@ def open_eagle(
     """
     raw = without_keys(read_json(path / "config.json"), ignore_config_keys)
     with errors_name(path / "config.json"):
-        _, fields = _describe(raw, target)
+        config, fields = _describe(raw, target)
+        fields["window_stays"] = window_stays
+        if norm_output_of_logits:
+            said = config.get("norm_output") is not None
+            fields |= {"norm_output": False, "norm_logits": fields.get("norm_output", True) or not said}
+        if rope_of is not None:
+            fields["decoder"] = _with_rope_of(rope_of, fields["decoder"])
     found = open_tensors(path)
     # Which tensors there are decides what the head is: whether it embeds and unembeds by itself, and has its own draft
     # ids.
@@ -83,6 +103,23 @@ def open_eagle(
             del params["lm_head"]
     _LOG.info("%s: %s", path, head.describe())
     return FeatureDrafter(head.abstract_params(dtype), head, num_draft), params
+
+
+def _with_rope_of(raw: Mapping[str, Any], decoder: DecoderConfig) -> DecoderConfig:
+    """Returns a draft head's decoder with the rotary positions of a target's config."""
+    layers = decoder_config(raw).each_layer
+    ropes = {layer.rope for layer in layers if layer.window is None} or {layer.rope for layer in layers}
+    (rope, *others) = ropes
+    if rope is None or others or 2 * len(rope.frequencies) > decoder.head_width:
+        raise ValueError(
+            f"rope=target asks for the target's rotary positions, which do not fit: {len(ropes)} kinds in layers of "
+            f"full attention, for attention heads {decoder.head_width} wide; leave the option out"
+        )
+    # The draft head's layers are Llama's, whichever pairs the target's layers rotate.
+    rope = dataclasses.replace(rope, interleaved=False)
+    return dataclasses.replace(
+        decoder, layers=tuple(dataclasses.replace(layer, rope=rope) for layer in decoder.each_layer)
+    )
 
 
 def _check_targets_head(tensor: Tensor, target: LanguageModel) -> None:

@@ -25,8 +25,9 @@ def open_medusa(
     Only the first ``num_draft`` heads are read.
 
     Args:
-      path: a folder with ``config.json`` and ``medusa_lm_head.safetensors`` (or ``model.safetensors``); or the folder
-        of a whole model that was trained together with its heads (Medusa-2, section 2.2.2).
+      path: a folder with ``config.json`` and ``medusa_lm_head.safetensors`` (or ``model.safetensors``), in the layout
+        of FasterDecoding/Medusa or of vLLM; or the folder of a whole model that was trained together with its heads
+        (Medusa-2, section 2.2.2).
       target: the model to draft for. Heads in a whole model's folder are for that model.
       num_draft: g, tokens proposed per round, at most the number of heads.
       dtype: dtype of parameters and computation.
@@ -43,14 +44,16 @@ def open_medusa(
     raw = without_keys(read_json(path / "config.json"), ignore_config_keys)
     with errors_name(path):
         params = medusa_parameters(raw, open_medusa_tensors(path, lies_in_target(raw)))
-        vocab = params[0]["lm_head"]["kernel"].shape[1]
+        vocab = MedusaDrafter(params).vocab_size
         if vocab != target.vocab_size:
             raise ValueError(
                 f"the Medusa heads are for {vocab} tokens and the target has {target.vocab_size}; give its own"
             )
         check_medusa_fit(params, num_draft, _width(target))
     params = {i: params[i] for i in range(num_draft)}
-    abstract = jax.tree.map(lambda parameter: jax.ShapeDtypeStruct(parameter.shape, dtype), params)
+    # The draft vocabulary stays what it is, integers.
+    floats = {parameter.dtype: dtype for parameter in jax.tree.leaves(params) if parameter.dtype != jnp.int32}
+    abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, floats.get(p.dtype, p.dtype)), params)
     return MedusaDrafter(abstract, num_draft), params
 
 
@@ -63,8 +66,13 @@ def fill_medusa(folder: Path, params: Any, target_name: str | None) -> None:
       target_name: the target's name or path, for other engines.
 
     Raises:
-      ValueError: the heads differ in their shapes or in the number of their blocks.
+      ValueError: the heads differ in their shapes or in the number of their blocks, or have parts that the layout has
+        no names for.
     """
+    if "draft_of_v" in params[0] or not all("bias" in block for block in params[0]["blocks"].values()):
+        raise ValueError(
+            "the heads draft a reduced vocabulary or have no biases, which only vLLM's layout has names for"
+        )
     # The layout's config has one size for all heads.
     shapes = {i: jax.tree.map(jnp.shape, params[i]) for i in range(len(params))}
     other = next((i for i in shapes if shapes[i] != shapes[0]), None)

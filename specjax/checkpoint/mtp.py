@@ -26,6 +26,7 @@ def open_mtp(
     dtype: jnp.dtype,
     chained: bool = False,
     zero_first: bool = False,
+    normed_states: bool = True,
     ignore_config_keys: Iterable[str] = (),
 ) -> tuple[FeatureDrafter | MTPDrafter, Any]:
     """Opens MTP modules as a drafter (DeepSeek-V3, section 2.2).
@@ -42,6 +43,7 @@ def open_mtp(
       chained: only for several modules: the first module drafts all tokens and takes its own states. Otherwise each
         module drafts one token. A single module is always chained.
       zero_first: the embedding at position 0 is zero, as in vLLM. Other engines differ.
+      normed_states: as for ``MTPConfig``.
       ignore_config_keys: as for ``specjax.load``.
 
     Returns:
@@ -71,6 +73,7 @@ def open_mtp(
             layout.decoder,
             hidden_first=layout.hidden_first,
             zero_first=zero_first,
+            normed_states=normed_states,
             own_embedding=layout.held("embed_tokens.weight", tensors),
             own_head=layout.held("lm_head.kernel", tensors),
         )

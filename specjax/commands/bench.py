@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 import specjax
-from specjax.checkpoint.drafters import short_name
+from specjax.checkpoint.spec import short_name
 from specjax.commands import bench_page, compilation_cache, figures, hosts, machine, measure, models, peers, sweep
 from specjax.commands.console import add_quantize, print_table
 from specjax.commands.drafter_spec import named_drafter
@@ -253,12 +254,13 @@ def bench_speed(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def bench_drafters(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measures every drafter: acceptance, costs, the speed-up that these allow, and the measured speed-up."""
-    tokenizer = specjax.open(args.target).need_tokenizer()
+    target = dataclasses.replace(specjax.open(args.target), model=args.model)
+    tokenizer = target.need_tokenizer()
     prompts = models.prompts(args, 64, args.prompts)[:, None]
     # All drafters are opened first, so that a wrong spec is an error before the first measurement.
     try:
         opened = [
-            (spec, named_drafter(spec, args.model, tokenizer, g, quantize=args.quantize_draft))
+            (spec, named_drafter(spec, target, tokenizer, g, quantize=args.quantize_draft))
             for spec in args.drafters
             for g in args.num_draft
         ]

@@ -12,7 +12,7 @@ from specjax.quantized import Kind
 
 def named_drafter(
     spec: str,
-    target: specjax.LanguageModel,
+    target: specjax.LanguageModel | specjax.Opened,
     tokenizer: Any,
     num_draft: int,
     mesh: Mesh | None = None,
@@ -39,13 +39,14 @@ def named_drafter(
     )
     # A draft head's config may leave open which of the target's states it reads. A draft of another tokenizer can
     # draft only some tokens. Both may explain a low acceptance rate.
+    model = target.model if isinstance(target, specjax.Opened) else target
     for part in parts_of(drafter):
         if hasattr(part, "head") and hasattr(part.head, "describe"):
             hosts.note(f"{spec}: {part.head.describe()}\n")
         if isinstance(part, specjax.SharedVocabularyDrafter):
             shared = int((part.draft_of_v >= 0).sum())
             hosts.note(
-                f"{spec} has another tokenizer: it drafts the {shared} of {target.vocab_size} tokens that both have\n"
+                f"{spec} has another tokenizer: it drafts the {shared} of {model.vocab_size} tokens that both have\n"
             )
     return drafter
 

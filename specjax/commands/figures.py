@@ -6,7 +6,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 import specjax
-from specjax.checkpoint.drafters import short_name
+from specjax.checkpoint.spec import short_name
 from specjax.commands.transcript import COUNTS, Transcript
 
 COMPARED_RUNS = 5  # timed runs of --compare, with the drafter and without

@@ -17,8 +17,8 @@ import jax
 from jax.sharding import Mesh
 
 import specjax
-from specjax.checkpoint.drafters import folders_of
 from specjax.checkpoint.generation import load_generation_defaults
+from specjax.checkpoint.spec import folders_of
 from specjax.commands import compilation_cache, figures, hosts
 from specjax.commands.console import Parser, add_adapter, add_ignored_keys, add_quantize, write_whole
 from specjax.commands.drafter_spec import named_drafter
@@ -294,7 +294,7 @@ def main(argv: list[str] | None = None, prog: str = "generate.py") -> None:
             drafter = None
             if spec != "none":
                 drafter = named_drafter(
-                    spec, target, tokenizer, args.num_draft, mesh, rules, ignored, args.quantize_draft
+                    spec, opened, tokenizer, args.num_draft, mesh, rules, ignored, args.quantize_draft
                 )
             if args.compare and drafter is None:
                 raise ValueError("--compare needs a drafter to compare with plain decoding; --drafter is none")

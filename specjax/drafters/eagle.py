@@ -44,6 +44,8 @@ class EagleHead:
       fc_norm: whether the target's states are normed one by one before ``fc``. Not together with ``norm_before_fc``.
       norm_output: whether the next draft reads the normed states of the draft before it (EAGLE-3.1).
       norm_logits: whether the logits come from normed states. SpecForge could train heads without this norm.
+      window_stays: whether the windows of the layers stay along a chain, where the first draft's windows are, as in
+        training. Otherwise they slide. Both versions.
 
     Raises:
       ValueError: a size is out of range, ``version`` is neither 1 nor 3, or fields contradict each other or the
@@ -63,6 +65,7 @@ class EagleHead:
     fc_norm: bool = False
     norm_output: bool = False
     norm_logits: bool = True
+    window_stays: bool = False
 
     def __post_init__(self):
         if self.target_hidden_size is None:
@@ -157,6 +160,23 @@ class EagleHead:
             target.require("embed", "unembed")
         elif not self.own_embedding:
             target.require("embed")
+
+    def at_draft(self, index: int | Array) -> "EagleHead":
+        """Returns the draft head that draft ``index`` of a chain is computed with.
+
+        With ``window_stays``, windows start where those of draft 0 do. Example, a window of 8 and draft 0 from slot 20:
+        drafts 0 and 2 see slots 13 and later, so the window of draft 2, from slot 22, is 10.
+
+        Raises:
+          ValueError: windows stay, and the chain is a loop on the device (``FeatureDrafter.unrolled``).
+        """
+        layers = self.decoder.each_layer
+        if not self.window_stays or all(layer.window is None for layer in layers):
+            return self
+        if not isinstance(index, int):
+            raise ValueError("window_stays is true and the chain is a loop on the device; give unrolled=True")
+        widened = [dataclasses.replace(layer, window=layer.window and layer.window + index) for layer in layers]
+        return dataclasses.replace(self, decoder=dataclasses.replace(self.decoder, layers=tuple(widened)))
 
     def init_cache(self, params: Any, rows: int, slots: int) -> KVCache:
         """Returns an empty cache of the draft head's layers."""

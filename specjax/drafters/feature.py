@@ -38,6 +38,10 @@ class Head(Protocol):
         """Makes an empty cache."""
         ...
 
+    def at_draft(self, index: int | Array) -> "Head":
+        """Returns the head that draft ``index`` of a chain, from 0, is computed with; mostly this one."""
+        ...
+
     def fuse(self, params: Any, features: tuple[Array, ...]) -> Array:
         """Returns ``[b, t, d]``, the states of ``run``, from one ``[b, t, target's d]`` for each of ``capture``."""
         ...
@@ -148,7 +152,7 @@ class FeatureDrafter:
         def advance(i: int | Array, carry: Any) -> Any:
             chain, drafting_b, drafted_b, token_b, state_bd, cache = carry
             feed = Feed(token_b[:, None], length_b + (i - 2), running_b)
-            states_btd, cache = self.head.run(self.params, target, feed, state_bd[:, None], cache)
+            states_btd, cache = self.head.at_draft(i).run(self.params, target, feed, state_bd[:, None], cache)
             state_bd = states_btd[:, 0]
             chain, drafting_b, token_b = add(i, chain, drafting_b, state_bd)
             return chain, drafting_b, drafted_b + drafting_b.astype(jnp.int32), token_b, state_bd, cache

@@ -16,18 +16,27 @@ def head_logits(params: Any, states: Array) -> Array:
     """Returns the logits of one head: residual blocks, then a linear layer (Cai et al. 2024, section 2.1.1).
 
     Args:
-      params: ``{"blocks": {k: {"kernel": [d, d], "bias": [d]}}, "lm_head": {"kernel": [d, v]}}``.
+      params: ``{"blocks": {k: {"kernel": [d, d], "bias": [d]}}, "lm_head": {"kernel": [d, v]}}``. Blocks may be without
+        ``bias``. With a reduced vocabulary of u tokens, int32 ``"draft_of_v"`` ``[v]`` holds the draft's id of each
+        target token, and -1 for tokens that are never drafted; the kernel is ``[d, u]``, or ``[d, v]``.
       states: ``[.., d]``, the target's after its final norm.
 
     Returns:
-      Float32 ``[.., v]``.
+      Float32 ``[.., v]``, -inf for tokens that are never drafted.
     """
-    kernel_dv = params["lm_head"]["kernel"]
-    x = states.astype(kernel_dv.dtype)
+    kernel_du = params["lm_head"]["kernel"]
+    x = states.astype(kernel_du.dtype)
     for k in range(len(params["blocks"])):
-        y = product(x, params["blocks"][k]["kernel"])
-        x = x + jax.nn.silu(y + jnp.broadcast_to(params["blocks"][k]["bias"], y.shape))
-    return product(x, kernel_dv, jnp.dtype("float32"))
+        block = params["blocks"][k]
+        y = product(x, block["kernel"])
+        x = x + jax.nn.silu(y + jnp.broadcast_to(block["bias"], y.shape) if "bias" in block else y)
+    logits = product(x, kernel_du, jnp.dtype("float32"))
+    if "draft_of_v" not in params:
+        return logits
+    draft_of_v = params["draft_of_v"]
+    if logits.shape[-1] < draft_of_v.shape[0]:
+        logits = jnp.take(logits, jnp.maximum(draft_of_v, 0), axis=-1)
+    return jnp.where(jnp.broadcast_to(draft_of_v >= 0, logits.shape), logits, -jnp.inf)
 
 
 def init_medusa_params(kernel_dv: Array, num_heads: int, num_blocks: int = 1) -> Any:
@@ -61,7 +70,8 @@ class MedusaDrafter:
     no cache. A row of one token drafts nothing: no state of the target is known yet.
 
     Attributes:
-      params: ``{i: params}`` of at least ``num_draft`` heads, each as ``head_logits`` takes them.
+      params: ``{i: params}`` of at least ``num_draft`` heads, each as ``head_logits`` takes them. Heads without
+        ``lm_head`` share that of head 0, and all heads share the ``draft_of_v`` of head 0.
       num_draft: g, tokens proposed per round.
     """
 
@@ -73,13 +83,19 @@ class MedusaDrafter:
 
     @property
     def vocab_size(self) -> int:
-        return self.params[0]["lm_head"]["kernel"].shape[1]
+        first = self.params[0]
+        return first["draft_of_v"].shape[0] if "draft_of_v" in first else first["lm_head"]["kernel"].shape[1]
 
     def axes(self) -> Any:
         """Returns what each parameter's dimensions stand for, in a tree like ``params``."""
-        block, kernel_dv = {"kernel": (None, "embed"), "bias": ("embed",)}, ("embed", "vocab")
+        # With a reduced vocabulary, logits are looked up by the target's ids. With logits split over devices, the
+        # look-up would move more than the split saves.
+        reduced = "draft_of_v" in self.params[0]
+        block = {"kernel": (None, "embed"), "bias": ("embed",)}
+        whole = {"lm_head": {"kernel": ("embed", None if reduced else "vocab")}, "draft_of_v": (None,)}
         return {
-            i: {"blocks": dict.fromkeys(head["blocks"], block), "lm_head": {"kernel": kernel_dv}}
+            i: {name: whole[name] for name in head if name != "blocks"}
+            | {"blocks": {k: {name: block[name] for name in head["blocks"][k]} for k in head["blocks"]}}
             for i, head in self.params.items()
         }
 
@@ -104,9 +120,14 @@ class MedusaDrafter:
         """Samples one token from each of the first ``num_draft`` heads."""
         g = context.drafts(self.num_draft)
         chain = Chain.empty(state.shape[0], g, context.target.vocab_size)
+        shared = {name: part for name, part in self.params[0].items() if name != "blocks"}
+        drafting_b, drafted_b = context.length_b >= 2, jnp.zeros_like(context.length_b)
         for i in range(g):
-            chain, _ = chain.add(draw, head_logits(self.params[i], state), i)
-        return chain.propose(jnp.where(context.length_b >= 2, g, 0).astype(jnp.int32)), state
+            chain, _ = chain.add(draw, head_logits(shared | self.params[i], state), i)
+            # A row proposes no more where a bias bans all tokens of a reduced vocabulary.
+            drafting_b = drafting_b & chain.lawful(i) if "draft_of_v" in shared else drafting_b
+            drafted_b = drafted_b + drafting_b.astype(jnp.int32)
+        return chain.propose(drafted_b), state
 
     def follow(self, state: Array, context: Context, tokens_bg: Array) -> Array:
         """Nothing to do: the next state comes from the target, whoever drafted."""

@@ -30,6 +30,8 @@ class MTPConfig:
         are those of all parts of a module.
       hidden_first: the projection takes the state before the embedding (MiMo), not after it.
       zero_first: the embedding at slot 0 is zero, as vLLM has it.
+      normed_states: a module's states, which the next draft reads, are those after the module's last norm. False: those
+        before it. The logits always come from normed states.
       own_embedding: modules have their own embeddings, not the target's.
       own_head: modules have their own output heads, not the target's.
 
@@ -40,6 +42,7 @@ class MTPConfig:
     decoder: DecoderConfig
     hidden_first: bool = False
     zero_first: bool = False
+    normed_states: bool = True
     own_embedding: bool = False
     own_head: bool = False
 
@@ -96,7 +99,8 @@ class MTPModule(nnx.Module):
         pair = self.enorm(embedded_btd), self.hnorm(states_btd.astype(dtype))
         x_btd = self.eh_proj(jnp.concatenate(pair[::-1] if self.config.hidden_first else pair, axis=-1))
         x_btd, kept = self.layer(x_btd, feed, rotary_tables(position_bt, self.rope), stored)
-        return self.norm(x_btd).astype(states_btd.dtype), kept
+        x_btd = self.norm(x_btd) if self.config.normed_states else x_btd
+        return x_btd.astype(states_btd.dtype), kept
 
     def _embed(self, target: LanguageModel, tokens_bt: Array) -> Array:
         if self.embed_tokens is None:
@@ -108,6 +112,8 @@ class MTPModule(nnx.Module):
 
     def logits(self, target: LanguageModel, states_bd: Array) -> Array:
         """Returns ``[b, v]`` logits of states ``[b, d]`` that the module returned; raises ValueError as a call does."""
+        if not self.config.normed_states:
+            states_bd = self.norm(states_bd)
         if self.lm_head is None:
             target.require("unembed")
             assert target.unembed is not None
@@ -190,6 +196,11 @@ class MTPHead:
     def init_cache(self, params: Any, rows: int, slots: int) -> KVCache:
         """Makes an empty cache."""
         return empty_cache(self.config.decoder, rows, slots, _dtype_of(params))
+
+    def at_draft(self, index: int | Array) -> "MTPHead":
+        """Returns the head itself, for all drafts."""
+        del index
+        return self
 
     def axes(self, params: Any) -> Any:
         """Returns what each parameter's dimensions stand for, in a tree like ``params``."""

@@ -12,7 +12,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from specjax.checks import check_integer
@@ -20,7 +19,7 @@ from specjax.hf.config import read_keys
 from specjax.hf.keys import Keys, warn_unknown
 from specjax.hf.names import LINEAR, SAME, ParameterPath, Piece, Source, parameters
 from specjax.hf.safetensors import Tensor, TensorSpec
-from specjax.hf.weights import Parameter, check_tensors, parameters_of, tensors_of
+from specjax.hf.weights import check_tensors, parameters_of, tensors_of, whole_parameter
 from specjax.transformer.config import DecoderConfig
 
 VERSIONS = {"eagle": 1, "eagle3": 3}
@@ -270,11 +269,7 @@ def eagle_parameters(tensors: Mapping[str, Tensor], draft_of_v: np.ndarray | Non
     check_tensors(floats, wanted, _why_left_out)
     opened = parameters_of(floats, wanted)
     if draft_of_v is not None:
-
-        def read(dtype: Any, index: tuple[slice, ...] = ()) -> np.ndarray:
-            return draft_of_v[index].astype(dtype)
-
-        opened["draft_of_v"] = Parameter(draft_of_v.shape, jnp.dtype("int32"), read)
+        opened["draft_of_v"] = whole_parameter(draft_of_v)
     return opened
 
 

@@ -17,6 +17,7 @@ from flax.traverse_util import unflatten_dict
 from specjax.hf.adapter import base_model, merge, open_adapter
 from specjax.hf.computed import Readable
 from specjax.hf.config import read_config
+from specjax.hf.contents import kinds_of_tensors
 from specjax.hf.families import FAMILIES, sources, table_names
 from specjax.hf.formats import Format, check_named, decode, is_plain, read_format
 from specjax.hf.formats import why_left_out as why_left_out_by_formats
@@ -55,6 +56,15 @@ class Parameter:
     shape: tuple[int, ...]
     dtype: jnp.dtype
     read: Callable[..., np.ndarray]
+
+
+def whole_parameter(array: np.ndarray) -> Parameter:
+    """Returns the parameter of an array that is there already."""
+
+    def read(dtype: Any, index: tuple[slice, ...] = ()) -> np.ndarray:
+        return array[index].astype(dtype)
+
+    return Parameter(array.shape, jnp.dtype(array.dtype), read)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +107,9 @@ def open_weights(folder: Path, ignore_config_keys: Iterable[str] = (), adapter: 
             f"{folder} holds an adapter next to a model; merge the two with peft and save that, or move the adapter "
             "away"
         )
-    if kind := _head_kind(found):
-        raise ValueError(f"{folder} holds a draft head, no model; load_drafter opens it as {kind}:{folder}")
+    kinds = kinds_of_tensors(found)
+    if kinds and "model" not in kinds:
+        raise ValueError(f"{folder} holds a draft head, no model; load_drafter opens it as {kinds[0]}:{folder}")
     # 2. The config says which tensors the model needs, and the table of its family how they are called.
     config, raw = read_config(folder / "config.json", ignore_config_keys)
     wanted = sources(raw["model_type"], config)
@@ -133,18 +144,6 @@ def _table_and_head(raw: Mapping[str, Any]) -> tuple[str, str]:
     """Returns the names of the embedding and of the output head in the table of a family."""
     names = FAMILIES[raw["model_type"]].names
     return names["embed_tokens.weight"][0], names["lm_head.kernel"][0]
-
-
-def _head_kind(names: Iterable[str]) -> str | None:
-    """Returns the kind of draft head, as in ``load_drafter``, whose tensors have these names; None for a model's."""
-    names = [name.removeprefix("model.") for name in names]
-    if any(name in ("fc.weight", "fusion_fc.weight") for name in names):
-        return "eagle"
-    if any(re.fullmatch(r"\d+\.\d+\.linear\.weight", name) for name in names):
-        return "medusa"
-    own = [name for name in names if not name.startswith(("mtp.", "mtp_layers."))]
-    layers = [int(match[1]) for name in own if (match := re.match(r"layers\.(\d+)\.", name))]
-    return "mtp" if names and (not own or (layers and min(layers) > 0 and len(layers) == len(own))) else None
 
 
 def _with_head(

@@ -254,10 +254,10 @@ def _eagle(recipe: Recipe, teacher: LanguageModel, tokens: np.ndarray) -> _Chain
 
 def _medusa(recipe: Recipe, teacher: LanguageModel) -> _MedusaHeads:
     """Returns Medusa heads. ``[architecture]`` holds ``medusa_num_heads`` and ``medusa_num_layers``."""
-    count, blocks, _, _ = medusa_config(recipe.architecture)
-    _check_sequences(recipe, count)
+    config = medusa_config(recipe.architecture)
+    _check_sequences(recipe, config.heads)
     teacher.require("embed", "unembed", "num_layers")
-    return _MedusaHeads(recipe, teacher, count, blocks)
+    return _MedusaHeads(recipe, teacher, config.heads, config.blocks)
 
 
 def most_frequent(tokens: np.ndarray, draft_vocab_size: int, vocab_size: int) -> Array:
