@@ -17,5 +17,5 @@ def kinds_of_tensors(names: Iterable[str]) -> list[str]:
     known = [name.removeprefix("model.") for name in names]
     found = [kind for kind, pattern in _HEADS.items() if any(map(pattern.fullmatch, known))]
     # The layers of EAGLE heads are named like a model's.
-    own = [name for name in known if not name.startswith(("mtp.", "mtp_layers."))]
+    own = [name for name in known if not name.startswith(("mtp.", "mtp_layers.", "medusa_head", "blocks."))]
     return found if "eagle" in found or not any(map(_FIRST_LAYER.fullmatch, own)) else [*found, "model"]

@@ -38,8 +38,7 @@ _LAYERS = ("llama", "qwen3")
 _FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 _SIZES = ("draft_vocab_size", "target_hidden_size", "num_aux_hidden_states")
 _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
-# Keys of speculators' configs that do not describe the draft head: names, training, how an engine runs it.
-_IGNORED = (
+SPECULATORS_KEYS = (
     *("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "has_no_defaults_at_init"),
     *("speculators_version", "speculators_config", "embed_requires_grad", "enable_sp_ulysses"),
     "quantization_config",  # a left-over: only plain floats are read
@@ -48,6 +47,8 @@ _IGNORED = (
     *("attribute_map", "base_config_key", "is_composition", "_auto_class"),
     "tie_word_embeddings",  # the tensors say which output head there is
 )
+"""Keys of speculators' configs that do not describe the draft head: names, training, how an engine runs it."""
+
 # Keys of a target with experts, which SpecForge's configs may still have. The layers of its class have no experts.
 _OF_EXPERTS = (
     *("decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob", "num_experts"),
@@ -105,7 +106,7 @@ def eagle_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = keys.take("speculators_model_type")
     if not isinstance(kind, str) or kind not in VERSIONS:
         raise ValueError(f"speculators_model_type is {kind!r}, no EAGLE head; supported: {', '.join(VERSIONS)}")
-    keys.ignore(*_IGNORED)
+    keys.ignore(*SPECULATORS_KEYS)
     decoder, unknown = _decoder(keys.take("transformer_layer_config"))
     fields: dict[str, Any] = {"version": VERSIONS[kind], "decoder": decoder}
     # 2. EAGLE-1 always reads the last state; EAGLE-3 has options, and engines read some of them differently.

@@ -2,7 +2,7 @@
 
 DeepSeek-V3 numbers the modules as layers after the target's layers: module k, counted from 0, has the tensors
 ``model.layers.{num_hidden_layers + k}.*``. Example: 61 layers are numbered 0 to 60, and module 0 is layer 61. Most
-families do the same. MiMo and Qwen3-Next have their own names.
+families do the same. MiMo and Qwen3-Next have their own names, and speculators has others for any family.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from typing import Any
 from specjax.checks import check_integer
 from specjax.hf.class_keys import NO_EFFECT
 from specjax.hf.config import decoder_config, unknown_keys
+from specjax.hf.eagle import SPECULATORS_KEYS
 from specjax.hf.families import FAMILIES
 from specjax.hf.families.qwen import QWEN3_MOE
 from specjax.hf.families.shared import (
@@ -23,7 +24,7 @@ from specjax.hf.families.shared import (
     with_experts,
 )
 from specjax.hf.keys import Keys, warn_unknown
-from specjax.hf.names import LINEAR, SAME, Table, sources_of
+from specjax.hf.names import LINEAR, SAME, Layout, Table, sources_of
 from specjax.hf.safetensors import Tensor, TensorSpec
 from specjax.hf.weights import check_tensors, parameters_of, plain_tensors, tensors_of
 from specjax.transformer.config import MAX_HEAD, MAX_LAYERS, DecoderConfig, ExpertsConfig
@@ -55,6 +56,7 @@ class _Naming:
       after_layers: whether modules are numbered from the target's number of layers on, not from 0.
       hidden_first: whether the projection takes the state before the embedding.
       most: the most modules that the names allow, or None.
+      fused_experts: whether one tensor holds the gate and up projections of all experts, as transformers 5 has them.
     """
 
     layer: str
@@ -65,6 +67,7 @@ class _Naming:
     after_layers: bool = False
     hidden_first: bool = False
     most: int | None = None
+    fused_experts: bool = False
 
     def table(self, layers: Table) -> dict[str, tuple[str, Any]]:
         """Returns a table as in ``specjax.hf.names``. Its parameter paths start with the module's number.
@@ -83,10 +86,18 @@ class _Naming:
         for ours, (theirs, layout) in layers.items():
             if ours.startswith("layers.{i}."):
                 name = theirs.removeprefix(_LAYER)
+                if self.fused_experts and "experts.{e}." in name:
+                    name, layout = _FUSED[ours.rpartition(".")[2]]
                 rows["{i}.layer." + ours.removeprefix("layers.{i}.")] = (self.layer + name, layout)
         return rows
 
 
+# [experts, out, in], with the rows of the gate projection before those of the up projection.
+_FUSED = {
+    "gate_proj": ("mlp.experts.gate_up_proj", Layout(axis=1, transpose=True)),
+    "up_proj": ("mlp.experts.gate_up_proj", Layout(axis=1, transpose=True)),
+    "down_proj": ("mlp.experts.down_proj", LINEAR),
+}
 _DEEPSEEK = _Naming(_LAYER, _LAYER, ("enorm", "hnorm"), "eh_proj", "shared_head.norm", after_layers=True)
 _NAMINGS = {
     "mimo": _Naming(
@@ -106,6 +117,16 @@ _NAMINGS = {
         most=1,
     ),
 }
+
+_SPECULATORS = _Naming(
+    layer="mtp_layers.{i}.",
+    parts="mtp_layers.{i}.",
+    norms=("token_layernorm", "hidden_layernorm"),
+    projection="input_proj",
+    last_norm="final_layernorm",
+    most=1,
+    fused_experts=True,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,14 +176,18 @@ def mtp_layout(raw: Mapping[str, Any]) -> MTPLayout:
         key is missing, is unknown, or has a value that the decoder does not compute.
     """
     # 1. The family: how its layers compute, and how its modules are named.
+    outer, naming = raw, None
+    if "speculators_model_type" in raw:
+        raw, naming = _target_in_speculators(raw), _SPECULATORS
     kind = raw.get("model_type", "llama")
-    naming = _NAMINGS.get(kind, _DEEPSEEK) if isinstance(kind, str) else _DEEPSEEK
+    if naming is None:
+        naming = _NAMINGS.get(kind, _DEEPSEEK) if isinstance(kind, str) else _DEEPSEEK
     config = _read_config(kind, raw)
     layers = _OTHER_TABLES.get(kind) or FAMILIES[kind].names
     if not any(theirs.startswith(_LAYER) for theirs, _ in layers.values()):
         raise ValueError(f"model_type {kind!r} has no MTP layout; its layers are not named {_LAYER}*")
     # 2. How many modules there are. Qwen3-Next's configs do not say; published folders have one.
-    count = _num_modules(raw, 1 if kind == "qwen3_next" else 0)
+    count = _num_modules(outer, 1 if kind == "qwen3_next" or naming is _SPECULATORS else 0)
     if naming.most is not None and count > naming.most:
         raise ValueError(f"there are {count} MTP modules; with model_type {kind!r} at most {naming.most} can be read")
     # 3. Each module has a layer like the last one, so that the decoder's own code computes it.
@@ -177,6 +202,20 @@ def mtp_layout(raw: Mapping[str, Any]) -> MTPLayout:
         raw=raw,
         ours=re.compile(prefix),
     )
+
+
+def _target_in_speculators(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the target's config, which a config of speculators 0.9 has inside."""
+    keys = Keys(raw, "config.json")
+    kind, target = keys.take("speculators_model_type"), keys.take("transformer_layer_config")
+    if kind != "mtp" or not isinstance(target, Mapping):
+        raise ValueError(
+            f"speculators_model_type is {kind!r} and transformer_layer_config {target!r}; MTP modules have 'mtp' and "
+            "their target's config"
+        )
+    keys.ignore("num_nextn_predict_layers", *SPECULATORS_KEYS)
+    warn_unknown("config.json", keys.switched_off())
+    return target
 
 
 def _num_modules(raw: Mapping[str, Any], default: int) -> int:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import logging
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
