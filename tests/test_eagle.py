@@ -19,6 +19,7 @@ import specjax
 from specjax.cache import update
 from specjax.drafters.eagle import EagleHead
 from specjax.drafters.feature import FeatureDrafter
+from specjax.hf.config import decoder_config
 from specjax.hf.eagle import eagle_fields, speculators_config
 from specjax.hf.safetensors import TensorSpec, open_tensors, write_tensors
 from specjax.transformer.config import DecoderConfig
@@ -79,6 +80,7 @@ class Case:
     prefix: str = ""
     states: tuple = (2, 4, 5)  # inputs of layers 2, 8 // 2 and 8 - 3
     leave_out: tuple = ()
+    options: str = ""  # after the folder, as for ``load_drafter``
 
     def __post_init__(self):
         self.twin = {**LAYER, "version": 3, "draft_vocab_size": DRAFTED, **self.twin}
@@ -137,8 +139,11 @@ CASES = {
     "the whole vocabulary, with buffers": Case(in_speculators(draft_vocab_size=VOCAB), {"draft_vocab_size": VOCAB}),
 }
 
-# Folders without an output head.
+# Folders without an output head, and with a meaning of ``norm_output`` that SpecForge had.
 HEADLESS = {
+    "logits of states that are not normed": Case(
+        SPECFORGE | {"norm_output": False}, {"norm_logits": False}, options="@norm_output=logits"
+    ),
     "the target's output head": Case(
         SPECFORGE | {"draft_vocab_size": VOCAB}, {"draft_vocab_size": VOCAB}, leave_out=("lm_head", "d2t", "t2d")
     ),
@@ -231,7 +236,8 @@ def tables_of(target, tensors):
 def test_teacher_forced_logits_equal_the_twin(case, tmp_path):
     """True states at every slot, and then, at the last, one step from the head's own."""
     tensors, target = published(case), target_of(case)
-    drafter = open_eagle(write_folder(tmp_path / "head", case.config, tensors), target, 3, "float32")
+    folder = write_folder(tmp_path / "head", case.config, tensors)
+    drafter = open_eagle(f"{folder}{case.options}", target, 3, "float32")
     head, params = drafter.head, drafter.params
     assert head.capture == case.states
     rng, length = np.random.default_rng(1), 13
@@ -340,6 +346,33 @@ def test_each_round_drafts_from_the_targets_true_states(name, drafts, tmp_path):
         accepted |= set(np.asarray(after.stats.accepted - state.stats.accepted).tolist())
         state = after
     assert {0, 1} <= accepted, "some drafts should be accepted and some not"
+
+
+def test_a_window_may_stay_along_the_chain(tmp_path):
+    """Then a chain is that of a row of which only the first draft's window is left, by a head without windows."""
+    case, window, drafts = CASES["Qwen3's query and key norms"], 4, 3
+    sliding = {"layer_types": ["sliding_attention"], "sliding_window": window, "use_sliding_window": True}
+    layer = {"model_type": "qwen3", "head_dim": 4, **sliding}
+    folder = write_folder(tmp_path / "head", in_speculators(layer=layer), published(case))
+    drafter = open_eagle(f"{folder}@window=stays", TARGET, drafts, "float32")
+    table, target_head = tables_of(TARGET, published(case))
+    state = prefilled(TARGET, drafter, [PROMPTS[3]], seed=4)
+    features = [np.asarray(x, np.float64)[0] for x in true_states(TARGET, state.tokens_bs)]
+    _, proposal = step(TARGET, state, drafter)
+    length, drafted = int(state.length_b[0]), np.asarray(proposal.tokens_bg)[0]
+    kept = slice(length - 1 - window, length)  # slot i holds token i + 1 and state i
+    chosen = [features[i][kept] for i in case.states]
+    tokens = np.asarray(state.tokens_bs)[0, kept]
+    logits = reference_eagle.chain(
+        case.twin, published(case), table, target_head, chosen, tokens, drafted[: drafts - 1]
+    )
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    wanted = weights / weights.sum(-1, keepdims=True)
+    np.testing.assert_allclose(proposal.probs_bgv[0], wanted, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="window_stays is true and the chain is a loop on the device"):
+        drafter.head.at_draft(jnp.asarray(1))
+    plain = open_eagle(folder, TARGET, drafts).head
+    assert plain.at_draft(2) is plain and not plain.window_stays
 
 
 # A head that must always be right: the target is the head's own recurrence, fed one token at a time and always from
@@ -614,6 +647,40 @@ def test_a_tied_head_unembeds_with_its_own_embedding(tmp_path):
     folder = write_folder(tmp_path / "own", case.config | {"tie_word_embeddings": True}, published(case))
     kernel = open_eagle(folder, TARGET, 3, "float32").params["lm_head"]["kernel"]
     np.testing.assert_array_equal(kernel.T, published(case)["lm_head.weight"])
+
+
+def test_a_head_may_have_the_targets_rotary_positions(tmp_path):
+    case, config = CASES["EAGLE-1, SafeAILab"], LAYER | {"num_hidden_layers": LAYERS, "rope_theta": 500000.0}
+    folder = write_folder(tmp_path, case.config, published(case))
+    target = specjax.Opened(tmp_path, TARGET, config=config)
+    plain, head = (open_eagle(f"{folder}{option}", target, 3).head for option in ("", "@rope=target"))
+    (layer,) = head.decoder.layers
+    assert layer.rope == decoder_config(config).each_layer[0].rope != plain.decoder.layers[0].rope
+    assert dataclasses.replace(head, decoder=plain.decoder) == plain
+    with pytest.raises(ValueError, match=r"rope=target needs the target's config; give the result of specjax\.open"):
+        open_eagle(f"{folder}@rope=target", TARGET, 3)
+    wide = dataclasses.replace(target, config=config | {"head_dim": 8})
+    with pytest.raises(ValueError, match="for attention heads 4 wide; leave the option out"):
+        open_eagle(f"{folder}@rope=target", wide, 3)
+
+
+@pytest.mark.parametrize(
+    ("flag", "option", "norms"),
+    [
+        (None, "", (False, True)),
+        (False, "", (False, True)),
+        (True, "", (True, True)),
+        (None, "@norm_output=logits", (False, True)),
+        (False, "@norm_output=logits", (False, False)),
+        (True, "@norm_output=logits", (False, True)),
+    ],
+)
+def test_norm_output_has_two_meanings(flag, option, norms, tmp_path):
+    """Whether the next draft reads normed states, and, in SpecForge before EAGLE-3.1, whether the logits do."""
+    case = CASES["EAGLE-3, SpecForge"]
+    config = case.config | ({} if flag is None else {"norm_output": flag})
+    head = open_eagle(f"{write_folder(tmp_path, config, published(case))}{option}", TARGET, 3).head
+    assert (head.norm_output, head.norm_logits) == norms
 
 
 @pytest.mark.parametrize("name", ["EAGLE-1, speculators", "EAGLE-3, SpecForge", "EAGLE-3, speculators"])

@@ -13,6 +13,7 @@ from draft_heads import open_mtp, write_mtp
 from flax import struct
 from heads_observing import NoPrefill, NoRewrite, assert_chunks_are_as_one_pass, assert_rounds_alone_are_as_one_pass
 from jitted import jit
+from reference_model import rms_norm
 
 import specjax
 from specjax.drafters.feature import FeatureDrafter
@@ -265,6 +266,23 @@ def test_logits_equal_the_twin(layout, zero_first):
         worst = np.abs(got - expected).max()
         print(f"{kind}, blocks of {width}: largest difference {worst}")
         assert worst <= 1e-4
+
+
+def test_states_before_the_last_norm_give_the_same_logits(tmp_path):
+    """The option ``chain_states=unnormed`` changes only what the next draft reads."""
+    kind, tensors = "glm4_moe", random_tensors("glm4_moe")
+    folder, target, (tokens, states) = write_folder(tmp_path, CONFIGS[kind], tensors), make_target(), row()
+    feed, given = whole_feed(jnp.asarray(tokens[None, 1:], jnp.int32)), jnp.asarray(states[None, : LENGTH - 1])
+    runs = []
+    for option in ("", "@chain_states=unnormed"):
+        drafter = open_mtp(f"{folder}@chained{option}", target, 1, "float32")
+        cache = drafter.head.init_cache(drafter.params, 1, LENGTH)
+        runs.append(run_head(drafter.head, drafter.params, target, feed, given, cache)[:2])
+    (logits, normed), (again, unnormed) = runs
+    np.testing.assert_allclose(logits, again, atol=1e-5)
+    assert np.abs(normed - unnormed).max() > 0.1
+    weight = tensors[f"model.layers.{LAYERS}.shared_head.norm.weight"]
+    np.testing.assert_allclose(rms_norm(np.asarray(unnormed[0], np.float64), weight, 1e-6), normed[0], atol=1e-4)
 
 
 def modules_logits(drafter, target, tokens, states):
@@ -643,6 +661,71 @@ def test_a_written_folder_holds_the_published_tensors(kind, tmp_path):
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(written[name].read(), tensor)
     assert_same(open_mtp(tmp_path / "written", make_target(), drafter.num_draft, "float32").params, drafter.params)
+
+
+# Speculators' layout, of which 0.9.0 makes Qwen3-Next's modules.
+
+
+def in_speculators(tensors, config=CONFIGS["qwen3_next"], **head):
+    """Returns config and tensors of Qwen3-Next's module as speculators' converter writes them."""
+    names = {
+        "mtp.fc": "mtp_layers.0.input_proj",
+        "mtp.norm": "mtp_layers.0.final_layernorm",
+        "mtp.pre_fc_norm_hidden": "mtp_layers.0.hidden_layernorm",
+        "mtp.pre_fc_norm_embedding": "mtp_layers.0.token_layernorm",
+    }
+    found, experts = {"verifier_lm_head.weight": np.zeros((VOCAB, WIDTH), np.float32)}, "mtp.layers.0.mlp.experts"
+    for name, array in tensors.items():
+        if not name.startswith(experts):
+            stem = name.removesuffix(".weight")
+            found[names.get(stem, stem.replace("mtp.layers.0", "mtp_layers.0")) + ".weight"] = array
+    gate, up, down = (
+        np.stack([tensors[f"{experts}.{e}.{name}_proj.weight"] for e in range(8)]) for name in ("gate", "up", "down")
+    )
+    found["mtp_layers.0.mlp.experts.gate_up_proj"] = np.concatenate([gate, up], axis=1)
+    found["mtp_layers.0.mlp.experts.down_proj"] = down
+    about = {"algorithm": "mtp", "verifier": {"name_or_path": None, "architectures": ["Qwen3NextForCausalLM"]}}
+    head = {"speculators_model_type": "mtp", "num_nextn_predict_layers": 1, "transformer_layer_config": config} | head
+    return head | {"speculators_config": about, "speculators_version": "0.9.0", "tie_word_embeddings": False}, found
+
+
+def test_speculators_folder_holds_qwen3_nexts_module(tmp_path, caplog):
+    tensors = random_tensors("qwen3_next")
+    native = open_mtp(write_folder(tmp_path / "native", CONFIGS["qwen3_next"], tensors), make_target(), 3, "float32")
+    config, found = in_speculators(tensors)
+    drafter = open_mtp(write_folder(tmp_path / "theirs", config, found), make_target(), 3, "float32")
+    assert drafter.head == native.head and not caplog.records
+    assert_same(drafter.params, native.params)
+    write_mtp(tmp_path / "written", config, drafter.params)
+    written = open_tensors(tmp_path / "written")
+    assert written.keys() == found.keys() - {"verifier_lm_head.weight"}
+    assert all((written[name].read() == found[name]).all() for name in written)
+
+
+EXPERTS = "mtp_layers.0.mlp.experts."
+BAD_SPECULATORS = {
+    "another kind": ({"speculators_model_type": "eagle3"}, {}, "speculators_model_type is 'eagle3'"),
+    "no layer": ({"transformer_layer_config": None}, {}, "transformer_layer_config None"),
+    "a layer that is a list": ({"transformer_layer_config": [1]}, {}, r"transformer_layer_config \[1\]"),
+    "two modules": ({"num_nextn_predict_layers": 2}, {}, "there are 2 MTP modules.*at most 1"),
+    "a count that is text": ({"num_nextn_predict_layers": "1"}, {}, "num_nextn_predict_layers must be an integer"),
+    "an unknown flag": ({"twist": True}, {}, r"\{'twist': True\} are unknown"),
+    "a family without a reader": ({"transformer_layer_config": {"model_type": "bert"}}, {}, "model_type 'bert'"),
+    "experts one by one": ({}, {EXPERTS + "gate_up_proj": None}, "missing, such as '.*experts.gate_up_proj'"),
+    "experts of two axes": ({}, {EXPERTS + "down_proj": np.zeros((8, 4), np.float32)}, r"is \(8, 4\)"),
+    "half the rows": ({}, {EXPERTS + "gate_up_proj": np.zeros((8, 12, WIDTH), np.float32)}, r"is \(8, 12, 24\)"),
+    "integers": ({}, {"mtp_layers.0.input_proj.weight": np.zeros((WIDTH, 2 * WIDTH), np.int32)}, "has dtype int32"),
+    "one more": ({}, {"mtp_layers.1.input_proj.weight": np.zeros((2, 2), np.float32)}, "unknown, such as"),
+}
+
+
+@pytest.mark.parametrize(("change", "tensors", "message"), BAD_SPECULATORS.values(), ids=BAD_SPECULATORS)
+def test_bad_folders_of_speculators_are_refused(change, tensors, message, tmp_path):
+    config, found = in_speculators(random_tensors("qwen3_next"), **change)
+    found = {name: array for name, array in (found | tensors).items() if array is not None}
+    with pytest.raises(ValueError, match=message) as error:
+        open_mtp(write_folder(tmp_path, config, found), make_target(), 3, "float32")
+    assert str(tmp_path) in str(error.value)
 
 
 def test_a_folder_is_replaced_and_read_in_another_dtype(tmp_path):

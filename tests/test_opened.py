@@ -10,7 +10,7 @@ from draft_heads import write_medusa, write_mtp
 from tiny import CONFIG, save_tiny, spelling_tokenizer
 
 import specjax
-from specjax.checkpoint.spec import folders_of, short_name
+from specjax.checkpoint.spec import OPTIONS, folders_of, parse, short_name
 from specjax.drafters.medusa import init_medusa_params
 from specjax.drafters.mtp import MTPConfig, init_mtp_params
 from specjax.hf.config import decoder_config
@@ -172,6 +172,46 @@ def test_folders_and_names():
 
 
 # Heads out again.
+
+
+@pytest.mark.parametrize(
+    ("spec", "value", "options"),
+    [
+        ("eagle:a/b@rope=target", "a/b", {"rope": "target"}),
+        ("mtp:a@chained@zero_first=false", "a", {"chained": "true", "zero_first": "false"}),
+        ("mtp:a@chain_states=unnormed", "a", {"chain_states": "unnormed"}),
+        ("eagle:a@window=stays@norm_output=logits", "a", {"window": "stays", "norm_output": "logits"}),
+        ("eagle:a", "a", {}),
+    ],
+)
+def test_options_follow_the_folder(spec, value, options):
+    found = parse(spec)
+    assert (found.value, found.options) == (value, options)
+    assert [str(path) for path in folders_of(f"cascade:ngram,{spec}")] == [value]
+    assert all(found.choice(name) in OPTIONS[found.kind][name] for name in OPTIONS[found.kind])
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("eagle:a@rope=theirs", "option 'rope' of eagle:a is 'theirs'; give it once, as own or target"),
+        ("eagle:a@rope", "option 'rope' of eagle:a is 'true'"),
+        ("mtp:a@chained@chained", "option 'chained' of mtp:a is 'true'; give it once"),
+        ("mtp:a@rope=target", r"a@rope=target does not exist; .*mtp drafters have \['chain_states', 'chained', 'zero"),
+        ("medusa:a@chained", "medusa drafters have none"),
+        ("model:a@b=c", "model drafters have none"),
+    ],
+)
+def test_unknown_options_are_refused(spec, message):
+    for text in (spec, f"cascade:ngram,{spec}"):
+        with pytest.raises(ValueError, match=message):
+            specjax.load_drafter(text, None)
+
+
+def test_a_folder_may_have_an_at_in_its_name(tmp_path):
+    (tmp_path / "a@b").mkdir()
+    found = parse(f"mtp:{tmp_path}/a@b@chained")
+    assert found.value == f"{tmp_path}/a@b" and found.flag("chained")
 
 
 def test_a_head_is_written_with_its_figures_and_read_back(opened, heads, tmp_path):

@@ -91,3 +91,30 @@ def forced(spec, opened, states):
     feed = whole_feed(np.asarray(TOKENS[:, 1:], np.int32))
     made, _ = head.run(params, target, feed, features, head.init_cache(params, rows, slots))
     return head.logits(params, target, made.reshape(-1, width)).reshape(rows, slots, -1)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_next"])
+def test_mtp_modules_equal_their_own_forward(kind, tmp_path, monkeypatch):
+    mtp = pytest.importorskip("speculators.models.mtp")
+    monkeypatch.setattr(torch, "compile", lambda function=None, **options: function or (lambda given: given))
+    verifier = saved(tmp_path / "target", transformers.LlamaConfig(**SIZES))
+    if kind == "qwen3":
+        layer = transformers.Qwen3Config(**SIZES, attn_implementation="eager")
+    else:
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+        kinds = ["linear_attention", "full_attention"] * 2
+        layer = transformers.Qwen3NextConfig(
+            **SIZES, **experts, shared_expert_intermediate_size=10, layer_types=kinds, attn_implementation="eager"
+        )
+    speculators = about("LlamaForCausalLM", "mtp", tmp_path / "target")
+    config = mtp.MTPSpeculatorConfig(transformer_layer_config=layer, speculators_config=speculators)
+    head = drawn(mtp.MTPDraftModel(config).eval())
+    head.save_pretrained(tmp_path / "head")
+    head.embed_tokens.weight.data = verifier.model.embed_tokens.weight.data
+    head.lm_head.weight.data = verifier.lm_head.weight.data
+    with torch.no_grad():
+        states = verifier.model(torch.tensor(TOKENS)).last_hidden_state
+        wanted = head(torch.tensor(TOKENS), states)[0][0]
+    opened = specjax.open(tmp_path / "target", "float32")
+    given = forced(f"mtp:{tmp_path / 'head'}", opened, states[:, :-1])
+    np.testing.assert_allclose(given[:, : wanted.shape[1]], wanted, atol=1e-4, rtol=1e-4)

@@ -74,10 +74,11 @@ def open_eagle(
     """
     raw = without_keys(read_json(path / "config.json"), ignore_config_keys)
     with errors_name(path / "config.json"):
-        config, fields = _describe(raw, target)
+        _, fields = _describe(raw, target)
         fields["window_stays"] = window_stays
         if norm_output_of_logits:
-            said = config.get("norm_output") is not None
+            places = (raw, raw.get("eagle_config"))
+            said = any(isinstance(at, Mapping) and at.get("norm_output") is not None for at in places)
             fields |= {"norm_output": False, "norm_logits": fields.get("norm_output", True) or not said}
         if rope_of is not None:
             fields["decoder"] = _with_rope_of(rope_of, fields["decoder"])
