@@ -73,7 +73,7 @@ def medusa_config(raw: Mapping[str, Any]) -> MedusaConfig:
     depth = depth if depth in keys else "num_hidden_layers"
     keys.only("model_type", "medusa", "", None)
     heads, blocks = keys.integer(count, most=_MOST), keys.integer(depth, 1, most=_MOST)
-    sizes = [keys.integer(name, None, optional=True) for name in _SIZES]
+    width, vocab = (keys.integer(name, None, optional=True) for name in _SIZES)
     # 2. What only vLLM's configs have. ``token_map`` says the same as ``truncated_vocab_size``.
     biased = keys.flag("medusa_fc_bias", False) if keys.peek("medusa_fc_bias") is not None else None
     shared = keys.flag("original_lm_head", False)
@@ -83,7 +83,7 @@ def medusa_config(raw: Mapping[str, Any]) -> MedusaConfig:
     keys.ignore("architectures", "base_model_name_or_path", "dtype", "torch_dtype", "transformers_version", "version")
     keys.ignore("decoding_strategy")  # how other engines choose among the heads' tokens
     warn_unknown("config.json", keys.switched_off())
-    return MedusaConfig(heads, blocks, *sizes, biased, shared)
+    return MedusaConfig(heads, blocks, width, vocab, biased, shared)
 
 
 def lies_in_target(raw: Mapping[str, Any]) -> bool:
