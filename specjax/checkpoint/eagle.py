@@ -109,7 +109,8 @@ def open_eagle(
 def _with_rope_of(raw: Mapping[str, Any], decoder: DecoderConfig) -> DecoderConfig:
     """Returns a draft head's decoder with the rotary positions of a target's config."""
     layers = decoder_config(raw).each_layer
-    ropes = {layer.rope for layer in layers if layer.window is None} or {layer.rope for layer in layers}
+    full = {layer.rope for layer in layers if layer.window is None and layer.rope is not None}
+    ropes = full or {layer.rope for layer in layers}
     (rope, *others) = ropes
     if rope is None or others or 2 * len(rope.frequencies) > decoder.head_width:
         raise ValueError(

@@ -49,7 +49,8 @@ SPECULATORS_KEYS = (
 )
 """Keys of speculators' configs that do not describe the draft head: names, training, how an engine runs it."""
 
-# Keys of a target with experts, which SpecForge's configs may still have. The layers of its class have no experts.
+# Keys of a target with experts, which configs of EAGLE-3 heads may still have. The heads' own layers have no experts:
+# if there were any, their tensors would be unknown.
 _OF_EXPERTS = (
     *("decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob", "num_experts"),
     *("num_experts_per_tok", "num_local_experts", "experts_per_token", "shared_expert_intermediate_size"),
@@ -178,7 +179,8 @@ def _from_original(raw: Mapping[str, Any]) -> dict[str, Any]:
         head = {"speculators_model_type": "eagle", "fusion_bias": bias}
         return head | {"transformer_layer_config": layer}
     if architectures[0] == "LlamaForCausalLMEagle3":  # SpecForge's class, for targets of any family
-        layer = {key: layer[key] for key in layer if key not in _OF_EXPERTS} | {"model_type": "llama"}
+        layer["model_type"] = "llama"
+    layer = {key: layer[key] for key in layer if key not in _OF_EXPERTS}
     head = {"speculators_model_type": "eagle3", **_flat_options(layer, inner)}
     return head | {"transformer_layer_config": layer}
 
