@@ -86,9 +86,10 @@ def logits(config, tensors, states, target_head):
     if not config.get("norm_output") and config.get("norm_logits", True):
         states = rms_norm(states, weight(tensors, "norm.weight"), config["rms_norm_eps"])
     out = np.full((len(states), config["vocab_size"]), -np.inf)
+    own = any(name.endswith("lm_head.weight") for name in tensors)
     for u in range(config["draft_vocab_size"]):
         token = u + int(tensors["d2t"][u]) if "d2t" in tensors else u
-        row = weight(tensors, "lm_head.weight")[u] if "lm_head.weight" in tensors else np.float64(target_head[token])
+        row = weight(tensors, "lm_head.weight")[u] if own else np.float64(target_head[token])
         out[:, token] = states @ row
     return out
 
