@@ -66,7 +66,7 @@ FOLDERS = {
 CURES = {
     **{kind: f"give the drafter {kind}:" for kind in ("eagle", "mtp", "medusa")},
     "model": "give it as the target, or as the drafter model:",
-    "adapter": "merge it into its base model with peft",
+    "adapter": "open the folder of its base model, with adapter=",
     "dflash": "a draft head of kind 'dflash'",
 }
 
