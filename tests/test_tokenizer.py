@@ -159,6 +159,29 @@ def test_tokens_named_at_random(tmp_path, seed):
     same_as_auto(write(tmp_path, rng.choice(list(BASES.values())), tokenizer_config=config, special_tokens_map=older))
 
 
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "GPT2TokenizerFast", "GPT2Tokenizer", None])
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("flag", [None, False, True])
+def test_a_space_before_a_text(tmp_path, name, stored, flag):
+    """It is up to the class of the tokenizer, which the type of the model names if nothing else does."""
+    tokenizer = byte_level()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=stored)
+    config = {"tokenizer_class": name} | ({} if flag is None else {"add_prefix_space": flag})
+    write(tmp_path, tokenizer, tokenizer_config=config, config={"model_type": "gpt2"})
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("def f", " def", "a<|endoftext|>b"):
+        assert load_tokenizer(tmp_path).encode(text).ids == theirs(text)["input_ids"]
+
+
+def test_a_space_before_a_text_within_several_steps(tmp_path):
+    tokenizer = byte_level()
+    steps = [pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    config = {"tokenizer_class": "Qwen2Tokenizer", "add_prefix_space": True}
+    write(tmp_path, tokenizer, tokenizer_config=config)
+    assert load_tokenizer(tmp_path).encode("def").ids == tokenizer.encode(" def").ids != tokenizer.encode("def").ids
+
+
 # Settings of training.
 
 

@@ -6,12 +6,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from specjax.text.files import read_object, read_text
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Names of special tokens that every tokenizer of transformers knows."""
+# Classes of transformers whose tokenizer puts a space before a text as ``tokenizer_config.json`` says, whatever
+# ``tokenizer.json`` says. Then the class of each type of model, if the folder names none.
+_PREFIXED = ("GPT2Tokenizer", "Qwen2Tokenizer")
+_CLASSES = {"gpt2": "GPT2Tokenizer", **dict.fromkeys(("qwen2", "qwen3", "qwen3_moe"), "Qwen2Tokenizer")}
 _FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 
 
@@ -22,7 +26,8 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
     - Tokens that other files of the folder name are added, as ``read_special_tokens`` describes.
     - Truncation and padding, which ``tokenizer.json`` may hold from training, are switched off.
-    - ``split_special_tokens`` of ``tokenizer_config.json`` is followed.
+    - ``split_special_tokens`` of ``tokenizer_config.json`` is followed, and ``add_prefix_space`` for the byte-level
+      classes GPT2Tokenizer and Qwen2Tokenizer. All else that classes of transformers do is left to ``tokenizer.json``.
 
     BPE dropout is switched off as well. It would give a text other ids at each call.
 
@@ -41,10 +46,23 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     tokenizer.no_padding()
     if isinstance(tokenizer.model, models.BPE):
         tokenizer.model.dropout = None
+    _follow_prefix_space(tokenizer, file.parent)
     special = read_special_tokens(path)
     tokenizer.add_tokens(special.added(tokenizer))
     tokenizer.encode_special_tokens = special.split
     return tokenizer
+
+
+def _follow_prefix_space(tokenizer: Tokenizer, folder: Path) -> None:
+    """Follows ``add_prefix_space`` as the byte-level classes of transformers do; its default is false."""
+    config, model = read_object(folder / "tokenizer_config.json"), read_object(folder / "config.json")
+    name = config.get("tokenizer_class") or model.get("tokenizer_class") or _CLASSES.get(str(model.get("model_type")))
+    if str(name).removesuffix("Fast") not in _PREFIXED:
+        return
+    step = tokenizer.pre_tokenizer
+    for each in step if isinstance(step, pre_tokenizers.Sequence) else [step]:
+        if isinstance(each, pre_tokenizers.ByteLevel):
+            each.add_prefix_space = config.get("add_prefix_space") is True
 
 
 @dataclasses.dataclass(frozen=True)
