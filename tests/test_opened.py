@@ -128,6 +128,17 @@ def test_an_opened_target_gives_its_tokenizer(opened, copy):
     assert isinstance(with_tokenizer, specjax.SharedVocabularyDrafter)
 
 
+def test_a_draft_of_the_same_tokens_may_name_more_or_fewer_added_ones(opened, copy):
+    config = {"pad_token": "<|pad|>"}
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    assert specjax.open(copy).need_tokenizer().get_vocab_size() == opened.tokenizer.get_vocab_size() + 1
+    assert isinstance(specjax.load_drafter(f"model:{copy}", opened), specjax.ModelDrafter)
+    # The same token under another id, or another token under the same id, is another vocabulary.
+    for letters in ("abcdefghijklmnopqrstuvwxzy ", "ABcdefghijklmnopqrstuvwxyz "):
+        spelling_tokenizer(letters).save(str(copy / "tokenizer.json"))
+        assert isinstance(specjax.load_drafter(f"model:{copy}", opened), specjax.SharedVocabularyDrafter)
+
+
 def test_a_draft_over_a_mesh_is_whole_unless_rules_split_it(opened, folder):
     mesh = specjax.make_mesh()
     drafter = specjax.load_drafter(f"model:{folder}", opened, mesh=mesh)

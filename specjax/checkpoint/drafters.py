@@ -180,7 +180,7 @@ def _model_drafter(
         return ModelDrafter(model, num_draft)
     # 2. With it, the same tokens need no translation, whatever else the two tokenizers do.
     own = load_tokenizer(path)
-    if same_size and own.get_vocab() == tokenizer.get_vocab():
+    if same_size and _agree(own.get_vocab(), tokenizer.get_vocab()):
         return ModelDrafter(model, num_draft)
     # 3. Other vocabularies are matched token by token.
     try:
@@ -189,6 +189,15 @@ def _model_drafter(
         raise ValueError(f"{path} cannot draft for this target: {error}") from None
     drafter = shared_vocabulary_drafter(model, shared, num_draft)
     return drafter if mesh is None else shard(drafter, mesh, rules)  # only its tables move: the model is there
+
+
+def _agree(one: Mapping[str, int], other: Mapping[str, int]) -> bool:
+    """Returns whether no token has two ids and no id two tokens. One vocabulary may have tokens that the other lacks.
+
+    Two folders of one family differ so if only one of them names an added token.
+    """
+    tokens = {i: token for token, i in other.items()}
+    return all(other.get(token, i) == i and tokens.get(i, token) == token for token, i in one.items())
 
 
 def save_drafter(

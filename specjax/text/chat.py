@@ -181,6 +181,7 @@ class ChatTemplate:
         self,
         tokenizer: Tokenizer,
         messages: Sequence[Mapping[str, Any]],
+        /,
         add_generation_prompt: bool = True,
         chat_template: str | None = None,
         sanitize_control_tokens: bool = False,
