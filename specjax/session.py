@@ -20,6 +20,7 @@ from specjax.engine.loop import extend, prefill, run
 from specjax.engine.state import State, stop
 from specjax.sampling import Sampling
 from specjax.sharding import gathered
+from specjax.text.files import check_characters
 from specjax.text.stream import TextStream
 from specjax.types import Drafter, Generation, Stats, VerifyRule
 
@@ -137,7 +138,7 @@ class Session:
 
         Raises:
           TypeError: ``prompts`` is neither a text nor a list of texts; or as for ``specjax.generate``.
-          ValueError: a prompt has no tokens; or as for ``specjax.generate``.
+          ValueError: a prompt has no tokens or holds half of a character; or as for ``specjax.generate``.
         """
         texts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
@@ -246,6 +247,7 @@ class Session:
 
     def _encode(self, text: str) -> list[int]:
         """Returns the tokens of a text, at least one."""
+        check_characters("the prompt", text)
         tokens = self._tokenizer.encode(text).ids
         if not tokens:
             raise ValueError(f"the prompt {text!r} has no tokens; give at least one character")

@@ -246,6 +246,15 @@ def test_nulls_and_reasoning_reach_the_template_as_in_transformers(reference, ca
     assert json.dumps(messages) == before
 
 
+def test_half_of_a_character_is_refused():
+    half = [{"role": "user", "content": "an emoji \ud83d"}]
+    for sanitized in (False, True):
+        with pytest.raises(ValueError, match=r"conversation holds '\\ud83d' at place 14, which is half of a"):
+            ChatTemplate("{{ messages[0].role }}:{{ messages[0].content }}").encode(
+                chat_tokenizer(False), half, sanitize_control_tokens=sanitized
+            )
+
+
 def test_a_null_is_not_written():
     messages = [{"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "user", "content": None}]
     assert ChatTemplate("{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}").render(messages) == (

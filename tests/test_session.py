@@ -293,7 +293,22 @@ def test_prompts_of_a_wrong_type(prompts, session):
         session.complete(prompts)
 
 
+def test_control_tokens_and_templates_of_a_chat(opened, session):
+    """``<|end|>`` in a message is one token, or the letters of it that the tokenizer has."""
+    typed = [user("a<|end|>b")]
+    assert session.chat(typed, 4, **GREEDY).prompt_tokens == len("UaEbEA")
+    assert session.chat(typed, 4, sanitize_control_tokens=True, **GREEDY).prompt_tokens == len("UaendbEA")
+    pieces = session.stream(typed, 4, sanitize_control_tokens=True, **GREEDY)
+    assert "".join(pieces) == session.chat(typed, 4, sanitize_control_tokens=True, **GREEDY).text
+    templates = specjax.text.ChatTemplate({"default": "a", "tool_use": "bb", "rag": "ccc"})
+    session = specjax.Session(dataclasses.replace(opened, chat_template=templates), slots=SLOTS, fixed=True)
+    for variables, wanted in ((None, 1), ({"tools": []}, 2), ({"chat_template": "rag", "tools": []}, 3)):
+        assert session.chat(typed, 1, variables=variables, **GREEDY).prompt_tokens == wanted
+
+
 def test_prompts_without_tokens(session):
+    with pytest.raises(ValueError, match=r"the prompt holds '\\udc00' at place 1, which is half of a character"):
+        session.complete("a\udc00", 5)
     for prompts in ("", ["a", ""], "\u00e4"):
         with pytest.raises(ValueError, match="has no tokens; give at least one character"):
             session.complete(prompts, 5)

@@ -265,6 +265,7 @@ def test_a_byte_order_mark_is_left_out(tmp_path):
         ({"tokenizer_config": {"extra_special_tokens": [1]}}, "extra_special_tokens is 1; a token is"),
         ({"tokenizer_config": {"model_specific_special_tokens": ["a"]}}, "is no list of tokens and no object"),
         ({"special_tokens_map": {"eos_token": []}}, r"special_tokens_map.json: eos_token is \[\]; a token is"),
+        ({"tokenizer_config": {"eos_token": "\ud800"}}, r"eos_token holds '\\ud800' at place 0, which is half of"),
         ({"added_tokens": {"a": "1"}}, "added_tokens.json: the id of 'a' is '1'; it must be an integer"),
         ({"added_tokens": [1]}, "added_tokens.json holds a list"),
     ],

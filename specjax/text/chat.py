@@ -17,7 +17,7 @@ from jinja2.utils import Namespace
 from tokenizers import Tokenizer
 
 from specjax.text.control import control_tokens, encode_marked, mark
-from specjax.text.files import read_object, read_text
+from specjax.text.files import check_characters, read_object, read_text
 from specjax.text.tokenizer import read_special_tokens
 
 DEFAULT, TOOLS = "default", "tool_use"
@@ -198,15 +198,18 @@ class ChatTemplate:
             a whole only: a template that joins them from parts, such as a message's role, can still write them.
 
         Raises:
-          ValueError: as for ``render``; or the tokenizer makes a control token of ordinary text.
+          ValueError: as for ``render``; or the text holds half of a character, or the tokenizer makes a control token
+            of ordinary text.
         """
         which = self._which(chat_template, variables.get("tools"))
         values = _plain(messages, variables)
-        if not sanitize_control_tokens:
-            text = self._render(which, values, add_generation_prompt)
-            return tokenizer.encode(text, add_special_tokens=False).ids
-        values = mark(values, control_tokens(tokenizer, self._is_control(which)))
-        return encode_marked(tokenizer, self._render(which, values, add_generation_prompt))
+        if sanitize_control_tokens:
+            values = mark(values, control_tokens(tokenizer, self._is_control(which)))
+        text = self._render(which, values, add_generation_prompt)
+        check_characters("the conversation", text)
+        if sanitize_control_tokens:
+            return encode_marked(tokenizer, text)
+        return tokenizer.encode(text, add_special_tokens=False).ids
 
     def _is_control(self, template: str) -> Callable[[str], bool]:
         """Returns whether an added token that is not special is a control token."""

@@ -17,6 +17,19 @@ def read_text(file: Path) -> str:
         raise ValueError(f"{file} cannot be read as UTF-8 text ({error}); copy it again") from None
 
 
+def check_characters(name: str, text: str) -> None:
+    """Raises ValueError if a text holds half of a surrogate pair, which is no character and which no tokenizer reads.
+
+    JSON can hold one, such as an emoji that was cut in two.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} holds {text[error.start]!r} at place {error.start}, which is half of a character; leave it out"
+        ) from None
+
+
 def read_object(file: Path) -> dict[str, Any]:
     """Returns the object that a JSON file holds, or an empty dict if there is no such file.
 

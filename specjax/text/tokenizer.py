@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from specjax.text.files import read_object, read_text
+from specjax.text.files import check_characters, read_object, read_text
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Names of special tokens that every tokenizer of transformers knows."""
@@ -185,6 +185,7 @@ def _is_object(value: Any) -> bool:
 def _token(file: Path, key: str, value: Any) -> AddedToken:
     """Returns a token that is a text, or an object with the text under ``content`` and with flags."""
     if isinstance(value, str):
+        check_characters(f"{file}: {key}", value)
         return AddedToken(value, special=True)
     if not _is_object(value):
         raise ValueError(f"{file}: {key} is {_short(value)}; a token is a text, or an object with the text as content")
@@ -192,6 +193,7 @@ def _token(file: Path, key: str, value: Any) -> AddedToken:
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise ValueError(f"{file}: {key} has {name} {_short(flag)}; it must be true or false")
+    check_characters(f"{file}: {key}", value["content"])
     return AddedToken(value["content"], **{"special": True, **flags})
 
 
@@ -213,6 +215,7 @@ def _added(file: Path, special: Iterable[str]) -> dict[int, AddedToken]:
     """Returns the tokens of ``added_tokens.json``, an object of tokens and ids."""
     tokens = read_object(file)
     for token, i in tokens.items():
+        check_characters(f"{file}: a token", token)
         if isinstance(i, bool) or not isinstance(i, int) or i < 0:
             raise ValueError(f"{file}: the id of {token!r} is {_short(i)}; it must be an integer of at least 0")
     return {i: AddedToken(token, special=token in special) for token, i in tokens.items()}
