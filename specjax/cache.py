@@ -48,19 +48,16 @@ class KVCache:
     Each layer has its own arrays, not a slice of one stacked array, so that reads and writes need no slicing.
 
     Attributes:
-      layers: for each layer, arrays ``[b, k, s, h]``; for a recurrent layer its state, a pytree with rows first.
+      layers: for each layer, arrays ``[b, k, s, h]``, or () if it shares those of another layer; for a recurrent layer
+        its state, a pytree with rows first.
     """
 
     layers: tuple[Any, ...]
 
 
-def allocate(layers: int, rows: int, slots: int, kv_heads: int, widths: tuple[int, ...], dtype: jnp.dtype) -> KVCache:
-    """Returns an empty cache: per layer, one array ``[rows, kv_heads, slots, h]`` for each h in ``widths``."""
-
-    def layer() -> LayerCache:
-        return tuple(jnp.zeros((rows, kv_heads, slots, width), dtype) for width in widths)
-
-    return KVCache(tuple(layer() for _ in range(layers)))
+def allocate(rows: int, slots: int, kv_heads: int, widths: tuple[int, ...], dtype: jnp.dtype) -> LayerCache:
+    """Returns a layer's empty cache: one array ``[rows, kv_heads, slots, h]`` for each h in ``widths``."""
+    return tuple(jnp.zeros((rows, kv_heads, slots, width), dtype) for width in widths)
 
 
 def update(stored: LayerCache | None, new: LayerCache, start_b: Array) -> LayerCache:

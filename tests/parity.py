@@ -23,6 +23,7 @@ TOLERANCE = 1e-4
 
 MODEL_CLASSES = {
     "Gemma3Text": "Gemma3ForCausalLM",
+    "Gemma4Text": "Gemma4ForCausalLM",
     "GPT2": "GPT2LMHeadModel",
 }
 
@@ -70,7 +71,7 @@ def make_model(kind, settings, seed=0):
         elif tensor.ndim == 1 and name.endswith("bias"):
             tensor.data = 0.3 * noise
         elif tensor.ndim == 1:
-            tensor.data = 0.3 * noise + (0.0 if kind.startswith("Gemma") else 1.0)
+            tensor.data = 0.3 * noise + (0.0 if kind in ("Gemma2", "Gemma3Text") else 1.0)
         elif "embed" in name or "wte" in name or "wpe" in name:
             tensor.data = 0.5 * noise
         else:

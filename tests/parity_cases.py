@@ -58,6 +58,38 @@ GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 50.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
 }
+GEMMA4 = {
+    **WINDOW,
+    **TIED,
+    "head_dim": 10,
+    "global_head_dim": 14,
+    "hidden_size_per_layer_input": 0,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 50.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+    },
+}
+# Each source of shared keys and values is read by a layer that is not next to it.
+SHARING = {
+    "num_hidden_layers": 5,
+    "layer_types": [f"{kind}_attention" for kind in ("full", "sliding", "sliding", "sliding", "full")],
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 6,
+    "vocab_size_per_layer_input": VOCAB + 2,
+    "final_logit_softcapping": 5.0,
+}
+MIXED = {
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+    "enable_moe_block": True,
+    "num_experts": 5,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "layer_types": [f"{kind}_attention" for kind in ("full", "sliding", "full")],
+    "attention_bias": True,
+}
 LONGROPE = rope("longrope", short_factor=[1.0, 1.2, 1.5], long_factor=[2.0, 3.0, 4.0])
 
 DENSE = {
@@ -88,6 +120,8 @@ DENSE = {
         "Gemma3Text",
         {**WIDE, **WINDOW, "query_pre_attn_scalar": 9, "final_logit_softcapping": 5.0},
     ),
+    "gemma 4, shared keys, embeddings per layer": ("Gemma4Text", {**GEMMA4, **SHARING}),
+    "gemma 4, keys as values, experts": ("Gemma4Text", {**GEMMA4, **MIXED}),
     "phi-3": ("Phi3", {**WINDOW, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}),
     "phi-3, partial rotary": (
         "Phi3",

@@ -113,6 +113,9 @@ def why_left_out(name: str, config: DecoderConfig, next_tokens: Any) -> str | No
         return "the output head is the embedding"
     if name.endswith(".rotary_emb.inv_freq") or re.search(r"(^|\.)h\.\d+\.attn\.(masked_)?bias$", name):
         return "a buffer, computed anew"
+    shared = re.match(r"model\.layers\.(\d+)\.self_attn\.[kv]_(proj|norm)\.", name)
+    if shared and any(layer.shares is not None for layer in config.each_layer[int(shared[1]) :][:1]):
+        return "keys and values of a layer that shares an earlier layer's"
     if name.startswith("medusa_head."):
         return "a Medusa head, no part of the decoder"
     layer = re.match(r"model\.layers\.(\d+)\.", name)

@@ -10,7 +10,7 @@ from specjax.checks import check_positive
 from specjax.hf.keys import Keys
 from specjax.transformer.config import MAX_SIZE, Rope
 
-TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 
 
 def take_rope(
@@ -63,9 +63,9 @@ def take_rope(
             if not isinstance(own, dict):
                 raise ValueError(f"rope_parameters has {own!r} for {kind!r}; it must be an object")
             ropes[kind] = common | ({} if base is None else {"rope_theta": base}) | own
-    # 4. Only the attention of some families rotates a part of each head.
+    # 4. Only the attention of some families rotates a part of each head. One type does in all families.
     for rope in ropes.values():
-        if not partial and rope.get("partial_rotary_factor", 1.0) != 1:
+        if not partial and rope.get("rope_type") != "proportional" and rope.get("partial_rotary_factor", 1.0) != 1:
             raise ValueError(
                 f"partial_rotary_factor is {rope['partial_rotary_factor']!r}; models of this family rotate whole heads"
             )
@@ -106,7 +106,7 @@ def read_rope(
         raise ValueError(f"rope_type {kind!r} is not supported; supported: {', '.join(TYPES)}")
     # 2. How many entries rotate: they rotate in pairs.
     theta, partial = keys.number("rope_theta"), keys.number("partial_rotary_factor", 1.0)
-    rotated = int(width * partial)
+    rotated = 2 * int(width * partial // 2) if kind == "proportional" else int(width * partial)
     if rotated % 2 or not 2 <= rotated <= width:
         raise ValueError(
             f"rotary positions turn {rotated} of the {width} entries of a head (partial_rotary_factor {partial}); "
@@ -130,6 +130,10 @@ def read_rope(
             frequency = _llama3(frequency, keys, max_positions)
         elif kind == "yarn":
             frequency, scale, max_positions = _yarn(frequency, keys, float(theta), max_positions)
+        elif kind == "proportional":
+            # Frequencies fall as if the whole head turned. Pairs past the part do not turn at all.
+            pairs = np.arange(0, width, 2, dtype=np.float64)
+            frequency = np.where(pairs < rotated, float(theta) ** (-pairs / width), 0) / keys.number("factor", 1.0)
         elif kind == "longrope":
             frequency, scale, max_positions = _longrope(frequency, keys, max_positions)
         keys.finish()

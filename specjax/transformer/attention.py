@@ -229,6 +229,29 @@ def store_and_attend(
     return attend(query_bnth, keys, values, feed, **options), stored
 
 
+def attend_to_shared(query_bnth: Array, feed: Feed, stored: Stored | None, **options: Any) -> Array:
+    """Attends to the keys and values that another layer stored in this pass.
+
+    Args:
+      query_bnth: floats, queries.
+      feed: the places.
+      stored: what the other layer returned as its part of the cache.
+      **options: keyword arguments of ``attend``.
+
+    Returns:
+      ``[b, n, t, h]``.
+
+    Raises:
+      ValueError: that layer's part is a cache of another kind, which attends only as it stores.
+    """
+    if not isinstance(stored, tuple) or len(stored) != 2:
+        raise ValueError(
+            f"a layer shares the keys and values of another, whose part of the cache is a {type(stored).__name__}; "
+            "only a cache of plain keys and values can be shared"
+        )
+    return attend(query_bnth, *stored, feed, **options)
+
+
 def attention_windows(slots: int) -> tuple[int, ...]:
     """Returns the windows that are compiled: doubling from 256, the last one ``slots``.
 
@@ -253,6 +276,8 @@ def grown(query_bnth: Array, position_bt: Array, weight: float, step: int) -> Ar
 class Attention(nnx.Module):
     """Grouped-query self-attention (Ainslie et al. 2023, arXiv 2305.13245).
 
+    A layer that shares another layer's keys and values has queries only.
+
     ``inputs`` is the width of the states that come in. None: the width of the model.
     """
 
@@ -261,27 +286,28 @@ class Attention(nnx.Module):
     ):
         width, bias = config.hidden_size, config.attention_bias
         inputs = width if inputs is None else inputs
-        self.n, self.k, self.h = config.num_attention_heads, config.kv_heads, config.head_width
+        self.n, self.k, self.h = config.num_attention_heads, config.kv_heads_of(layer), config.head_width_of(layer)
         self.scale = config.attention_scale or 1 / math.sqrt(self.h)
         self.layer, self.cap, self.gated = layer, config.attention_softcap, config.output_gate
         heads, kv_heads = ("heads", self.n), ("kv_heads", self.k)
         # With an output gate, each head's part of the query projection holds the query and then the gate.
         query_width = 2 * self.h if self.gated else self.h
         self.q_proj = Linear(inputs, self.n * query_width, bias, dtype, rngs, ("embed", heads))
-        self.k_proj = Linear(inputs, self.k * self.h, bias, dtype, rngs, ("embed", kv_heads))
-        self.v_proj = Linear(inputs, self.k * self.h, bias, dtype, rngs, ("embed", kv_heads))
+        own, values = layer.shares is None, layer.shares is None and not layer.keys_as_values
+        self.k_proj = Linear(inputs, self.k * self.h, bias, dtype, rngs, ("embed", kv_heads)) if own else None
+        self.v_proj = Linear(inputs, self.k * self.h, bias, dtype, rngs, ("embed", kv_heads)) if values else None
         self.o_proj = Linear(self.n * self.h, width, config.output_bias, dtype, rngs, (heads, "embed"))
         self.q_norm = make_norm(config, self.h, dtype) if config.query_key_norm else None
-        self.k_norm = make_norm(config, self.h, dtype) if config.query_key_norm else None
+        self.k_norm = make_norm(config, self.h, dtype) if config.query_key_norm and own else None
         self.sinks = declare(jnp.zeros((self.n,), dtype), heads) if config.attention_sinks else None
-        self.eps = config.norm_eps
+        self.eps, self.normed_values = config.norm_eps, config.value_norm
 
     def __call__(
         self, x_btd: Array, feed: Feed, tables: tuple[Array, Array] | None, stored: Stored | None
     ) -> tuple[Array, Stored]:
-        """Returns the output ``[b, t, d]`` and this layer's keys and values.
+        """Returns the output ``[b, t, d]`` and this layer's keys and values; () if it shares another layer's.
 
-        Without ``stored`` the block attends to itself.
+        Without ``stored`` the block attends to itself. A layer that shares gets the other layer's part of the cache.
         """
         b, t, _ = x_btd.shape
 
@@ -295,18 +321,27 @@ class Attention(nnx.Module):
         if self.gated:
             query, gate = jnp.split(query.reshape(b, t, self.n, 2 * self.h), 2, axis=-1)
         query = rotate(heads(query, self.n, self.q_norm), tables, interleaved)
-        keys = rotate(heads(self.k_proj(x_btd), self.k, self.k_norm), tables, interleaved)
         if self.layer.unit_heads:
-            query, keys = (rms(x, self.eps).astype(x.dtype) for x in (query, keys))
+            query = self._unit(query)
         if self.layer.growth is not None:
             query = grown(query, feed.position_bt, *self.layer.growth)
-        new = keys, heads(self.v_proj(x_btd), self.k)
         options = {"scale": self.scale, "window": self.layer.window, "chunk": self.layer.chunk, "cap": self.cap}
         options["sinks_n"] = None if self.sinks is None else self.sinks[...]
-        out, stored = store_and_attend(query, new, feed, stored, **options)
+        if self.k_proj is None:
+            out, stored = attend_to_shared(query, feed, stored, **options), ()
+        else:
+            keys = self.k_proj(x_btd)
+            values = heads(keys if self.v_proj is None else self.v_proj(x_btd), self.k)
+            keys = rotate(heads(keys, self.k, self.k_norm), tables, interleaved)
+            new = self._unit(keys) if self.layer.unit_heads else keys, self._unit(values) if self.normed_values else values
+            out, stored = store_and_attend(query, new, feed, stored, **options)
         out = out.transpose(0, 2, 1, 3)
         out = out if gate is None else out * jax.nn.sigmoid(gate)
         return self.o_proj(out.reshape(b, t, self.n * self.h)), stored
+
+    def _unit(self, x: Array) -> Array:
+        """Returns each head's queries, keys or values over the root of their mean square."""
+        return rms(x, self.eps).astype(x.dtype)
 
 
 class LatentAttention(nnx.Module):

@@ -49,8 +49,14 @@ class LayerConfig:
       growth: (w, m); the query at position p is multiplied by ``1 + w log(1 + floor((p + 1) / m))`` (Nakanishi 2025,
         arXiv 2501.19399, in steps of m tokens). None: queries are not.
       unit_heads: whether each head's query and key are divided by the root of their mean square, after the rotation.
-      experts: whether the layer's MLP is the mixture ``DecoderConfig.experts``.
+      experts: whether the layer has the mixture ``DecoderConfig.experts``.
       recurrent: whether ``DecoderConfig.recurrence`` takes the place of attention.
+      head_dim: h of this layer; None means the decoder's.
+      kv_heads: k of this layer; None means the decoder's.
+      intermediate_size: f of this layer; None means the decoder's.
+      keys_as_values: values come from the output of the key projection, so there is no value projection (Gemma 4).
+      shares: an earlier layer, to whose keys and values this layer attends (Brandon et al. 2024, arXiv 2405.12981).
+        Then this layer has no keys and values of its own, and no cache.
     """
 
     rope: Rope | None
@@ -60,6 +66,11 @@ class LayerConfig:
     unit_heads: bool = False
     experts: bool = False
     recurrent: bool = False
+    head_dim: int | None = None
+    kv_heads: int | None = None
+    intermediate_size: int | None = None
+    keys_as_values: bool = False
+    shares: int | None = None
 
     @property
     def reach(self) -> int | None:
@@ -140,6 +151,16 @@ class MambaConfig:
 
 
 RecurrenceConfig = DeltaConfig | MambaConfig
+class PerLayerConfig:
+    """Embeddings of each token for each layer, which the layer adds to the residual stream (Gemma 3n, Gemma 4).
+
+    Attributes:
+      vocab_size: tokens of the table, at least the decoder's.
+      width: p, entries of the embedding of one token for one layer.
+    """
+
+    vocab_size: int
+    width: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +188,10 @@ class ExpertsConfig:
       clamp: (a, m); with g = min(gate, m) and u = clip(up, -m, m), an expert computes ``down(g sigmoid(a g) (u + 1))``.
         None: it computes ``down(act(gate) up)``.
       weighs_inputs: whether the weights multiply what goes into the experts, not what comes out.
+      beside: whether the mixture stands beside the layer's MLP, with norms of its own, and the outputs of the two are
+        added (Gemma 4). False: it takes the MLP's place.
+      normed_router: whether the router norms its input and multiplies each entry by a parameter (Gemma 4).
+      expert_scale: whether a parameter multiplies the weight of each expert (Gemma 4).
     """
 
     num_experts: int
@@ -186,6 +211,9 @@ class ExpertsConfig:
     bias: bool = False
     clamp: tuple[float, float] | None = None
     weighs_inputs: bool = False
+    beside: bool = False
+    normed_router: bool = False
+    expert_scale: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +237,7 @@ class DecoderConfig:
       norm_eps: added to the variance or mean square.
       sandwich_norms: norms after attention and MLP as well as before them.
       query_key_norm: norms over the query and the key of each attention head.
+      value_norm: root-mean-square norms without weights over the value of each attention head (Gemma 4).
       activation: of the MLP; "gelu_tanh" is the tanh approximation.
       gated_mlp: ``down(act(gate(x)) * up(x))``; otherwise ``down(act(up(x)))``.
       attention_bias: biases on the query, key and value projections (on latents: on those from the hidden state).
@@ -228,6 +257,8 @@ class DecoderConfig:
       latent: multi-head latent attention in place of grouped-query attention.
       experts: the mixture of the layers that have one.
       recurrence: what takes the place of attention in the layers that are recurrent.
+      per_layer: embeddings for each layer, or None.
+      layer_scale: each layer ends with a product of the residual stream and one number (Gemma 4).
 
     Raises:
       ValueError: a number is out of range, a name is unknown, or sizes contradict each other. The message names them.
@@ -247,6 +278,7 @@ class DecoderConfig:
     norm_eps: float = 1e-6
     sandwich_norms: bool = False
     query_key_norm: bool = False
+    value_norm: bool = False
     activation: Activation = "silu"
     gated_mlp: bool = True
     attention_bias: bool = False
@@ -263,6 +295,8 @@ class DecoderConfig:
     latent: LatentConfig | None = None
     experts: ExpertsConfig | None = None
     recurrence: RecurrenceConfig | None = None
+    per_layer: PerLayerConfig | None = None
+    layer_scale: bool = False
 
     def __post_init__(self):
         # Defaults that follow from other fields come first, so that the checks see the values in use.
@@ -312,9 +346,10 @@ class DecoderConfig:
             raise ValueError(
                 f"layers has {len(self.each_layer)} entries for num_hidden_layers {self.num_hidden_layers}"
             )
-        # Latent attention rotates a part of each query only.
-        rotary = self.latent.rotary_width if self.latent else self.head_width
-        for layer in self.each_layer:
+        for i, layer in enumerate(self.each_layer):
+            # Latent attention rotates a part of each query only.
+            rotary = self.latent.rotary_width if self.latent else self.head_width_of(layer)
+            self._check_heads(i, layer)
             if layer.window is not None:
                 check_integer("sliding window", layer.window, 1, MAX_SIZE)
             if layer.chunk is not None:
@@ -329,6 +364,9 @@ class DecoderConfig:
             if layer.rope and 2 * len(layer.rope.frequencies) > rotary:
                 pairs = len(layer.rope.frequencies)
                 raise ValueError(f"rotary positions turn {pairs} pairs of entries, but a head has {rotary} entries")
+        if self.per_layer:
+            check_integer("per_layer's vocab_size", self.per_layer.vocab_size, self.vocab_size, MAX_SIZE)
+            check_integer("per_layer's width", self.per_layer.width, 1, MAX_SIZE // self.num_hidden_layers)
         # The router takes the best groups and then experts within them: both choices must be possible.
         if self.experts:
             experts = self.experts
@@ -363,6 +401,40 @@ class DecoderConfig:
                 raise ValueError(
                     f"the recurrence has {self.recurrence.heads} value heads for {keys} keys; give a multiple of {keys}"
                 )
+    def _check_heads(self, number: int, layer: LayerConfig) -> None:
+        """Checks the sizes of a layer, and that it shares the keys and values of an earlier layer with the same."""
+        check_integer(f"layer {number}'s head_dim", self.head_width_of(layer), 1, MAX_HEAD)
+        check_integer(f"layer {number}'s key/value heads", self.kv_heads_of(layer), 1, MAX_SIZE)
+        check_integer(f"layer {number}'s intermediate_size", self.mlp_width_of(layer), 1, MAX_SIZE)
+        if self.num_attention_heads % self.kv_heads_of(layer):
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of the {self.kv_heads_of(layer)} "
+                f"key/value heads of layer {number}"
+            )
+        if self.latent and layer != LayerConfig(layer.rope, layer.window, layer.experts):
+            raise ValueError(f"layer {number} has heads of its own beside latent attention, which has none; drop them")
+        if layer.shares is None:
+            return
+        check_integer(f"layer {number}'s shares", layer.shares, 0, number - 1)
+        source = self.each_layer[layer.shares]
+        sizes = [(self.head_width_of(at), self.kv_heads_of(at)) for at in (source, layer)]
+        if source.shares is not None or sizes[0] != sizes[1]:
+            raise ValueError(
+                f"layer {number} shares the keys and values of layer {layer.shares}, which must have its own, of "
+                f"{sizes[1][1]} heads of {sizes[1][0]} entries"
+            )
+
+    def head_width_of(self, layer: LayerConfig) -> int:
+        """Returns h of a layer."""
+        return self.head_width if layer.head_dim is None else layer.head_dim
+
+    def kv_heads_of(self, layer: LayerConfig) -> int:
+        """Returns k of a layer."""
+        return self.kv_heads if layer.kv_heads is None else layer.kv_heads
+
+    def mlp_width_of(self, layer: LayerConfig) -> int:
+        """Returns f of a layer."""
+        return self.intermediate_size if layer.intermediate_size is None else layer.intermediate_size
 
     @property
     def kv_heads(self) -> int:

@@ -1,6 +1,5 @@
 """A decoder, as a flax module and as the pure functions that the engine calls."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -24,7 +23,8 @@ from specjax.transformer.layers import (
     softcap,
 )
 from specjax.transformer.mamba import Mamba
-from specjax.transformer.moe import MoE
+from specjax.transformer.moe import MoE, MoEBeside
+from specjax.transformer.per_layer import PerLayerBlock, PerLayerEmbedding
 from specjax.transformer.recurrent import RecurrentPass, empty_state
 from specjax.types import CommitCache, EarlyExit, Feed, Forward, InitCache, LanguageModel, Output
 
@@ -44,17 +44,41 @@ class DecoderLayer(nnx.Module):
         self.recurrence: Any = recurrence(config, dtype, rngs) if layer.recurrent else None
         self.attention_post_norm = make_norm(config, width, dtype) if sandwich else None
         self.post_attention_layernorm = make_norm(config, width, dtype)
-        self.mlp = MoE(config, dtype, rngs) if layer.experts else MLP(config, config.intermediate_size, dtype, rngs)
+        beside = layer.experts and config.experts is not None and config.experts.beside
+        mixed = layer.experts and not beside
+        self.mlp = MoE(config, dtype, rngs) if mixed else MLP(config, config.mlp_width_of(layer), dtype, rngs)
+        self.moe = MoEBeside(config, dtype, rngs) if beside else None
         self.mlp_post_norm = make_norm(config, width, dtype) if sandwich else None
+        self.per_layer = PerLayerBlock(config, config.per_layer, dtype, rngs) if config.per_layer else None
+        self.scale = nnx.Param(jnp.ones((1,), dtype)) if config.layer_scale else None
 
     def __call__(
-        self, x_btd: Array, feed: Feed, tables: tuple[Array, Array] | None, stored: LayerStored
+        self,
+        x_btd: Array,
+        feed: Feed,
+        tables: tuple[Array, Array] | None,
+        stored: LayerStored,
+        own_btp: Array | None = None,
     ) -> tuple[Array, LayerStored]:
-        """Returns the residual stream ``[b, t, d]`` after the layer, and the layer's part of the cache."""
-        return _run_layer(*nnx.split(self), attention_form(), x_btd, feed, tables, stored)
+        """Returns the residual stream ``[b, t, d]`` after the layer, and the layer's part of the cache.
+
+        Args:
+          x_btd: the residual stream.
+          feed: the places.
+          tables: what ``rotary_tables`` returns for the layer's rope.
+          stored: the layer's part of the cache, or that of the layer whose keys and values it shares. None: the layer
+            attends within the feed.
+          own_btp: the tokens' embeddings for this layer, if the decoder has such.
+        """
+        return _run_layer(*nnx.split(self), attention_form(), x_btd, feed, tables, stored, own_btp)
 
     def inline(
-        self, x_btd: Array, feed: Feed, tables: tuple[Array, Array] | None, stored: LayerStored
+        self,
+        x_btd: Array,
+        feed: Feed,
+        tables: tuple[Array, Array] | None,
+        stored: LayerStored,
+        own_btp: Array | None = None,
     ) -> tuple[Array, LayerStored]:
         """Does what a call does, in the caller's own trace."""
         normed_btd = self.input_layernorm(x_btd)
@@ -64,7 +88,12 @@ class DecoderLayer(nnx.Module):
             y_btd, stored = self.recurrence(normed_btd, feed, stored)
         x_btd = x_btd + (y_btd if self.attention_post_norm is None else self.attention_post_norm(y_btd))
         y_btd = self.mlp(self.post_attention_layernorm(x_btd))
-        return x_btd + (y_btd if self.mlp_post_norm is None else self.mlp_post_norm(y_btd)), stored
+        y_btd = y_btd if self.moe is None else self.moe(x_btd, y_btd)
+        x_btd = x_btd + (y_btd if self.mlp_post_norm is None else self.mlp_post_norm(y_btd))
+        if self.per_layer is not None:
+            assert own_btp is not None
+            x_btd = self.per_layer(x_btd, own_btp)
+        return x_btd if self.scale is None else x_btd * jnp.broadcast_to(self.scale[...], x_btd.shape), stored
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -74,7 +103,7 @@ def _run_layer(graph: Any, state: Any, form: str, *args: Any) -> tuple[Array, La
     return nnx.merge(graph, state).inline(*args)
 
 
-RunLayer = Callable[[Array, Feed, tuple[Array, Array] | None, LayerStored], tuple[Array, LayerStored]]
+RunLayer = Callable[..., tuple[Array, LayerStored]]
 """The type of ``DecoderLayer.__call__``."""
 
 
@@ -84,6 +113,7 @@ def run_layers(
     x_btd: Array,
     cache: KVCache | None,
     feed: Feed,
+    own_btlp: Array | None = None,
 ) -> tuple[list[Array], KVCache]:
     """Runs layers over the places of a feed.
 
@@ -93,6 +123,7 @@ def run_layers(
       x_btd: the residual stream before the first layer.
       cache: of all layers; None: each layer attends within the feed.
       feed: the places.
+      own_btlp: the tokens' embeddings for each layer, if the decoder has such.
 
     Returns:
       The residual stream before the layers and after each of them, and the cache.
@@ -103,10 +134,12 @@ def run_layers(
     tables = {rope: rotary_tables(position_bt, rope) for rope in ropes}
     states, kept = [x_btd], []
     for i, layer in enumerate(layers):
+        shares, own = config.each_layer[i].shares, () if own_btlp is None else (own_btlp[:, :, i],)
         stored = None if cache is None else cache.layers[i]
         if stored is None and config.each_layer[i].recurrent:
             stored = empty_state(config, x_btd.shape[0], x_btd.dtype)
-        x_btd, stored = layer(x_btd, feed, tables[config.each_layer[i].rope], stored)
+        stored = stored if shares is None else kept[shares]
+        x_btd, stored = layer(x_btd, feed, tables[config.each_layer[i].rope], stored, *own)
         states.append(x_btd)
         kept.append(stored)
     untouched = () if cache is None else cache.layers[len(kept) :]
@@ -116,12 +149,22 @@ def run_layers(
 class Decoder(nnx.Module):
     """The model. Layers are unrolled, because a scan would copy each layer's weights and cache out of a stack."""
 
-    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        layers: tuple[LayerConfig, ...] | None = None,
+    ):
+        """``layers`` are the layers to make; None: all layers of the config."""
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, rngs)
         if config.learned_positions:
             self.embed_positions = Embedding(config.max_position_embeddings, config.hidden_size, dtype, rngs, None)
-        self.layers = nnx.List([DecoderLayer(config, layer, dtype, rngs) for layer in config.each_layer])
+        sizes = config.per_layer
+        self.per_layer = None if sizes is None else PerLayerEmbedding(config, sizes, dtype, rngs)
+        layers = config.each_layer if layers is None else layers
+        self.layers = nnx.List([DecoderLayer(config, layer, dtype, rngs) for layer in layers])
         self.norm = make_norm(config, config.hidden_size, dtype)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(
@@ -152,7 +195,8 @@ class Decoder(nnx.Module):
         if config.learned_positions:
             last = config.max_position_embeddings - 1  # places that are not real may lie past the table
             x_btd = x_btd + self.embed_positions(jnp.minimum(feed.position_bt, last))
-        states, cache = run_layers(self.layers[:depth], config, x_btd, cache, feed)
+        own_btlp = None if self.per_layer is None else self.per_layer(feed.tokens_bt, x_btd)
+        states, cache = run_layers(self.layers[:depth], config, x_btd, cache, feed, own_btlp)
         states.append(self.norm(states[-1]))  # index -1
         return self.unembed(states[-1]), tuple(states[i] for i in capture), cache
 
@@ -181,8 +225,9 @@ def abstract_params(config: DecoderConfig, dtype: jnp.dtype = jnp.dtype("float32
     """Returns the parameters' shapes and dtypes without computing them."""
     # One layer of each kind is traced, since flax is slow over a hundred layers.
     kinds = tuple(dict.fromkeys(config.each_layer))
-    small = dataclasses.replace(config, num_hidden_layers=len(kinds), layers=kinds)
-    tree = jax.eval_shape(lambda: init_params(small, jax.random.key(0), dtype))
+    tree = jax.eval_shape(
+        lambda: nnx.to_pure_dict(nnx.split(Decoder(config, dtype, nnx.Rngs(params=jax.random.key(0)), kinds))[1])
+    )
     layers = {i: tree["layers"][kinds.index(layer)] for i, layer in enumerate(config.each_layer)}
     return tree | {"layers": layers}
 
@@ -195,19 +240,19 @@ def dtype_of(params: Any) -> jnp.dtype:
 def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtype) -> KVCache:
     """Returns an empty cache.
 
-    A layer has keys and values ``[b, k, s, h]``, or latents ``[b, 1, s, r + rotary]``, or a ``RecurrentState``.
+    A layer has keys and values ``[b, k, s, h]``, or latents ``[b, 1, s, r + rotary]``, or a ``RecurrentState``. A layer
+    that shares another layer's keys and values has no arrays.
     """
-    if config.latent is None:
-        heads, widths = config.kv_heads, (config.head_width, config.head_width)
-    else:
-        heads, widths = 1, (config.latent.key_value_rank + config.latent.rotary_width,)
-    attention = allocate(config.num_hidden_layers, rows, slots, heads, widths, dtype).layers
-    return KVCache(
-        tuple(
-            empty_state(config, rows, dtype) if layer.recurrent else stored
-            for layer, stored in zip(config.each_layer, attention, strict=True)
-        )
-    )
+
+    def layer_cache(layer: LayerConfig) -> Any:
+        if layer.recurrent:
+            return empty_state(config, rows, dtype)
+        if config.latent is not None:
+            return allocate(rows, slots, 1, (config.latent.key_value_rank + config.latent.rotary_width,), dtype)
+        widths = 2 * (config.head_width_of(layer),) if layer.shares is None else ()
+        return allocate(rows, slots, config.kv_heads_of(layer), widths, dtype)
+
+    return KVCache(tuple(map(layer_cache, config.each_layer)))
 
 
 def bind(config: DecoderConfig, params: Any) -> Decoder:

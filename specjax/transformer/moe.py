@@ -4,6 +4,7 @@ Experts of limited capacity would drop tokens, and then the text of one row woul
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from jax.sharding import PartitionSpec
 from specjax.platforms import by_platform
 from specjax.sharding import open_parts
 from specjax.transformer.config import Activation, DecoderConfig, ExpertsConfig
-from specjax.transformer.layers import ACTIVATIONS, MLP, Linear, declare, normal
+from specjax.transformer.layers import ACTIVATIONS, MLP, Linear, declare, make_norm, normal, rms
 from specjax.transformer.products import Kernel, product, ragged_product
 
 
@@ -30,11 +31,18 @@ class Router(nnx.Module):
         # Float32, since small differences between scores decide and bfloat16 would round them away.
         bias = jnp.zeros((experts.num_experts,), jnp.float32)
         self.e_score_correction_bias = nnx.Param(bias) if experts.corrected else None
+        self.eps = config.norm_eps
+        self.input_scale = nnx.Param(jnp.ones((config.hidden_size,), dtype)) if experts.normed_router else None
+        self.expert_scale = nnx.Param(jnp.ones((experts.num_experts,), dtype)) if experts.expert_scale else None
 
     def __call__(self, x_md: Array) -> tuple[Array, Array]:
         """Returns the chosen experts of m tokens, int32 ``[m, c]``, and their weights, float32 ``[m, c]``."""
         experts = self.experts
-        logits_me = product(x_md.astype(jnp.float32), self.kernel[...].astype(jnp.float32))
+        x_md = x_md.astype(jnp.float32)
+        if self.input_scale is not None:
+            scale_d = self.input_scale[...].astype(jnp.float32) / math.sqrt(x_md.shape[-1])
+            x_md = rms(x_md, self.eps) * scale_d[None]
+        logits_me = product(x_md, self.kernel[...].astype(jnp.float32))
         if self.bias is not None:
             logits_me = logits_me + self.bias[...].astype(jnp.float32)[None]
         if experts.score == "sparsemixer":
@@ -59,6 +67,8 @@ class Router(nnx.Module):
         weights_mc = jnp.take_along_axis(scores_me, chosen_mc, axis=1)
         if experts.renormalize:
             weights_mc = weights_mc / (jnp.sum(weights_mc, axis=1, keepdims=True) + 1e-20)
+        if self.expert_scale is not None:
+            weights_mc = weights_mc * self.expert_scale[...].astype(jnp.float32)[chosen_mc]
         return chosen_mc, weights_mc * experts.scale
 
 
@@ -254,3 +264,27 @@ class MoE(nnx.Module):
             weight_bt1 = jax.nn.sigmoid(self.shared_expert_gate(x_btd))
             shared_btd = shared_btd * jnp.broadcast_to(weight_bt1, shared_btd.shape)
         return y_btd + shared_btd
+
+
+class MoEBeside(nnx.Module):
+    """A mixture beside the layer's MLP: both read the residual stream through norms of their own, and are added."""
+
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        experts, width = config.experts, config.hidden_size
+        assert experts is not None
+        self.gate = Router(config, experts, dtype, rngs)
+        self.input_norm = make_norm(config, width, dtype)
+        self.experts = Experts(config, experts, dtype, rngs)
+        self.output_norm = make_norm(config, width, dtype)
+        self.mlp_norm = make_norm(config, width, dtype)
+
+    def __call__(self, x_btd: Array, mlp_btd: Array) -> Array:
+        """Returns the sum ``[b, t, d]`` of the outputs of MLP and mixture; the router takes the stream as it is.
+
+        Args:
+          x_btd: the residual stream.
+          mlp_btd: what the layer's MLP made of it.
+        """
+        x_md, normed_md = (x.reshape(-1, x.shape[-1]) for x in (x_btd, self.input_norm(x_btd)))
+        y_btd = self.experts(normed_md, *self.gate(x_md)).reshape(x_btd.shape)
+        return self.mlp_norm(mlp_btd) + self.output_norm(y_btd)

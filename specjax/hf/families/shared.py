@@ -4,7 +4,7 @@ A reader takes every key that it understands. Defaults are the defaults of trans
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from specjax.hf.keys import Keys
@@ -98,7 +98,7 @@ def head_width(keys: Keys, sizes: dict[str, Any]) -> int:
 
 def layers_of(
     sizes: dict[str, Any],
-    head_dim: int,
+    head_dim: int | Mapping[str, int],
     ropes: dict[str, dict[str, Any]],
     kinds: Any,
     window: int | None,
@@ -108,7 +108,7 @@ def layers_of(
 
     Args:
       sizes: what ``take_sizes`` returned.
-      head_dim: entries of an attention head that may be rotated.
+      head_dim: entries of an attention head that may be rotated; for each type in ``ropes``, if types differ.
       ropes: what ``take_rope`` returned.
       kinds: the type of each layer, as in ``layer_types``.
       window: tokens that a layer of sliding attention sees.
@@ -121,7 +121,8 @@ def layers_of(
     if not isinstance(kinds, list) or len(kinds) != sizes["num_hidden_layers"]:
         raise ValueError(f"layer_types is {kinds!r}; it must name each of the {sizes['num_hidden_layers']} layers")
     longest = sizes["max_position_embeddings"]
-    read = {kind: read_rope(ropes[kind], head_dim, longest, **options) for kind in ropes}
+    widths = dict.fromkeys(ropes, head_dim) if isinstance(head_dim, int) else head_dim
+    read = {kind: read_rope(ropes[kind], widths[kind], longest, **options) for kind in ropes}
     # 2. Each layer gets what its type says. Without types of their own, rotary positions are under "".
     layers = []
     for kind in kinds:
