@@ -121,7 +121,6 @@ DENSE = {
         {**WIDE, **WINDOW, "query_pre_attn_scalar": 9, "final_logit_softcapping": 5.0},
     ),
     "gemma 4, shared keys, embeddings per layer": ("Gemma4Text", {**GEMMA4, **SHARING}),
-    "gemma 4, keys as values, experts": ("Gemma4Text", {**GEMMA4, **MIXED}),
     "phi-3": ("Phi3", {**WINDOW, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}),
     "phi-3, partial rotary": (
         "Phi3",
@@ -141,6 +140,7 @@ DENSE = {
     "gpt-2, untied, inner width": ("GPT2", {**GPT2, "n_inner": 31, "tie_word_embeddings": False}),
 }
 EXPERTS = {
+    "gemma 4, keys as values, experts": ("Gemma4Text", {**GEMMA4, **MIXED}),
     "mixtral": ("Mixtral", MOE),
     "mixtral with windows": ("Mixtral", {**MOE, **WINDOW, **WIDE}),
     "qwen3-moe": ("Qwen3Moe", {**QWEN_MOE, **WIDE}),

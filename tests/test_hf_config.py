@@ -1003,10 +1003,10 @@ BAD_CONFIGS = {
     ),
     "unknown rope type": ("llama", {"rope_scaling": {"rope_type": "ntk", "factor": 2.0}}, ["rope_type", "'ntk'"]),
     "unknown rope type, old spelling": ("llama", {"rope_scaling": {"type": "mrope"}}, ["rope_type", "'mrope'"]),
-    "proportional rope": (
+    "spiral rope": (
         "llama",
-        {"rope_parameters": {"rope_type": "proportional", "partial_rotary_factor": 1.0}},
-        ["rope_type", "'proportional'"],
+        {"rope_parameters": {"rope_type": "spiral", "partial_rotary_factor": 1.0}},
+        ["rope_type", "'spiral'"],
     ),
     "rope type empty": ("llama", {"rope_scaling": {"rope_type": ""}}, ["rope_type", "''"]),
     "rope type false": ("llama", {"rope_scaling": {"rope_type": False, "type": "default"}}, ["rope_type", "False"]),

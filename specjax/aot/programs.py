@@ -149,7 +149,13 @@ def eagle_head(target: DecoderConfig) -> EagleHead:
     """Returns a head like the published EAGLE-3 heads: one layer as wide as the target, three states, 32000 tokens."""
     layer = LayerConfig(rope=target.each_layer[0].rope)
     decoder = dataclasses.replace(
-        target, num_hidden_layers=1, layers=(layer,), latent=None, experts=None, tie_word_embeddings=False
+        target,
+        num_hidden_layers=1,
+        layers=(layer,),
+        latent=None,
+        experts=None,
+        per_layer=None,
+        tie_word_embeddings=False,
     )
     layers = target.num_hidden_layers
     states = tuple(sorted({0, layers // 2, layers}))
@@ -248,7 +254,7 @@ def held_bytes(setting: Setting) -> float:
     """Returns the bytes of parameters and caches on one device, without those of intermediate values."""
 
     def cache(config: DecoderConfig, mesh: PlannedMesh) -> float:
-        return setting.rows * setting.slots * config.num_hidden_layers * token_bytes(Model(config), mesh)
+        return setting.rows * setting.slots * token_bytes(Model(config), mesh)
 
     total = weights(setting.planned, setting.mesh).held + cache(setting.target, setting.mesh)
     if setting.drafter == "model":

@@ -69,7 +69,7 @@ def fits(args: argparse.Namespace, batch: int, context: int) -> bool:
     """Returns whether the caches of a row of the table fit into free memory, with a note if they do not."""
     # Three states are kept, and one more runs.
     model = Model(args.config, cache=_dtype())
-    needed = 4 * batch * _slots(args, context) * args.config.num_hidden_layers * token_bytes(model)
+    needed = 4 * batch * _slots(args, context) * token_bytes(model)
     free = machine.free_bytes()
     if needed > free:
         print(f"batch {batch}, context {context}: left out, caches need {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB\n")

@@ -56,6 +56,10 @@ MULTIMODAL: Mapping[str, Multimodal] = {
         "Gemma3ForConditionalGeneration",
         {"gemma3_text": Text("gemma3_text", dropped=("final_logit_softcapping",))},
     ),
+    "gemma4": Multimodal("Gemma4ForConditionalGeneration", {"gemma4_text": Text("gemma4_text")}),
+    "gemma4_unified": Multimodal(
+        "Gemma4UnifiedForConditionalGeneration", {"gemma4_unified_text": Text("gemma4_unified_text")}
+    ),
     "mistral3": Multimodal("Mistral3ForConditionalGeneration", {"mistral": Text("mistral")}),
     "qwen2_vl": Multimodal("Qwen2VLForConditionalGeneration", {"qwen2_vl_text": _QWEN2_VL}, flat=True),
     "qwen2_5_vl": Multimodal("Qwen2_5_VLForConditionalGeneration", {"qwen2_5_vl_text": _QWEN2_VL}, flat=True),
@@ -77,7 +81,10 @@ _OF_OTHER_PARTS = (
 )
 # Starts of the names of tensors that text does not need. The names may start with "model.", too.
 _PARTS = {
-    "vision": ("vision_tower.", "vision_model.", "visual.", "embed_vision.", "multi_modal_projector.", "mm_projector."),
+    "vision": (
+        *("vision_tower.", "vision_model.", "visual.", "embed_vision.", "vision_embedder."),
+        *("multi_modal_projector.", "mm_projector."),
+    ),
     "audio": ("audio_tower.", "embed_audio."),
 }
 

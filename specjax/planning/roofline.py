@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from specjax.planning.hardware import Hardware
-from specjax.transformer import DecoderConfig
+from specjax.transformer import DecoderConfig, LayerConfig
 from specjax.transformer.decoder import abstract_params
 
 # int4: half a byte, and a float32 scale for each 128 (``specjax.quantized``).
@@ -55,8 +55,9 @@ def check_mesh(config: DecoderConfig, mesh: Mesh) -> None:
     # Key/value heads are missing here: if tensor does not divide them, each device holds all of them.
     experts = config.experts
     widths = {"num_attention_heads": config.num_attention_heads, "vocab_size": config.vocab_size}
-    if not all(layer.experts for layer in config.each_layer):
-        widths["intermediate_size"] = config.intermediate_size
+    for layer in config.each_layer:
+        if not layer.experts or (experts and experts.beside):
+            widths["intermediate_size"] = math.gcd(widths.get("intermediate_size", 0), config.mlp_width_of(layer))
     if experts:
         widths |= {
             "an expert's width": experts.intermediate_size,
@@ -101,11 +102,13 @@ _WIDTHS = {"gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"}
 def weights(model: Model, mesh: Mesh = Mesh()) -> Weights:
     """Counts one device's part of the parameters that ``abstract_params`` declares."""
     config = model.config
-    split = _HEADS | _WIDTHS | ({"k_proj", "v_proj"} if _splits_kv(config, mesh) else set())
     leaves, _ = jax.tree_util.tree_flatten_with_path(abstract_params(config, jnp.dtype("bfloat16")))
     looked_up, dense, stacks, products = 0.0, 0.0, 0.0, 0.0
     for path, leaf in leaves:
         names = [str(getattr(entry, "key", entry)) for entry in path]
+        split = _HEADS | _WIDTHS
+        if names[0] == "layers" and _splits_kv(config, config.each_layer[int(names[1])], mesh):
+            split = split | {"k_proj", "v_proj"}
         # Vectors, such as biases and norms, are small: they count as whole.
         size = leaf.size / (mesh.tensor if leaf.ndim > 1 and not split.isdisjoint(names) else 1)
         # A few parameters stay float32. Tables of embeddings are int8 where kernels are int4.
@@ -114,7 +117,11 @@ def weights(model: Model, mesh: Mesh = Mesh()) -> Weights:
         if "experts" in names and config.experts:
             stacks += size / mesh.expert * width
             products += size / mesh.expert * config.experts.per_token / config.experts.num_experts
-        elif names[0] == "embed_positions" or (names[0] == "embed_tokens" and not config.tie_word_embeddings):
+        elif (
+            names[0] == "embed_positions"
+            or names[:2] == ["per_layer", "embed_tokens"]
+            or (names[0] == "embed_tokens" and not config.tie_word_embeddings)
+        ):
             looked_up += size * width
         else:
             # Tied embeddings are among these: the output head reads all of them.
@@ -128,18 +135,24 @@ def num_params(config: DecoderConfig) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config, jnp.dtype("bfloat16"))))
 
 
-def _splits_kv(config: DecoderConfig, mesh: Mesh) -> bool:
+def _splits_kv(config: DecoderConfig, layer: LayerConfig, mesh: Mesh) -> bool:
     """Returns whether keys and values are split. Latents, and heads that do not divide, are copied to each device."""
-    return config.latent is None and config.kv_heads % mesh.tensor == 0
+    return config.latent is None and config.kv_heads_of(layer) % mesh.tensor == 0
 
 
 def token_bytes(model: Model, mesh: Mesh = Mesh()) -> float:
-    """Returns the cache's bytes per token and layer on one device: keys and values, or the latent."""
+    """Returns the bytes per token of the caches of all layers on one device."""
+    return sum(_layer_bytes(model, layer, mesh) for layer in model.config.each_layer if layer.shares is None)
+
+
+def _layer_bytes(model: Model, layer: LayerConfig, mesh: Mesh) -> float:
+    """Returns the bytes per token that a layer reads of a cache on one device: keys and values, or the latent."""
     config = model.config
     if config.latent:
         entries = config.latent.key_value_rank + config.latent.rotary_width
     else:
-        entries = 2 * config.kv_heads * config.head_width // (mesh.tensor if _splits_kv(config, mesh) else 1)
+        parts = mesh.tensor if _splits_kv(config, layer, mesh) else 1
+        entries = 2 * config.kv_heads_of(layer) * config.head_width_of(layer) // parts
     return entries * BYTES[model.cache]
 
 
@@ -215,10 +228,11 @@ def forward(
     # Attention reads each row's cache, and multiplies queries with keys and scores with values. With latents, the
     # projections are absorbed: scores are as wide as a cache entry, values as wide as the latent.
     heads, latent = config.num_attention_heads / mesh.tensor, config.latent
-    entries = 2 * latent.key_value_rank + latent.rotary_width if latent else 2 * config.head_width
-    seen = sum(min(context + tokens, layer.reach or math.inf) for layer in config.each_layer)
-    read += rows * seen * token_bytes(model, mesh)
-    flops += 2 * fed * heads * entries * seen
+    for layer in config.each_layer:
+        entries = 2 * latent.key_value_rank + latent.rotary_width if latent else 2 * config.head_width_of(layer)
+        seen = min(context + tokens, layer.reach or math.inf)
+        read += rows * seen * _layer_bytes(model, layer, mesh)
+        flops += 2 * fed * heads * entries * seen
     return Pass(read, flops, _messages(model, mesh, fed) + chosen)
 
 
@@ -229,7 +243,9 @@ def _messages(model: Model, mesh: Mesh, fed: float) -> tuple[Messages, ...]:
     mixed = sum(layer.experts for layer in config.each_layer)
     shared = mixed if config.experts and config.experts.shared_size else 0
     # Over tensor: the embedding, the output of each attention, and each MLP that is dense or shared.
-    over_tensor = 1 + config.num_hidden_layers + (config.num_hidden_layers - mixed) + shared
+    beside = mixed if config.experts and config.experts.beside else 0
+    over_tensor = 1 + config.num_hidden_layers + (config.num_hidden_layers - mixed) + shared + beside
+    over_tensor += 1 if config.per_layer else 0  # its table is split like that of the embedding
     messages = (
         Messages(over_tensor, mesh.tensor, size),
         Messages(mixed, mesh.tensor * mesh.expert, size),

@@ -69,7 +69,7 @@ def memory(setting: Setting, num_draft: int) -> Memory:
     slots = 1 << (setting.context + num_draft).bit_length()
 
     def cache(model: Model, mesh: Mesh) -> float:
-        return setting.rows * slots * model.config.num_hidden_layers * token_bytes(model, mesh)
+        return setting.rows * slots * token_bytes(model, mesh)
 
     draft = 0.0
     if isinstance(setting.draft, Model):

@@ -151,6 +151,9 @@ class MambaConfig:
 
 
 RecurrenceConfig = DeltaConfig | MambaConfig
+
+
+@dataclasses.dataclass(frozen=True)
 class PerLayerConfig:
     """Embeddings of each token for each layer, which the layer adds to the residual stream (Gemma 3n, Gemma 4).
 
@@ -401,6 +404,7 @@ class DecoderConfig:
                 raise ValueError(
                     f"the recurrence has {self.recurrence.heads} value heads for {keys} keys; give a multiple of {keys}"
                 )
+
     def _check_heads(self, number: int, layer: LayerConfig) -> None:
         """Checks the sizes of a layer, and that it shares the keys and values of an earlier layer with the same."""
         check_integer(f"layer {number}'s head_dim", self.head_width_of(layer), 1, MAX_HEAD)
@@ -411,14 +415,15 @@ class DecoderConfig:
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of the {self.kv_heads_of(layer)} "
                 f"key/value heads of layer {number}"
             )
-        if self.latent and layer != LayerConfig(layer.rope, layer.window, layer.experts):
-            raise ValueError(f"layer {number} has heads of its own beside latent attention, which has none; drop them")
+        own = layer.head_dim, layer.kv_heads, layer.keys_as_values or None, layer.shares
+        if (self.latent or layer.recurrent) and own != (None,) * 4:
+            raise ValueError(f"layer {number} has keys and values of its own kind, but not plain attention; drop them")
         if layer.shares is None:
             return
         check_integer(f"layer {number}'s shares", layer.shares, 0, number - 1)
         source = self.each_layer[layer.shares]
         sizes = [(self.head_width_of(at), self.kv_heads_of(at)) for at in (source, layer)]
-        if source.shares is not None or sizes[0] != sizes[1]:
+        if source.shares is not None or source.recurrent or sizes[0] != sizes[1]:
             raise ValueError(
                 f"layer {number} shares the keys and values of layer {layer.shares}, which must have its own, of "
                 f"{sizes[1][1]} heads of {sizes[1][0]} entries"

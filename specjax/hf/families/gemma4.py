@@ -146,7 +146,7 @@ def _source(kinds: list[str], kind: str, number: int) -> int:
     return len(kinds) - 1 - kinds[::-1].index(kind)
 
 
-def _heads(keys: Keys, kinds: Any, same: bool) -> dict[str, dict[str, int]]:
+def _heads(keys: Keys, kinds: Any, same: bool) -> dict[str, dict[str, Any]]:
     """Takes the width of heads and the number of key/value heads of the types of layers that have their own.
 
     Published configs have keys for full attention. transformers 5 writes an object for each layer.
@@ -159,7 +159,7 @@ def _heads(keys: Keys, kinds: Any, same: bool) -> dict[str, dict[str, int]]:
     if not isinstance(given, Mapping) or not isinstance(kinds, list):
         raise ValueError(f"per_layer_config is {given!r}; it must be an object with a key for each layer that differs")
     # Every layer of a type must say the same: rotary positions depend on the type.
-    found: dict[str, dict[str, int]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for i, kind in enumerate(map(str, kinds)):
         own = given.get(str(i), given.get(kind, {}))
         if not isinstance(own, Mapping) or own.keys() - {"head_dim", "num_key_value_heads"}:
