@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from parity import TOLERANCE, forward, torch, transformers
-from parity_cases import GEMMA3_ROPE, SMALL, VOCAB, WIDE, WINDOW
+from parity_cases import GEMMA3_ROPE, GEMMA4, SHARING, SMALL, VOCAB, WIDE, WINDOW
 
 import specjax
 from specjax.checkpoint.models import load_stop_tokens
@@ -19,6 +19,14 @@ GEMMA3 = {**SMALL, **WIDE, **WINDOW, "tie_word_embeddings": True, "rope_paramete
 # transformers' class, its settings, and the model_type that is exported.
 CASES = {
     "gemma3": ("Gemma3", {"text_config": GEMMA3, "vision_config": SIGLIP, "mm_tokens_per_image": 4}, "gemma3_text"),
+    "gemma4": (
+        "Gemma4",
+        {
+            "text_config": {**SMALL, **GEMMA4, **SHARING, "model_type": "gemma4_text"},
+            "vision_config": {**VISION, "num_hidden_layers": 1, "num_key_value_heads": 2, "head_dim": 4},
+        },
+        "gemma4_text",
+    ),
     "mistral3": (
         "Mistral3",
         {"text_config": {**SMALL, **WIDE, "model_type": "mistral"}, "vision_config": {**SIGLIP, "head_dim": 4}},
