@@ -333,7 +333,10 @@ class Attention(nnx.Module):
             keys = self.k_proj(x_btd)
             values = heads(keys if self.v_proj is None else self.v_proj(x_btd), self.k)
             keys = rotate(heads(keys, self.k, self.k_norm), tables, interleaved)
-            new = self._unit(keys) if self.layer.unit_heads else keys, self._unit(values) if self.normed_values else values
+            new = (
+                self._unit(keys) if self.layer.unit_heads else keys,
+                self._unit(values) if self.normed_values else values,
+            )
             out, stored = store_and_attend(query, new, feed, stored, **options)
         out = out.transpose(0, 2, 1, 3)
         out = out if gate is None else out * jax.nn.sigmoid(gate)
