@@ -548,7 +548,7 @@ def test_a_full_disk_leaves_nothing(what, llama, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise full
 
-    name = {"params": "save_params", "companions": "_copy_companions"}[what]
+    name = {"params": "save_params", "companions": "_write_companions"}[what]
     with monkeypatch.context() as patched:
         patched.setattr(conversion, name, fail)
         with pytest.raises(OSError, match="No space left"):
