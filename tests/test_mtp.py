@@ -18,7 +18,7 @@ from reference_model import rms_norm
 import specjax
 from specjax.drafters.feature import FeatureDrafter
 from specjax.drafters.mtp import MTPConfig, MTPDrafter, MTPHead, abstract_mtp_params, init_mtp_params
-from specjax.hf.families import sources
+from specjax.hf.families import FAMILIES, sources
 from specjax.hf.safetensors import TensorSpec, open_tensors, write_tensors
 from specjax.hf.weights import tensors_of
 from specjax.transformer.config import DecoderConfig, LayerConfig, Rope
@@ -740,27 +740,35 @@ def test_a_folder_is_replaced_and_read_in_another_dtype(tmp_path):
     assert int(generation.lengths[0]) == 7
 
 
-def whole_folder(folder, changes=lambda tensors: None):
-    """A DeepSeek-V3 with two modules, in which each has the embedding and the head of the model once more."""
-    config = CONFIGS["deepseek_v3"]
+def whole_folder(folder, changes=lambda tensors: None, kind="deepseek_v3"):
+    """A model with its modules; DeepSeek-V3's and GLM's have the embedding and the head of the model once more."""
+    config = CONFIGS[kind]
     decoder = specjax.hf.decoder_config(config)
-    target_params = init_params(decoder, jax.random.key(1))
-    tensors = {spec.name: spec.read() for spec in tensors_of(sources("deepseek_v3", decoder), target_params)}
-    for k in range(2):
+    target_params = jax.tree.map(lambda x: x * 8 if x.ndim == 2 else x, init_params(decoder, jax.random.key(1)))
+    tensors = {spec.name: spec.read() for spec in tensors_of(sources(kind, decoder), target_params)}
+    for k in range(config.get("num_nextn_predict_layers", 0) if kind in ("deepseek_v3", "glm4_moe") else 0):
         tensors[f"model.layers.{LAYERS + k}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
         tensors[f"model.layers.{LAYERS + k}.shared_head.head.weight"] = tensors["lm_head.weight"]
-    tensors |= random_tensors("deepseek_v3")
+    tensors |= random_tensors(kind)
     changes(tensors)
     return write_folder(folder, config, tensors)
 
 
-def test_a_whole_model_lends_its_embedding_and_head(tmp_path):
-    folder = whole_folder(tmp_path / "model")
+@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind in FAMILIES])
+def test_one_folder_holds_the_target_and_its_modules(kind, tmp_path):
+    """The modules lend from the target, see its own states, and change nothing of its text."""
+    folder = whole_folder(tmp_path / "model", kind=kind)
     target = specjax.load(folder, "float32")
-    drafter = open_mtp(folder, target, 2, "float32")
-    assert not drafter.config.own_embedding and not drafter.config.own_head
-    alone = write_folder(tmp_path / "alone", CONFIGS["deepseek_v3"], random_tensors("deepseek_v3"))
-    assert_same(drafter.params, open_mtp(alone, target, 2, "float32").params)
+    drafter = open_mtp(folder, target, 2, "float32", chained=True)
+    assert not drafter.head.config.own_embedding and not drafter.head.config.own_head
+    alone = write_folder(tmp_path / "alone", CONFIGS[kind], random_tensors(kind))
+    assert_same(drafter.params, open_mtp(alone, target, 2, "float32", chained=True).params)
+    tokens, _ = row()
+    fed = jnp.asarray(tokens[None], jnp.int32)
+    (states,) = target.forward(target.params, whole_feed(fed), target.init_cache(1, LENGTH), (-1,)).features
+    expected = twin_logits(CONFIGS[kind], random_tensors(kind), target, tokens, np.asarray(states[0]))[0]
+    got = head_logits(drafter, target, tokens, np.asarray(states[0]), repeated(LENGTH))
+    assert np.std(expected) > 0.1 and np.abs(got - expected).max() <= 1e-4
     out = generate(target, drafter, [[1, 2, 3], [4]], max_new_tokens=8)
     np.testing.assert_array_equal(out.tokens, generate(target, None, [[1, 2, 3], [4]], max_new_tokens=8).tokens)
 
