@@ -711,6 +711,11 @@ BAD_SPECULATORS = {
     "a count that is text": ({"num_nextn_predict_layers": "1"}, {}, "num_nextn_predict_layers must be an integer"),
     "an unknown flag": ({"twist": True}, {}, r"\{'twist': True\} are unknown"),
     "a family without a reader": ({"transformer_layer_config": {"model_type": "bert"}}, {}, "model_type 'bert'"),
+    "a family that is no name": (
+        {"transformer_layer_config": {"model_type": {}}},
+        {},
+        "model_type {} is not supported",
+    ),
     "experts one by one": ({}, {EXPERTS + "gate_up_proj": None}, "missing, such as '.*experts.gate_up_proj'"),
     "experts of two axes": ({}, {EXPERTS + "down_proj": np.zeros((8, 4), np.float32)}, r"is \(8, 4\)"),
     "half the rows": ({}, {EXPERTS + "gate_up_proj": np.zeros((8, 12, WIDTH), np.float32)}, r"is \(8, 12, 24\)"),

@@ -274,7 +274,7 @@ def _read_config(kind: Any, raw: Mapping[str, Any]) -> DecoderConfig:
             raise ValueError(f"attention_bias is {raw['attention_bias']!r}; MiMo's layers have biases")
         own = ("architectures", "attention_bias", "auto_map")
         return decoder_config({key: raw[key] for key in raw if key not in own} | {"model_type": "qwen2"})
-    if kind not in _READERS:
+    if not isinstance(kind, str) or kind not in _READERS:
         return decoder_config(raw)
     keys = Keys(raw, "config.json")
     keys.ignore("architectures", "auto_map", "quantization_config", *NO_EFFECT)
