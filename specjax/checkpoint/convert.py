@@ -178,7 +178,8 @@ def _write_companions(source: Path, folder: Path, tokenizer: Tokenizer | None) -
         (folder / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / file, folder / file)
     if tokenizer is not None:
-        tokenizer.save(str(folder / "tokenizer.json"))
+        # Its own ``save`` raises a plain Exception if the disk is full.
+        (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     return ["tokenizer.json"] * (tokenizer is not None) + [file.as_posix() for file in there]
 
 

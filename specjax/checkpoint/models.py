@@ -76,7 +76,7 @@ def save(
             if metrics is not None:
                 write_json(folder / "metrics.json", metrics)
             if tokenizer is not None:
-                tokenizer.save(str(folder / "tokenizer.json"))
+                (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         save_params(folder, params)
 
 
