@@ -8,7 +8,7 @@ import numpy as np
 
 from specjax.hf.safetensors import Tensor
 
-_BLOCK = 2**21  # entries that are computed at a time: 8 MiB of float32
+_BLOCK = 2**19  # entries that are computed at a time: 2 MiB of float32, which a core caches
 
 Rows = Callable[[int, int], np.ndarray]
 """``rows(start, stop)`` returns float32 [stop - start, ...], the entries of these rows."""
@@ -44,7 +44,7 @@ class Computed:
         return out
 
     def blocks(self, start: int, stop: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Yields rows in blocks of 8 MiB or one row: the first row, the row after the last, and the rows as float32.
+        """Yields rows in blocks of 2 MiB or one row: the first row, the row after the last, and the rows as float32.
 
         Raises:
           ValueError: as for ``read``.

@@ -49,7 +49,7 @@ class Parameter:
       dtype: the dtype of its tensors; float32 for float64, and for quantised tensors the dtype of their scales, or
         bfloat16 if these are float32.
       read: ``read(dtype, index=())`` loads the parameter, or the part that ``index``, a tuple of slices, selects. It
-        holds only the result in memory; for quantised tensors, a block of 8 MiB or one row more.
+        holds only the result in memory; for quantised tensors, blocks of 2 MiB or one row more.
     """
 
     shape: tuple[int, ...]
