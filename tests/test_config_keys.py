@@ -251,11 +251,26 @@ def test_a_key_of_the_class_that_no_reader_took_must_have_its_default(monkeypatc
         ("gpt2", {"layer_types": ["full_attention"] * 2, "num_hidden_layers": 2, "hidden_size": 16}),
         ("deepseek_v3", {"layer_types": ["full_attention"] * 2}),
         ("mistral", {"attention_bias": False, "mlp_bias": None, "tie_word_embeddings": None}),
+        ("llama", {"attention_bias": None, "mlp_bias": None, "use_sliding_window": None, "rope_interleaved": None}),
+        ("llama", {"rope_scaling": {}, "rope_parameters": None, "partial_rotary_factor": None, "pruned_heads": None}),
+        ("llama", {"quantization_config": None, "auto_map": None, "architectures": None, "is_encoder_decoder": None}),
+        ("gemma2", {"attention_bias": None, "use_bidirectional_attention": None}),
+        ("qwen2", {"use_mrope": None, "use_sliding_window": None}),
+        ("qwen3_moe", {"attention_bias": None, "norm_topk_prob": None, "mlp_only_layers": None}),
+        ("phi3", {"attention_bias": None, "mlp_bias": None, "lm_head_bias": None, "full_attn_mod": None}),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": None, "n_inner": None}),
+        ("deepseek_v3", {"scoring_func": None, "topk_method": None, "moe_layer_freq": None}),
     ],
     ids=str,
 )
 def test_values_that_say_what_is_computed_anyway_are_accepted(kind, changed):
     assert decoder_config({**SMALL[kind], **changed}) == decoder_config(SMALL[kind])
+
+
+@pytest.mark.parametrize("key", ["norm_topk_prob", "rope_interleave"])
+def test_null_is_false_where_transformers_reads_it_so(key):
+    raw = SMALL["deepseek_v3"]
+    assert decoder_config({**raw, key: None}) == decoder_config({**raw, key: False}) != decoder_config(raw)
 
 
 @pytest.mark.parametrize(

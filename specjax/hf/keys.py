@@ -61,9 +61,14 @@ class Keys:
         check_positive(key, value, optional)
         return value
 
-    def flag(self, key: str, default: bool) -> bool:
-        """Takes true or false; raises as ``integer`` does."""
+    def flag(self, key: str, default: bool, *, optional: bool = False) -> bool:
+        """Takes true or false; raises as ``integer`` does.
+
+        Null is false, if false is the default or the key is ``optional``: so transformers 4 reads all such keys.
+        """
         value = self.take(key, default)
+        if value is None and (optional or not default):
+            return False
         if not isinstance(value, bool):
             raise ValueError(f"{key} must be true or false, got {value!r}")
         return value
@@ -71,11 +76,15 @@ class Keys:
     def only(self, key: str, *allowed: Any) -> None:
         """Takes a key of which only the values ``allowed`` can be computed. The key may be absent.
 
+        Null is allowed, too, if the first of them is false, empty or zero.
+
         Raises:
           ValueError: the key has another value.
         """
         # In Python 1 == True, in a config they are different values.
         value = self._left.pop(key, allowed[0])
+        if value is None and not allowed[0]:
+            return
         if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in allowed):
             choices = " or ".join(repr(choice) for choice in allowed)
             raise ValueError(
@@ -98,12 +107,10 @@ class Keys:
           defaults: keys that may change the model, each with the value that changes nothing.
 
         Raises:
-          ValueError: a key of ``defaults`` was never taken and has another value. Null is allowed, too, if the default
-            is false, empty or zero.
+          ValueError: a key of ``defaults`` was never taken and has another value, as in ``only``.
         """
         for key in sorted(self._left.keys() & defaults.keys()):
-            off = (None,) if not defaults[key] else ()
-            self.only(key, defaults[key], *off)
+            self.only(key, defaults[key])
         return tuple(sorted(self._left))
 
     def switched_off(self) -> tuple[str, ...]:

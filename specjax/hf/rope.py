@@ -48,8 +48,8 @@ def take_rope(
     raw = without_axes(raw) if axes else raw
     # 2. transformers 4 has these two keys at the top level; 5 has them in the object, which wins.
     common = {"rope_theta": keys.number("rope_theta", theta)}
-    if "partial_rotary_factor" in keys:
-        common["partial_rotary_factor"] = keys.number("partial_rotary_factor")
+    if (factor := keys.number("partial_rotary_factor", None, optional=True)) is not None:
+        common["partial_rotary_factor"] = factor
     # 3. The object is flat, or has an object for each layer type.
     if not kinds or raw.keys().isdisjoint(kinds):
         ropes = {"": common | raw}

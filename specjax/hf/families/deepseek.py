@@ -45,7 +45,7 @@ DEEPSEEK_V3: Table = {
 def _deepseek_v3(keys: Keys) -> DecoderConfig:
     # 1. Keys that must agree with others, or that only the authors' code reads.
     sizes = take_sizes(keys, max_position_embeddings=4096, num_key_value_heads=128)
-    keys.only("moe_layer_freq", 1)
+    keys.only("moe_layer_freq", 1, None)
     if sizes["num_key_value_heads"] not in (None, sizes["num_attention_heads"]):
         raise ValueError(
             f"num_key_value_heads is {sizes['num_key_value_heads']}, but num_attention_heads "
@@ -67,7 +67,7 @@ def _deepseek_v3(keys: Keys) -> DecoderConfig:
     # 3. Only a part of each head has a position, so ``head_dim`` is not the width that rotates.
     bias = keys.flag("attention_bias", False)
     ropes = take_rope(keys)
-    interleaved = keys.flag("rope_interleave", True)
+    interleaved = keys.flag("rope_interleave", True, optional=True)
     head = latent.plain_width + latent.rotary_width
     kinds = same_kind(keys, sizes, None)
     layers = layers_of(sizes, latent.rotary_width, ropes, kinds, None, interleaved=interleaved)

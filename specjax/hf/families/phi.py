@@ -24,8 +24,8 @@ def _phi3(keys: Keys) -> DecoderConfig:
     head_dim = head_width(keys, sizes)
     for bias in ("attention_bias", "mlp_bias", "lm_head_bias"):
         keys.only(bias, False)
-    keys.only("full_attn_mod", 1)
-    keys.only("interpolate_factor", 1)
+    keys.only("full_attn_mod", 1, None)
+    keys.only("interpolate_factor", 1, None)
     # 2. Rotary positions. The original length lies next to them in the config, not among them.
     original = keys.integer("original_max_position_embeddings", 4096)
     window = keys.integer("sliding_window", None, optional=True)

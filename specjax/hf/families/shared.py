@@ -62,8 +62,6 @@ def take_sizes(keys: Keys, **defaults: Any) -> dict[str, Any]:
 
     sizes = {key: keys.integer(key, *default(key)) for key in _SIZES}
     tied = defaults.get("tie_word_embeddings", False)
-    if not tied and keys.peek("tie_word_embeddings") is None:
-        keys.ignore("tie_word_embeddings")  # null is false, as in transformers 4
     return sizes | {
         "num_hidden_layers": keys.integer("num_hidden_layers", *default("num_hidden_layers"), most=MAX_LAYERS),
         "num_key_value_heads": keys.integer("num_key_value_heads", *default("num_key_value_heads"), optional=True),
@@ -179,15 +177,15 @@ def take_grouped_experts(keys: Keys, **defaults: Any) -> ExpertsConfig:
     holds the family's own defaults.
     """
     # The authors' code has other routers under these two keys; this is the one that transformers has.
-    keys.only("scoring_func", "sigmoid")
-    keys.only("topk_method", "noaux_tc")
+    keys.only("scoring_func", "sigmoid", None)
+    keys.only("topk_method", "noaux_tc", None)
     size = keys.integer("moe_intermediate_size", defaults["moe_intermediate_size"])
     return ExpertsConfig(
         num_experts=take_num_experts(keys, "n_routed_experts", defaults["n_routed_experts"]),
         per_token=keys.integer("num_experts_per_tok", 8),
         intermediate_size=size,
         score="sigmoid",
-        renormalize=keys.flag("norm_topk_prob", True),
+        renormalize=keys.flag("norm_topk_prob", True, optional=True),
         scale=keys.number("routed_scaling_factor", defaults["routed_scaling_factor"]),
         groups=keys.integer("n_group", defaults["n_group"]),
         best_groups=keys.integer("topk_group", defaults["topk_group"]),
