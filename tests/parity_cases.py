@@ -91,6 +91,21 @@ MIXED = {
     "attention_bias": True,
 }
 LONGROPE = rope("longrope", short_factor=[1.0, 1.2, 1.5], long_factor=[2.0, 3.0, 4.0])
+SMOLLM3 = {**TIED, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+OLMO3_ROPE = {
+    "rope_parameters": {
+        "full_attention": YARN["rope_parameters"],
+        "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+    }
+}
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.21,
+    "residual_multiplier": 0.37,
+    "logits_scaling": 0.7,
+}
+COHERE = {"logit_scale": 1.7, "bos_token_id": 1, "eos_token_id": 2}
+GLM = {"head_dim": 12, "pad_token_id": 0, "eos_token_id": 1, "partial_rotary_factor": 0.5}
 
 DENSE = {
     "llama": ("Llama", {}),
@@ -135,6 +150,20 @@ DENSE = {
             "pad_token_id": 0,
         },
     ),
+    "smollm3, windows without positions": (
+        "SmolLM3",
+        {**SMOLLM3, **WINDOW, "use_sliding_window": True, "no_rope_layer_interval": 2, "attention_bias": True},
+    ),
+    "smollm3, listed layers": ("SmolLM3", {**SMOLLM3, **WIDE, "no_rope_layers": [0, 1, 1], "mlp_bias": True}),
+    "ministral": ("Ministral", {**WIDE, **WINDOW, "layer_types": ["full_attention", "sliding_attention"]}),
+    "olmo 2": ("Olmo2", {**rope("default"), "attention_bias": True, "pad_token_id": 1, "eos_token_id": 2}),
+    "olmo 3": ("Olmo3", {**WINDOW, **OLMO3_ROPE, "num_hidden_layers": 4, "pad_token_id": 1, "eos_token_id": 2}),
+    "granite": ("Granite", {**GRANITE, "attention_bias": True, "mlp_bias": True}),
+    "cohere": ("Cohere", {**COHERE, **TIED, "attention_bias": True}),
+    "cohere 2": ("Cohere2", {**COHERE, **WINDOW, "num_hidden_layers": 4}),
+    "glm": ("Glm", {**GLM, "attention_bias": False}),
+    "glm 4": ("Glm4", GLM),
+    "gemma": ("Gemma", {**WIDE, **TIED, **ONE_HEAD}),
     "smollm": ("Llama", {**TIED, "num_attention_heads": 3, "num_key_value_heads": 1}),
     "gpt-2": ("GPT2", GPT2),
     "gpt-2, untied, inner width": ("GPT2", {**GPT2, "n_inner": 31, "tie_word_embeddings": False}),

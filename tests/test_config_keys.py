@@ -48,6 +48,8 @@ SMALL["gpt_oss"] |= {"num_local_experts": 4, "num_experts_per_tok": 2}
 SMALL["glm4_moe"] |= {**EXPERTS, **GROUPS}
 SMALL["gemma4_text"] |= {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 29}
 SMALL["gemma4_text"] |= {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 8}
+SMALL["smollm3"] |= {"pad_token_id": 0}
+SMALL["ministral"] |= {"head_dim": 4}
 families = pytest.mark.parametrize("kind", FAMILIES)
 
 

@@ -499,7 +499,7 @@ published = pytest.mark.parametrize("raw", PUBLISHED.values(), ids=PUBLISHED)
 # Published models.
 
 RMS = {"norm": "rms", "gated_mlp": True, "learned_positions": False, "activation": "silu"}
-GEMMA = {**RMS, "norm": "rms_one_plus", "sandwich_norms": True, "activation": "gelu_tanh", "attention_scale": 1 / 16}
+GEMMA = {**RMS, "norm": "rms_one_plus", "norm_places": "around", "activation": "gelu_tanh", "attention_scale": 1 / 16}
 # Of each model: v, d, f, layers, query heads, key heads, head width, longest text; and what else sets it apart.
 SHAPES = {
     "Llama-2-7b": ((32000, 4096, 11008, 32, 32, 32, 128, 4096), RMS | {"norm_eps": 1e-5, "tie_word_embeddings": False}),
@@ -656,7 +656,11 @@ SIZES = {
 }
 SMALL = {kind: {"model_type": kind, **SIZES} for kind in ("llama", "qwen3_moe", "gemma2", "gemma3_text", "phi3")}
 SMALL |= {
-    kind: {"model_type": kind, **SIZES, "num_key_value_heads": 2} for kind in ("mistral", "mixtral", "qwen2", "qwen3")
+    kind: {"model_type": kind, **SIZES, "num_key_value_heads": 2}
+    for kind in (
+        *("mistral", "mixtral", "qwen2", "qwen3", "smollm3", "ministral", "olmo2", "olmo3", "granite"),
+        *("cohere", "cohere2", "glm", "glm4", "gemma"),
+    )
 }
 SMALL["gemma3"] = {"model_type": "gemma3", "text_config": SMALL["gemma3_text"]}
 SMALL["qwen3_vl"] = {"model_type": "qwen3_vl", "text_config": {**SIZES, "num_key_value_heads": 2}}
@@ -1191,6 +1195,12 @@ BAD_CONFIGS = {
     "latent null": ("deepseek_v3", {"kv_lora_rank": None}, ["kv_lora_rank", "None"]),
     "query latent a string": ("deepseek_v3", {"q_lora_rank": "14"}, ["q_lora_rank", "'14'"]),
     "rotary width odd": ("deepseek_v3", {"qk_rope_head_dim": 5}, ["rotary", "5", "even"]),
+    "positions of too few layers": ("smollm3", {"no_rope_layers": [1]}, ["no_rope_layers", "[1]", "2 layers"]),
+    "positions that are no flags": ("smollm3", {"no_rope_layers": [1, 2]}, ["no_rope_layers", "[1, 2]"]),
+    "a base of two readings": ("olmo3", {"rope_theta": 7.0}, ["rope_theta", "7.0", "rope_parameters"]),
+    "norms of heads, Command": ("cohere", {"use_qk_norm": True}, ["use_qk_norm", "True"]),
+    "a width of heads that transformers ignores": ("cohere2", {"head_dim": 7}, ["head_dim", "7"]),
+    "residual multiplier zero": ("granite", {"residual_multiplier": 0}, ["residual_multiplier", "0"]),
     # Multimodal models.
     "no text_config": ("gemma3", {"text_config": None}, ["text_config", "None"]),
     "text_config of another model": ("gemma3", {"text_config": {"model_type": "llama"}}, ["text_config", "'llama'"]),
@@ -1382,6 +1392,22 @@ FLAGS = [
         {"use_sliding_window": True, "max_window_layers": 0},
     ),
     ("qwen3", {}, {"attention_bias": True}),
+    ("smollm3", {}, {"no_rope_layer_interval": 2}),
+    ("smollm3", {}, {"no_rope_layers": [1, 0]}),
+    ("ministral", {}, {"layer_types": [FULL, SLIDING]}),
+    ("olmo3", {}, {"layer_types": [FULL, SLIDING]}),
+    (
+        "olmo3",
+        {"num_hidden_layers": 4},
+        {"num_hidden_layers": 4, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    ),
+    *(("granite", {}, {f"{name}_multiplier": 0.5}) for name in ("embedding", "attention", "residual")),
+    ("granite", {}, {"logits_scaling": 2.0}),
+    ("cohere", {}, {"logit_scale": 2.0}),
+    ("cohere2", {}, {"sliding_window_pattern": 2}),
+    ("cohere2", {}, {"layer_norm_eps": 1e-6}),
+    ("glm4", {}, {"partial_rotary_factor": 1.0}),
+    ("glm", {}, {"attention_bias": False}),
     ("qwen3_moe", {}, {"norm_topk_prob": True}),
     ("qwen3_moe", {}, {"mlp_only_layers": [1]}),
     ("qwen3_moe", {}, {"decoder_sparse_step": 2}),

@@ -297,8 +297,10 @@ class Attention(nnx.Module):
         self.k_proj = Linear(inputs, self.k * self.h, bias, dtype, rngs, ("embed", kv_heads)) if own else None
         self.v_proj = Linear(inputs, self.k * self.h, bias, dtype, rngs, ("embed", kv_heads)) if values else None
         self.o_proj = Linear(self.n * self.h, width, config.output_bias, dtype, rngs, (heads, "embed"))
-        self.q_norm = make_norm(config, self.h, dtype) if config.query_key_norm else None
-        self.k_norm = make_norm(config, self.h, dtype) if config.query_key_norm and own else None
+        # Joint norms see the entries of all heads at once.
+        joined, self.joint = (self.n, self.k) if config.joint_query_key_norm else (1, 1), config.joint_query_key_norm
+        self.q_norm = make_norm(config, joined[0] * self.h, dtype) if config.query_key_norm else None
+        self.k_norm = make_norm(config, joined[1] * self.h, dtype) if config.query_key_norm and own else None
         self.sinks = declare(jnp.zeros((self.n,), dtype), heads) if config.attention_sinks else None
         self.eps, self.normed_values = config.norm_eps, config.value_norm
 
@@ -312,8 +314,9 @@ class Attention(nnx.Module):
         b, t, _ = x_btd.shape
 
         def heads(x: Array, count: int, norm: Any = None) -> Array:
-            x = x.reshape(b, t, count, self.h)
-            return (x if norm is None else norm(x)).transpose(0, 2, 1, 3)
+            if norm is not None:
+                x = norm(x.reshape(b, t, -1, count * self.h if self.joint else self.h))
+            return x.reshape(b, t, count, self.h).transpose(0, 2, 1, 3)
 
         # Norms come before the rotation, since the families' query-key norms are trained that way.
         interleaved = self.layer.rope is not None and self.layer.rope.interleaved

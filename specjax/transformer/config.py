@@ -5,7 +5,8 @@ from typing import Literal, get_args
 
 from specjax.checks import check_integer, check_positive
 
-Norm = Literal["rms", "rms_one_plus", "layer"]
+Norm = Literal["rms", "rms_one_plus", "layer", "layer_unbiased"]
+NormPlaces = Literal["before", "after", "around"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 MAX_SIZE = 2**31 - 1  # tokens and positions are int32
@@ -236,10 +237,16 @@ class DecoderConfig:
       max_position_embeddings: longest sequence.
       layers: one entry per layer. None means full attention with plain rotary positions.
       learned_positions: a table of ``max_position_embeddings`` vectors is added to the embeddings.
-      norm: "rms"; "rms_one_plus", which multiplies by 1 + weight; or "layer", LayerNorm with biases.
+      norm: "rms"; "rms_one_plus", which multiplies by 1 + weight; "layer", LayerNorm with biases; or "layer_unbiased",
+        LayerNorm without.
       norm_eps: added to the variance or mean square.
-      sandwich_norms: norms after attention and MLP as well as before them.
+      norm_places: where a layer has norms: "before" attention and MLP, "after" them (OLMo team 2024, OLMo 2, section
+        3.2), or "around", which is both.
+      parallel: attention and MLP read the same state (Wang and Komatsuzaki 2021, GPT-J). A norm before them is one for
+        both. False: the MLP reads what attention has changed.
+      residual_scale: multiplies the outputs of attention and MLP before they are added to the residual stream.
       query_key_norm: norms over the query and the key of each attention head.
+      joint_query_key_norm: these norms are over the entries of all attention heads together.
       value_norm: root-mean-square norms without weights over the value of each attention head (Gemma 4).
       activation: of the MLP; "gelu_tanh" is the tanh approximation.
       gated_mlp: ``down(act(gate(x)) * up(x))``; otherwise ``down(act(up(x)))``.
@@ -256,7 +263,8 @@ class DecoderConfig:
       attention_scale: multiplies query-key products; None means ``head_dim ** -0.5``, or for latent attention
         ``(plain_width + rotary_width) ** -0.5``.
       attention_softcap: c in ``c * tanh(scores / c)`` (Gemma 2), or None.
-      logit_softcap: the same for the logits.
+      logit_scale: multiplies the logits, before the soft cap.
+      logit_softcap: the same as ``attention_softcap``, for the logits.
       latent: multi-head latent attention in place of grouped-query attention.
       experts: the mixture of the layers that have one.
       recurrence: what takes the place of attention in the layers that are recurrent.
@@ -279,8 +287,11 @@ class DecoderConfig:
     learned_positions: bool = False
     norm: Norm = "rms"
     norm_eps: float = 1e-6
-    sandwich_norms: bool = False
+    norm_places: NormPlaces = "before"
+    parallel: bool = False
+    residual_scale: float = 1.0
     query_key_norm: bool = False
+    joint_query_key_norm: bool = False
     value_norm: bool = False
     activation: Activation = "silu"
     gated_mlp: bool = True
@@ -294,6 +305,7 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     attention_scale: float | None = None
     attention_softcap: float | None = None
+    logit_scale: float = 1.0
     logit_softcap: float | None = None
     latent: LatentConfig | None = None
     experts: ExpertsConfig | None = None
@@ -317,12 +329,15 @@ class DecoderConfig:
         # Each field by itself. Later checks divide by these numbers.
         for name, most in _MOST.items():
             check_integer(name, getattr(self, name), 1, most)
-        for name in ("norm_eps", "embedding_scale", "attention_scale", "attention_softcap", "logit_softcap"):
-            check_positive(name, getattr(self, name), optional=name not in ("norm_eps", "embedding_scale"))
+        for name in ("norm_eps", "embedding_scale", "residual_scale", "logit_scale"):
+            check_positive(name, getattr(self, name))
+        for name in ("attention_scale", "attention_softcap", "logit_softcap"):
+            check_positive(name, getattr(self, name), optional=True)
         for field in dataclasses.fields(self):
             if field.type is bool and not isinstance(getattr(self, field.name), bool):
                 raise ValueError(f"{field.name} must be true or false, got {getattr(self, field.name)!r}")
-        for name, choices in (("norm", get_args(Norm)), ("activation", get_args(Activation))):
+        for name, kind in (("norm", Norm), ("norm_places", NormPlaces), ("activation", Activation)):
+            choices = get_args(kind)
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose from {choices}")
         # Fields that must agree with each other.
@@ -335,6 +350,8 @@ class DecoderConfig:
             raise ValueError("attention_sinks is true beside latent attention, which has none; give one of them")
         if self.head_bias and self.tie_word_embeddings:
             raise ValueError("head_bias is true, but tie_word_embeddings makes the embedding the output head; untie it")
+        if self.joint_query_key_norm and not self.query_key_norm:
+            raise ValueError("joint_query_key_norm is true, but query_key_norm false; set both")
         if self.latent and self.output_gate:
             raise ValueError("output_gate is true beside latent attention, which has no gate; give one of them")
         if self.layers is None:

@@ -18,8 +18,10 @@ from specjax.transformer.layers import (
     MLP,
     Embedding,
     Linear,
+    Norm,
     make_norm,
     rotary_tables,
+    scaled,
     softcap,
 )
 from specjax.transformer.mamba import Mamba
@@ -33,22 +35,27 @@ LayerStored = Any
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm attention, or a recurrence, and MLP, each added to the residual stream."""
+    """Attention, or a recurrence, and MLP, each added to the residual stream, with norms before or after them."""
 
     def __init__(self, config: DecoderConfig, layer: LayerConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
-        width, sandwich = config.hidden_size, config.sandwich_norms
-        self.input_layernorm = make_norm(config, width, dtype)
+        before, after = config.norm_places != "after", config.norm_places != "before"
+
+        def norm(wanted: bool) -> Norm | None:
+            return make_norm(config, config.hidden_size, dtype) if wanted else None
+
+        self.parallel, self.residual_scale = config.parallel, config.residual_scale
+        self.input_layernorm = norm(before)
         attention = Attention if config.latent is None else LatentAttention
         recurrence = GatedDelta if isinstance(config.recurrence, DeltaConfig) else Mamba
         self.self_attn: Any = None if layer.recurrent else attention(config, layer, dtype, rngs)
         self.recurrence: Any = recurrence(config, dtype, rngs) if layer.recurrent else None
-        self.attention_post_norm = make_norm(config, width, dtype) if sandwich else None
-        self.post_attention_layernorm = make_norm(config, width, dtype)
+        self.attention_post_norm = norm(after)
+        self.post_attention_layernorm = norm(before and not config.parallel)
         beside = layer.experts and config.experts is not None and config.experts.beside
         mixed = layer.experts and not beside
         self.mlp = MoE(config, dtype, rngs) if mixed else MLP(config, config.mlp_width_of(layer), dtype, rngs)
         self.moe = MoEBeside(config, dtype, rngs) if beside else None
-        self.mlp_post_norm = make_norm(config, width, dtype) if sandwich else None
+        self.mlp_post_norm = norm(after)
         self.per_layer = PerLayerBlock(config, config.per_layer, dtype, rngs) if config.per_layer else None
         self.scale = nnx.Param(jnp.ones((1,), dtype)) if config.layer_scale else None
 
@@ -81,19 +88,25 @@ class DecoderLayer(nnx.Module):
         own_btp: Array | None = None,
     ) -> tuple[Array, LayerStored]:
         """Does what a call does, in the caller's own trace."""
-        normed_btd = self.input_layernorm(x_btd)
+        normed_btd = _normed(self.input_layernorm, x_btd)
         if self.self_attn is not None:
             y_btd, stored = self.self_attn(normed_btd, feed, tables, stored)
         else:
             y_btd, stored = self.recurrence(normed_btd, feed, stored)
-        x_btd = x_btd + (y_btd if self.attention_post_norm is None else self.attention_post_norm(y_btd))
-        y_btd = self.mlp(self.post_attention_layernorm(x_btd))
+        x_btd = x_btd + scaled(_normed(self.attention_post_norm, y_btd), self.residual_scale)
+        normed_btd = normed_btd if self.parallel else _normed(self.post_attention_layernorm, x_btd)
+        y_btd = self.mlp(normed_btd)
         y_btd = y_btd if self.moe is None else self.moe(x_btd, y_btd)
-        x_btd = x_btd + (y_btd if self.mlp_post_norm is None else self.mlp_post_norm(y_btd))
+        x_btd = x_btd + scaled(_normed(self.mlp_post_norm, y_btd), self.residual_scale)
         if self.per_layer is not None:
             assert own_btp is not None
             x_btd = self.per_layer(x_btd, own_btp)
         return x_btd if self.scale is None else x_btd * jnp.broadcast_to(self.scale[...], x_btd.shape), stored
+
+
+def _normed(norm: Norm | None, x: Array) -> Array:
+    """Returns normed states, or the states themselves where a layer has no norm."""
+    return x if norm is None else norm(x)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -209,7 +222,7 @@ class Decoder(nnx.Module):
     def unembed(self, normed_btd: Array) -> Array:
         """Returns float32 logits ``[b, t, v]`` of states after the final norm."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return softcap(head.logits(normed_btd), self.config.logit_softcap)
+        return softcap(scaled(head.logits(normed_btd), self.config.logit_scale), self.config.logit_softcap)
 
 
 _DECODER = Functional(Decoder)

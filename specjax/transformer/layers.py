@@ -1,5 +1,6 @@
 """The small parts of a decoder: linear maps, embeddings, norms, MLPs and rotary positions."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -112,23 +113,30 @@ def rms(x: Array, eps: float) -> Array:
 class LayerNorm(nnx.Module):
     """Layer norm (Ba et al. 2016, arXiv 1607.06450), computed in float32."""
 
-    def __init__(self, width: int, eps: float, dtype: jnp.dtype):
+    def __init__(self, width: int, eps: float, dtype: jnp.dtype, bias: bool = True):
         self.weight = nnx.Param(jnp.ones((width,), dtype))
-        self.bias = nnx.Param(jnp.zeros((width,), dtype))
+        self.bias = nnx.Param(jnp.zeros((width,), dtype)) if bias else None
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        weight, bias = (jnp.broadcast_to(p[...].astype(jnp.float32), y.shape) for p in (self.weight, self.bias))
-        return (y * weight + bias).astype(x.dtype)
+        y = y * jnp.broadcast_to(self.weight[...].astype(jnp.float32), y.shape)
+        y = y if self.bias is None else y + jnp.broadcast_to(self.bias[...].astype(jnp.float32), y.shape)
+        return y.astype(x.dtype)
 
 
-NORMS = {"rms": RMSNorm, "rms_one_plus": RMSNormOnePlus, "layer": LayerNorm}
+Norm = RMSNorm | RMSNormOnePlus | LayerNorm
+NORMS: dict[str, Callable[..., Norm]] = {
+    "rms": RMSNorm,
+    "rms_one_plus": RMSNormOnePlus,
+    "layer": LayerNorm,
+    "layer_unbiased": functools.partial(LayerNorm, bias=False),
+}
 
 
-def make_norm(config: DecoderConfig, width: int, dtype: jnp.dtype) -> RMSNorm | RMSNormOnePlus | LayerNorm:
+def make_norm(config: DecoderConfig, width: int, dtype: jnp.dtype) -> Norm:
     """Returns a norm of ``width`` entries, of the kind that ``config.norm`` names."""
     return NORMS[config.norm](width, config.norm_eps, dtype)
 
@@ -146,6 +154,11 @@ class MLP(nnx.Module):
     def __call__(self, x_btd: Array) -> Array:
         activate, up = ACTIVATIONS[self.activation], self.up_proj(x_btd)
         return self.down_proj(activate(up) if self.gate_proj is None else activate(self.gate_proj(x_btd)) * up)
+
+
+def scaled(x: Array, scale: float) -> Array:
+    """Returns ``scale * x``, computed in float32, in the dtype of ``x``."""
+    return x if scale == 1 else (x.astype(jnp.float32) * jnp.float32(scale)).astype(x.dtype)
 
 
 def softcap(x: Array, cap: float | None) -> Array:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from specjax.hf.families import deepseek, gemma, gemma4, glm, gpt2, gpt_oss, llama, mixtral, phi, qwen
+from specjax.hf.families import cohere, deepseek, gemma, gemma4, glm, gpt2, gpt_oss, llama, mixtral, olmo, phi, qwen
 from specjax.hf.families.shared import Family as Family
 from specjax.hf.names import Source, sources_of
 from specjax.transformer.config import DecoderConfig
@@ -10,7 +10,7 @@ from specjax.transformer.decoder import abstract_params
 
 FAMILIES: Mapping[str, Family] = {
     kind: family
-    for module in (deepseek, gemma, gemma4, glm, gpt2, gpt_oss, llama, mixtral, phi, qwen)
+    for module in (cohere, deepseek, gemma, gemma4, glm, gpt2, gpt_oss, llama, mixtral, olmo, phi, qwen)
     for kind, family in module.FAMILIES.items()
 }
 

@@ -1,17 +1,26 @@
-"""Gemma 2 and 3."""
+"""Gemma 1, 2 and 3."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from specjax.hf.families.shared import FULL_ATTENTION, SLIDING_ATTENTION, Family, layers_of, take_activation, take_sizes
+from specjax.hf.families.llama import LLAMA
+from specjax.hf.families.shared import (
+    FULL_ATTENTION,
+    SLIDING_ATTENTION,
+    Family,
+    layers_of,
+    take_activation,
+    take_sizes,
+    uniform_layers,
+)
 from specjax.hf.keys import Keys
 from specjax.hf.names import ATTENTION, ENDS, MLP, QUERY_KEY_NORMS, Table, norms
 from specjax.hf.rope import take_rope
 from specjax.transformer.config import MAX_HEAD, DecoderConfig
 
-# Gemma has four norms in a layer. Its post_attention_layernorm is applied to attention's output. In other families the
-# norm of this name is applied to the MLP's input, as Gemma's pre_feedforward_layernorm is.
+# Gemma 2 and 3 have four norms in a layer. Their post_attention_layernorm is applied to attention's output. In other
+# families the norm of this name is applied to the MLP's input, as their pre_feedforward_layernorm is.
 GEMMA: Table = {
     **ENDS,
     **norms(
@@ -26,6 +35,24 @@ GEMMA: Table = {
 }
 
 
+def _gemma1(keys: Keys) -> DecoderConfig:
+    # The first folders name the exact gelu, but their models were trained with the approximation.
+    sizes = take_sizes(keys, num_key_value_heads=16, max_position_embeddings=8192, tie_word_embeddings=True)
+    if keys.peek("hidden_act") == "gelu":
+        keys.ignore("hidden_act")
+    keys.only("hidden_activation", None, "gelu_pytorch_tanh")
+    keys.only("use_bidirectional_attention", False, None)
+    bias = keys.flag("attention_bias", False)
+    return DecoderConfig(
+        **uniform_layers(keys, sizes, keys.integer("head_dim", 256, most=MAX_HEAD)),
+        norm="rms_one_plus",
+        activation=take_activation(keys, "hidden_act", "gelu_pytorch_tanh"),
+        attention_bias=bias,
+        output_bias=bias,
+        embedding_scale=math.sqrt(sizes["hidden_size"]),
+    )
+
+
 def _gemma(keys: Keys, sizes: dict[str, Any], layers: dict[str, Any], head_dim: int, **features: Any) -> DecoderConfig:
     """Reads the keys that Gemma 2 and 3 share."""
     keys.ignore("hidden_act")  # transformers reads hidden_activation
@@ -36,7 +63,7 @@ def _gemma(keys: Keys, sizes: dict[str, Any], layers: dict[str, Any], head_dim: 
         **sizes | layers,
         head_dim=head_dim,
         norm="rms_one_plus",
-        sandwich_norms=True,
+        norm_places="around",
         activation=take_activation(keys, "hidden_activation", "gelu_pytorch_tanh"),
         attention_bias=bias,
         output_bias=bias,
@@ -98,7 +125,7 @@ def _gemma3_text(keys: Keys) -> DecoderConfig:
 
 
 # Published configs of the multimodal models leave out sizes that equal these.
-_GEMMA3_SIZES = {
+_GEMMA3_SIZES: dict[str, Any] = {
     "vocab_size": 262_208,
     "hidden_size": 2304,
     "intermediate_size": 9216,
@@ -110,6 +137,7 @@ _GEMMA3_SIZES = {
 
 
 FAMILIES = {
+    "gemma": Family(_gemma1, "GemmaForCausalLM", LLAMA),
     "gemma2": Family(_gemma2, "Gemma2ForCausalLM", GEMMA),
     "gemma3_text": Family(_gemma3_text, "Gemma3ForCausalLM", GEMMA),
 }

@@ -75,7 +75,7 @@ def _gemma4(keys: Keys, sizes: dict[str, Any], window: int, **features: Any) -> 
     bias = keys.flag("attention_bias", False)
     return DecoderConfig(
         **sizes | _layers(keys, sizes, keys.integer("sliding_window", window), features.get("experts") is not None),
-        sandwich_norms=True,
+        norm_places="around",
         query_key_norm=True,
         value_norm=True,
         activation=take_activation(keys, "hidden_activation", "gelu_pytorch_tanh"),

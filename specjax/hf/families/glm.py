@@ -1,6 +1,9 @@
-"""GLM with experts: GLM-4.5, 4.6 and 4.7."""
+"""GLM: dense GLM-4, and GLM-4.5, 4.6 and 4.7 with experts."""
+
+from typing import Any
 
 from specjax.hf.families.deepseek import DEEPSEEK_V3
+from specjax.hf.families.phi import PHI3
 from specjax.hf.families.qwen import QWEN3_MOE
 from specjax.hf.families.shared import (
     Family,
@@ -11,13 +14,35 @@ from specjax.hf.families.shared import (
     with_experts,
 )
 from specjax.hf.keys import Keys
-from specjax.hf.names import Table
+from specjax.hf.names import ATTENTION, Table, norms
 from specjax.transformer.config import MAX_HEAD, DecoderConfig
 
 GLM4_MOE: Table = {
     **QWEN3_MOE,
     **{row: DEEPSEEK_V3[row] for row in DEEPSEEK_V3 if "shared_experts" in row or "e_score_correction_bias" in row},
 }
+
+# The dense models fuse gate and up projections, as Phi-3 does.
+GLM: Table = {**PHI3, **ATTENTION}
+GLM4: Table = {
+    **GLM,
+    **norms(attention_post_norm="post_self_attn_layernorm", mlp_post_norm="post_mlp_layernorm"),
+}
+
+
+def _glm(keys: Keys, **features: Any) -> DecoderConfig:
+    sizes = take_sizes(keys, max_position_embeddings=131072, num_key_value_heads=2, rms_norm_eps=1.5625e-7)
+    head_dim = keys.integer("head_dim", 128, most=MAX_HEAD)
+    return DecoderConfig(
+        **partly_rotary_layers(keys, sizes, head_dim, 0.5, interleaved=True),
+        activation=take_activation(keys, "hidden_act", "silu"),
+        attention_bias=keys.flag("attention_bias", True),
+        **features,
+    )
+
+
+def _glm4(keys: Keys) -> DecoderConfig:
+    return _glm(keys, norm_places="around")
 
 
 def _glm4_moe(keys: Keys) -> DecoderConfig:
@@ -38,5 +63,7 @@ def _glm4_moe(keys: Keys) -> DecoderConfig:
 
 
 FAMILIES = {
+    "glm": Family(_glm, "GlmForCausalLM", GLM),
+    "glm4": Family(_glm4, "Glm4ForCausalLM", GLM4),
     "glm4_moe": Family(_glm4_moe, "Glm4MoeForCausalLM", GLM4_MOE),
 }

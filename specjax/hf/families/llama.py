@@ -1,8 +1,21 @@
-"""Llama, and families that differ from it in few keys."""
+"""Llama, and families that differ from it in few keys: Mistral, Ministral, SmolLM3, Granite."""
 
-from specjax.hf.families.shared import Family, head_width, take_activation, take_sizes, uniform_layers
+from typing import Any
+
+from specjax.hf.families.shared import (
+    FULL_ATTENTION,
+    SLIDING_ATTENTION,
+    Family,
+    head_width,
+    layers_of,
+    take_activation,
+    take_sizes,
+    uniform_layers,
+    without_positions,
+)
 from specjax.hf.keys import Keys
 from specjax.hf.names import ATTENTION, ENDS, LAYER_NORMS, MLP, Table
+from specjax.hf.rope import take_rope
 from specjax.transformer.config import DecoderConfig
 
 LLAMA: Table = {**ENDS, **LAYER_NORMS, **ATTENTION, **MLP}
@@ -14,13 +27,19 @@ def _llama(keys: Keys) -> DecoderConfig:
     keys.only("sliding_window", None)
     keys.only("use_sliding_window", False)
     keys.only("rope_interleaved", False)  # SmolLM
+    return _biased(keys, uniform_layers(keys, sizes, head_dim))
+
+
+def _biased(keys: Keys, described: dict[str, Any], **features: Any) -> DecoderConfig:
+    """Takes the keys of activation and biases; ``described`` are the other arguments of a Llama."""
     bias = keys.flag("attention_bias", False)
     return DecoderConfig(
-        **uniform_layers(keys, sizes, head_dim),
+        **described,
         activation=take_activation(keys, "hidden_act", "silu"),
         attention_bias=bias,
         output_bias=bias,
         mlp_bias=keys.flag("mlp_bias", False),
+        **features,
     )
 
 
@@ -33,7 +52,58 @@ def _mistral(keys: Keys) -> DecoderConfig:
     )
 
 
+def _ministral(keys: Keys) -> DecoderConfig:
+    sizes = take_sizes(keys, num_key_value_heads=8, max_position_embeddings=4096 * 32)
+    head_dim = head_width(keys, sizes)
+    kinds = keys.take("layer_types", None)
+    kinds = [SLIDING_ATTENTION] * sizes["num_hidden_layers"] if kinds is None else kinds
+    window = keys.integer("sliding_window", 4096, optional=True)
+    return DecoderConfig(
+        **sizes | layers_of(sizes, head_dim, take_rope(keys), kinds, window),
+        head_dim=head_dim,
+        activation=take_activation(keys, "hidden_act", "silu"),
+    )
+
+
+def _smollm3(keys: Keys) -> DecoderConfig:
+    # 1. Layers without positions: listed as 0, or every ``interval``-th.
+    sizes = take_sizes(keys, num_key_value_heads=4, max_position_embeddings=32768, tie_word_embeddings=True)
+    head_dim, count = head_width(keys, sizes), sizes["num_hidden_layers"]
+    interval = keys.integer("no_rope_layer_interval", 4)
+    rotated = keys.take("no_rope_layers", None)
+    if rotated is None:
+        rotated = [int((i + 1) % interval != 0) for i in range(count)]
+    if not isinstance(rotated, list) or len(rotated) < count or any(flag not in (0, 1) for flag in rotated):
+        raise ValueError(
+            f"no_rope_layers is {rotated!r}; it must say of each of the {count} layers whether it has positions, 1 or 0"
+        )
+    bare = [not flag for flag in rotated[:count]]
+    # 2. Those layers have the windows, if windows are switched on and the config does not say which layers have them.
+    window = keys.integer("sliding_window", None, optional=True)
+    window = window if keys.flag("use_sliding_window", False) else None
+    kinds = keys.take("layer_types", None)
+    if kinds is None:
+        kinds = [SLIDING_ATTENTION if plain and window is not None else FULL_ATTENTION for plain in bare]
+    layers = layers_of(sizes, head_dim, take_rope(keys, 2e6), kinds, window)
+    return _biased(keys, {**sizes, "head_dim": head_dim, **without_positions(layers, bare)})
+
+
+def _granite(keys: Keys) -> DecoderConfig:
+    sizes = take_sizes(keys)
+    return _biased(
+        keys,
+        uniform_layers(keys, sizes, head_width(keys, sizes)),
+        embedding_scale=float(keys.number("embedding_multiplier", 1.0)),
+        attention_scale=float(keys.number("attention_multiplier", 1.0)),
+        residual_scale=float(keys.number("residual_multiplier", 1.0)),
+        logit_scale=1 / keys.number("logits_scaling", 1.0),
+    )
+
+
 FAMILIES = {
+    "granite": Family(_granite, "GraniteForCausalLM", LLAMA),
     "llama": Family(_llama, "LlamaForCausalLM", LLAMA),
+    "ministral": Family(_ministral, "MinistralForCausalLM", LLAMA),
     "mistral": Family(_mistral, "MistralForCausalLM", LLAMA),
+    "smollm3": Family(_smollm3, "SmolLM3ForCausalLM", LLAMA, code="SmolLM3"),
 }

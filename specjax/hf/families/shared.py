@@ -50,12 +50,15 @@ _ACTIVATIONS: dict[str, Activation] = {
 FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
 
 
-def take_sizes(keys: Keys, **defaults: Any) -> dict[str, Any]:
+def take_sizes(keys: Keys, norm_eps: str = "rms_norm_eps", /, **defaults: Any) -> dict[str, Any]:
     """Takes the keys that nearly all families share, as arguments of DecoderConfig.
 
-    ``defaults`` holds the family's own defaults. A key without a default must be there.
+    Args:
+      keys: the keys of a ``config.json``.
+      norm_eps: the family's own name of this key.
+      **defaults: the family's own defaults. A key without a default must be there.
     """
-    defaults = {"max_position_embeddings": 2048, "num_key_value_heads": None, "rms_norm_eps": 1e-6, **defaults}
+    defaults = {"max_position_embeddings": 2048, "num_key_value_heads": None, norm_eps: 1e-6, **defaults}
 
     def default(key: str) -> tuple[Any, ...]:
         return (defaults[key],) if key in defaults else ()
@@ -65,7 +68,7 @@ def take_sizes(keys: Keys, **defaults: Any) -> dict[str, Any]:
     return sizes | {
         "num_hidden_layers": keys.integer("num_hidden_layers", *default("num_hidden_layers"), most=MAX_LAYERS),
         "num_key_value_heads": keys.integer("num_key_value_heads", *default("num_key_value_heads"), optional=True),
-        "norm_eps": keys.number("rms_norm_eps", *default("rms_norm_eps")),
+        "norm_eps": keys.number(norm_eps, *default(norm_eps)),
         "tie_word_embeddings": keys.flag("tie_word_embeddings", tied),
     }
 
@@ -150,15 +153,24 @@ def uniform_layers(
     return sizes | {"head_dim": head_dim} | layers_of(sizes, head_dim, take_rope(keys, theta), kinds, window)
 
 
-def partly_rotary_layers(keys: Keys, sizes: dict[str, Any], head_dim: int, part: float) -> dict[str, Any]:
+def partly_rotary_layers(
+    keys: Keys, sizes: dict[str, Any], head_dim: int, part: float, **options: Any
+) -> dict[str, Any]:
     """Takes the keys of layers of full attention that rotate a part of each head, as arguments of DecoderConfig.
 
-    ``part`` is the family's own share of a head.
+    ``part`` is the family's own share of a head, ``options`` are further arguments of ``read_rope``.
     """
     ropes = take_rope(keys, partial=True)
     ropes[""].setdefault("partial_rotary_factor", part)
     kinds = same_kind(keys, sizes, None)
-    return sizes | {"head_dim": head_dim} | layers_of(sizes, head_dim, ropes, kinds, None)
+    return sizes | {"head_dim": head_dim} | layers_of(sizes, head_dim, ropes, kinds, None, **options)
+
+
+def without_positions(described: dict[str, Any], bare: list[bool]) -> dict[str, Any]:
+    """Returns the result of ``layers_of`` without rotary positions in the layers for which ``bare`` is true."""
+    pairs = zip(described["layers"], bare, strict=True)
+    layers = tuple(dataclasses.replace(layer, rope=None) if plain else layer for layer, plain in pairs)
+    return described | {"layers": layers}
 
 
 def take_num_experts(keys: Keys, key: str, default: int) -> int:
