@@ -101,10 +101,9 @@ def open_weights(folder: Path, ignore_config_keys: Iterable[str] = (), adapter: 
         of = f"an adapter of {base!r}" if base else "an adapter"
         raise ValueError(f"{folder} is {of}, no model; open the folder of its base model, with adapter={str(folder)!r}")
     found = open_tensors(folder)
-    if any(folder.glob("adapter_model.*")):
+    if adapter is None and any(folder.glob("adapter_model.*")):
         raise ValueError(
-            f"{folder} holds an adapter next to a model; merge the two with peft and save that, or move the adapter "
-            "away"
+            f"{folder} holds an adapter next to a model; give adapter={str(folder)!r} to merge it, or move it away"
         )
     kinds = kinds_of_tensors(found)
     if kinds and "model" not in kinds:
