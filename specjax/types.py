@@ -127,6 +127,8 @@ class LanguageModel:
         the first ``depth``. Their part of the cache stays as it is. None as for ``embed``; a model with ``commit`` has
         none.
       num_layers: how many layers there are for ``capture`` and ``early_exit``; None as for ``embed``.
+      windows: for each layer, how many tokens a query sees, or None for all; for drafters that read the target's cache.
+        None as for ``embed``.
       axes: ``axes()``, a tree like ``params`` with a tuple in place of each array, one ``Axis`` per dimension, for
         ``specjax.shard``; None as for ``embed``.
     """
@@ -141,6 +143,7 @@ class LanguageModel:
     unembed: Callable[[Any, Array], Array] | None = struct.field(pytree_node=False, default=None)
     early_exit: EarlyExit | None = struct.field(pytree_node=False, default=None)
     num_layers: int | None = struct.field(pytree_node=False, default=None)
+    windows: tuple[int | None, ...] | None = struct.field(pytree_node=False, default=None)
     axes: Callable[[], Any] | None = struct.field(pytree_node=False, default=None)
 
     def run(self, feed: Feed, cache: Cache) -> tuple[Array, Cache]:

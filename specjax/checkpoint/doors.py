@@ -17,6 +17,7 @@ _HOLDS = {
     "eagle": ("an EAGLE head", "give the drafter eagle:{}"),
     "mtp": ("MTP modules", "give the drafter mtp:{}"),
     "medusa": ("Medusa heads", "give the drafter medusa:{}"),
+    "assistant": ("an assistant", "give the drafter assistant:{}"),
     "adapter": ("an adapter of a model", "open the folder of its base model, with adapter={!r}"),
 }
 _SPECULATORS = {"eagle": "eagle", "eagle3": "eagle", "mtp": "mtp"}
@@ -43,8 +44,9 @@ def opened_as(kind: str, path: Path) -> Iterator[None]:
 
 
 def kinds_of(path: Path) -> list[str]:
-    """Returns what a folder holds: "adapter", or some of "eagle", "mtp", "medusa" and "model", or the name of another
-    kind of draft head. A model's folder may hold draft heads, too; "model" comes last. Empty if nothing is known.
+    """Returns what a folder holds: "adapter", or some of "eagle", "mtp", "medusa", "assistant" and "model", or the name
+    of another kind of draft head. A model's folder may hold draft heads, too; "model" comes last. Empty if nothing is
+    known.
     """
     try:
         raw = read_json(path / "config.json")

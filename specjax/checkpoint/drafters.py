@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
+from specjax.checkpoint.assistant import open_assistant
 from specjax.checkpoint.doors import opened_as
 from specjax.checkpoint.eagle import fill_eagle, open_eagle
 from specjax.checkpoint.medusa import fill_medusa, open_medusa
@@ -71,6 +72,7 @@ def load_drafter(
     eagle:DIR          an EAGLE-1, EAGLE-2 or EAGLE-3 head
     mtp:DIR            multi-token prediction modules, alone or in the folder of their model
     medusa:DIR         Medusa heads, alone or in the folder of their model
+    assistant:DIR      an assistant of Gemma 4, which reads the target's cache
     ngram              copies what followed the row's last tokens earlier in the row
     early-exit:4       the target's own first 4 layers
     cascade:A,B        A, and B in the rows in which A has nothing; cascade:A,B,C is cascade:(A,B),C
@@ -139,6 +141,8 @@ def load_drafter(
         elif kind == "eagle":
             options = _eagle_options(named, opened)
             drafter, params = open_eagle(path, target, num_draft, dtype, ignore_config_keys, **options)
+        elif kind == "assistant":
+            drafter, params = open_assistant(path, target, num_draft, dtype, ignore_config_keys)
         else:
             drafter, params = open_medusa(path, target, num_draft, dtype, ignore_config_keys)
     with errors_name(path):

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-_FOLDERS = ("model", "eagle", "mtp", "medusa")
+_FOLDERS = ("model", "eagle", "mtp", "medusa", "assistant")
 _FLAG = ("false", "true")
 OPTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "eagle": {"rope": ("own", "target"), "norm_output": ("states", "logits"), "window": ("slides", "stays")},
@@ -14,8 +14,8 @@ OPTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 """What the folders of draft heads leave open and engines answer differently: the answers, the default first."""
 
 _ALLOWED = (
-    "model:DIR, eagle:DIR, mtp:DIR, medusa:DIR, ngram, early-exit:LAYERS, or cascade:A,B of these, where B drafts the "
-    "rows in which A has nothing"
+    "model:DIR, eagle:DIR, mtp:DIR, medusa:DIR, assistant:DIR, ngram, early-exit:LAYERS, or cascade:A,B of these, "
+    "where B drafts the rows in which A has nothing"
 )
 
 

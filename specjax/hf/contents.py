@@ -7,6 +7,7 @@ from collections.abc import Iterable
 _HEADS = {
     "eagle": re.compile(r"(fc|fusion_fc)\.weight"),
     "mtp": re.compile(r"(layers\.\d+\.eh_proj|mtp\.fc|mtp_layers\.\d+\.input_proj)\.weight"),
+    "assistant": re.compile(r"pre_projection\.weight"),
     "medusa": re.compile(r"(medusa_heads?\.)?(\d+\.\d+\.linear|blocks\.\d+\.layers\.\d+)\.weight"),
 }
 _FIRST_LAYER = re.compile(r"(.+\.)?(layers|h)\.0\..+")
@@ -16,6 +17,8 @@ def kinds_of_tensors(names: Iterable[str]) -> list[str]:
     """Returns the kinds of draft heads among tensors, and "model" if a model's first layer is there, too."""
     known = [name.removeprefix("model.") for name in names]
     found = [kind for kind, pattern in _HEADS.items() if any(map(pattern.fullmatch, known))]
-    # The layers of EAGLE heads are named like a model's.
+    # The layers of EAGLE heads and assistants are named like a model's.
     own = [name for name in known if not name.startswith(("mtp.", "mtp_layers.", "medusa_head", "blocks."))]
-    return found if "eagle" in found or not any(map(_FIRST_LAYER.fullmatch, own)) else [*found, "model"]
+    return (
+        found if {"eagle", "assistant"} & {*found} or not any(map(_FIRST_LAYER.fullmatch, own)) else [*found, "model"]
+    )

@@ -12,6 +12,7 @@ Activation = Literal["silu", "gelu", "gelu_tanh"]
 MAX_SIZE = 2**31 - 1  # tokens and positions are int32
 MAX_LAYERS = 1000  # layers are unrolled
 MAX_HEAD = 2**16
+EXTERNAL = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,8 @@ class LayerConfig:
       intermediate_size: f of this layer; None means the decoder's.
       keys_as_values: values come from the output of the key projection, so there is no value projection (Gemma 4).
       shares: an earlier layer, to whose keys and values this layer attends (Brandon et al. 2024, arXiv 2405.12981).
-        Then this layer has no keys and values of its own, and no cache.
+        Then this layer has no keys and values of its own, and no cache. ``EXTERNAL``: a layer of another model, whose
+        part of the cache the caller gives (an assistant).
     """
 
     rope: Rope | None
@@ -435,7 +437,7 @@ class DecoderConfig:
         own = layer.head_dim, layer.kv_heads, layer.keys_as_values or None, layer.shares
         if (self.latent or layer.recurrent) and own != (None,) * 4:
             raise ValueError(f"layer {number} has keys and values of its own kind, but not plain attention; drop them")
-        if layer.shares is None:
+        if layer.shares in (None, EXTERNAL):
             return
         check_integer(f"layer {number}'s shares", layer.shares, 0, number - 1)
         source = self.each_layer[layer.shares]

@@ -11,7 +11,7 @@ from jax import Array
 
 from specjax.cache import KVCache, allocate
 from specjax.transformer.attention import Attention, LatentAttention, attention_form
-from specjax.transformer.config import DecoderConfig, DeltaConfig, LayerConfig
+from specjax.transformer.config import EXTERNAL, DecoderConfig, DeltaConfig, LayerConfig
 from specjax.transformer.delta import GatedDelta
 from specjax.transformer.functional import Functional
 from specjax.transformer.layers import (
@@ -151,6 +151,8 @@ def run_layers(
         stored = None if cache is None else cache.layers[i]
         if stored is None and config.each_layer[i].recurrent:
             stored = empty_state(config, x_btd.shape[0], x_btd.dtype)
+        if shares == EXTERNAL:
+            raise ValueError(f"layer {i} shares keys and values of another model, and must be run by the caller")
         stored = stored if shares is None else kept[shares]
         x_btd, stored = layer(x_btd, feed, tables[config.each_layer[i].rope], stored, *own)
         states.append(x_btd)
@@ -322,5 +324,6 @@ def decoder_model(config: DecoderConfig, params: Any) -> LanguageModel:
         vocab_size=config.vocab_size,
         max_positions=config.max_position_embeddings,
         num_layers=config.num_hidden_layers,
+        windows=tuple(layer.reach for layer in config.each_layer),
         **_functions(config, dtype_of(params))._asdict(),
     )
