@@ -116,7 +116,7 @@ def test_the_drafter_keeps_its_contract(pair):
 
 def test_folders_are_told_the_right_door(target, tmp_path):
     make_assistant(tmp_path / "a", 54)
-    with pytest.raises(ValueError, match="assistant"):
+    with pytest.raises(ValueError, match="draft head, no model; load_drafter opens it as assistant:"):
         specjax.load_drafter(f"model:{tmp_path / 'a'}", target.ours, 2, "float32")
     with pytest.raises(ValueError, match=r"holds an assistant, not Medusa heads; give the drafter assistant:"):
         specjax.load_drafter(f"medusa:{tmp_path / 'a'}", target.ours, 2, "float32")
