@@ -21,7 +21,9 @@ def class_keys(kind):
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     fields = {field.name: field.default for field in dataclasses.fields(CONFIG_MAPPING[kind])}
-    return {key: fields[key] for key in sorted(fields) if key not in {*NO_EFFECT, "is_encoder_decoder"}}
+    effective = FAMILIES[kind].effective if kind in FAMILIES else frozenset()
+    left_out = {*NO_EFFECT, "is_encoder_decoder"} - effective
+    return {key: fields[key] for key in sorted(fields) if key not in left_out}
 
 
 if __name__ == "__main__":

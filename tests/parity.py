@@ -24,6 +24,7 @@ TOLERANCE = 1e-4
 MODEL_CLASSES = {
     "Gemma3Text": "Gemma3ForCausalLM",
     "Gemma4Text": "Gemma4ForCausalLM",
+    "Llama4Text": "Llama4ForCausalLM",
     "GPT2": "GPT2LMHeadModel",
 }
 

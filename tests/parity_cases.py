@@ -54,6 +54,16 @@ LATENT_YARN = rope("yarn", theta=10000.0, factor=8.0, mscale=1.0, mscale_all_dim
 LATENT_YARN["rope_parameters"]["original_max_position_embeddings"] = 16
 GPT_OSS_ROPE = rope("yarn", theta=10000.0, factor=8.0, original_max_position_embeddings=16, truncate=False)
 GPT2 = {"vocab_size": VOCAB, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": LIMIT}
+CHUNKS = {
+    "attention_chunk_size": 8,
+    "no_rope_layer_interval": 2,
+    "interleave_moe_layer_step": 2,
+    "floor_scale": 5,
+    "attn_scale": 0.7,
+    "intermediate_size_mlp": 36,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+}
 GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 50.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
@@ -90,6 +100,14 @@ MIXED = {
     "layer_types": [f"{kind}_attention" for kind in ("full", "sliding", "full")],
     "attention_bias": True,
 }
+PHIMOE_ROPE = rope(
+    "longrope",
+    short_factor=[1.0, 1.2, 1.5],
+    long_factor=[2.0, 3.0, 4.0],
+    short_mscale=1.3,
+    long_mscale=1.6,
+    original_max_position_embeddings=LIMIT,
+)
 LONGROPE = rope("longrope", short_factor=[1.0, 1.2, 1.5], long_factor=[2.0, 3.0, 4.0])
 SMOLLM3 = {**TIED, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 OLMO3_ROPE = {
@@ -187,6 +205,30 @@ EXPERTS = {
         "GptOss",
         {**WIDE, **WINDOW, **GPT_OSS_ROPE, "num_local_experts": 6, "num_experts_per_tok": 3, "swiglu_limit": 1.5},
     ),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        {
+            **QWEN_MOE,
+            **WINDOW,
+            "use_sliding_window": True,
+            "max_window_layers": 1,
+            "shared_expert_intermediate_size": 28,
+        },
+    ),
+    "deepseek-v2, groups": ("DeepseekV2", {**LATENT, **LATENT_YARN, "topk_method": "group_limited_greedy"}),
+    "deepseek-v2, lite": ("DeepseekV2", {**LATENT, "q_lora_rank": None, "topk_method": "greedy"}),
+    "phi-3.5-moe": (
+        "Phimoe",
+        {
+            **PHIMOE_ROPE,
+            "num_local_experts": 5,
+            "router_jitter_noise": 0.3,
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "max_position_embeddings": 4 * LIMIT,
+        },
+    ),
+    "llama 4": ("Llama4Text", {**WIDE, **CHUNKS, **LLAMA3}),
     "glm-4.5": ("Glm4Moe", {**GROUPS, "head_dim": 12, "attention_bias": True, "use_qk_norm": True}),
 }
 CASES = DENSE | EXPERTS

@@ -18,7 +18,7 @@ from class_keys import class_keys
 import specjax
 from specjax.hf import decoder_config
 from specjax.hf.class_keys import CLASS_KEYS, NO_EFFECT, UNDECLARED
-from specjax.hf.config import read_config
+from specjax.hf.config import read_config, read_keys
 from specjax.hf.eagle import eagle_fields, speculators_config
 from specjax.hf.families import FAMILIES
 from specjax.hf.keys import without_keys
@@ -44,6 +44,10 @@ SMALL["phi3"] |= {"pad_token_id": 0}
 SMALL["mixtral"] |= {"num_local_experts": 4}
 SMALL["qwen3_moe"] |= {"num_experts": 4, **EXPERTS}
 SMALL["deepseek_v3"] |= {"num_key_value_heads": 4, **EXPERTS, **LATENTS, **GROUPS}
+SMALL["qwen2_moe"] |= {"num_experts": 4, "shared_expert_intermediate_size": 8, **EXPERTS}
+SMALL["deepseek_v2"] |= {"num_key_value_heads": 4, **EXPERTS, **LATENTS, **GROUPS}
+SMALL["phimoe"] |= {"num_local_experts": 4}
+SMALL["llama4_text"] |= {"num_local_experts": 4, "head_dim": 4, "intermediate_size_mlp": 8}
 SMALL["gpt_oss"] |= {"num_local_experts": 4, "num_experts_per_tok": 2}
 SMALL["glm4_moe"] |= {**EXPERTS, **GROUPS}
 SMALL["gemma4_text"] |= {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 29}
@@ -115,7 +119,11 @@ def test_keys_of_no_effect_have_none(kind):
 
     state, wanted = logits({})
     for field in dataclasses.fields(class_of(kind)):
-        if field.name not in NO_EFFECT - {"return_dict"} or type(field.default) not in (bool, int, float):
+        if field.name not in NO_EFFECT - {"return_dict"} - FAMILIES[kind].effective or type(field.default) not in (
+            bool,
+            int,
+            float,
+        ):
             continue
         other = not field.default if isinstance(field.default, bool) else field.default / 2 + 0.25
         if type(field.default) is int:
@@ -128,6 +136,14 @@ NOT_THE_DECODER = {
     *("classifier_dropout", "hidden_dropout", "summary_last_dropout", "num_labels", "get_text_config"),
     *("image_size", "patch_size", "vision_config", "mm_tokens_per_image", "image_token_id", "layer_norm_eps"),
     *("_attn_implementation", "number_of_conv_states", "standardize", "use_clipped_linears"),
+    *("num_channels", "pixel_shuffle_ratio", "projector_dropout"),
+    *("projector_input_dim", "projector_output_dim", "vision_output_dim"),
+}
+# These follow from other keys, or are not read, whatever they say.
+FOLLOWS = {
+    "deepseek_v2": {"head_dim"},
+    "deepseek_v3": {"head_dim", "qk_head_dim"},
+    "gpt_oss": {"hidden_act"},
 }
 NO_CLASS_OF_TEXT = r"Vision|Audio|Multimodal|ConditionalGeneration|Gemma4(Unified)?Model$"
 
@@ -157,10 +173,9 @@ def test_no_key_that_transformers_reads_is_unknown(kind):
     files = [folder / "models" / module / f"modeling_{module}.py", folder / "masking_utils.py"]
     read = {name for file in [*files, folder / "cache_utils.py"] for name in names_read(file)}
     read |= CLASS_KEYS[kind].keys() | UNDECLARED.keys()
-    read -= NOT_THE_DECODER | NO_EFFECT | set(dir(transformers.PretrainedConfig))
+    read -= NOT_THE_DECODER | (NO_EFFECT - FAMILIES[kind].effective) | set(dir(transformers.PretrainedConfig))
     assert len(read) > 15
-    # These follow from others, or are not read, whatever they say.
-    read -= {"deepseek_v3": {"head_dim", "qk_head_dim"}, "gpt_oss": {"hidden_act"}}.get(kind, set())
+    read -= FOLLOWS.get(kind, set())
     for name in read:
         with pytest.raises(ValueError, match=r"\?\?"):
             decoder_config({**SMALL[kind], name: "??"})
@@ -320,6 +335,29 @@ def test_code_that_transformers_has_taken_over_is_accepted(code):
 def test_other_code_is_refused_and_the_message_says_why(kind, code):
     with pytest.raises(ValueError, match=r"auto_map is .*code of its own, which is never run.*key auto_map"):
         decoder_config({**SMALL[kind], "auto_map": code})
+
+
+def test_kimi_k2_is_deepseek_v3_by_another_name():
+    code = {"AutoConfig": "configuration_deepseek.DeepseekV3Config", "AutoModel": "modeling_deepseek.DeepseekV3Model"}
+    raw = {**SMALL["deepseek_v3"], "model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]}
+    config, text, unknown = read_keys({**raw, "auto_map": code})
+    assert config == decoder_config(SMALL["deepseek_v3"]) and not unknown
+    assert text["model_type"] == "deepseek_v3"
+    assert mtp_layout({**raw, "num_nextn_predict_layers": 1}).decoder.latent == config.latent
+
+
+def test_the_class_of_a_folders_own_code_may_have_another_name():
+    code = {"AutoModelForCausalLM": "modeling_phimoe.PhiMoEForCausalLM"}
+    raw = {**SMALL["phimoe"], "architectures": ["PhiMoEForCausalLM"], "auto_map": code}
+    assert decoder_config(raw) == decoder_config(SMALL["phimoe"])
+    with pytest.raises(ValueError, match=r"architectures.*PhiMoE2ForCausalLM"):
+        decoder_config({**raw, "architectures": ["PhiMoE2ForCausalLM"]})
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa"])
+def test_models_with_an_indexer_are_refused_with_the_reason(kind):
+    with pytest.raises(ValueError, match=rf"'{kind}' is not supported: .*index_topk.* use a model of full attention"):
+        decoder_config({**SMALL["deepseek_v3"], "model_type": kind})
 
 
 # The switch.

@@ -1038,8 +1038,8 @@ BAD_CONFIGS = {
     ),
     "llama3 of no range": (
         "llama",
-        {"rope_scaling": {**LLAMA3_ROPE, "high_freq_factor": 1.0}},
-        ["high_freq_factor", "1.0", "low_freq_factor"],
+        {"rope_scaling": {**LLAMA3_ROPE, "high_freq_factor": 0.5}},
+        ["high_freq_factor", "0.5", "low_freq_factor"],
     ),
     "llama3 original length a float": (
         "llama",

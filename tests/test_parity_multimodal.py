@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from parity import TOLERANCE, forward, torch, transformers
-from parity_cases import GEMMA3_ROPE, GEMMA4, SHARING, SMALL, VOCAB, WIDE, WINDOW
+from parity_cases import CHUNKS, GEMMA3_ROPE, GEMMA4, SHARING, SMALL, VOCAB, WIDE, WINDOW
 
 import specjax
 from specjax.checkpoint.models import load_stop_tokens
@@ -26,6 +26,14 @@ CASES = {
             "vision_config": {**VISION, "num_hidden_layers": 1, "num_key_value_heads": 2, "head_dim": 4},
         },
         "gemma4_text",
+    ),
+    "llama4": (
+        "Llama4",
+        {
+            "text_config": {**SMALL, **WIDE, **CHUNKS},
+            "vision_config": {**SIGLIP, "vision_output_dim": 8, "projector_output_dim": 8},
+        },
+        "llama4_text",
     ),
     "mistral3": (
         "Mistral3",

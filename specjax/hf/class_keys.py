@@ -26,7 +26,7 @@ NO_EFFECT = frozenset(
         # Tokens and training, in most families.
         *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "initializer_factor", "pretraining_tp"),
         *("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "classifier_dropout"),
-        *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
+        *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "input_jitter_noise"),
         # GPT-2: output heads for classification; keys of its first configs; one that only reorders sums.
         *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels"),
         *("summary_first_dropout", "summary_last_dropout", "n_ctx", "n_special", "predict_special_tokens"),

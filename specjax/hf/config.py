@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from specjax.hf.class_keys import CLASS_KEYS, NO_EFFECT, UNDECLARED
-from specjax.hf.families import FAMILIES
+from specjax.hf.families import ALIASES, FAMILIES, REFUSED
 from specjax.hf.keys import Keys, read_json, switch, warn_unknown, without_keys
 from specjax.hf.multimodal import MULTIMODAL, take_text
 from specjax.transformer.config import DecoderConfig
@@ -51,11 +51,16 @@ def read_keys(raw: Mapping[str, Any], strict: bool = False) -> tuple[DecoderConf
             raise ValueError(f"text_config: {error}") from None
         return config, text, (*outer, *unknown)
     # 2. The family.
+    if isinstance(kind, str) and kind in ALIASES:
+        kind = ALIASES[kind]
+        raw = {**raw, "model_type": kind}
+    if isinstance(kind, str) and kind in REFUSED:
+        raise ValueError(f"model_type {kind!r} is not supported: {REFUSED[kind]}")
     if not isinstance(kind, str) or kind not in FAMILIES:
         supported = ", ".join(sorted({*FAMILIES, *MULTIMODAL}))
         raise ValueError(f"model_type {kind!r} is not supported; supported: {supported}")
     # 3. The family's reader takes the keys that it understands. The tables of class_keys.py judge the others.
-    keys = _all_keys(raw, FAMILIES[kind].architecture, FAMILIES[kind].code)
+    keys = _all_keys(raw, FAMILIES[kind].architecture, FAMILIES[kind].code, FAMILIES[kind].effective)
     config = FAMILIES[kind].read(keys)
     return config, dict(raw), unknown_keys(keys, kind, strict)
 
@@ -71,20 +76,25 @@ def unknown_keys(keys: Keys, kind: str, strict: bool = False) -> tuple[str, ...]
     return keys.switched_off() if strict else unknown
 
 
-def _all_keys(raw: Mapping[str, Any], architecture: str, code: str | None) -> Keys:
+def _all_keys(
+    raw: Mapping[str, Any], architecture: str, code: str | None, effective: frozenset[str] = frozenset()
+) -> Keys:
     """Returns the keys of a config, less the keys that have no effect on logits.
+
+    The last three arguments are those of ``Family``.
 
     Raises:
       ValueError: the config is of another architecture, or brings code of its own.
     """
-    if raw.get("architectures") not in (None, [], [architecture]):
+    # The code of a folder may have another name for the class.
+    if raw.get("architectures") not in (None, [], [architecture], [f"{code}ForCausalLM"]):
         raise ValueError(
             f"architectures is {raw['architectures']!r}; supported for model_type {raw.get('model_type')!r}: "
             f"[{architecture!r}]{switch('architectures')}"
         )
     _check_code(raw, code)
     keys = Keys(raw, "config.json")
-    keys.ignore("auto_map", "quantization_config", *NO_EFFECT)
+    keys.ignore("auto_map", "quantization_config", *(NO_EFFECT - effective))
     return keys
 
 

@@ -14,8 +14,8 @@ from specjax.checks import check_integer
 from specjax.hf.class_keys import NO_EFFECT
 from specjax.hf.config import decoder_config, unknown_keys
 from specjax.hf.eagle import SPECULATORS_KEYS
-from specjax.hf.families import FAMILIES
-from specjax.hf.families.qwen import QWEN3_MOE
+from specjax.hf.families import ALIASES, FAMILIES
+from specjax.hf.families.qwen import QWEN3_MOE, SHARED_EXPERT
 from specjax.hf.families.shared import (
     partly_rotary_layers,
     take_activation,
@@ -32,14 +32,7 @@ from specjax.transformer.config import MAX_HEAD, MAX_LAYERS, DecoderConfig, Expe
 _LAYER = "model.layers.{i}."  # starts the name of a layer's tensor in the families' tables
 
 # Layers of families whose models specjax does not compute, but whose modules it does.
-_QWEN3_NEXT: Table = {
-    **QWEN3_MOE,
-    **{
-        f"layers.{{i}}.mlp.shared_experts.{name}_proj.kernel": (f"{_LAYER}mlp.shared_expert.{name}_proj.weight", LINEAR)
-        for name in ("gate", "up", "down")
-    },
-    "layers.{i}.mlp.shared_expert_gate.kernel": (f"{_LAYER}mlp.shared_expert_gate.weight", LINEAR),
-}
+_QWEN3_NEXT: Table = {**QWEN3_MOE, **SHARED_EXPERT}
 _OTHER_TABLES: Mapping[str, Table] = {"mimo": FAMILIES["qwen2"].names, "qwen3_next": _QWEN3_NEXT}
 
 
@@ -180,6 +173,7 @@ def mtp_layout(raw: Mapping[str, Any]) -> MTPLayout:
     if "speculators_model_type" in raw:
         raw, naming = _target_in_speculators(raw), _SPECULATORS
     kind = raw.get("model_type", "llama")
+    kind = ALIASES.get(kind, kind) if isinstance(kind, str) else kind
     if naming is None:
         naming = _NAMINGS.get(kind, _DEEPSEEK) if isinstance(kind, str) else _DEEPSEEK
     config = _read_config(kind, raw)

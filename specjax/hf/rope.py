@@ -188,10 +188,10 @@ def _stretch(positions: int, factor: float) -> int:
 def _llama3(frequency: np.ndarray, keys: Keys, max_positions: int) -> np.ndarray:
     """Divides low frequencies by the factor, keeps high ones, and blends those between."""
     factor, low, high = (keys.number(key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    if high <= low:
-        raise ValueError(f"high_freq_factor {high} must be above low_freq_factor {low}")
+    if high < low:
+        raise ValueError(f"high_freq_factor {high} must be at least low_freq_factor {low}")
     turns = _original(keys, max_positions) * frequency / (2 * math.pi)
-    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    smooth = np.clip((turns - low) / (high - low), 0, 1) if high > low else turns >= low  # equal in Llama 4
     return (1 - smooth) * frequency / factor + smooth * frequency
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from specjax.hf.families import cohere, deepseek, gemma, gemma4, glm, gpt2, gpt_oss, llama, mixtral, olmo, phi, qwen
+from specjax.hf.families import cohere, deepseek, gemma, gemma4, glm, gpt2, gpt_oss, llama, llama4, mixtral, olmo, phi, qwen
 from specjax.hf.families.shared import Family as Family
 from specjax.hf.names import Source, sources_of
 from specjax.transformer.config import DecoderConfig
@@ -10,9 +10,19 @@ from specjax.transformer.decoder import abstract_params
 
 FAMILIES: Mapping[str, Family] = {
     kind: family
-    for module in (cohere, deepseek, gemma, gemma4, glm, gpt2, gpt_oss, llama, mixtral, olmo, phi, qwen)
+    for module in (cohere, deepseek, gemma, gemma4, glm, gpt2, gpt_oss, llama, llama4, mixtral, olmo, phi, qwen)
     for kind, family in module.FAMILIES.items()
 }
+
+# Model types whose architecture has another name in transformers, which has no class for them.
+ALIASES = {"kimi_k2": "deepseek_v3"}
+
+# Model types that look like others, and why they are not computed.
+_INDEXED = (
+    "each query sees only the tokens that a learned indexer chooses (index_topk), which specjax does not compute; use "
+    "a model of full attention, such as DeepSeek-V3.1"
+)
+REFUSED = {"deepseek_v32": _INDEXED, "glm_moe_dsa": _INDEXED}
 
 # Other model classes put the decoder into a module of their own, which changes the start of tensor names.
 _WRAPPERS = {

@@ -31,12 +31,14 @@ class Family:
       names: which tensor makes which parameter.
       code: start of the names of the classes that published folders bring as code and that transformers contains, too;
         None: no folder's code is accepted.
+      effective: keys that change logits in this family, although they are in ``NO_EFFECT``.
     """
 
     read: Callable[[Keys], DecoderConfig]
     architecture: str
     names: Table
     code: str | None = None
+    effective: frozenset[str] = frozenset()
 
 
 _ACTIVATIONS: dict[str, Activation] = {
