@@ -78,7 +78,9 @@ def test_a_multimodal_model_is_its_text_part_and_exports_as_that(name, tmp_path)
     assert back.config.model_type == text
     assert load_stop_tokens(tmp_path / "back") == (1, 2)
     with torch.no_grad():
-        expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+        # Llama 4's multimodal class cannot run without images in transformers 5.24.
+        oracle = theirs.language_model if kind == "Llama4" else theirs
+        expected = oracle(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
         exported = back(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
     np.testing.assert_allclose(exported, expected, atol=TOLERANCE, rtol=0)
     for folder in ("hf", "ours", "back"):
