@@ -2,7 +2,21 @@
 
 from collections.abc import Iterable, Mapping
 
-from specjax.hf.families import cohere, deepseek, gemma, gemma4, glm, gpt2, gpt_oss, llama, llama4, mixtral, olmo, phi, qwen
+from specjax.hf.families import (
+    cohere,
+    deepseek,
+    gemma,
+    gemma4,
+    glm,
+    gpt2,
+    gpt_oss,
+    llama,
+    llama4,
+    mixtral,
+    olmo,
+    phi,
+    qwen,
+)
 from specjax.hf.families.shared import Family as Family
 from specjax.hf.names import Source, sources_of
 from specjax.transformer.config import DecoderConfig
