@@ -116,6 +116,15 @@ OLMO3_ROPE = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
     }
 }
+MINISTRAL3 = rope(
+    "yarn",
+    theta=10000.0,
+    factor=8.0,
+    original_max_position_embeddings=6,  # so that queries grow several times in a text
+    mscale=1.0,
+    mscale_all_dim=1.0,
+    llama_4_scaling_beta=0.4,
+)
 GRANITE = {
     "embedding_multiplier": 3.0,
     "attention_multiplier": 0.21,
@@ -174,6 +183,7 @@ DENSE = {
     ),
     "smollm3, listed layers": ("SmolLM3", {**SMOLLM3, **WIDE, "no_rope_layers": [0, 1, 1], "mlp_bias": True}),
     "ministral": ("Ministral", {**WIDE, **WINDOW, "layer_types": ["full_attention", "sliding_attention"]}),
+    "ministral 3": ("Ministral3", {**WIDE, **MINISTRAL3}),
     "olmo 2": ("Olmo2", {**rope("default"), "attention_bias": True, "pad_token_id": 1, "eos_token_id": 2}),
     "olmo 3": ("Olmo3", {**WINDOW, **OLMO3_ROPE, "num_hidden_layers": 4, "pad_token_id": 1, "eos_token_id": 2}),
     "granite": ("Granite", {**GRANITE, "attention_bias": True, "mlp_bias": True}),

@@ -54,6 +54,16 @@ SMALL["gemma4_text"] |= {"hidden_size_per_layer_input": 4, "vocab_size_per_layer
 SMALL["gemma4_text"] |= {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 8}
 SMALL["smollm3"] |= {"pad_token_id": 0}
 SMALL["ministral"] |= {"head_dim": 4}
+SMALL["ministral3"] |= {
+    "head_dim": 4,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 50.0,
+        "factor": 2.0,
+        "original_max_position_embeddings": 8,
+        "llama_4_scaling_beta": 0.1,
+    },
+}
 families = pytest.mark.parametrize("kind", FAMILIES)
 
 
@@ -179,6 +189,27 @@ def test_no_key_that_transformers_reads_is_unknown(kind):
     for name in read:
         with pytest.raises(ValueError, match=r"\?\?"):
             decoder_config({**SMALL[kind], name: "??"})
+
+
+# Models that are not computed.
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("deepseek_v4", ["compressed cache", "nearest that is supported is 'deepseek_v3'"]),
+        ("t5", ["an encoder reads the prompt"]),
+        ("mamba2", ["recurrent layers without MLPs"]),
+        ("lama", ["nearest that is supported is 'llama'"]),
+        ("completely_new", ["supported: "]),
+    ],
+)
+def test_a_model_that_is_not_supported_is_told_the_nearest_and_what_is_missing(kind, words):
+    with pytest.raises(ValueError) as caught:
+        decoder_config({"model_type": kind})
+    for word in (f"model_type '{kind}' is not supported", *words, "gemma3_text", "mistral3"):
+        assert word in str(caught.value)
+    assert ("nearest" in str(caught.value)) == any("nearest" in word for word in words)
 
 
 # Unknown keys.

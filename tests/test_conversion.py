@@ -202,6 +202,25 @@ def test_gpt2_without_its_wrapper_and_with_buffers(tmp_path):
     assert "2 left out: a buffer" in report
 
 
+def test_mimo_opens_as_qwen2_next_to_its_draft_modules(tmp_path):
+    """Its folders bring code and draft modules; transformers has neither."""
+    qwen = {**LLAMA, "model_type": "qwen2"}
+    tensors = tensors_for(qwen)
+    code = {"AutoConfig": "configuration_mimo.MiMoConfig", "AutoModelForCausalLM": "modeling_mimo.MiMoForCausalLM"}
+    own = {"model_type": "mimo", "architectures": ["MiMoForCausalLM"], "auto_map": code, "attention_bias": True}
+    mimo = {**qwen, **own, "num_nextn_predict_layers": 1}
+    modules = {"model.mtp_layers.0.final_layernorm.weight": np.ones(12, np.float32)}
+    folder = write(tmp_path / "mimo", mimo, tensors | modules)
+    opened, wanted = specjax.load(folder, "float32"), specjax.load(write(tmp_path / "qwen", qwen, tensors), "float32")
+    assert same(opened.params, wanted.params) and opened.forward is wanted.forward
+    report = "\n".join(specjax.convert_hf(folder, tmp_path / "ours"))
+    assert "1 left out: a multi-token prediction layer" in report
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["model_type"] == "qwen2"
+    for changed in ({"attention_bias": False}, {"auto_map": {"AutoModel": "modeling_other.OtherModel"}}):
+        with pytest.raises(ValueError, match=next(iter(changed))):
+            specjax.hf.decoder_config({**mimo, **changed})
+
+
 GEMMA3 = {
     "model_type": "gemma3",
     "text_config": {**LLAMA, "model_type": "gemma3_text", "head_dim": 4, "query_pre_attn_scalar": 4},

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from specjax.hf.class_keys import CLASS_KEYS, NO_EFFECT, UNDECLARED
-from specjax.hf.families import ALIASES, FAMILIES, REFUSED
+from specjax.hf.families import ALIASES, FAMILIES, RENAMED
 from specjax.hf.keys import Keys, read_json, switch, warn_unknown, without_keys
 from specjax.hf.multimodal import MULTIMODAL, take_text
+from specjax.hf.unsupported import unsupported
 from specjax.transformer.config import DecoderConfig
 
 
@@ -50,16 +51,21 @@ def read_keys(raw: Mapping[str, Any], strict: bool = False) -> tuple[DecoderConf
         except ValueError as error:
             raise ValueError(f"text_config: {error}") from None
         return config, text, (*outer, *unknown)
-    # 2. The family.
+    # 2. A family under another name.
+    if isinstance(kind, str) and kind in RENAMED:
+        other = RENAMED[kind]
+        keys = _all_keys(raw, other.architecture, other.code)
+        for key, value in other.implied.items():
+            keys.only(key, value)
+        left = {key: raw[key] for key in raw if key not in ("architectures", "auto_map", *other.implied)}
+        return read_keys({**left, "model_type": other.family}, strict)
+    # 3. The family.
     if isinstance(kind, str) and kind in ALIASES:
         kind = ALIASES[kind]
         raw = {**raw, "model_type": kind}
-    if isinstance(kind, str) and kind in REFUSED:
-        raise ValueError(f"model_type {kind!r} is not supported: {REFUSED[kind]}")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        supported = ", ".join(sorted({*FAMILIES, *MULTIMODAL}))
-        raise ValueError(f"model_type {kind!r} is not supported; supported: {supported}")
-    # 3. The family's reader takes the keys that it understands. The tables of class_keys.py judge the others.
+        raise ValueError(unsupported(kind, {*FAMILIES, *MULTIMODAL, *RENAMED, *ALIASES}))
+    # 4. The family's reader takes the keys that it understands. The tables of class_keys.py judge the others.
     keys = _all_keys(raw, FAMILIES[kind].architecture, FAMILIES[kind].code, FAMILIES[kind].effective)
     config = FAMILIES[kind].read(keys)
     return config, dict(raw), unknown_keys(keys, kind, strict)

@@ -61,7 +61,9 @@ MULTIMODAL: Mapping[str, Multimodal] = {
         "Gemma4UnifiedForConditionalGeneration", {"gemma4_unified_text": Text("gemma4_unified_text")}
     ),
     "llama4": Multimodal("Llama4ForConditionalGeneration", {"llama4_text": Text("llama4_text")}),
-    "mistral3": Multimodal("Mistral3ForConditionalGeneration", {"mistral": Text("mistral")}),
+    "mistral3": Multimodal(
+        "Mistral3ForConditionalGeneration", {kind: Text(kind) for kind in ("mistral", "ministral3")}
+    ),
     "qwen2_vl": Multimodal("Qwen2VLForConditionalGeneration", {"qwen2_vl_text": _QWEN2_VL}, flat=True),
     "qwen2_5_vl": Multimodal("Qwen2_5_VLForConditionalGeneration", {"qwen2_5_vl_text": _QWEN2_VL}, flat=True),
     "qwen3_vl": Multimodal(

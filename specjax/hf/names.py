@@ -120,6 +120,8 @@ def why_left_out(name: str, config: DecoderConfig, next_tokens: Any) -> str | No
         return "a Medusa head, no part of the decoder"
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     count = next_tokens if isinstance(next_tokens, int) else 0
+    if name.startswith("model.mtp_layers.") and count:
+        return "a multi-token prediction layer, no part of the decoder"
     if layer and 0 <= int(layer[1]) - config.num_hidden_layers < count:
         return "a multi-token prediction layer, no part of the decoder"
     return None

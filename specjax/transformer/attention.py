@@ -266,9 +266,9 @@ def attention_windows(slots: int) -> tuple[int, ...]:
     return (*windows, slots)
 
 
-def grown(query_bnth: Array, position_bt: Array, weight: float, step: int) -> Array:
-    """Returns queries times ``1 + weight log(1 + floor((p + 1) / step))`` at position p; see ``LayerConfig.growth``."""
-    steps_bt = ((position_bt + 1) // step).astype(jnp.float32)
+def grown(query_bnth: Array, position_bt: Array, weight: float, step: int, first: int = 1) -> Array:
+    """Returns queries times ``1 + weight log(1 + floor((p + first) / step))`` at position p: ``LayerConfig.growth``."""
+    steps_bt = ((position_bt + first) // step).astype(jnp.float32)
     factor_b1t1 = (1 + weight * jnp.log1p(steps_bt))[:, None, :, None]
     return (query_bnth.astype(jnp.float32) * factor_b1t1).astype(query_bnth.dtype)
 
@@ -327,7 +327,8 @@ class Attention(nnx.Module):
         if self.layer.unit_heads:
             query = self._unit(query)
         if self.layer.growth is not None:
-            query = grown(query, feed.position_bt, *self.layer.growth)
+            weight, step, *first = self.layer.growth
+            query = grown(query, feed.position_bt, weight, step, *first)
         options = {"scale": self.scale, "window": self.layer.window, "chunk": self.layer.chunk, "cap": self.cap}
         options["sinks_n"] = None if self.sinks is None else self.sinks[...]
         if self.k_proj is None:

@@ -48,8 +48,9 @@ class LayerConfig:
       window: tokens that a query sees, itself included (sliding-window attention), or None for all.
       chunk: c; positions are cut into chunks of c, and a query sees positions of its own chunk only. Example: with a
         chunk of 8, the query at position 10 sees positions 8, 9 and 10. None: there are no chunks.
-      growth: (w, m); the query at position p is multiplied by ``1 + w log(1 + floor((p + 1) / m))`` (Nakanishi 2025,
-        arXiv 2501.19399, in steps of m tokens). None: queries are not.
+      growth: (w, m, o), or (w, m) for o = 1; the query at position p is multiplied by
+        ``1 + w log(1 + floor((p + o) / m))`` (Nakanishi 2025, arXiv 2501.19399, in steps of m tokens). None: queries
+        are not.
       unit_heads: whether each head's query and key are divided by the root of their mean square, after the rotation.
       experts: whether the layer has the mixture ``DecoderConfig.experts``.
       recurrent: whether ``DecoderConfig.recurrence`` takes the place of attention.
@@ -65,7 +66,7 @@ class LayerConfig:
     rope: Rope | None
     window: int | None = None
     chunk: int | None = None
-    growth: tuple[float, int] | None = None
+    growth: tuple[float, int] | tuple[float, int, int] | None = None
     unit_heads: bool = False
     experts: bool = False
     recurrent: bool = False
@@ -379,6 +380,8 @@ class DecoderConfig:
             if layer.growth is not None:
                 check_positive("growth of queries", layer.growth[0])
                 check_integer("growth of queries, tokens of a step", layer.growth[1], 1, MAX_SIZE)
+                for first in layer.growth[2:]:
+                    check_integer("growth of queries, first position", first, 0, MAX_SIZE)
             if layer.experts and self.experts is None:
                 raise ValueError("a layer is a mixture of experts, but experts is None; describe them")
             if layer.recurrent and self.recurrence is None:

@@ -18,6 +18,7 @@ from specjax.hf.families import (
     qwen,
 )
 from specjax.hf.families.shared import Family as Family
+from specjax.hf.families.shared import Renamed
 from specjax.hf.names import Source, sources_of
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import abstract_params
@@ -31,12 +32,10 @@ FAMILIES: Mapping[str, Family] = {
 # Model types whose architecture has another name in transformers, which has no class for them.
 ALIASES = {"kimi_k2": "deepseek_v3"}
 
-# Model types that look like others, and why they are not computed.
-_INDEXED = (
-    "each query sees only the tokens that a learned indexer chooses (index_topk), which specjax does not compute; use "
-    "a model of full attention, such as DeepSeek-V3.1"
-)
-REFUSED = {"deepseek_v32": _INDEXED, "glm_moe_dsa": _INDEXED}
+# Model types of folders that bring code, and that compute what another one computes.
+RENAMED: Mapping[str, Renamed] = {
+    "mimo": Renamed("qwen2", "MiMoForCausalLM", "MiMo", {"attention_bias": True}),
+}
 
 # Other model classes put the decoder into a module of their own, which changes the start of tensor names.
 _WRAPPERS = {

@@ -1,5 +1,6 @@
 """Llama, and families that differ from it in few keys: Mistral, Ministral, SmolLM3, Granite."""
 
+import dataclasses
 from typing import Any
 
 from specjax.hf.families.shared import (
@@ -8,6 +9,7 @@ from specjax.hf.families.shared import (
     Family,
     head_width,
     layers_of,
+    same_kind,
     take_activation,
     take_sizes,
     uniform_layers,
@@ -16,8 +18,9 @@ from specjax.hf.families.shared import (
 from specjax.hf.keys import Keys
 from specjax.hf.names import ATTENTION, ENDS, LAYER_NORMS, MLP, Table
 from specjax.hf.rope import take_rope
-from specjax.transformer.config import DecoderConfig
+from specjax.transformer.config import MAX_HEAD, DecoderConfig
 
+_LONGEST = "max_position_embeddings"
 LLAMA: Table = {**ENDS, **LAYER_NORMS, **ATTENTION, **MLP}
 
 
@@ -65,6 +68,20 @@ def _ministral(keys: Keys) -> DecoderConfig:
     )
 
 
+def _ministral3(keys: Keys) -> DecoderConfig:
+    # The rotary object also says how queries grow with the position. Its longest text says nothing more.
+    sizes = take_sizes(keys, num_key_value_heads=8, max_position_embeddings=262_144, rms_norm_eps=1e-5)
+    head_dim = keys.integer("head_dim", 128, most=MAX_HEAD)
+    window = keys.integer("sliding_window", None, optional=True)
+    ropes, kinds = take_rope(keys, 1e6), same_kind(keys, sizes, window)
+    own = Keys(ropes[""], "rope_parameters")
+    growth = float(own.number("llama_4_scaling_beta")), own.integer("original_max_position_embeddings"), 0
+    rope = {key: value for key, value in ropes[""].items() if key not in ("llama_4_scaling_beta", _LONGEST)}
+    described = sizes | layers_of(sizes, head_dim, {"": rope}, kinds, window)
+    described["layers"] = tuple(dataclasses.replace(layer, growth=growth) for layer in described["layers"])
+    return DecoderConfig(**described, head_dim=head_dim, activation=take_activation(keys, "hidden_act", "silu"))
+
+
 def _smollm3(keys: Keys) -> DecoderConfig:
     # 1. Layers without positions: listed as 0, or every ``interval``-th.
     sizes = take_sizes(keys, num_key_value_heads=4, max_position_embeddings=32768, tie_word_embeddings=True)
@@ -103,6 +120,7 @@ def _granite(keys: Keys) -> DecoderConfig:
 FAMILIES = {
     "granite": Family(_granite, "GraniteForCausalLM", LLAMA),
     "llama": Family(_llama, "LlamaForCausalLM", LLAMA),
+    "ministral3": Family(_ministral3, "Ministral3ForCausalLM", LLAMA),
     "ministral": Family(_ministral, "MinistralForCausalLM", LLAMA),
     "mistral": Family(_mistral, "MistralForCausalLM", LLAMA),
     "smollm3": Family(_smollm3, "SmolLM3ForCausalLM", LLAMA, code="SmolLM3"),

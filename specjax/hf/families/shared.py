@@ -41,6 +41,23 @@ class Family:
     effective: frozenset[str] = frozenset()
 
 
+@dataclasses.dataclass(frozen=True)
+class Renamed:
+    """A ``model_type`` that transformers does not have, and that computes what another one computes.
+
+    Attributes:
+      family: the other ``model_type``.
+      architecture: the class that computes the model.
+      code: as for ``Family.code``; the folder brings these classes.
+      implied: keys that the other family does not have, with the values that it computes.
+    """
+
+    family: str
+    architecture: str
+    code: str
+    implied: Mapping[str, Any]
+
+
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
