@@ -11,8 +11,7 @@ from specjax.hf.class_keys import NO_EFFECT
 from specjax.hf.families import FAMILIES
 from specjax.hf.multimodal import MULTIMODAL
 
-# Multimodal models, and model types whose draft modules can be read, but not their models.
-OTHERS = (*MULTIMODAL, "qwen3_next")
+OTHERS = MULTIMODAL
 FILE = Path(__file__).parent.parent / "specjax" / "hf" / "class_keys.json"
 
 

@@ -26,6 +26,8 @@ MODEL_CLASSES = {
     "Gemma4Text": "Gemma4ForCausalLM",
     "Llama4Text": "Llama4ForCausalLM",
     "GPT2": "GPT2LMHeadModel",
+    "Qwen3_5Text": "Qwen3_5ForCausalLM",
+    "Qwen3_5MoeText": "Qwen3_5MoeForCausalLM",
 }
 
 
@@ -94,7 +96,7 @@ def make_case(kind, settings, folder):
 @jit
 def forward(model, feed, cache):
     output = model.forward(model.params, feed, cache)
-    return output.logits_btv, output.cache
+    return output.logits_btv, model.keep(output.cache, feed, feed.count_b)
 
 
 def test_logits_whole_token_by_token_and_in_blocks(case):

@@ -241,4 +241,22 @@ EXPERTS = {
     "llama 4": ("Llama4Text", {**WIDE, **CHUNKS, **LLAMA3}),
     "glm-4.5": ("Glm4Moe", {**GROUPS, "head_dim": 12, "attention_bias": True, "use_qk_norm": True}),
 }
-CASES = DENSE | EXPERTS
+DELTA = {
+    "head_dim": 8,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 7,
+    "linear_value_head_dim": 5,
+    "linear_conv_kernel_dim": 3,
+    "rms_norm_eps": 1e-2,  # a head's output may be near 0; less would make much of its rounding
+}
+SHARED_EXPERT = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+SHARED_EXPERT["shared_expert_intermediate_size"] = 11
+HYBRID = {
+    "qwen3-next": ("Qwen3Next", {**DELTA, **SHARED_EXPERT, "mlp_only_layers": [1], "attention_bias": True}),
+    "qwen3.5": ("Qwen3_5Text", {**DELTA, **rope("default", mrope_section=[1, 0, 0])}),
+    "qwen3.5 with experts": ("Qwen3_5MoeText", {**DELTA, **SHARED_EXPERT}),
+}
+CASES = DENSE | EXPERTS | HYBRID

@@ -64,6 +64,11 @@ SMALL["ministral3"] |= {
         "llama_4_scaling_beta": 0.1,
     },
 }
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 4, "linear_value_head_dim": 4}
+for _kind in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"):
+    SMALL[_kind] |= {**DELTA, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}
+for _kind in ("qwen3_next", "qwen3_5_moe_text"):
+    SMALL[_kind] |= {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 8}
 families = pytest.mark.parametrize("kind", FAMILIES)
 
 
@@ -155,7 +160,7 @@ FOLLOWS = {
     "deepseek_v3": {"head_dim", "qk_head_dim"},
     "gpt_oss": {"hidden_act"},
 }
-NO_CLASS_OF_TEXT = r"Vision|Audio|Multimodal|ConditionalGeneration|Gemma4(Unified)?Model$"
+NO_CLASS_OF_TEXT = r"Vision|Audio|Multimodal|ConditionalGeneration|(Gemma4(Unified)?|Qwen3_5(Moe)?)Model$"
 
 
 def names_read(file):

@@ -17,7 +17,7 @@ from specjax.drafters.model import ModelDrafter
 from specjax.drafters.ngram import NGramDrafter
 from specjax.engine.loop import lower
 from specjax.planning import Mesh as PlannedMesh
-from specjax.planning import Model, check_mesh, forward, token_bytes, weights
+from specjax.planning import Model, cache_bytes, check_mesh, forward, token_bytes, weights
 from specjax.quantized import Kind, quantize
 from specjax.sampling import Sampling
 from specjax.sharding import RULES, make_mesh, shardings
@@ -147,7 +147,8 @@ def draft_config(target: DecoderConfig) -> DecoderConfig:
 
 def eagle_head(target: DecoderConfig) -> EagleHead:
     """Returns a head like the published EAGLE-3 heads: one layer as wide as the target, three states, 32000 tokens."""
-    layer = LayerConfig(rope=target.each_layer[0].rope)
+    attending = [layer for layer in target.each_layer if not layer.recurrent]
+    layer = LayerConfig(rope=attending[0].rope if attending else None)
     decoder = dataclasses.replace(
         target,
         num_hidden_layers=1,
@@ -155,6 +156,7 @@ def eagle_head(target: DecoderConfig) -> EagleHead:
         latent=None,
         experts=None,
         per_layer=None,
+        recurrence=None,
         tie_word_embeddings=False,
     )
     layers = target.num_hidden_layers
@@ -254,7 +256,7 @@ def held_bytes(setting: Setting) -> float:
     """Returns the bytes of parameters and caches on one device, without those of intermediate values."""
 
     def cache(config: DecoderConfig, mesh: PlannedMesh) -> float:
-        return setting.rows * setting.slots * token_bytes(Model(config), mesh)
+        return cache_bytes(Model(config), setting.rows, setting.slots, mesh)
 
     total = weights(setting.planned, setting.mesh).held + cache(setting.target, setting.mesh)
     if setting.drafter == "model":

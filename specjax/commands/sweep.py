@@ -12,7 +12,7 @@ from jax.experimental.compilation_cache import compilation_cache
 import specjax
 from specjax.commands import machine, measure, models
 from specjax.commands.console import print_table
-from specjax.planning import Mesh, Model, Pass, forward, seconds, token_bytes
+from specjax.planning import Mesh, Model, Pass, cache_bytes, forward, seconds
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SPEEDS = (
@@ -69,7 +69,7 @@ def fits(args: argparse.Namespace, batch: int, context: int) -> bool:
     """Returns whether the caches of a row of the table fit into free memory, with a note if they do not."""
     # Three states are kept, and one more runs.
     model = Model(args.config, cache=_dtype())
-    needed = 4 * batch * _slots(args, context) * token_bytes(model)
+    needed = 4 * cache_bytes(model, batch, _slots(args, context))
     free = machine.free_bytes()
     if needed > free:
         print(f"batch {batch}, context {context}: left out, caches need {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB\n")

@@ -32,7 +32,13 @@ NO_EFFECT = frozenset(
         *("summary_first_dropout", "summary_last_dropout", "n_ctx", "n_special", "predict_special_tokens"),
         "reorder_and_upcast_attn",
         # Draft heads in the model's folder: hf/mtp.py and hf/medusa.py read these keys.
-        *("num_mtp_layers", "num_nextn_predict_layers", "medusa_num_heads", "medusa_num_layers"),
+        *(
+            "num_mtp_layers",
+            "num_nextn_predict_layers",
+            "mtp_num_hidden_layers",
+            "medusa_num_heads",
+            "medusa_num_layers",
+        ),
         # Defaults of generation, which transformers 4 wrote into config.json.
         *("max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"),
         *("epsilon_cutoff", "eta_cutoff", "repetition_penalty", "encoder_repetition_penalty", "num_return_sequences"),

@@ -7,33 +7,20 @@ families do the same. MiMo and Qwen3-Next have their own names, and speculators 
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from specjax.checks import check_integer
-from specjax.hf.class_keys import NO_EFFECT
-from specjax.hf.config import decoder_config, unknown_keys
+from specjax.hf.config import decoder_config
 from specjax.hf.eagle import SPECULATORS_KEYS
 from specjax.hf.families import ALIASES, FAMILIES
-from specjax.hf.families.qwen import QWEN3_MOE, SHARED_EXPERT
-from specjax.hf.families.shared import (
-    partly_rotary_layers,
-    take_activation,
-    take_num_experts,
-    take_sizes,
-    with_experts,
-)
 from specjax.hf.keys import Keys, warn_unknown
 from specjax.hf.names import LINEAR, SAME, Layout, Table, sources_of
 from specjax.hf.safetensors import Tensor, TensorSpec
 from specjax.hf.weights import check_tensors, parameters_of, plain_tensors, tensors_of
-from specjax.transformer.config import MAX_HEAD, MAX_LAYERS, DecoderConfig, ExpertsConfig
+from specjax.transformer.config import MAX_LAYERS, DecoderConfig
 
 _LAYER = "model.layers.{i}."  # starts the name of a layer's tensor in the families' tables
-
-# Layers of families whose models specjax does not compute, but whose modules it does.
-_QWEN3_NEXT: Table = {**QWEN3_MOE, **SHARED_EXPERT}
-_OTHER_TABLES: Mapping[str, Table] = {"mimo": FAMILIES["qwen2"].names, "qwen3_next": _QWEN3_NEXT}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +79,14 @@ _FUSED = {
     "down_proj": ("mlp.experts.down_proj", LINEAR),
 }
 _DEEPSEEK = _Naming(_LAYER, _LAYER, ("enorm", "hnorm"), "eh_proj", "shared_head.norm", after_layers=True)
+_QWEN3_NEXT = _Naming(
+    layer="mtp.layers.{i}.",
+    parts="mtp.",
+    norms=("pre_fc_norm_embedding", "pre_fc_norm_hidden"),
+    projection="fc",
+    last_norm="norm",
+    most=1,
+)
 _NAMINGS = {
     "mimo": _Naming(
         layer="model.mtp_layers.{i}.",
@@ -101,14 +96,9 @@ _NAMINGS = {
         last_norm="final_layernorm",
         hidden_first=True,
     ),
-    "qwen3_next": _Naming(
-        layer="mtp.layers.{i}.",
-        parts="mtp.",
-        norms=("pre_fc_norm_embedding", "pre_fc_norm_hidden"),
-        projection="fc",
-        last_norm="norm",
-        most=1,
-    ),
+    "qwen3_next": _QWEN3_NEXT,
+    "qwen3_5_text": _QWEN3_NEXT,
+    "qwen3_5_moe_text": _QWEN3_NEXT,
 }
 
 _SPECULATORS = _Naming(
@@ -177,18 +167,21 @@ def mtp_layout(raw: Mapping[str, Any]) -> MTPLayout:
     if naming is None:
         naming = _NAMINGS.get(kind, _DEEPSEEK) if isinstance(kind, str) else _DEEPSEEK
     config = _read_config(kind, raw)
-    layers = _OTHER_TABLES.get(kind) or FAMILIES[kind].names
+    layers = FAMILIES["qwen2" if kind == "mimo" else kind].names
     if not any(theirs.startswith(_LAYER) for theirs, _ in layers.values()):
         raise ValueError(f"model_type {kind!r} has no MTP layout; its layers are not named {_LAYER}*")
     # 2. How many modules there are. Qwen3-Next's configs do not say; published folders have one.
     count = _num_modules(outer, 1 if kind == "qwen3_next" or naming is _SPECULATORS else 0)
     if naming.most is not None and count > naming.most:
         raise ValueError(f"there are {count} MTP modules; with model_type {kind!r} at most {naming.most} can be read")
-    # 3. Each module has a layer like the last one, so that the decoder's own code computes it.
-    last = dataclasses.replace(config.each_layer[-1], experts=config.experts is not None)
+    # 3. Each module has a layer like the last one with attention, so that the decoder's own code computes it.
+    attending = [layer for layer in config.each_layer if not layer.recurrent]
+    if not attending:
+        raise ValueError("the config has no layer with attention, which MTP modules have; give its layer_types")
+    last = dataclasses.replace(attending[-1], experts=config.experts is not None)
     prefix = re.escape(naming.parts).replace(re.escape("{i}"), r"(\d+)")
     return MTPLayout(
-        decoder=dataclasses.replace(config, num_hidden_layers=count, layers=(last,) * count),
+        decoder=dataclasses.replace(config, num_hidden_layers=count, layers=(last,) * count, recurrence=None),
         num_hidden_layers=config.num_hidden_layers,
         hidden_first=naming.hidden_first,
         first=config.num_hidden_layers if naming.after_layers else 0,
@@ -212,9 +205,12 @@ def _target_in_speculators(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     return target
 
 
+_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+
+
 def _num_modules(raw: Mapping[str, Any], default: int) -> int:
-    """Returns the number of modules, at least 1, which either of two keys may hold."""
-    given = {key: raw[key] for key in ("num_nextn_predict_layers", "num_mtp_layers") if raw.get(key) is not None}
+    """Returns the number of modules, at least 1, which any of these keys may hold."""
+    given = {key: raw[key] for key in _COUNTS if raw.get(key) is not None}
     if len(set(map(repr, given.values()))) > 1:
         raise ValueError(f"config.json has {given}; give one of them")
     for key, value in given.items():
@@ -268,51 +264,10 @@ def _read_config(kind: Any, raw: Mapping[str, Any]) -> DecoderConfig:
             raise ValueError(f"attention_bias is {raw['attention_bias']!r}; MiMo's layers have biases")
         own = ("architectures", "attention_bias", "auto_map")
         return decoder_config({key: raw[key] for key in raw if key not in own} | {"model_type": "qwen2"})
-    if not isinstance(kind, str) or kind not in _READERS:
-        return decoder_config(raw)
-    keys = Keys(raw, "config.json")
-    keys.ignore("architectures", "auto_map", "quantization_config", *NO_EFFECT)
-    config = _READERS[kind](keys)
-    warn_unknown("config.json", unknown_keys(keys, kind))
-    return config
+    return decoder_config(raw)
 
 
 def _is_modules(key: str) -> bool:
     """Returns whether a key describes the modules and not the target."""
-    return key == "chain_hidden_post_norm" or (key.startswith("mtp_") and key != "mtp_layer_types")
-
-
-def _qwen3_next(keys: Keys) -> DecoderConfig:
-    """Reads the layers of full attention. The target's other layers, of linear attention, are not in the modules."""
-    # 1. Sizes. Keys of linear attention, and of which layers have it, are not needed.
-    sizes = take_sizes(keys, max_position_embeddings=32768, num_key_value_heads=2)
-    head_dim = keys.integer("head_dim", 256, most=MAX_HEAD)
-    keys.only("decoder_sparse_step", 1)
-    keys.only("mlp_only_layers", [], None)
-    keys.ignore("layer_types", "full_attention_interval", "linear_conv_kernel_dim", "mtp_layer_types")
-    keys.ignore(*(f"linear_{what}" for what in ("key_head_dim", "value_head_dim", "num_key_heads", "num_value_heads")))
-    # 2. Experts, with a shared one whose share is gated.
-    experts = ExpertsConfig(
-        num_experts=take_num_experts(keys, "num_experts", 512),
-        per_token=keys.integer("num_experts_per_tok", 10),
-        intermediate_size=keys.integer("moe_intermediate_size", 512),
-        renormalize=keys.flag("norm_topk_prob", True),
-        shared_size=keys.integer("shared_expert_intermediate_size", 512),
-        shared_gate=True,
-    )
-    # 3. Attention, which rotates a quarter of each head unless the config says otherwise.
-    bias = keys.flag("attention_bias", False)
-    layers = partly_rotary_layers(keys, sizes, head_dim, 0.25)
-    return DecoderConfig(
-        **with_experts(layers, [True] * sizes["num_hidden_layers"]),
-        norm="rms_one_plus",
-        activation=take_activation(keys, "hidden_act", "silu"),
-        attention_bias=bias,
-        output_bias=bias,
-        output_gate=True,
-        query_key_norm=True,
-        experts=experts,
-    )
-
-
-_READERS: dict[str, Callable[[Keys], DecoderConfig]] = {"qwen3_next": _qwen3_next}
+    known = ("mtp_layer_types", "mtp_num_hidden_layers")
+    return key == "chain_hidden_post_norm" or (key.startswith("mtp_") and key not in known)

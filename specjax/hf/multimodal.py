@@ -70,6 +70,8 @@ MULTIMODAL: Mapping[str, Multimodal] = {
         "Qwen3VLForConditionalGeneration",
         {"qwen3_vl_text": _QWEN3_VL},
     ),
+    "qwen3_5": Multimodal("Qwen3_5ForConditionalGeneration", {"qwen3_5_text": Text("qwen3_5_text")}),
+    "qwen3_5_moe": Multimodal("Qwen3_5MoeForConditionalGeneration", {"qwen3_5_moe_text": Text("qwen3_5_moe_text")}),
 }
 
 # Keys next to the text part that do not change it: of images, video and sound, and of the tokens that stand for them.

@@ -31,18 +31,25 @@ class Layout:
       transpose: whether the last two axes change places.
       by_head: whether the tensor's first axis holds the parts of each attention head in turn. The parameter then has
         an axis for the heads.
+      by_key_head: the same for the key heads of a recurrence. The parameter has no such axis: the parts of all heads
+        follow each other.
+      middle: whether the tensor has a middle axis of size 1, which the parameter lacks.
     """
 
     axis: int = 0
     stride: int = 1
     transpose: bool = False
     by_head: bool = False
+    by_key_head: bool = False
+    middle: bool = False
 
 
 SAME = Layout()
 LINEAR = Layout(transpose=True)  # [out, in] -> [in, out]
 CONV1D = Layout(axis=1)  # [in, out], as GPT-2 stores kernels
 HEADS = Layout(axis=1, by_head=True)  # [heads * width, in] -> [heads, part of width, in]
+BY_KEY_HEAD = Layout(transpose=True, by_key_head=True)  # [key heads * width, in] -> [in, key heads * part of width]
+CONVOLUTION = Layout(transpose=True, middle=True)  # [channels, 1, taps] -> [taps, part of channels]
 
 Table = Mapping[str, tuple[str, Layout]]
 
@@ -116,6 +123,8 @@ def why_left_out(name: str, config: DecoderConfig, next_tokens: Any) -> str | No
     shared = re.match(r"model\.layers\.(\d+)\.self_attn\.[kv]_(proj|norm)\.", name)
     if shared and any(layer.shares is not None for layer in config.each_layer[int(shared[1]) :][:1]):
         return "keys and values of a layer that shares an earlier layer's"
+    if name.startswith("mtp."):
+        return "a multi-token prediction layer, no part of the decoder"
     if name.startswith("medusa_head."):
         return "a Medusa head, no part of the decoder"
     layer = re.match(r"model\.layers\.(\d+)\.", name)
@@ -140,7 +149,8 @@ class Piece:
       expert: index on the parameter's first axis, or None for the whole parameter.
       shape: shape of the parameter, or of one expert.
       layout: how the tensor's array becomes the parameter's array.
-      start: first entry of the part on the tensor's split axis.
+      start: first entry of the part on the tensor's split axis; of a layout by key heads, in the part of each of them.
+      key_heads: of the recurrence, for layouts by key heads.
     """
 
     parameter: ParameterPath
@@ -148,6 +158,7 @@ class Piece:
     shape: tuple[int, ...]
     layout: Layout
     start: int
+    key_heads: int = 1
 
     @property
     def view_shape(self) -> tuple[int, ...]:
@@ -156,17 +167,35 @@ class Piece:
 
     @property
     def end(self) -> int:
-        """The entry where the next part starts on the tensor's split axis."""
-        return self.start + (self.view_shape[self.layout.axis] if self.layout.stride == 1 else 1)
+        """The entry where the next part starts on the tensor's split axis; as for ``start``."""
+        if self.layout.stride > 1:
+            return self.start + 1
+        size = self.view_shape[self.layout.axis]
+        return self.start + (size // self.key_heads if self.layout.by_key_head else size)
 
     def of(self, tensor: np.ndarray) -> np.ndarray:
-        """Returns this part of a tensor's array, as a view in the parameter's layout."""
-        if self.layout.by_head:
-            tensor = tensor.reshape(self.shape[0], -1, tensor.shape[-1])
-        axis, stride = self.layout.axis, self.layout.stride
-        taken = slice(self.start, self.end) if stride == 1 else slice(self.start, None, stride)
-        part = tensor[(slice(None),) * axis + (taken,)]
+        """Returns this part of a tensor's array in the parameter's layout: a view, or a copy if it is by key heads."""
+        part = self._part(tensor)
+        if self.layout.by_key_head:
+            part = part.reshape(self.view_shape)
         return part.swapaxes(-1, -2) if self.layout.transpose else part
+
+    def put(self, tensor: np.ndarray, array: np.ndarray) -> None:
+        """Writes the parameter's array into its part of a tensor's array."""
+        part = self._part(tensor)
+        part[...] = (array.swapaxes(-1, -2) if self.layout.transpose else array).reshape(part.shape)
+
+    def _part(self, tensor: np.ndarray) -> np.ndarray:
+        """Returns a view of the part, with an axis for heads if the tensor is by heads."""
+        layout, axis = self.layout, self.layout.axis
+        if layout.by_head:
+            tensor = tensor.reshape(self.shape[0], -1, tensor.shape[-1])
+        elif layout.by_key_head:
+            tensor, axis = tensor.reshape(self.key_heads, -1, tensor.shape[-1]), 1
+        elif layout.middle:
+            tensor = tensor.reshape(tensor.shape[0], tensor.shape[-1])
+        taken = slice(self.start, self.end) if layout.stride == 1 else slice(self.start, None, layout.stride)
+        return tensor[(slice(None),) * axis + (taken,)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,10 +218,14 @@ class Source:
             end = layout.stride * view[layout.axis]
         if layout.by_head:
             return view[0] * end, view[2]
+        if layout.by_key_head:
+            return self.pieces[0].key_heads * end, view[1]
+        if layout.middle:
+            return end, 1, view[1]
         return (*view[: layout.axis], end, *view[layout.axis + 1 :])
 
 
-def sources_of(table: Table, params: Any, first: int = 0) -> dict[str, Source]:
+def sources_of(table: Table, params: Any, first: int = 0, key_heads: int = 1) -> dict[str, Source]:
     """Returns the tensors that hold parameters, by their names in a table.
 
     Args:
@@ -200,6 +233,7 @@ def sources_of(table: Table, params: Any, first: int = 0) -> dict[str, Source]:
       params: nested dicts of leaves with a shape.
       first: added to the number in a parameter's path. Example: MTP module 0 after 61 layers, whose paths start with
         0, is in tensors ``model.layers.61.*``, so ``first`` is 61.
+      key_heads: of the recurrence, if the model has one.
     """
     # In the table's order, in which the parts of one tensor follow each other.
     order = {row: place for place, row in enumerate(table)}
@@ -212,7 +246,8 @@ def sources_of(table: Table, params: Any, first: int = 0) -> dict[str, Source]:
         for expert in range(shape[0]) if stacked else (None,):
             name = row.format(i=number, e=expert)
             before = found[name].pieces if name in found else ()
-            piece = Piece(path, expert, shape[1:] if stacked else shape, layout, before[-1].end if before else 0)
+            start = before[-1].end if before else 0
+            piece = Piece(path, expert, shape[1:] if stacked else shape, layout, start, key_heads)
             found[name] = Source(row, (*before, piece))
     return found
 

@@ -307,8 +307,9 @@ def _parameter(parts: list[tuple[Readable, Piece]]) -> Parameter:
 
 def _copy(tensor: Readable, piece: Piece, index: tuple[slice, ...], out: np.ndarray) -> None:
     """Copies the part of a piece that ``index`` selects into an array; of a computed tensor, a block at a time."""
-    # 1. Stored tensors are mapped, so only what is copied is read. Parts by attention heads mix rows.
-    if isinstance(tensor, Tensor) or piece.layout.by_head:
+    # 1. Stored tensors are mapped, so only what is copied is read. Parts by heads mix rows.
+    layout = piece.layout
+    if isinstance(tensor, Tensor) or layout.by_head or layout.by_key_head or layout.middle:
         np.copyto(out, piece.of(tensor.read())[index], casting="same_kind")
         return
     # 2. A row of the tensor is an entry along this axis of the parameter.
@@ -368,5 +369,5 @@ def _tensor(source: Source, held: list[Any], dtype: jnp.dtype) -> np.ndarray:
     """Returns a tensor's array. ``held`` has the parameter of each of its pieces."""
     out = np.empty(source.shape, dtype)
     for array, piece in zip(held, source.pieces, strict=True):
-        piece.of(out)[...] = np.asarray(array if piece.expert is None else array[piece.expert])
+        piece.put(out, np.asarray(array if piece.expert is None else array[piece.expert]))
     return out

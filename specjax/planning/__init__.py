@@ -13,6 +13,7 @@ from specjax.planning.roofline import Pass as Pass
 from specjax.planning.roofline import Seconds as Seconds
 from specjax.planning.roofline import Weights as Weights
 from specjax.planning.roofline import all_reduce_seconds as all_reduce_seconds
+from specjax.planning.roofline import cache_bytes as cache_bytes
 from specjax.planning.roofline import check_mesh as check_mesh
 from specjax.planning.roofline import choosing as choosing
 from specjax.planning.roofline import forward as forward

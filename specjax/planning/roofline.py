@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from specjax.planning.hardware import Hardware
 from specjax.transformer import DecoderConfig, LayerConfig
+from specjax.transformer.config import DeltaConfig
 from specjax.transformer.decoder import abstract_params
 
 # int4: half a byte, and a float32 scale for each 128 (``specjax.quantized``).
@@ -63,6 +64,10 @@ def check_mesh(config: DecoderConfig, mesh: Mesh) -> None:
             "an expert's width": experts.intermediate_size,
             "the shared experts' width": experts.shared_size,
         }
+    if config.recurrence:
+        keys, _, sharing, _ = config.recurrence.state_shape
+        delta = isinstance(config.recurrence, DeltaConfig)
+        widths["the recurrence's heads"] = keys if delta else keys * sharing
     for name, width in widths.items():
         if width % mesh.tensor:
             raise ValueError(f"tensor={mesh.tensor} does not divide {name} {width}; choose a divisor")
@@ -96,12 +101,14 @@ class Weights(NamedTuple):
 # Names of the matrices that are split over tensor: by attention heads, by MLP width or vocabulary.
 _HEADS = {"q_proj", "q_b_proj", "o_proj", "k_up", "v_up"}
 _WIDTHS = {"gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"}
+_RECURRENCE = {"v_proj", "gate_proj", "step_proj", "rate_proj", "o_proj", "v_conv"}
 
 
 @functools.cache
 def weights(model: Model, mesh: Mesh = Mesh()) -> Weights:
     """Counts one device's part of the parameters that ``abstract_params`` declares."""
     config = model.config
+    recurrence = _RECURRENCE | ({"q_proj", "k_proj"} if _splits_keys(config, mesh) else set())
     leaves, _ = jax.tree_util.tree_flatten_with_path(abstract_params(config, jnp.dtype("bfloat16")))
     looked_up, dense, stacks, products = 0.0, 0.0, 0.0, 0.0
     for path, leaf in leaves:
@@ -109,6 +116,7 @@ def weights(model: Model, mesh: Mesh = Mesh()) -> Weights:
         split = _HEADS | _WIDTHS
         if names[0] == "layers" and _splits_kv(config, config.each_layer[int(names[1])], mesh):
             split = split | {"k_proj", "v_proj"}
+        split = recurrence if "recurrence" in names else split
         # Vectors, such as biases and norms, are small: they count as whole.
         size = leaf.size / (mesh.tensor if leaf.ndim > 1 and not split.isdisjoint(names) else 1)
         # A few parameters stay float32. Tables of embeddings are int8 where kernels are int4.
@@ -140,9 +148,33 @@ def _splits_kv(config: DecoderConfig, layer: LayerConfig, mesh: Mesh) -> bool:
     return config.latent is None and config.kv_heads_of(layer) % mesh.tensor == 0
 
 
+def _splits_keys(config: DecoderConfig, mesh: Mesh) -> bool:
+    """Returns whether the keys of a recurrence are split. Those that do not divide are copied to each device."""
+    return config.recurrence is not None and config.recurrence.state_shape[0] % mesh.tensor == 0
+
+
+def cache_bytes(model: Model, rows: float, slots: int, mesh: Mesh = Mesh()) -> float:
+    """Returns the bytes on one device of a cache of ``rows`` rows: ``slots`` tokens in each, and states."""
+    return rows * (slots * token_bytes(model, mesh) + state_bytes(model, mesh))
+
+
+def state_bytes(model: Model, mesh: Mesh = Mesh()) -> float:
+    """Returns the bytes of a row's states in all recurrent layers, on one device. States are float32.
+
+    The last inputs of the convolutions are left out: they are less than a hundredth of it.
+    """
+    config = model.config
+    entries = math.prod(config.recurrence.state_shape) if config.recurrence else 0
+    return 4 * entries / mesh.tensor * sum(layer.recurrent for layer in config.each_layer)
+
+
 def token_bytes(model: Model, mesh: Mesh = Mesh()) -> float:
     """Returns the bytes per token of the caches of all layers on one device."""
-    return sum(_layer_bytes(model, layer, mesh) for layer in model.config.each_layer if layer.shares is None)
+    return sum(
+        _layer_bytes(model, layer, mesh)
+        for layer in model.config.each_layer
+        if not layer.recurrent and layer.shares is None
+    )
 
 
 def _layer_bytes(model: Model, layer: LayerConfig, mesh: Mesh) -> float:
@@ -229,10 +261,17 @@ def forward(
     # projections are absorbed: scores are as wide as a cache entry, values as wide as the latent.
     heads, latent = config.num_attention_heads / mesh.tensor, config.latent
     for layer in config.each_layer:
+        if layer.recurrent:
+            continue
         entries = 2 * latent.key_value_rank + latent.rotary_width if latent else 2 * config.head_width_of(layer)
         seen = min(context + tokens, layer.reach or math.inf)
         read += rows * seen * _layer_bytes(model, layer, mesh)
         flops += 2 * fed * heads * entries * seen
+    # States are read by the pass and, when it is known which places stay, once more. Each token multiplies each entry
+    # with its query, its key and what it writes.
+    states = state_bytes(model, mesh)
+    read += rows * 2 * states
+    flops += 2 * fed * 3 * states / 4
     return Pass(read, flops, _messages(model, mesh, fed) + chosen)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from specjax.planning.hardware import Hardware
-from specjax.planning.roofline import Mesh, Model, Pass, Seconds, choosing, forward, seconds, token_bytes, weights
+from specjax.planning.roofline import Mesh, Model, Pass, Seconds, cache_bytes, choosing, forward, seconds, weights
 
 RESERVE = 0.1  # share of a device's memory for activations, the compiled program and the runtime
 VERIFY = 3  # all-reduces of the rule `block`; without drafts, 1
@@ -69,7 +69,7 @@ def memory(setting: Setting, num_draft: int) -> Memory:
     slots = 1 << (setting.context + num_draft).bit_length()
 
     def cache(model: Model, mesh: Mesh) -> float:
-        return setting.rows * slots * token_bytes(model, mesh)
+        return cache_bytes(model, setting.rows, slots, mesh)
 
     draft = 0.0
     if isinstance(setting.draft, Model):

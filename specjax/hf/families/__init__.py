@@ -16,6 +16,7 @@ from specjax.hf.families import (
     olmo,
     phi,
     qwen,
+    qwen_next,
 )
 from specjax.hf.families.shared import Family as Family
 from specjax.hf.families.shared import Renamed
@@ -25,7 +26,22 @@ from specjax.transformer.decoder import abstract_params
 
 FAMILIES: Mapping[str, Family] = {
     kind: family
-    for module in (cohere, deepseek, gemma, gemma4, glm, gpt2, gpt_oss, llama, llama4, mixtral, olmo, phi, qwen)
+    for module in (
+        cohere,
+        deepseek,
+        gemma,
+        gemma4,
+        glm,
+        gpt2,
+        gpt_oss,
+        llama,
+        llama4,
+        mixtral,
+        olmo,
+        phi,
+        qwen,
+        qwen_next,
+    )
     for kind, family in module.FAMILIES.items()
 }
 
@@ -60,4 +76,5 @@ def table_names(model_type: str, names: Iterable[str]) -> dict[str, str]:
 
 def sources(model_type: str, config: DecoderConfig) -> dict[str, Source]:
     """Returns the tensors of a model, by their names in the family's table."""
-    return sources_of(FAMILIES[model_type].names, abstract_params(config))
+    key_heads = config.recurrence.state_shape[0] if config.recurrence else 1
+    return sources_of(FAMILIES[model_type].names, abstract_params(config), key_heads=key_heads)

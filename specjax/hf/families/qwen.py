@@ -71,7 +71,7 @@ def _qwen3(keys: Keys) -> DecoderConfig:
     return _qwen(keys, sizes, head_dim, bias, output_bias=bias, query_key_norm=True)
 
 
-def _sparse_layers(keys: Keys, sizes: dict[str, Any]) -> list[bool]:
+def take_sparse_layers(keys: Keys, sizes: dict[str, Any]) -> list[bool]:
     """Takes which layers have experts: every ``decoder_sparse_step``-th, but for those that are listed as dense."""
     step, dense = keys.integer("decoder_sparse_step", 1), keys.take("mlp_only_layers", None)
     dense = [] if dense is None else dense
@@ -104,7 +104,7 @@ def _qwen2_moe(keys: Keys) -> DecoderConfig:
     layers = sizes | {"head_dim": head_dim}
     layers |= layers_of(sizes, head_dim, take_rope(keys), kinds, window if sliding and window else None)
     return DecoderConfig(
-        **with_experts(layers, _sparse_layers(keys, sizes)),
+        **with_experts(layers, take_sparse_layers(keys, sizes)),
         activation=take_activation(keys, "hidden_act", "silu"),
         attention_bias=keys.flag("qkv_bias", True),
         experts=experts,
@@ -127,7 +127,7 @@ def _qwen3_moe(keys: Keys) -> DecoderConfig:
     )
     layers = uniform_layers(keys, sizes, head_dim, window)
     return DecoderConfig(
-        **with_experts(layers, _sparse_layers(keys, sizes)),
+        **with_experts(layers, take_sparse_layers(keys, sizes)),
         activation=take_activation(keys, "hidden_act", "silu"),
         attention_bias=bias,
         output_bias=bias,

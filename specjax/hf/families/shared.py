@@ -66,7 +66,7 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
 }
-FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
+FULL_ATTENTION, SLIDING_ATTENTION, LINEAR_ATTENTION = "full_attention", "sliding_attention", "linear_attention"
 
 
 def take_sizes(keys: Keys, norm_eps: str = "rms_norm_eps", /, **defaults: Any) -> dict[str, Any]:
