@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from specjax.hf.config import read_config
+from specjax.transformer import DecoderConfig
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "specjax" / "planning" / "configs"
@@ -416,3 +417,21 @@ def test_the_mesh_that_would_do_does(plan, capsys):
     assert err.endswith(": tensor=4 would do\n")
     assert plan.main([*arguments, "--mesh", "tensor=4"]) == 0
     assert plan.main([*arguments, "--mesh", "tensor=2"]) == 2
+
+
+def test_joint_norms_sum_squares_over_tensor(roofline):
+    """Two all-reduces a layer, of a float32 for each token: one for queries, one for keys."""
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
+    plain = DecoderConfig(**sizes, query_key_norm=True)
+    joint = dataclasses.replace(plain, joint_query_key_norm=True)
+    one, other = (
+        roofline.forward(roofline.Model(config), roofline.Mesh(tensor=2), 1, 5, 10) for config in (plain, joint)
+    )
+    assert other.collectives - one.collectives == 2 * 3
+    assert other.sent - one.sent == 2 * (2 - 1) / 2 * 4 * 5 * 6

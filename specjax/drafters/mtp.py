@@ -17,7 +17,7 @@ from specjax.drafters.chain import Chain, place, text_at
 from specjax.transformer.config import DecoderConfig, LayerConfig
 from specjax.transformer.decoder import DecoderLayer, empty_cache
 from specjax.transformer.functional import Functional
-from specjax.transformer.layers import Embedding, Linear, make_norm, rotary_tables, softcap
+from specjax.transformer.layers import Embedding, Linear, make_norm, rotary_tables, scaled, softcap
 from specjax.types import Cache, Context, Draw, Event, Feed, LanguageModel, Proposal
 
 
@@ -119,7 +119,8 @@ class MTPModule(nnx.Module):
             assert target.unembed is not None
             return target.unembed(target.params, states_bd[:, None])[:, 0]
         states_bd = states_bd.astype(self.lm_head.kernel[...].dtype)
-        return softcap(self.lm_head.logits(states_bd), self.config.decoder.logit_softcap)
+        decoder = self.config.decoder
+        return softcap(scaled(self.lm_head.logits(states_bd), decoder.logit_scale), decoder.logit_softcap)
 
 
 def _check_fit(config: MTPConfig, target: LanguageModel, width: int) -> None:

@@ -285,8 +285,11 @@ def _messages(model: Model, mesh: Mesh, fed: float) -> tuple[Messages, ...]:
     beside = mixed if config.experts and config.experts.beside else 0
     over_tensor = 1 + config.num_hidden_layers + (config.num_hidden_layers - mixed) + shared + beside
     over_tensor += 1 if config.per_layer else 0  # its table is split like that of the embedding
+    # Joint norms sum the squares of all heads' queries, and those of all keys.
+    joint = 2 * config.num_hidden_layers if config.joint_query_key_norm else 0
     messages = (
         Messages(over_tensor, mesh.tensor, size),
+        Messages(joint, mesh.tensor, 4 * fed),
         Messages(mixed, mesh.tensor * mesh.expert, size),
     )
     return tuple(message for message in messages if message.devices > 1 and message.number)
