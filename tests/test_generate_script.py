@@ -583,7 +583,10 @@ ERRORS = {
     "draft of an unknown kind of tokenizer": (["--drafter", "model:{pair}/words"], "of an unknown kind"),
     "draft without a token in common": (["--drafter", "model:{pair}/foreign"], "no token of the target's vocabulary"),
     "missing draft": (["--drafter", "model:{pair}/absent"], "absent is not a folder"),
-    "unknown drafter": (["--drafter", "eagle"], "'eagle'; give model:DIR, eagle:DIR, mtp:DIR, medusa:DIR, ngram"),
+    "unknown drafter": (
+        ["--drafter", "eagle"],
+        "'eagle'; give model:DIR, eagle:DIR, mtp:DIR, medusa:DIR, assistant:DIR, ngram",
+    ),
     "early exit without a number": (["--drafter", "early-exit:x"], "'early-exit:x'; give model:DIR"),
     "early exit too deep": (["--drafter", "early-exit:9"], "depth is 9 and the target has 1 layers"),
     "cascade of one": (["--drafter", "cascade:ngram"], "'cascade:ngram'; give model:DIR"),
@@ -591,7 +594,7 @@ ERRORS = {
     "heads that are none": (["--drafter", "medusa:{pair}/empty"], "config.json does not exist"),
     "drafter without folder": (
         ["--drafter", "model:"],
-        "'model:'; give model:DIR, eagle:DIR, mtp:DIR, medusa:DIR, ngram",
+        "'model:'; give model:DIR, eagle:DIR, mtp:DIR, medusa:DIR, assistant:DIR, ngram",
     ),
     "unknown rule": (["--verify", "tree"], "invalid choice: 'tree'"),
     "no drafts": (["--num-draft", "0"], "num_draft must be an integer of at least 1, got 0"),
