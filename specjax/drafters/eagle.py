@@ -235,14 +235,7 @@ class _BareLayer(DecoderLayer):
 
     def __init__(self, config: DecoderConfig, layer: LayerConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         super().__init__(config, layer, dtype, rngs)
-        del self.input_layernorm
-
-    def __call__(
-        self, x_btd: Array, feed: Feed, tables: tuple[Array, Array] | None, stored: Stored | None
-    ) -> tuple[Array, Stored]:
-        y_btd, kept = self.self_attn(x_btd, feed, tables, stored)
-        x_btd = x_btd + y_btd
-        return x_btd + self.mlp(self.post_attention_layernorm(x_btd)), kept
+        self.input_layernorm = None
 
 
 class _FusingLayer(nnx.Module):

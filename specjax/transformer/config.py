@@ -181,7 +181,6 @@ class ExpertsConfig:
       score: how router logits become scores: "softmax", "sigmoid", or "sparsemixer" (Liu et al. 2024, 2409.12136).
         Sparsemixer chooses one expert after the other. An expert's weight is its softmax over those experts that were
         not chosen before it and have nearly its logit: ``(best - logit) / max(|logit|, best)`` is at most ``nearness``.
-      nearness: for "sparsemixer" only.
       renormalize: whether the chosen experts' scores are divided by their sum.
       scale: multiplies the chosen experts' weights.
       groups: experts are chosen within the best groups only (DeepSeek-V3, section 2.1.2); 1 for no groups.
@@ -199,13 +198,13 @@ class ExpertsConfig:
         added (Gemma 4). False: it takes the MLP's place.
       normed_router: whether the router norms its input and multiplies each entry by a parameter (Gemma 4).
       expert_scale: whether a parameter multiplies the weight of each expert (Gemma 4).
+      nearness: see "sparsemixer"; None with other scores.
     """
 
     num_experts: int
     per_token: int
     intermediate_size: int
     score: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
-    nearness: float | None = None
     renormalize: bool = True
     scale: float = 1.0
     groups: int = 1
@@ -221,6 +220,7 @@ class ExpertsConfig:
     beside: bool = False
     normed_router: bool = False
     expert_scale: bool = False
+    nearness: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
