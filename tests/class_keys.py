@@ -22,7 +22,8 @@ def class_keys(kind):
     fields = {field.name: field.default for field in dataclasses.fields(CONFIG_MAPPING[kind])}
     effective = FAMILIES[kind].effective if kind in FAMILIES else frozenset()
     left_out = {*NO_EFFECT, "is_encoder_decoder"} - effective
-    return {key: fields[key] for key in sorted(fields) if key not in left_out}
+    # As JSON has them: tuples become lists.
+    return json.loads(json.dumps({key: fields[key] for key in sorted(fields) if key not in left_out}))
 
 
 if __name__ == "__main__":

@@ -239,6 +239,7 @@ EXPERTS = {
         },
     ),
     "llama 4": ("Llama4Text", {**WIDE, **CHUNKS, **LLAMA3}),
+    "granite with experts, shared mlp": ("GraniteMoeShared", {**GRANITE, **MOE, "shared_intermediate_size": 28}),
     "glm-4.5": ("Glm4Moe", {**GROUPS, "head_dim": 12, "attention_bias": True, "use_qk_norm": True}),
 }
 DELTA = {
@@ -254,9 +255,33 @@ DELTA = {
 }
 SHARED_EXPERT = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 SHARED_EXPERT["shared_expert_intermediate_size"] = 11
+MAMBA = {
+    **GRANITE,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "shared_intermediate_size": 28,
+    "mamba_n_heads": 6,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 7,
+    "mamba_d_conv": 3,
+    "mamba_chunk_size": 8,
+}
 HYBRID = {
     "qwen3-next": ("Qwen3Next", {**DELTA, **SHARED_EXPERT, "mlp_only_layers": [1], "attention_bias": True}),
     "qwen3.5": ("Qwen3_5Text", {**DELTA, **rope("default", mrope_section=[1, 0, 0])}),
     "qwen3.5 with experts": ("Qwen3_5MoeText", {**DELTA, **SHARED_EXPERT}),
+    "granite 4": ("GraniteMoeHybrid", {**MAMBA, **TIED, "num_local_experts": 0, "mamba_proj_bias": True}),
+    "granite 4 with experts, rope": (
+        "GraniteMoeHybrid",
+        {
+            **MAMBA,
+            **MOE,
+            "position_embedding_type": "rope",
+            "mamba_n_groups": 1,
+            "mamba_conv_bias": False,
+            "attention_bias": True,
+        },
+    ),
 }
 CASES = DENSE | EXPERTS | HYBRID

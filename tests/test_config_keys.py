@@ -69,6 +69,11 @@ for _kind in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"):
     SMALL[_kind] |= {**DELTA, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}
 for _kind in ("qwen3_next", "qwen3_5_moe_text"):
     SMALL[_kind] |= {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 8}
+for _kind in ("granitemoe", "granitemoeshared", "granitemoehybrid"):
+    SMALL[_kind] |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+for _kind in ("granitemoeshared", "granitemoehybrid"):
+    SMALL[_kind] |= {"shared_intermediate_size": 8}
+SMALL["granitemoehybrid"] |= {"layer_types": ["mamba", "attention"], "mamba_n_heads": 4, "mamba_d_state": 4}
 families = pytest.mark.parametrize("kind", FAMILIES)
 
 
@@ -159,6 +164,7 @@ FOLLOWS = {
     "deepseek_v2": {"head_dim"},
     "deepseek_v3": {"head_dim", "qk_head_dim"},
     "gpt_oss": {"hidden_act"},
+    "granitemoehybrid": {"mamba_chunk_size"},
 }
 NO_CLASS_OF_TEXT = r"Vision|Audio|Multimodal|ConditionalGeneration|(Gemma4(Unified)?|Qwen3_5(Moe)?)Model$"
 
@@ -313,6 +319,9 @@ def test_a_key_of_the_class_that_no_reader_took_must_have_its_default(monkeypatc
         ("phi3", {"attention_bias": None, "mlp_bias": None, "lm_head_bias": None, "full_attn_mod": None}),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": None, "n_inner": None}),
         ("deepseek_v3", {"scoring_func": None, "topk_method": None, "moe_layer_freq": None}),
+        ("granitemoehybrid", {"layer_types": ["linear_attention", "full_attention"], "mamba_d_head": 8}),
+        ("granitemoehybrid", {"layers_block_type": ["mamba", "attention"], "position_embedding_type": "nope"}),
+        ("granitemoehybrid", {"time_step_limit": [0.0, {"__float__": "Infinity"}]}),
     ],
     ids=str,
 )
@@ -339,6 +348,13 @@ def test_null_is_false_where_transformers_reads_it_so(key):
         ("mixtral", {"num_experts": 8}),
         ("qwen2", {"use_mrope": True}),
         ("gemma3", {"text_config": {**SMALL["gemma3_text"], "is_causal": False}}),
+        ("granitemoehybrid", {"time_step_limit": [0.0, 0.1]}),
+        ("granitemoehybrid", {"layers_block_type": ["attention", "mamba"]}),
+        ("granitemoehybrid", {"layer_types": ["mamba", "sliding_attention"]}),
+        ("granitemoehybrid", {"mamba_n_heads": 3}),
+        ("granitemoehybrid", {"mamba_d_head": 4}),
+        ("granitemoehybrid", {"mamba_d_head": "8"}),
+        ("granitemoehybrid", {"position_embedding_type": "alibi"}),
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""Llama, and families that differ from it in few keys: Mistral, Ministral, SmolLM3, Granite."""
+"""Llama, and families that differ from it in few keys: Mistral, Ministral, SmolLM3."""
 
 import dataclasses
 from typing import Any
@@ -105,20 +105,7 @@ def _smollm3(keys: Keys) -> DecoderConfig:
     return _biased(keys, {**sizes, "head_dim": head_dim, **without_positions(layers, bare)})
 
 
-def _granite(keys: Keys) -> DecoderConfig:
-    sizes = take_sizes(keys)
-    return _biased(
-        keys,
-        uniform_layers(keys, sizes, head_width(keys, sizes)),
-        embedding_scale=float(keys.number("embedding_multiplier", 1.0)),
-        attention_scale=float(keys.number("attention_multiplier", 1.0)),
-        residual_scale=float(keys.number("residual_multiplier", 1.0)),
-        logit_scale=1 / keys.number("logits_scaling", 1.0),
-    )
-
-
 FAMILIES = {
-    "granite": Family(_granite, "GraniteForCausalLM", LLAMA),
     "llama": Family(_llama, "LlamaForCausalLM", LLAMA),
     "ministral3": Family(_ministral3, "Ministral3ForCausalLM", LLAMA),
     "ministral": Family(_ministral, "MinistralForCausalLM", LLAMA),

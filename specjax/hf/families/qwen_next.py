@@ -1,6 +1,5 @@
 """Qwen3-Next and Qwen 3.5: gated DeltaNet in most layers, attention with output gates in the others."""
 
-import dataclasses
 from typing import Any
 
 from specjax.hf.families.qwen import QWEN3, QWEN3_MOE, SHARED_EXPERT, take_sparse_layers
@@ -9,44 +8,35 @@ from specjax.hf.families.shared import (
     LINEAR_ATTENTION,
     Family,
     layers_of,
+    recurrence_rows,
     take_activation,
     take_num_experts,
     take_sizes,
     with_experts,
+    with_recurrence,
 )
 from specjax.hf.keys import Keys
-from specjax.hf.names import (
-    BY_KEY_HEAD,
-    CONVOLUTION,
-    LINEAR,
-    SAME,
-    Layout,
-    Table,
-    layer_path,
-    layer_tensor,
-)
+from specjax.hf.names import BY_KEY_HEAD, CONVOLUTION, LINEAR, SAME, Table
 from specjax.hf.rope import take_rope, without_axes
 from specjax.transformer.config import MAX_HEAD, DecoderConfig, DeltaConfig, ExpertsConfig
 
-
-def _rows(layout: Layout, **names: str) -> Table:
-    """Rows of parameters of a recurrence: parameter=tensor, with "__" for a dot in the parameter's path."""
-    return {
-        layer_path(f"recurrence.{ours.replace('__', '.')}"): (layer_tensor(f"linear_attn.{theirs}"), layout)
-        for ours, theirs in names.items()
-    }
-
-
 _DELTA: Table = {
-    **_rows(CONVOLUTION, q_conv__taps="conv1d.weight", k_conv__taps="conv1d.weight", v_conv__taps="conv1d.weight"),
-    **_rows(SAME, decay_log="A_log", step_bias="dt_bias", norm__weight="norm.weight"),
-    **_rows(LINEAR, o_proj__kernel="out_proj.weight"),
+    **recurrence_rows(
+        "linear_attn",
+        CONVOLUTION,
+        q_conv__taps="conv1d.weight",
+        k_conv__taps="conv1d.weight",
+        v_conv__taps="conv1d.weight",
+    ),
+    **recurrence_rows("linear_attn", SAME, decay_log="A_log", step_bias="dt_bias", norm__weight="norm.weight"),
+    **recurrence_rows("linear_attn", LINEAR, o_proj__kernel="out_proj.weight"),
 }
 QWEN3_NEXT: Table = {
     **QWEN3_MOE,
     **SHARED_EXPERT,
     **_DELTA,
-    **_rows(
+    **recurrence_rows(
+        "linear_attn",
         BY_KEY_HEAD,
         q_proj__kernel="in_proj_qkvz.weight",
         k_proj__kernel="in_proj_qkvz.weight",
@@ -56,7 +46,8 @@ QWEN3_NEXT: Table = {
         step_proj__kernel="in_proj_ba.weight",
     ),
 }
-_SPLIT: Table = _rows(
+_SPLIT: Table = recurrence_rows(
+    "linear_attn",
     LINEAR,
     q_proj__kernel="in_proj_qkv.weight",
     k_proj__kernel="in_proj_qkv.weight",
@@ -99,23 +90,6 @@ def _hybrid(keys: Keys, sizes: dict[str, Any], sparse: list[bool], **features: A
             taps=keys.integer("linear_conv_kernel_dim", 4, most=MAX_HEAD),
         ),
         **features,
-    )
-
-
-def with_recurrence(layers: tuple[Any, ...], kinds: Any) -> tuple[Any, ...]:
-    """Returns the layers with a recurrence in place of attention where ``kinds`` says linear attention.
-
-    Raises:
-      ValueError: the types are not one known type for each layer.
-    """
-    if not isinstance(kinds, list) or len(kinds) != len(layers):
-        raise ValueError(f"layer_types is {kinds!r}; it must name each of the {len(layers)} layers")
-    for kind in kinds:
-        if kind not in (FULL_ATTENTION, LINEAR_ATTENTION):
-            raise ValueError(f"layer_types has {kind!r}; supported: {FULL_ATTENTION!r}, {LINEAR_ATTENTION!r}")
-    return tuple(
-        dataclasses.replace(layer, rope=None, recurrent=True) if kind == LINEAR_ATTENTION else layer
-        for layer, kind in zip(layers, kinds, strict=True)
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from specjax.hf.keys import Keys
-from specjax.hf.names import Table
+from specjax.hf.names import Layout, Table, layer_path, layer_tensor
 from specjax.hf.rope import read_rope, take_rope
 from specjax.transformer.config import (
     MAX_HEAD,
@@ -229,3 +229,36 @@ def with_experts(described: dict[str, Any], sparse: list[bool]) -> dict[str, Any
     """Returns the result of ``layers_of`` with experts in the layers for which ``sparse`` is true."""
     pairs = zip(described["layers"], sparse, strict=True)
     return described | {"layers": tuple(dataclasses.replace(layer, experts=mixed) for layer, mixed in pairs)}
+
+
+# Names of types that transformers 5 translates.
+_OLD_KINDS = {"mamba": LINEAR_ATTENTION, "attention": FULL_ATTENTION}
+
+
+def with_recurrence(layers: tuple[Any, ...], kinds: Any) -> tuple[Any, ...]:
+    """Returns the layers with a recurrence in place of attention where ``kinds`` says linear attention.
+
+    Raises:
+      ValueError: the types are not one known type for each layer.
+    """
+    if not isinstance(kinds, list) or len(kinds) != len(layers):
+        raise ValueError(f"layer_types is {kinds!r}; it must name each of the {len(layers)} layers")
+    kinds = [_OLD_KINDS.get(kind, kind) if isinstance(kind, str) else kind for kind in kinds]
+    for kind in kinds:
+        if kind not in (FULL_ATTENTION, LINEAR_ATTENTION):
+            raise ValueError(f"layer_types has {kind!r}; supported: {FULL_ATTENTION!r}, {LINEAR_ATTENTION!r}")
+    return tuple(
+        dataclasses.replace(layer, rope=None, recurrent=True) if kind == LINEAR_ATTENTION else layer
+        for layer, kind in zip(layers, kinds, strict=True)
+    )
+
+
+def recurrence_rows(block: str, layout: Layout, **names: str) -> Table:
+    """Rows of parameters of a recurrence, whose tensors are in ``block``.
+
+    ``names`` are parameter=tensor, with "__" for a dot in the parameter's path.
+    """
+    return {
+        layer_path(f"recurrence.{ours.replace('__', '.')}"): (layer_tensor(f"{block}.{theirs}"), layout)
+        for ours, theirs in names.items()
+    }
