@@ -702,6 +702,18 @@ def test_speculators_folder_holds_qwen3_nexts_module(tmp_path, caplog):
     assert all((written[name].read() == found[name]).all() for name in written)
 
 
+def test_experts_may_be_in_one_tensor(tmp_path):
+    """So Qwen 3.5's published folders hold them."""
+    tensors = random_tensors("qwen3_next")
+    config, apart = CONFIGS["qwen3_next"], {name: tensors[name] for name in tensors if ".experts." not in name}
+    stacks = {
+        name.replace("_layers", ".layers"): x for name, x in in_speculators(tensors)[1].items() if ".experts." in name
+    }
+    native = open_mtp(write_folder(tmp_path / "native", config, tensors), make_target(), 3, "float32")
+    drafter = open_mtp(write_folder(tmp_path / "stacks", config, apart | stacks), make_target(), 3, "float32")
+    assert_same(drafter.params, native.params)
+
+
 EXPERTS = "mtp_layers.0.mlp.experts."
 BAD_SPECULATORS = {
     "another kind": ({"speculators_model_type": "eagle3"}, {}, "speculators_model_type is 'eagle3'"),

@@ -5,7 +5,7 @@ import functools
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from specjax.hf.names import (
     why_left_out,
 )
 from specjax.hf.safetensors import Tensor, TensorSpec, holds_weights, open_tensors
+from specjax.hf.stacks import split_stacks
 from specjax.transformer.config import DecoderConfig
 
 _LOG = logging.getLogger(__name__)
@@ -187,7 +188,7 @@ def _why_left_out(config: DecoderConfig, raw: Mapping[str, Any], name: str) -> s
 def plain_tensors(
     raw: Mapping[str, Any],
     found: Mapping[str, Tensor],
-    wanted: Iterable[str],
+    wanted: Collection[str],
     table_names: Callable[[Iterable[str]], Mapping[str, str]] = lambda names: {name: name for name in names},
 ) -> tuple[dict[str, Readable], Format | None]:
     """Returns the tensors that a plain folder would hold, by their names in the family's table.
@@ -208,7 +209,7 @@ def plain_tensors(
         name in the table.
     """
     # 1. What there is decides, not what the config says.
-    form = None
+    found, form = split_stacks(found, wanted, table_names), None
     if is_plain({known: found[name] for name, known in table_names(found).items()}, wanted, FLOATS):
         decoded: Mapping[str, Readable] = found
         if raw.get("quantization_config"):

@@ -1,0 +1,53 @@
+"""Stacks of experts, read as the tensors of each expert.
+
+Some published folders of a family hold each expert's projections as tensors of their own, others hold one tensor for
+all experts, as transformers 5 computes them. Tables name the former.
+
+Example: ``mlp.experts.gate_up_proj`` of shape [e, 2f, d] holds, for each expert, the f rows of
+``mlp.experts.0.gate_proj.weight``, then the f rows of ``mlp.experts.0.up_proj.weight``, and so on for the next one.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+from specjax.hf.safetensors import Tensor
+
+_HELD = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def split_stacks(
+    found: Mapping[str, Tensor],
+    wanted: Collection[str],
+    table_names: Callable[[Iterable[str]], Mapping[str, str]],
+) -> dict[str, Tensor]:
+    """Returns a folder's tensors, with the tensors of each expert in place of stacks.
+
+    No data are read: a part of a stack is a tensor at a later byte of the same file. A stack is left as it is if the
+    model does not need the tensors of its experts, or the folder holds one of them as well.
+
+    Args:
+      found: the folder's tensors, by their own names.
+      wanted: the tensors that the model needs, by their names in the family's table.
+      table_names: returns the name that each tensor has in the table.
+    """
+    known, split = table_names(found), {}
+    for name, tensor in found.items():
+        block, _, projection = name.rpartition(".")
+        parts = _HELD.get(projection, ())
+        first = known[name].removesuffix(projection) + f"0.{parts[0]}.weight" if parts else ""
+        experts = _split(block, tensor, parts) if first in wanted else {}
+        split |= experts if experts and not experts.keys() & found.keys() else {name: tensor}
+    return split
+
+
+def _split(block: str, tensor: Tensor, parts: tuple[str, ...]) -> dict[str, Tensor]:
+    """Returns the tensors of all experts by their names, or no tensor if the shape is none of a stack."""
+    if len(tensor.shape) != 3 or tensor.shape[1] % len(parts):
+        return {}
+    rows, width = tensor.shape[1] // len(parts), tensor.shape[2]
+    names = [f"{block}.{e}.{part}.weight" for e in range(tensor.shape[0]) for part in parts]
+    size = rows * width * tensor.dtype.itemsize
+    return {
+        name: dataclasses.replace(tensor, name=name, shape=(rows, width), offset=tensor.offset + i * size)
+        for i, name in enumerate(names)
+    }
