@@ -406,6 +406,13 @@ def test_the_class_of_a_folders_own_code_may_have_another_name():
         decoder_config({**raw, "architectures": ["PhiMoE2ForCausalLM"]})
 
 
+def test_granite_4_without_recurrent_layers_and_experts_is_granite():
+    raw = {**SMALL["granite"], "attention_multiplier": 0.25, "logits_scaling": 3.0}
+    other = {"model_type": "granitemoehybrid", "num_local_experts": 0, "position_embedding_type": "rope"}
+    other |= {"layer_types": ["attention"] * 2, "mamba_n_heads": 4, "shared_intermediate_size": 24}
+    assert decoder_config({**raw, **other, "intermediate_size": 7}) == decoder_config(raw)
+
+
 @pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa"])
 def test_models_with_an_indexer_are_refused_with_the_reason(kind):
     with pytest.raises(ValueError, match=rf"'{kind}' is not supported: .*index_topk.* use a model of full attention"):
