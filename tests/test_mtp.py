@@ -18,7 +18,9 @@ from reference_model import rms_norm
 import specjax
 from specjax.drafters.feature import FeatureDrafter
 from specjax.drafters.mtp import MTPConfig, MTPDrafter, MTPHead, abstract_mtp_params, init_mtp_params
-from specjax.hf.families import FAMILIES, sources
+from specjax.hf.config import read_keys
+from specjax.hf.families import sources
+from specjax.hf.mtp import mtp_layout
 from specjax.hf.safetensors import TensorSpec, open_tensors, write_tensors
 from specjax.hf.weights import tensors_of
 from specjax.transformer.config import DecoderConfig, LayerConfig, Rope
@@ -762,7 +764,8 @@ def whole_folder(folder, changes=lambda tensors: None, kind="deepseek_v3"):
     config = CONFIGS[kind]
     decoder = specjax.hf.decoder_config(config)
     target_params = jax.tree.map(lambda x: x * 8 if x.ndim == 2 else x, init_params(decoder, jax.random.key(1)))
-    tensors = {spec.name: spec.read() for spec in tensors_of(sources(kind, decoder), target_params)}
+    family = read_keys(config)[1]["model_type"]
+    tensors = {spec.name: spec.read() for spec in tensors_of(sources(family, decoder), target_params)}
     for k in range(config.get("num_nextn_predict_layers", 0) if kind in ("deepseek_v3", "glm4_moe") else 0):
         tensors[f"model.layers.{LAYERS + k}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
         tensors[f"model.layers.{LAYERS + k}.shared_head.head.weight"] = tensors["lm_head.weight"]
@@ -771,7 +774,7 @@ def whole_folder(folder, changes=lambda tensors: None, kind="deepseek_v3"):
     return write_folder(folder, config, tensors)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind in FAMILIES])
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_one_folder_holds_the_target_and_its_modules(kind, tmp_path):
     """The modules lend from the target, see its own states, and change nothing of its text."""
     folder = whole_folder(tmp_path / "model", kind=kind)
@@ -788,6 +791,21 @@ def test_one_folder_holds_the_target_and_its_modules(kind, tmp_path):
     assert np.std(expected) > 0.1 and np.abs(got - expected).max() <= 1e-4
     out = generate(target, drafter, [[1, 2, 3], [4]], max_new_tokens=8)
     np.testing.assert_array_equal(out.tokens, generate(target, None, [[1, 2, 3], [4]], max_new_tokens=8).tokens)
+
+
+def test_modules_of_a_multimodal_model_are_those_of_its_text_part():
+    rotary = {"rope_theta": 50.0, "rope_type": "default", "partial_rotary_factor": 0.25}
+    text = {**CONFIGS["qwen3_next"], "model_type": "qwen3_5_moe_text", "mtp_num_hidden_layers": 1}
+    for key in (
+        "rope_theta",
+        "partial_rotary_factor",
+        "full_attention_interval",
+        "decoder_sparse_step",
+        "norm_topk_prob",
+    ):
+        text.pop(key)
+    text |= {"layer_types": ["linear_attention", "full_attention"] * (LAYERS // 2), "rope_parameters": rotary}
+    assert mtp_layout({"model_type": "qwen3_5_moe", "text_config": text}) == mtp_layout(text)
 
 
 def test_an_embedding_or_head_that_differs_is_the_modules_own(tmp_path):
@@ -892,7 +910,7 @@ def test_families_without_modules_are_refused(tmp_path):
         write_mtp(tmp_path / "head", gpt2, params)
     with pytest.raises(ValueError, match=r"2 MTP modules; with model_type 'qwen3_next' at most 1"):
         write_mtp(tmp_path / "head", CONFIGS["qwen3_next"], {0: params[0], 1: params[0]})
-    with pytest.raises(ValueError, match="MiMo's layers have biases"):
+    with pytest.raises(ValueError, match="attention_bias' is False; this decoder computes only True"):
         write_mtp(tmp_path / "head", CONFIGS["mimo"] | {"attention_bias": False}, params)
     with pytest.raises(ValueError, match=r"down_proj.*\(36, 24\), and config\.json asks for \(40, 24\)"):
         write_mtp(tmp_path / "head", llama_config(intermediate_size=40), params)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from specjax.hf.class_keys import CLASS_KEYS, NO_EFFECT, UNDECLARED
-from specjax.hf.families import ALIASES, FAMILIES, RENAMED
+from specjax.hf.families import FAMILIES, RENAMED
 from specjax.hf.keys import Keys, read_json, switch, warn_unknown, without_keys
 from specjax.hf.multimodal import MULTIMODAL, take_text
 from specjax.hf.unsupported import unsupported
@@ -60,15 +60,12 @@ def read_keys(raw: Mapping[str, Any], strict: bool = False) -> tuple[DecoderConf
         left = {key: raw[key] for key in raw if key not in ("architectures", "auto_map", *other.implied)}
         return read_keys({**left, "model_type": other.family}, strict)
     # 3. The family.
-    if isinstance(kind, str) and kind in ALIASES:
-        kind = ALIASES[kind]
-        raw = {**raw, "model_type": kind}
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ValueError(unsupported(kind, {*FAMILIES, *MULTIMODAL, *RENAMED, *ALIASES}))
+        raise ValueError(unsupported(kind, {*FAMILIES, *MULTIMODAL, *RENAMED}))
     # 4. The family's reader takes the keys that it understands. The tables of class_keys.py judge the others.
     keys = _all_keys(raw, FAMILIES[kind].architecture, FAMILIES[kind].code, FAMILIES[kind].effective)
     config = FAMILIES[kind].read(keys)
-    return config, dict(raw), unknown_keys(keys, kind, strict)
+    return config, {**raw, "model_type": kind}, unknown_keys(keys, kind, strict)
 
 
 def unknown_keys(keys: Keys, kind: str, strict: bool = False) -> tuple[str, ...]:

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from specjax.checks import check_integer
-from specjax.hf.config import decoder_config
+from specjax.hf.config import read_keys
 from specjax.hf.eagle import SPECULATORS_KEYS
-from specjax.hf.families import ALIASES, FAMILIES
+from specjax.hf.families import FAMILIES
 from specjax.hf.keys import Keys, warn_unknown
 from specjax.hf.names import LINEAR, SAME, Layout, Table, sources_of
 from specjax.hf.safetensors import Tensor, TensorSpec
@@ -162,16 +162,14 @@ def mtp_layout(raw: Mapping[str, Any]) -> MTPLayout:
     outer, naming = raw, None
     if "speculators_model_type" in raw:
         raw, naming = _target_in_speculators(raw), _SPECULATORS
-    kind = raw.get("model_type", "llama")
-    kind = ALIASES.get(kind, kind) if isinstance(kind, str) else kind
-    if naming is None:
-        naming = _NAMINGS.get(kind, _DEEPSEEK) if isinstance(kind, str) else _DEEPSEEK
-    config = _read_config(kind, raw)
-    layers = FAMILIES["qwen2" if kind == "mimo" else kind].names
+    config, text = _read_config(raw)
+    kind = "mimo" if raw.get("model_type") == "mimo" else text["model_type"]
+    naming = _NAMINGS.get(kind, _DEEPSEEK) if naming is None else naming
+    layers = FAMILIES[text["model_type"]].names
     if not any(theirs.startswith(_LAYER) for theirs, _ in layers.values()):
         raise ValueError(f"model_type {kind!r} has no MTP layout; its layers are not named {_LAYER}*")
     # 2. How many modules there are. Qwen3-Next's configs do not say; published folders have one.
-    count = _num_modules(outer, 1 if kind == "qwen3_next" or naming is _SPECULATORS else 0)
+    count = _num_modules({**text, **outer}, 1 if kind == "qwen3_next" or naming is _SPECULATORS else 0)
     if naming.most is not None and count > naming.most:
         raise ValueError(f"there are {count} MTP modules; with model_type {kind!r} at most {naming.most} can be read")
     # 3. Each module has a layer like the last one with attention, so that the decoder's own code computes it.
@@ -251,20 +249,14 @@ def mtp_tensors(layout: MTPLayout, params: Any) -> list[TensorSpec]:
     return tensors_of(sources_of(layout.table, params, layout.first), params)
 
 
-# Configs of families whose models specjax does not compute.
-
-
-def _read_config(kind: Any, raw: Mapping[str, Any]) -> DecoderConfig:
-    """Returns the decoder of a family, whether or not its models can be targets."""
+def _read_config(raw: Mapping[str, Any]) -> tuple[DecoderConfig, dict[str, Any]]:
+    """Returns the target's decoder, and the keys that describe it as a model of its family."""
+    config, text, unknown = read_keys(raw)
     # transformers ignores the modules in an ordinary model, so its classes do not list the modules' keys.
-    Keys({key: raw[key] for key in raw if _is_modules(key)}, "config.json").switched_off()
-    # MiMo's layers are Qwen2's under another name.
-    if kind == "mimo":
-        if raw.get("attention_bias", True) is not True:
-            raise ValueError(f"attention_bias is {raw['attention_bias']!r}; MiMo's layers have biases")
-        own = ("architectures", "attention_bias", "auto_map")
-        return decoder_config({key: raw[key] for key in raw if key not in own} | {"model_type": "qwen2"})
-    return decoder_config(raw)
+    both = {**text, **raw}
+    Keys({key: both[key] for key in both if _is_modules(key)}, "config.json").switched_off()
+    warn_unknown("config.json", unknown)
+    return config, text
 
 
 def _is_modules(key: str) -> bool:

@@ -47,11 +47,9 @@ FAMILIES: Mapping[str, Family] = {
     for kind, family in module.FAMILIES.items()
 }
 
-# Model types whose architecture has another name in transformers, which has no class for them.
-ALIASES = {"kimi_k2": "deepseek_v3"}
-
 # Model types of folders that bring code, and that compute what another one computes.
 RENAMED: Mapping[str, Renamed] = {
+    "kimi_k2": Renamed("deepseek_v3", "DeepseekV3ForCausalLM", "DeepseekV3"),
     "mimo": Renamed("qwen2", "MiMoForCausalLM", "MiMo", {"attention_bias": True}),
 }
 

@@ -55,7 +55,7 @@ class Renamed:
     family: str
     architecture: str
     code: str
-    implied: Mapping[str, Any]
+    implied: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 _ACTIVATIONS: dict[str, Activation] = {
