@@ -114,3 +114,12 @@ def test_commands_name_scripts_and_options_that_there_are(page):
         known = sources[command] + "".join(sources[name] for name, adds in shared.items() if adds in sources[command])
         for option in re.findall(r"(?<= )--[a-z][a-z-]*", arguments):
             assert f'"{option}"' in known, (script, option)
+
+
+def test_the_table_of_families_is_that_of_the_tests():
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers", minversion="5.24")
+    import families_table
+
+    page = families_table.PAGE.read_text(encoding="utf-8")
+    assert families_table.START in page and page == families_table.replaced(page)

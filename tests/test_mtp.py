@@ -793,19 +793,20 @@ def test_one_folder_holds_the_target_and_its_modules(kind, tmp_path):
     np.testing.assert_array_equal(out.tokens, generate(target, None, [[1, 2, 3], [4]], max_new_tokens=8).tokens)
 
 
-def test_modules_of_a_multimodal_model_are_those_of_its_text_part():
+OF_QWEN_3_5 = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
+
+
+@pytest.mark.parametrize(("outer", "kind"), OF_QWEN_3_5.items(), ids=OF_QWEN_3_5)
+def test_modules_of_a_multimodal_model_are_those_of_its_text_part(outer, kind):
     rotary = {"rope_theta": 50.0, "rope_type": "default", "partial_rotary_factor": 0.25}
-    text = {**CONFIGS["qwen3_next"], "model_type": "qwen3_5_moe_text", "mtp_num_hidden_layers": 1}
-    for key in (
-        "rope_theta",
-        "partial_rotary_factor",
-        "full_attention_interval",
-        "decoder_sparse_step",
-        "norm_topk_prob",
-    ):
+    text = {**CONFIGS["qwen3_next"], "model_type": kind, "mtp_num_hidden_layers": 1, "rope_parameters": rotary}
+    for key in ("rope_theta", "partial_rotary_factor", "decoder_sparse_step", "norm_topk_prob"):
         text.pop(key)
-    text |= {"layer_types": ["linear_attention", "full_attention"] * (LAYERS // 2), "rope_parameters": rotary}
-    assert mtp_layout({"model_type": "qwen3_5_moe", "text_config": text}) == mtp_layout(text)
+    text |= {"layer_types": ["linear_attention", "full_attention"] * (LAYERS // 2)}
+    layout = mtp_layout({"model_type": outer, "text_config": text})
+    assert layout == mtp_layout(text)
+    assert layout.table["{i}.eh_proj.kernel"][0] == "mtp.fc.weight"
+    assert layout.decoder.num_hidden_layers == 1 and layout.decoder.recurrence is None
 
 
 def test_an_embedding_or_head_that_differs_is_the_modules_own(tmp_path):
