@@ -194,9 +194,14 @@ def quantize_leaf(kind: Kind, path: tuple[Any, ...], array: Any) -> Any:
 
 
 def _input_axis(names: list[str]) -> int | None:
-    """Returns a kernel's input axis, from the end; None for parameters that stay as they are, such as the router's."""
+    """Returns a kernel's input axis, from the end; None for parameters that stay as they are.
+
+    Small kernels whose outputs decide much stay: the router's, a shared expert's gate, and those that make the decays
+    and rates of recurrent layers.
+    """
     parent, name = names[-2:] if len(names) > 1 else ("", "")
-    if (name == "kernel" and parent != "gate") or (parent == "experts" and not name.endswith("_bias")):
+    small = parent in ("gate", "shared_expert_gate", "step_proj", "rate_proj")
+    if (name == "kernel" and not small) or (parent == "experts" and not name.endswith("_bias")):
         return -2
     return -1 if (parent, name) == ("embed_tokens", "weight") else None
 

@@ -207,6 +207,12 @@ def test_messages_that_are_none(messages):
         ChatTemplate("{{ messages }}").render(messages)
 
 
+def test_arguments_that_are_no_variables_are_refused():
+    assert ChatTemplate("x").render(HELLO, continue_final_message=False) == "x"
+    with pytest.raises(ValueError, match="continue_final_message is True: an argument of apply_chat_template"):
+        ChatTemplate("x").render(HELLO, continue_final_message=True)
+
+
 @pytest.mark.parametrize("value", [object(), {1, 2}, print, b"bytes"])
 def test_values_beyond_json_stay_out_of_the_template(value):
     with pytest.raises(ValueError, match="must be plain JSON values"):

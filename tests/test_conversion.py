@@ -105,6 +105,15 @@ def test_convert_and_export_give_back_every_bit(family, dtype, tmp_path):
         assert load_stop_tokens(folder) == (3, 5)
 
 
+def test_stop_tokens_of_both_levels_of_a_multimodal_config_are_kept(tmp_path):
+    text = {**LLAMA, "model_type": "mistral", "sliding_window": None, "eos_token_id": [7, 2]}
+    source = write(tmp_path / "hf", text, tensors_for(text))
+    raw = {"model_type": "mistral3", "text_config": text, "eos_token_id": 2}
+    (source / "config.json").write_text(json.dumps(raw))
+    specjax.convert_hf(source, tmp_path / "ours")
+    assert load_stop_tokens(source) == load_stop_tokens(tmp_path / "ours") == (2, 7)
+
+
 def test_shards_and_one_file_hold_the_same(llama, tmp_path):
     specjax.convert_hf(llama, tmp_path / "ours")
     files = specjax.export_hf(tmp_path / "ours", tmp_path / "back", shard_bytes=2000)

@@ -61,6 +61,7 @@ CASES = {
     "gptq with biases of zeros": (GPTQ, gptq, {"bias": True}, "."),
     "gptq v2": ({**GPTQ, "checkpoint_format": "gptq_v2"}, gptq, {"offset": 0}, "."),
     "gptq with rules": ({**GPTQ, "dynamic": {"-:.*gate.*": {}}}, gptq, {"bits": 8, "size": 16}, "."),
+    "gptq with rules, no g_idx": ({**GPTQ, "dynamic": {"-:.*gate.*": {}}}, gptq, {"index": False}, "."),
     "awq": (AWQ, awq, {}, "."),
     "awq one group": ({**AWQ, "group_size": -1}, awq, {"size": -1}, "."),
     "awq gemv": ({**AWQ, "version": "GEMV"}, awq, {"gemv": True}, "."),

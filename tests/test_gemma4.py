@@ -51,6 +51,7 @@ def test_every_parameter_has_its_axes(config):
     flat, tree = jax.tree.flatten(params)
     for leaf, of_leaf in zip(flat, tree.flatten_up_to(axes), strict=True):
         assert len(of_leaf) == leaf.ndim
+    assert axes["per_layer"]["embed_tokens"]["weight"][0] == "vocab"
 
 
 def test_transformers_own_spelling_of_heads_is_read(config):

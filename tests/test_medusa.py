@@ -146,7 +146,8 @@ def test_heads_in_vllms_layout_equal_the_twin(target, tmp_path, name):
 def test_vllms_heads_draft_and_only_biased_ones_are_written_in_the_other_layout(target, tmp_path):
     _, stored, config = vllm_case("a token map")
     drafter = open_medusa(write_vllm(tmp_path / "heads", stored, **config), target, 2)
-    assert jax.tree.structure(drafter.axes()) != jax.tree.structure({})
+    leaves, tree = jax.tree.flatten(drafter.params)
+    assert [len(axes) for axes in tree.flatten_up_to(drafter.axes())] == [leaf.ndim for leaf in leaves]
     out = generate(target, drafter, PROMPTS, 20)
     assert out.tokens.tolist() == generate(target, None, PROMPTS, 20).tokens.tolist()
     with pytest.raises(ValueError, match="only vLLM's layout has names for"):

@@ -9,6 +9,9 @@ from tiny import save_tiny
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import specjax
+from specjax.hf.families import FAMILIES
+from specjax.hf.multimodal import MULTIMODAL
+from specjax.text import tokenizer as tokenizer_module
 from specjax.text.tokenizer import load_tokenizer, read_special_tokens
 
 SHIPPED = Path(__file__).parent.parent / "checkpoints" / "py-14m" / "tokenizer.json"
@@ -157,6 +160,13 @@ def test_tokens_named_at_random(tmp_path, seed):
     older = maybe({"eos_token": token()}) | maybe({"pad_token": rng.choice(names)})
     older |= maybe({"additional_special_tokens": rng.sample(names, 1)})
     same_as_auto(write(tmp_path, rng.choice(list(BASES.values())), tokenizer_config=config, special_tokens_map=older))
+
+
+def test_the_classes_of_types_of_models_are_those_of_transformers():
+    names = pytest.importorskip("transformers.models.auto.tokenization_auto").TOKENIZER_MAPPING_NAMES
+    known = {*FAMILIES, *MULTIMODAL}
+    prefixed = {kind: name for kind, name in names.items() if kind in known and name in tokenizer_module._PREFIXED}
+    assert tokenizer_module._CLASSES == prefixed
 
 
 @pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "GPT2TokenizerFast", "GPT2Tokenizer", None])

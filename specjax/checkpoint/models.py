@@ -77,6 +77,8 @@ def save(
                 write_json(folder / "metrics.json", metrics)
             if tokenizer is not None:
                 (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+                if tokenizer.encode_special_tokens:  # tokenizer.json has no place for it
+                    write_json(folder / "tokenizer_config.json", {"split_special_tokens": True})
         save_params(folder, params)
 
 

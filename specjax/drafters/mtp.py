@@ -36,7 +36,8 @@ class MTPConfig:
       own_head: modules have their own output heads, not the target's.
 
     Raises:
-      ValueError: the decoder has LayerNorms or learned positions.
+      ValueError: the decoder has LayerNorms, learned positions, embeddings for each layer, or layers that are recurrent
+        or share keys and values.
     """
 
     decoder: DecoderConfig
@@ -47,8 +48,12 @@ class MTPConfig:
     own_head: bool = False
 
     def __post_init__(self):
-        if self.decoder.norm == "layer" or self.decoder.learned_positions:
-            raise ValueError("MTP modules have RMS norms and rotary positions; the decoder config is of another kind")
+        other = self.decoder.norm.startswith("layer") or self.decoder.learned_positions or self.decoder.per_layer
+        if other or any(layer.recurrent or layer.shares is not None for layer in self.decoder.each_layer):
+            raise ValueError(
+                "MTP modules have RMS norms, rotary positions and attention with keys and values of their own; the "
+                "decoder config is of another kind"
+            )
 
     @property
     def num_modules(self) -> int:

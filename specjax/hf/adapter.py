@@ -19,7 +19,7 @@ import numpy as np
 from specjax.checks import check_integer, check_positive
 from specjax.hf.computed import Computed, Readable, Rows, rows_of
 from specjax.hf.formats.parts import FLOATS
-from specjax.hf.keys import Keys, read_json
+from specjax.hf.keys import Keys, read_json, warn_unknown
 from specjax.hf.safetensors import Tensor, open_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -131,6 +131,7 @@ def _read_config(raw: Mapping[str, Any]) -> tuple[Callable[[str], tuple[float, i
     for key in keys.unknown({}):
         if raw[key] not in _OFF.get(key, (None, False)) and (key in _OFF or not isinstance(raw[key], str)):
             raise ValueError(f"{key} is {raw[key]!r}, which is not merged here; {_MERGE}")
+    warn_unknown("adapter_config.json", (key for key in keys.unknown({}) if isinstance(raw[key], str)))
 
     # 2. Modules may have a rank and an alpha of their own: those of the first pattern that fits.
     def scale(module: str) -> tuple[float, int]:

@@ -151,6 +151,9 @@ def take_text(keys: Keys, raw: Mapping[str, Any], kind: Multimodal) -> dict[str,
     # 4. What the text part needs of the other keys to stand alone. ``architectures`` may name either class.
     outer = {key: raw[key] for key in ("eos_token_id", "quantization_config") if raw.get(key) is not None}
     inner = {key: value for key, value in text.items() if key != "architectures"}
+    if None not in (outer.get("eos_token_id"), inner.get("eos_token_id")):
+        ids = [each if isinstance(each, list) else [each] for each in (outer["eos_token_id"], inner["eos_token_id"])]
+        outer["eos_token_id"] = ids[0] + [token for token in ids[1] if token not in ids[0]]
     if own != part.family:
         inner |= {key: without_axes(inner[key]) for key in ROPES if key in inner}
     return {**part.defaults, **inner, **outer, **ties, "model_type": part.family}

@@ -56,6 +56,8 @@ def check_mesh(config: DecoderConfig, mesh: Mesh) -> None:
     # Key/value heads are missing here: if tensor does not divide them, each device holds all of them.
     experts = config.experts
     widths = {"num_attention_heads": config.num_attention_heads, "vocab_size": config.vocab_size}
+    if config.per_layer:
+        widths["per_layer's vocab_size"] = config.per_layer.vocab_size
     for layer in config.each_layer:
         if not layer.experts or (experts and experts.beside):
             widths["intermediate_size"] = math.gcd(widths.get("intermediate_size", 0), config.mlp_width_of(layer))
@@ -284,11 +286,14 @@ def _messages(model: Model, mesh: Mesh, fed: float) -> tuple[Messages, ...]:
     # Over tensor: the embedding, the output of each attention, and each MLP that is dense or shared.
     beside = mixed if config.experts and config.experts.beside else 0
     over_tensor = 1 + config.num_hidden_layers + (config.num_hidden_layers - mixed) + shared + beside
-    over_tensor += 1 if config.per_layer else 0  # its table is split like that of the embedding
     # Joint norms sum the squares of all heads' queries, and those of all keys.
     joint = 2 * config.num_hidden_layers if config.joint_query_key_norm else 0
+    # The table of embeddings for each layer is split like that of the embedding, and wider.
+    sizes = config.per_layer
+    wide = size / config.hidden_size * config.num_hidden_layers * sizes.width if sizes else 0
     messages = (
         Messages(over_tensor, mesh.tensor, size),
+        Messages(int(sizes is not None), mesh.tensor, wide),
         Messages(joint, mesh.tensor, 4 * fed),
         Messages(mixed, mesh.tensor * mesh.expert, size),
     )

@@ -62,7 +62,10 @@ def find_chat_template(path: str | os.PathLike) -> "ChatTemplate | None":
         raise ValueError(f"{folder} is not a folder; give one with chat_template.jinja or tokenizer_config.json")
     tokens = {name: token.content for name, token in read_special_tokens(folder).named.items()}
     control = read_object(folder / "tokenizer_config.json").get("chat_control_tokens")
-    control = control if isinstance(control, list) else None
+    if control is not None and not isinstance(control, list):
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: chat_control_tokens is {control!r}; it must be a list of tokens"
+        )
     # 1. Files of their own.
     file, files = folder / "chat_template.jinja", sorted(folder.glob("additional_chat_templates/*.jinja"))
     sources = {each.stem: read_text(each) for each in files}
@@ -253,12 +256,21 @@ class ChatTemplate:
             ) from None
 
 
+_ARGUMENTS = ("continue_final_message", "tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask")
+
+
 def _plain(messages: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
     """Returns messages and variables as a template reads them."""
     # A string is a sequence, too, and would be read as one message per letter.
     listed = isinstance(messages, Sequence) and not isinstance(messages, str)
     if not listed or not messages or not all(isinstance(message, Mapping) for message in messages):
         raise ValueError(f'messages is {messages!r}; give a list such as [{{"role": "user", "content": "Hello"}}]')
+    asked = [name for name in _ARGUMENTS if variables.get(name)]
+    if asked:
+        raise ValueError(
+            f"{asked[0]} is {variables[asked[0]]!r}: an argument of apply_chat_template, not a variable "
+            "of templates, and not supported here; leave it out"
+        )
     plain = [_message(message) for message in messages]
     # Plain JSON values only: the sandbox cannot watch the methods of other objects.
     try:

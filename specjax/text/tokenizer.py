@@ -14,8 +14,14 @@ NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 """Names of special tokens that every tokenizer of transformers knows."""
 # Classes of transformers whose tokenizer puts a space before a text as ``tokenizer_config.json`` says, whatever
 # ``tokenizer.json`` says. Then the class of each type of model, if the folder names none.
-_PREFIXED = ("GPT2Tokenizer", "Qwen2Tokenizer")
-_CLASSES = {"gpt2": "GPT2Tokenizer", **dict.fromkeys(("qwen2", "qwen3", "qwen3_moe"), "Qwen2Tokenizer")}
+_PREFIXED = ("GPT2Tokenizer", "Qwen2Tokenizer", "Qwen3_5Tokenizer")
+_QWEN = ("qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_vl")
+_QWEN_3_5 = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
+_CLASSES = {
+    "gpt2": "GPT2Tokenizer",
+    **dict.fromkeys(_QWEN, "Qwen2Tokenizer"),
+    **dict.fromkeys(_QWEN_3_5, "Qwen3_5Tokenizer"),
+}
 _FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 
 
@@ -27,7 +33,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     - Tokens that other files of the folder name are added, as ``read_special_tokens`` describes.
     - Truncation and padding, which ``tokenizer.json`` may hold from training, are switched off.
     - ``split_special_tokens`` of ``tokenizer_config.json`` is followed, and ``add_prefix_space`` for the byte-level
-      classes GPT2Tokenizer and Qwen2Tokenizer. All else that classes of transformers do is left to ``tokenizer.json``.
+      classes of GPT-2 and Qwen. All else that classes of transformers do is left to ``tokenizer.json``.
 
     BPE dropout is switched off as well. It would give a text other ids at each call.
 

@@ -149,14 +149,13 @@ class DecoderConfig:
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
                 f"{self.kv_heads}"
             )
-        if self.latent and self.attention_sinks:
-            raise ValueError("attention_sinks is true beside latent attention, which has none; give one of them")
         if self.head_bias and self.tie_word_embeddings:
             raise ValueError("head_bias is true, but tie_word_embeddings makes the embedding the output head; untie it")
         if self.joint_query_key_norm and not self.query_key_norm:
             raise ValueError("joint_query_key_norm is true, but query_key_norm false; set both")
-        if self.latent and self.output_gate:
-            raise ValueError("output_gate is true beside latent attention, which has no gate; give one of them")
+        for name in ("attention_sinks", "output_gate", "query_key_norm", "value_norm", "attention_softcap"):
+            if self.latent and getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but latent attention has none; give one of them")
         if self.layers is None:
             if self.head_width % 2:
                 raise ValueError(f"head_dim {self.head_width} is odd; rotary positions need an even one")
@@ -179,7 +178,7 @@ class DecoderConfig:
                 raise ValueError("a layer is recurrent, but recurrence is None; describe it")
             if layer.rope and 2 * len(layer.rope.frequencies) > rotary:
                 pairs = len(layer.rope.frequencies)
-                raise ValueError(f"rotary positions turn {pairs} pairs of entries, but a head has {rotary} entries")
+                raise ValueError(f"rotary positions turn {pairs} pairs of entries, but an attention head has {rotary}")
         if self.per_layer:
             check_integer("per_layer's vocab_size", self.per_layer.vocab_size, self.vocab_size, MAX_SIZE)
             check_integer("per_layer's width", self.per_layer.width, 1, MAX_SIZE // self.num_hidden_layers)
@@ -194,8 +193,8 @@ class DecoderConfig:
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of the {self.kv_heads_of(layer)} "
                 f"key/value heads of layer {number}"
             )
-        own = layer.head_dim, layer.kv_heads, layer.keys_as_values or None, layer.shares
-        if (self.latent or layer.recurrent) and own != (None,) * 4:
+        own = layer.head_dim, layer.kv_heads, layer.keys_as_values or None, layer.shares, layer.growth
+        if (self.latent or layer.recurrent) and own != (None,) * 5:
             raise ValueError(f"layer {number} has keys and values of its own kind, but not plain attention; drop them")
         if layer.shares in (None, EXTERNAL):
             return

@@ -181,11 +181,6 @@ def softmax(scores: Array, sinks: Array | None = None) -> Array:
     return weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - peak))
 
 
-def positions(start_b: Array, width: int) -> Array:
-    """Returns the positions of ``width`` tokens from ``start_b`` on: ``[b, t]``, in the dtype of ``start_b``."""
-    return start_b[:, None] + jnp.arange(width, dtype=start_b.dtype)[None]
-
-
 def rotary_tables(position_bt: Array, rope: Rope | None) -> tuple[Array, Array] | None:
     """Returns cosines and sines of each pair's angle, float32 ``[b, 1, t, pairs]``; None without a rope."""
     if rope is None:

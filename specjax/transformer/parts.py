@@ -1,9 +1,11 @@
 """Descriptions of the parts of a decoder: rotary positions, layers, latents, recurrences, experts."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from specjax.checks import check_integer, check_positive
+
+Score = Literal["softmax", "sigmoid", "sparsemixer"]
 
 MAX_SIZE = 2**31 - 1  # tokens and positions are int32
 MAX_LAYERS = 1000  # layers are unrolled
@@ -226,7 +228,7 @@ class ExpertsConfig:
     num_experts: int
     per_token: int
     intermediate_size: int
-    score: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
+    score: Score = "softmax"
     renormalize: bool = True
     scale: float = 1.0
     groups: int = 1
@@ -248,15 +250,25 @@ class ExpertsConfig:
         # The router takes the best groups and then experts within them: both choices must be possible.
         for name in ("num_experts", "per_token", "intermediate_size", "groups", "best_groups", "group_best"):
             check_integer(f"experts' {name}", getattr(self, name), 1, MAX_SIZE)
+        check_integer("experts' shared_size", self.shared_size, 0, MAX_SIZE)
         check_positive("experts' scale", self.scale)
         for value in self.clamp or ():
             check_positive("experts' clamp", value)
+        if self.score not in get_args(Score):
+            raise ValueError(f"the experts' score is {self.score!r}; choose from {get_args(Score)}")
         check_positive("experts' nearness", self.nearness, optional=self.score != "sparsemixer")
-        if self.score == "sparsemixer" and (self.renormalize or self.corrected or self.groups > 1):
+        plain = not (self.renormalize or self.corrected or self.expert_scale or self.groups > 1)
+        if self.score == "sparsemixer" and not plain:
             raise ValueError(
-                "the experts' score is 'sparsemixer', which has its own choice and weights; renormalize and "
-                "corrected must be false, and groups 1"
+                "the experts' score is 'sparsemixer', which has its own choice and weights; renormalize, corrected and "
+                "expert_scale must be false, and groups 1"
             )
+        if self.shared_size and self.beside:
+            raise ValueError(
+                f"shared_size is {self.shared_size}, but beside is true: the MLP is the shared one; give 0"
+            )
+        if self.shared_gate and not self.shared_size:
+            raise ValueError("shared_gate is true, but shared_size 0: there is nothing to scale; give a shared_size")
         if self.num_experts % self.groups or self.best_groups > self.groups:
             raise ValueError(
                 f"{self.num_experts} experts in {self.groups} groups (n_group), {self.best_groups} of "

@@ -50,13 +50,13 @@ class GPTQ:
 
     Attributes:
       bits: 2, 3, 4 or 8; None reads it from each weight's shapes, for configs with rules per module.
-      group_size: inputs of a group; None reads it from each weight's shapes.
+      group_size: inputs of a group; -1 for all. If ``bits`` is None, a module may have groups of another size.
       ordered: whether groups follow each other unless ``g_idx`` says otherwise.
       offset: what is added to a stored zero point: 1 in the format "gptq", 0 in "gptq_v2".
     """
 
     bits: int | None
-    group_size: int | None
+    group_size: int
     ordered: bool
     offset: int
 
@@ -79,9 +79,8 @@ class GPTQ:
         columns = parts.take("g_idx", INTEGERS, (None,)).shape[0] if "g_idx" in parts else packed.shape[0] * 32 // bits
         parts.take("qweight", (INT32,), (words_of(columns, bits), out))
         # 2. Groups.
-        size = self.group_size or -(-columns // max(1, scales.shape[0]))
-        size = columns if size == -1 else size
-        count = -(-columns // max(1, size))
+        size = self._inputs_of_group(parts.base, columns, scales.shape[0])
+        count = -(-columns // size)
         parts.take("scales", FLOATS, (count, out))
         parts.take("qzeros", (INT32,), (count, words_of(out, bits)))
         if not self.ordered and "g_idx" not in parts:
@@ -98,6 +97,18 @@ class GPTQ:
             return scaled(grid, numbers, to_floats(scales).T, points)
 
         return Computed(parts.base + "weight", stored_dtype(scales), (out, columns), open)
+
+    def _inputs_of_group(self, base: str, columns: int, groups: int) -> int:
+        """Returns the inputs of a group of a weight: the config's, or those of a rule for its module."""
+        size = columns if self.group_size == -1 else self.group_size
+        if self.bits is not None or -(-columns // size) == groups:
+            return size
+        if groups == 0 or columns % groups:
+            raise ValueError(
+                f"tensor {base + 'scales'!r} has {groups} groups for {columns} inputs; the config's groups are of {size} "
+                "inputs, and no other size divides them; download it again"
+            )
+        return columns // groups
 
 
 def _bits_of(parts: Parts, words: int, out: int) -> int:

@@ -108,7 +108,7 @@ def _gptq(keys: Keys) -> GPTQ:
     keys.ignore("model_name_or_path", "model_file_base_name", "meta", "lm_head", "quantizer", "modules_to_not_convert")
     keys.finish()
     offset = 1 if layout == "gptq" else 0
-    return GPTQ(None if mixed else bits, None if mixed else size, ordered, offset)
+    return GPTQ(None if mixed else bits, size, ordered, offset)
 
 
 def _awq(keys: Keys) -> AWQ:
