@@ -250,11 +250,12 @@ def bfloat16_experts_run():
 def experts_held_elsewhere_add_nothing():
     """The way of devices other than CPUs, which the programs here do not take."""
     rng, m, d, f = np.random.default_rng(0), 5, 16, 24
-    stacks = tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((8, d, f), (8, d, f), (8, f, d)))
+    shapes = ((8, d, f), (8, d, f), (8, f, d))
+    stacks = moe.Stacks(*(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes))
     x_md = jnp.asarray(rng.normal(size=(m, d)), jnp.float32)
     chosen_mc = jnp.asarray([[0, 7], [3, 2], [2, 3], [7, 1], [0, 1]], jnp.int32)  # none of the experts 4, 5, 6
     weights_mc = jnp.asarray(rng.uniform(size=(m, 2)), jnp.float32)
-    run = functools.partial(moe.sorted_by_expert, "silu")
+    run = functools.partial(moe.sorted_by_expert, moe.Form("silu"))
     with jax.set_mesh(make_mesh(expert=4)):
         y_md = jax.jit(moe._in_parts(run))(x_md, chosen_mc, weights_mc, stacks)
     np.testing.assert_allclose(y_md, run(x_md, chosen_mc, weights_mc, stacks), rtol=1e-4, atol=1e-4)

@@ -60,6 +60,9 @@ class TableHead:
     def fuse(self, params, features):
         return features[0]
 
+    def at_draft(self, index):
+        return self
+
     def run(self, params, target, feed, states_btd, cache):
         start_b = feed.start_b
         first_b = jnp.argmax(states_btd[:, 0], axis=-1).astype(jnp.int32)

@@ -182,7 +182,7 @@ def test_parameters_may_have_dtypes_of_their_own(params, tokenizer, tmp_path):
 
 
 class FailingTokenizer:
-    def save(self, path):
+    def to_str(self, pretty):
         raise KeyboardInterrupt
 
 

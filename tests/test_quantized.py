@@ -29,7 +29,7 @@ from specjax.transformer import (
     plain_rope,
     products,
 )
-from specjax.transformer.moe import expert_by_expert, sorted_by_expert
+from specjax.transformer.moe import Form, Stacks, expert_by_expert, sorted_by_expert
 from specjax.transformer.products import product, ragged_product
 from specjax.types import whole_feed
 
@@ -163,14 +163,16 @@ def test_experts_agree():
     chosen = jnp.asarray(rng.integers(0, 4, size=(7, 2)), jnp.int32)
     share = jnp.full((7, 2), 0.5)
     for kind in KINDS:
-        stacks = tuple(
-            quantize_leaf(kind, (jax.tree_util.DictKey("experts"), jax.tree_util.DictKey(name)), stack)
-            for name, stack in zip(
-                "gud", jnp.asarray(rng.normal(size=(3, 4, GROUP, GROUP)) / 10, jnp.float32), strict=True
+        stacks = Stacks(
+            *(
+                quantize_leaf(kind, (jax.tree_util.DictKey("experts"), jax.tree_util.DictKey(name)), stack)
+                for name, stack in zip(
+                    "gud", jnp.asarray(rng.normal(size=(3, 4, GROUP, GROUP)) / 10, jnp.float32), strict=True
+                )
             )
         )
-        one, other = (run("silu", x, chosen, share, stacks) for run in (expert_by_expert, sorted_by_expert))
-        dense = expert_by_expert("silu", x, chosen, share, tuple(stack.dequantize() for stack in stacks))
+        one, other = (run(Form("silu"), x, chosen, share, stacks) for run in (expert_by_expert, sorted_by_expert))
+        dense = expert_by_expert(Form("silu"), x, chosen, share, Stacks(*(stack.dequantize() for stack in stacks[:3])))
         np.testing.assert_allclose(one, dense, rtol=1e-3, atol=1e-3)
         np.testing.assert_allclose(other, dense, rtol=1e-3, atol=1e-3)
         late = jnp.asarray([2, 4], jnp.int32)  # 4 is the place of no expert

@@ -100,13 +100,13 @@ class GPTQ:
 
     def _inputs_of_group(self, base: str, columns: int, groups: int) -> int:
         """Returns the inputs of a group of a weight: the config's, or those of a rule for its module."""
-        size = columns if self.group_size == -1 else self.group_size
+        size = max(1, columns) if self.group_size == -1 else self.group_size
         if self.bits is not None or -(-columns // size) == groups:
             return size
         if groups == 0 or columns % groups:
             raise ValueError(
-                f"tensor {base + 'scales'!r} has {groups} groups for {columns} inputs; the config's groups are of {size} "
-                "inputs, and no other size divides them; download it again"
+                f"tensor {base + 'scales'!r} has {groups} groups for {columns} inputs; the config's groups have {size} "
+                "of them, and no other size divides them; download it again"
             )
         return columns // groups
 
@@ -153,7 +153,7 @@ class AWQ:
         packed = parts.take("qweight", (INT32,), (None, None))
         wide = packed.shape[1] * 8
         out, columns = (wide, packed.shape[0]) if self.layout == "gemm" else (packed.shape[0], wide)
-        size = columns if self.group_size == -1 else self.group_size
+        size = max(1, columns) if self.group_size == -1 else self.group_size
         count = -(-columns // max(1, size))
         if self.layout == "gemm":
             zeros = parts.take("qzeros", (INT32,), (count, packed.shape[1]))
