@@ -108,7 +108,7 @@ class GPTQ:
                 f"tensor {base + 'scales'!r} has {groups} groups for {columns} inputs; the config's groups have {size} "
                 "of them, and no other size divides them; download it again"
             )
-        return columns // groups
+        return max(1, columns // groups)
 
 
 def _bits_of(parts: Parts, words: int, out: int) -> int:
