@@ -37,6 +37,16 @@ def pytest_configure(config):
             os.environ["XLA_FLAGS"] = " ".join(dict.fromkeys([*given, *flags]))
 
 
+# The files that take longest. They come first, so that no worker is left with one of them at the end.
+LONGEST = ("hosts", "parity_dense", "mtp", "adapt", "eagle", "laws", "train_script", "conformance", "parity_experts")
+LONGEST += ("shared_vocabulary", "compiled", "hybrid", "cascade", "recurrent", "sharding", "engine", "bench_options")
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
     """Each compiled program holds memory maps, of which a process may have 65530: XLA aborts when they run out."""
