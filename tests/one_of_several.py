@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import signal
 import sys
 import time
 from pathlib import Path
@@ -45,6 +46,8 @@ def train(argv):
 
 
 if __name__ == "__main__":
+    # A shell may have started the suite in the background, where SIGINT is ignored. Python inherits it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     name, *argv = sys.argv[1:]
     if name in ("talk", "train"):
         globals()[name](argv)
