@@ -11,7 +11,7 @@ from jitted import jit
 
 from specjax.hf import decoder_config
 from specjax.transformer.attention import attend, attention_windows
-from specjax.transformer.config import DecoderConfig, ExpertsConfig, LatentConfig, LayerConfig, plain_rope
+from specjax.transformer.config import DecoderConfig, DeltaConfig, ExpertsConfig, LatentConfig, LayerConfig, plain_rope
 from specjax.transformer.decoder import abstract_params, bind, decoder_model, init_params
 from specjax.types import Feed, whole_feed
 
@@ -388,24 +388,25 @@ BAD = {
     "a cap of zero": ({"attention_softcap": 0.0}, ["attention_softcap", "0.0"]),
     "a scale beyond float32": ({"embedding_scale": 1e39}, ["embedding_scale", "1e+39"]),
     "one layer described of two": ({"layers": (NO_ROPE,)}, ["layers", "1", "num_hidden_layers 2"]),
-    "a window of zero": ({"layers": (NO_ROPE, LayerConfig(None, window=0))}, ["sliding window", "0"]),
     "experts that are not described": ({"layers": (LayerConfig(None, experts=True),) * 2}, ["experts is None"]),
     "a rope wider than heads": ({"layers": (LayerConfig(plain_rope(6)),) * 2}, ["3 pairs", "4 entries"]),
     "a rope wider than the latent's": (
         {"layers": (LayerConfig(plain_rope(6)),) * 2, "latent": LATENT, "head_dim": 10},
         ["3 pairs", "4 entries"],
     ),
-    "groups of two sizes": ({"experts": dataclasses.replace(EXPERTS, groups=3)}, ["8 experts", "3 groups"]),
-    "more groups than there are": (
-        {"experts": dataclasses.replace(EXPERTS, groups=4, best_groups=5)},
-        ["4 groups", "5 of them"],
-    ),
-    "half a group": ({"experts": dataclasses.replace(EXPERTS, best_groups=0.5)}, ["best_groups", "0.5"]),
-    "more experts per token than in the groups": (
-        {"experts": dataclasses.replace(EXPERTS, groups=8, per_token=2)},
-        ["2 experts per token", "1 to choose"],
-    ),
-    "experts' scale": ({"experts": dataclasses.replace(EXPERTS, scale=-1.0)}, ["scale", "-1.0"]),
+}
+BAD_PARTS = {
+    "a window of zero": (NO_ROPE, {"window": 0}, ["sliding window", "0"]),
+    "groups of two sizes": (EXPERTS, {"groups": 3}, ["8 experts", "3 groups"]),
+    "more groups than there are": (EXPERTS, {"groups": 4, "best_groups": 5}, ["4 groups", "5 of them"]),
+    "half a group": (EXPERTS, {"best_groups": 0.5}, ["best_groups", "0.5"]),
+    "more experts per token than in the groups": (EXPERTS, {"groups": 8}, ["2 experts per token", "1 to choose"]),
+    "experts' scale": (EXPERTS, {"scale": -1.0}, ["scale", "-1.0"]),
+    "another score": (EXPERTS, {"score": "softmin"}, ["score", "'softmin'", "'sigmoid'"]),
+    "a shared expert of a negative width": (EXPERTS, {"shared_size": -3}, ["shared_size", "-3"]),
+    "a gate of no shared expert": (EXPERTS, {"shared_gate": True}, ["shared_gate", "shared_size 0"]),
+    "a shared expert beside an MLP": (EXPERTS, {"beside": True, "shared_size": 8}, ["shared_size is 8", "beside"]),
+    "value heads that do not divide": (DeltaConfig(2, 4, 4, 4), {"heads": 3}, ["3 value heads", "2"]),
 }
 
 
@@ -416,3 +417,17 @@ def test_bad_configs_are_refused(changed, words):
         DecoderConfig(**{**PLAIN, **changed})
     for word in words:
         assert word in str(caught.value), f"{word!r} is not in {str(caught.value)!r}"
+
+
+@pytest.mark.parametrize(("part", "changed", "words"), BAD_PARTS.values(), ids=BAD_PARTS)
+def test_bad_parts_are_refused(part, changed, words):
+    with pytest.raises(ValueError) as caught:
+        dataclasses.replace(part, **changed)
+    for word in words:
+        assert word in str(caught.value), f"{word!r} is not in {str(caught.value)!r}"
+
+
+@pytest.mark.parametrize("name", ["attention_sinks", "output_gate", "query_key_norm", "value_norm"])
+def test_what_latent_attention_lacks_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} is True, but latent attention has none"):
+        DecoderConfig(**PLAIN, latent=LATENT, head_dim=10, **{name: True})

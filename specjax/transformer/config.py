@@ -178,7 +178,9 @@ class DecoderConfig:
                 raise ValueError("a layer is recurrent, but recurrence is None; describe it")
             if layer.rope and 2 * len(layer.rope.frequencies) > rotary:
                 pairs = len(layer.rope.frequencies)
-                raise ValueError(f"rotary positions turn {pairs} pairs of entries, but an attention head has {rotary}")
+                raise ValueError(
+                    f"rotary positions turn {pairs} pairs of entries, but an attention head has {rotary} entries"
+                )
         if self.per_layer:
             check_integer("per_layer's vocab_size", self.per_layer.vocab_size, self.vocab_size, MAX_SIZE)
             check_integer("per_layer's width", self.per_layer.width, 1, MAX_SIZE // self.num_hidden_layers)
