@@ -18,7 +18,7 @@ from tokenizers.models import WordLevel
 
 import specjax
 from specjax.checkpoint import convert as conversion
-from specjax.checkpoint.models import load_stop_tokens
+from specjax.checkpoint.generation import load_stop_tokens
 from specjax.commands.convert import is_quantized
 from specjax.hf import weights
 

@@ -22,12 +22,13 @@ from tokenizers.pre_tokenizers import Metaspace
 
 import specjax
 from specjax import MedusaDrafter
-from specjax.checkpoint.models import load_stop_tokens, load_tokenizer
+from specjax.checkpoint.generation import load_stop_tokens
 from specjax.commands import places
 from specjax.drafters.eagle import EagleHead
 from specjax.drafters.medusa import init_medusa_params
 from specjax.drafters.mtp import MTPConfig, MTPHead, init_mtp_params
 from specjax.hf.config import decoder_config
+from specjax.text.tokenizer import load_tokenizer
 from specjax.training.data import train_tokenizer
 from specjax.transformer.decoder import init_params
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import specjax
-from specjax.checkpoint.models import load_stop_tokens, load_tokenizer
+from specjax.checkpoint.generation import load_stop_tokens
 from specjax.commands import stdlib
+from specjax.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 20, 48, 64

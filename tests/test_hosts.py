@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 import specjax
-from specjax.checkpoint.models import load_tokenizer
 from specjax.hf.config import decoder_config
+from specjax.text.tokenizer import load_tokenizer
 from specjax.training.data import train_tokenizer
 from specjax.transformer.decoder import init_params
 

@@ -7,7 +7,7 @@ from parity import TOLERANCE, forward, torch, transformers
 from parity_cases import CHUNKS, GEMMA3_ROPE, GEMMA4, SHARING, SMALL, VOCAB, WIDE, WINDOW
 
 import specjax
-from specjax.checkpoint.models import load_stop_tokens
+from specjax.checkpoint.generation import load_stop_tokens
 from specjax.types import whole_feed
 
 AXES = {"mrope_section": [2, 2, 1], "rope_type": "default", "rope_theta": 50.0}

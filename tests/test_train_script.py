@@ -17,9 +17,9 @@ import pytest
 
 import specjax
 from specjax import training
-from specjax.checkpoint.models import load_tokenizer
 from specjax.commands import stdlib
 from specjax.hf.config import decoder_config
+from specjax.text.tokenizer import load_tokenizer
 from specjax.transformer.decoder import decoder_model, init_params
 
 ROOT = Path(__file__).parent.parent

@@ -19,7 +19,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from specjax.checkpoint.generation import load_stop_tokens as load_stop_tokens
 from specjax.checkpoint.new_folder import end_of_links, new_folder, write_json
 from specjax.checkpoint.sound import check_finite, errors_name
 from specjax.hf.config import decoder_config, read_config
@@ -28,7 +27,6 @@ from specjax.hf.safetensors import holds_weights
 from specjax.hf.weights import Parameter, open_weights
 from specjax.quantized import Kind, check_kind, is_quantized, quantize_leaf, quantize_params
 from specjax.sharding import RULES, Rules, shard, shardings
-from specjax.text.tokenizer import load_tokenizer as load_tokenizer
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import abstract_params, decoder_model
 from specjax.types import LanguageModel

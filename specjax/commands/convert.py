@@ -14,7 +14,7 @@ import specjax
 from specjax.commands.console import add_adapter, add_ignored_keys
 from specjax.hf.keys import read_json
 from specjax.hf.safetensors import open_tensors
-from specjax.hf.weights import FLOATS
+from specjax.hf.weights import PLAIN
 
 VERIFIED_TOKENS = 48  # random tokens over which logits are compared
 TOLERANCE = 1e-3  # largest difference of two float32 logits
@@ -75,7 +75,7 @@ def is_quantized(source: Path) -> bool:
     """Returns whether a folder's tensors are quantised. Plain floats are not, whatever the config says."""
     try:
         named = read_json(source / "config.json").get("quantization_config")
-        return bool(named) and any(tensor.dtype not in FLOATS for tensor in open_tensors(source).values())
+        return bool(named) and any(tensor.dtype not in PLAIN for tensor in open_tensors(source).values())
     except ValueError:  # the conversion reports this error
         return False
 

@@ -87,29 +87,18 @@ _QWEN3_NEXT = _Naming(
     last_norm="norm",
     most=1,
 )
-_NAMINGS = {
-    "mimo": _Naming(
-        layer="model.mtp_layers.{i}.",
-        parts="model.mtp_layers.{i}.",
-        norms=("token_layernorm", "hidden_layernorm"),
-        projection="input_proj",
-        last_norm="final_layernorm",
-        hidden_first=True,
-    ),
-    "qwen3_next": _QWEN3_NEXT,
-    "qwen3_5_text": _QWEN3_NEXT,
-    "qwen3_5_moe_text": _QWEN3_NEXT,
-}
-
-_SPECULATORS = _Naming(
-    layer="mtp_layers.{i}.",
-    parts="mtp_layers.{i}.",
+_MIMO = _Naming(
+    layer="model.mtp_layers.{i}.",
+    parts="model.mtp_layers.{i}.",
     norms=("token_layernorm", "hidden_layernorm"),
     projection="input_proj",
     last_norm="final_layernorm",
-    most=1,
-    fused_experts=True,
+    hidden_first=True,
 )
+_SPECULATORS = dataclasses.replace(
+    _MIMO, layer="mtp_layers.{i}.", parts="mtp_layers.{i}.", hidden_first=False, most=1, fused_experts=True
+)
+_NAMINGS = {"mimo": _MIMO, **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _QWEN3_NEXT)}
 
 
 @dataclasses.dataclass(frozen=True)

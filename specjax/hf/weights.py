@@ -35,7 +35,7 @@ from specjax.hf.stacks import split_stacks
 from specjax.transformer.config import DecoderConfig
 
 _LOG = logging.getLogger(__name__)
-FLOATS = frozenset(map(jnp.dtype, ("float64", "float32", "float16", "bfloat16")))
+PLAIN = frozenset(map(jnp.dtype, ("float64", "float32", "float16", "bfloat16")))
 """Dtypes of plain weights, which are read as they are."""
 
 _COMPARED = 2**24  # bytes of a table that are compared at a time
@@ -210,7 +210,7 @@ def plain_tensors(
     """
     # 1. What there is decides, not what the config says.
     found, form = split_stacks(found, wanted, table_names), None
-    if is_plain({known: found[name] for name, known in table_names(found).items()}, wanted, FLOATS):
+    if is_plain({known: found[name] for name, known in table_names(found).items()}, wanted, PLAIN):
         decoded: Mapping[str, Readable] = found
         if raw.get("quantization_config"):
             _LOG.warning("quantization_config in config.json has no effect: all tensors of the model are plain floats")
@@ -255,8 +255,8 @@ def check_tensors(
         tensor = tensors[name]
         if tensor.shape != source.shape:
             raise ValueError(f"tensor {name!r} is {tensor.shape}; config.json asks for {source.shape}; {_CURE}")
-        if tensor.dtype not in FLOATS:
-            floats = ", ".join(sorted(map(str, FLOATS)))
+        if tensor.dtype not in PLAIN:
+            floats = ", ".join(sorted(map(str, PLAIN)))
             raise ValueError(
                 f"tensor {name!r} has dtype {tensor.dtype}, and nothing says how it is quantised; supported without a "
                 f"quantization_config in config.json: {floats}"
