@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 import specjax
 from specjax.checkpoint import models as checkpoint
 from specjax.hf import decoder_config
+from specjax.text.tokenizer import load_tokenizer
 from specjax.training import data
 from specjax.transformer.decoder import decoder_model, init_params
 from specjax.types import whole_feed
@@ -112,7 +113,7 @@ def test_the_folder_holds_config_metrics_and_tokenizer(folder, tokenizer):
     assert json.loads((folder / "config.json").read_text()) == RAW
     assert json.loads((folder / "metrics.json").read_text()) == METRICS
     text = "def g(y):\n    return y"
-    again = checkpoint.load_tokenizer(folder)
+    again = load_tokenizer(folder)
     assert again.encode(text).ids == tokenizer.encode(text).ids
     assert again.decode(again.encode(text).ids) == text
     assert sorted(x.name for x in folder.iterdir()) == ["config.json", "metrics.json", "params", "tokenizer.json"]
@@ -122,10 +123,7 @@ def test_the_folder_holds_config_metrics_and_tokenizer(folder, tokenizer):
 def test_paths_may_be_text_and_relative(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     assert specjax.load(folder.name).vocab_size == specjax.load(str(folder)).vocab_size == 300
-    assert (
-        checkpoint.load_tokenizer(folder.name).get_vocab_size()
-        == checkpoint.load_tokenizer(str(folder)).get_vocab_size()
-    )
+    assert load_tokenizer(folder.name).get_vocab_size() == load_tokenizer(str(folder)).get_vocab_size()
 
 
 def test_a_save_replaces_what_was_there(copy, params, tokenizer):
@@ -216,7 +214,7 @@ def test_metrics_that_are_not_json_leave_the_old_checkpoint(metrics, copy, param
 def test_a_folder_that_is_not_there(tmp_path):
     assert_refused(lambda: specjax.load(tmp_path / "nowhere"), tmp_path / "nowhere", "config.json and params/")
     file = tmp_path / "nowhere" / "tokenizer.json"
-    assert_refused(lambda: checkpoint.load_tokenizer(tmp_path / "nowhere"), file, "must hold one")
+    assert_refused(lambda: load_tokenizer(tmp_path / "nowhere"), file, "must hold one")
 
 
 def test_a_file_instead_of_a_folder(copy):
@@ -286,14 +284,14 @@ def test_a_config_that_describes_no_model(text, copy):
 def test_a_damaged_tokenizer(damage, copy):
     file = copy / "tokenizer.json"
     damage(file)
-    assert_refused(lambda: checkpoint.load_tokenizer(copy), file, "copy it again" if file.exists() else "must hold one")
+    assert_refused(lambda: load_tokenizer(copy), file, "copy it again" if file.exists() else "must hold one")
     specjax.load(copy)  # the model does not need it
 
 
 @pytest.mark.parametrize("text", [b"{}", b"[]", b'{"version": "1.0"}', b"\xff\xfe\x00"])
 def test_a_tokenizer_file_that_holds_none(text, copy):
     (copy / "tokenizer.json").write_bytes(text)
-    assert_refused(lambda: checkpoint.load_tokenizer(copy), copy / "tokenizer.json", "copy it again")
+    assert_refused(lambda: load_tokenizer(copy), copy / "tokenizer.json", "copy it again")
 
 
 def test_no_parameters(copy):
