@@ -41,6 +41,7 @@ from specjax.drafters.mtp import MTPDrafter as MTPDrafter
 from specjax.drafters.ngram import NGramDrafter as NGramDrafter
 from specjax.drafters.shared_vocabulary import SharedVocabularyDrafter as SharedVocabularyDrafter
 from specjax.engine.ahead import compile as compile
+from specjax.engine.arguments import pad_prompts as pad_prompts
 from specjax.engine.kept import keep_programs as keep_programs
 from specjax.engine.loop import extend as extend
 from specjax.engine.loop import generate as generate
@@ -48,7 +49,6 @@ from specjax.engine.loop import prefill as prefill
 from specjax.engine.loop import run as run
 from specjax.engine.loop import step as step
 from specjax.engine.loop import stream as stream
-from specjax.engine.request import pad_prompts as pad_prompts
 from specjax.engine.state import State as State
 from specjax.engine.state import insert as insert
 from specjax.engine.state import stop as stop

@@ -18,14 +18,14 @@ from specjax import cache, sampling
 from specjax.aot.programs import Setting
 from specjax.aot.report import Limits, compile_program, report
 from specjax.aot.topology import choose, prepare
-from specjax.engine import loop
+from specjax.engine import programs
 from specjax.engine import round as round_lib
 from specjax.transformer.config import DecoderConfig
 
 TINY = DecoderConfig(512, 256, 512, 1, num_attention_heads=4, num_key_value_heads=4, head_dim=64)
 MUTANTS = {}
 
-most_likely, one_round, rounds = sampling.most_likely, round_lib.one_round, loop._rounds
+most_likely, one_round, rounds = sampling.most_likely, round_lib.one_round, programs.run_rounds
 
 
 def mutant(module, name):
@@ -63,7 +63,7 @@ def reverses_the_cache(target, state, drafter, verify, width):
     return dataclasses.replace(state, cache=jax.tree.map(lambda x: jnp.flip(x, 2), state.cache))
 
 
-@mutant(loop, "_rounds")
+@mutant(programs, "run_rounds")
 def carries_one_array_for_two(target, state, drafter, limit, verify, blocks):
     def joined(state):
         pairs = tuple((jnp.concatenate(layer, axis=3),) for layer in state.cache.layers)
@@ -80,7 +80,7 @@ def carries_one_array_for_two(target, state, drafter, limit, verify, blocks):
         return parted(rounds(target, joined(state), drafter, limit, verify, blocks))
 
 
-@mutant(loop, "_rounds")
+@mutant(programs, "run_rounds")
 def loops_twice(target, state, drafter, limit, verify, blocks):
     half = rounds(target, state, drafter, jnp.int32(7), verify, False)
     return rounds(target, half, drafter, limit, verify, blocks)

@@ -45,7 +45,7 @@ from specjax.checkpoint.eagle import eagle_head
 from specjax.drafters.eagle import EagleHead
 from specjax.drafters.medusa import init_medusa_params
 from specjax.drafters.mtp import MTPConfig, init_mtp_params
-from specjax.engine import loop as engine
+from specjax.engine import programs
 from specjax.engine.request import lay_out
 from specjax.hf.config import decoder_config
 from specjax.sharding import RULES, make_mesh, shard, shardings
@@ -297,8 +297,8 @@ def a_round_keeps_to_its_budget_of_collectives():
     target, draft = shard(decoder(DENSE), mesh), shard(drafter("model", DENSE), mesh)
     with jax.set_mesh(mesh):
         prompt_bs, request, static = lay_out(target, draft, PROMPT, None, Sampling(), NEW, (), SLOTS)
-        static |= {"classes": engine.classes_key(target, draft), "verify": verify.block}
-        hlo = engine._generate_jit.lower(target, prompt_bs, request, draft, **static).compile().as_text()
+        static |= {"classes": programs.classes_key(target, draft), "verify": verify.block}
+        hlo = programs.generate_program.lower(target, prompt_bs, request, draft, **static).compile().as_text()
     (body,) = (body for body in outer_loops(hlo) if collectives(body))  # XLA may make small loops of its own
     found, rows, layers = collectives(body), ROWS // data, DENSE.num_hidden_layers
 

@@ -17,6 +17,7 @@ import specjax
 from specjax import ModelDrafter, NGramDrafter, Sampling, Verdict, verify
 from specjax.engine import adapt as adapt_lib
 from specjax.engine import costs as costs_lib
+from specjax.engine import programs
 from specjax.engine.adapt import Adapt, widths_of
 from specjax.testing import table_model
 
@@ -392,7 +393,7 @@ def test_all_rounds_that_are_timed_have_the_width_that_is_timed(monkeypatch):
 
 def test_a_long_prompt_is_not_read_again_and_again(monkeypatch):
     lengths = []
-    true = specjax.engine.loop._generate_jit
+    true = programs.generate_program
 
     def spy(target, prompt_bs, request, drafter, **static):
         lengths.append(int(request.prompt_length_b[0]))
@@ -400,7 +401,8 @@ def test_a_long_prompt_is_not_read_again_and_again(monkeypatch):
 
     monkeypatch.setattr(costs_lib, "_file", lambda: None)
     monkeypatch.setattr(costs_lib, "_known", {})
-    monkeypatch.setattr(specjax.engine.loop, "_generate_jit", spy)
+    for module in (specjax.engine.loop, specjax.engine.measuring):
+        monkeypatch.setattr(module, "generate_program", spy)
     specjax.generate(TARGET, [[1, 2] * 300], drafter=GOOD, max_new_tokens=60)
     assert lengths[-1] == 600 and set(lengths[:-1]) == {256}
 

@@ -32,7 +32,7 @@ needs_gpu = pytest.mark.skipif(
 )
 
 # One round that writes a cache, halves 30 times if temperatures are above 0, and attends over a window of 16 or 64.
-PROGRAM = """HloModule jit__generate_jit, is_scheduled=true
+PROGRAM = """HloModule jit_generate_program, is_scheduled=true
 
 %or.1 (a: pred[], b: pred[]) -> pred[] {
   %a = pred[] parameter(0)

@@ -20,7 +20,7 @@ from specjax.drafters.early_exit import EarlyExitDrafter
 from specjax.drafters.feature import FeatureDrafter
 from specjax.drafters.medusa import MedusaDrafter
 from specjax.drafters.shared_vocabulary import shared_vocabulary_drafter
-from specjax.engine import loop as engine
+from specjax.engine import programs
 from specjax.testing import table_logits, table_model
 from specjax.text.vocabulary import VocabularyMap
 
@@ -313,7 +313,7 @@ def test_a_row_does_not_depend_on_its_neighbours(pair):
 def test_a_round_copies_no_cache(pair, rows, slots):
     """Neither the second's own nor the target's, though a round may pass the second by."""
     args, static = arguments(rows, slots, *pair)
-    (body,) = outer_loops(engine._generate_jit.lower(*args, **static).compile().as_text())
+    (body,) = outer_loops(programs.generate_program.lower(*args, **static).compile().as_text())
     assert copies(body, slots) == []
 
 

@@ -152,5 +152,5 @@ def test_a_second_process_finds_all_programs(tmp_path):
         costs.append(file.stat().st_mtime_ns if file.exists() else None)
     assert runs[0]["untouched"] and runs[0]["written"] > 2
     assert runs[1]["written"] == 0 and costs[0] in (None, costs[1])
-    first, second = ([name for name in run["traced"] if "_jit" in name] for run in runs)
-    assert {"_prefill_jit", "_rounds_jit"} <= set(first) and second == []
+    first, second = ([name for name in run["traced"] if name.endswith("_program")] for run in runs)
+    assert {"prefill_program", "rounds_program"} <= set(first) and second == []

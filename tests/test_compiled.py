@@ -15,8 +15,7 @@ from jax import lax
 
 import specjax
 from specjax import ModelDrafter, NGramDrafter, Sampling, verify
-from specjax.engine import costs
-from specjax.engine import loop as engine
+from specjax.engine import costs, programs
 from specjax.engine.adapt import widths_of
 from specjax.engine.request import lay_out
 from specjax.testing import table_model
@@ -50,7 +49,7 @@ def arguments(rows, slots, target=TARGET, drafter=DRAFTER, width=5, sampling=Sam
     """Returns the positional and the static arguments of the jitted ``generate``."""
     prompt_bt = np.ones((rows, width), np.int32)
     prompt_bs, request, static = lay_out(target, drafter, prompt_bt, None, sampling, 8, (), slots, fixed=fixed)
-    static |= {"classes": engine.classes_key(target, drafter), "verify": verify.block}
+    static |= {"classes": programs.classes_key(target, drafter), "verify": verify.block}
     return (target, prompt_bs, request, drafter), static
 
 
@@ -130,7 +129,7 @@ def program(request):
     """The optimised HLO of ``generate`` for some rows and slots: with one attention window, and with several."""
     rows, slots = request.param
     args, static = arguments(rows, slots)
-    return engine._generate_jit.lower(*args, **static).compile().as_text(), slots
+    return programs.generate_program.lower(*args, **static).compile().as_text(), slots
 
 
 def test_generate_is_one_loop(program):
@@ -156,7 +155,7 @@ def test_a_round_copies_no_cache(program):
 def test_rounds_of_all_widths_copy_no_cache(drafter):
     """The program that adapts has a loop for each width in its loop."""
     args, static = arguments(1, 1024, drafter=drafter, fixed=False)
-    hlo = engine._generate_jit.lower(*args, **static).compile().as_text()
+    hlo = programs.generate_program.lower(*args, **static).compile().as_text()
     (body,) = outer_loops(hlo)
     assert copies(body, 1024) == [] and not talks_to_host(hlo.splitlines())
     assert sum(" while(" in line for line in body) >= len(widths_of(drafter))
@@ -167,8 +166,10 @@ def test_stream_copies_no_cache():
     slots = 1024
     args, static = arguments(1, slots)
     rounds = {name: static.pop(name) for name in ("classes", "verify")}
-    state = jax.eval_shape(lambda: engine._prefill_jit(*args, classes=rounds["classes"], **static))
-    hlo = engine._rounds_jit.lower(TARGET, state, DRAFTER, jnp.int32(1), blocks=False, **rounds).compile().as_text()
+    state = jax.eval_shape(lambda: programs.prefill_program(*args, classes=rounds["classes"], **static))
+    hlo = (
+        programs.rounds_program.lower(TARGET, state, DRAFTER, jnp.int32(1), blocks=False, **rounds).compile().as_text()
+    )
     assert len(outer_loops(hlo)) == 1
     assert copies(hlo.splitlines(), slots) == []
 
@@ -287,7 +288,7 @@ def test_penalties_compile_once():
 def test_without_penalties_nothing_is_counted(sampling, counted):
     """Counts are scatters over the vocabulary. A program without penalties has no scatter."""
     args, static = arguments(2, 128, sampling=sampling)
-    hlo = engine._generate_jit.lower(*args, **static).as_text()
+    hlo = programs.generate_program.lower(*args, **static).as_text()
     assert ("stablehlo.scatter" in hlo) == counted
 
 
@@ -301,9 +302,9 @@ def test_a_larger_request_compiles():
 def test_another_model_of_the_architecture_compiles_nothing():
     args, static = arguments(1, 128)
     other = decoder(2, 2, 5), *args[1:3], DRAFTER.replace(model=decoder(1, 1, 6))
-    engine._generate_jit(*args, **static)
+    programs.generate_program(*args, **static)
     with compilations() as names:
-        engine._generate_jit(*other, **static)
+        programs.generate_program(*other, **static)
     assert names == []
 
 
@@ -312,9 +313,9 @@ def test_the_loop_transfers_nothing():
     on_device = jax.device_put(args)
     on_host = (args[0], np.asarray(args[1]), *args[2:])
     with jax.transfer_guard("disallow"):
-        jax.block_until_ready(engine._generate_jit(*on_device, **static))
+        jax.block_until_ready(programs.generate_program(*on_device, **static))
         with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
-            engine._generate_jit(*on_host, **static)
+            programs.generate_program(*on_host, **static)
 
 
 # Half precision.

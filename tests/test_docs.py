@@ -71,7 +71,7 @@ def run(page):
 def test_the_readme_generates(place, monkeypatch):
     """Both prompts are printed with their text, and the figure after them is that of drafts which were made."""
     # Of models this small a pass over several tokens may cost so much that no draft could pay.
-    monkeypatch.setattr(specjax.engine.loop, "measured", lambda key, lasting, widths, *_: assumed(widths))
+    monkeypatch.setattr(specjax.engine.measuring, "measured", lambda key, lasting, widths, *_: assumed(widths))
     names, out = run("README.md")
     assert out.count("\n---") == 2 and all(prompt in out for prompt in names["prompts"])
     stats = names["generation"].stats

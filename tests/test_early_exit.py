@@ -12,7 +12,7 @@ from test_conversion import GPT2, LATENT, LLAMA
 
 import specjax
 from specjax.drafters.early_exit import EarlyExitDrafter
-from specjax.engine import loop as engine
+from specjax.engine import programs
 from specjax.hf import decoder_config
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import decoder_model, init_params
@@ -183,7 +183,7 @@ def test_there_are_no_parameters():
 @pytest.mark.parametrize(("rows", "slots"), [(1, 128), (3, 1024)])
 def test_a_round_copies_no_cache(target, rows, slots):
     args, static = arguments(rows, slots, target, EarlyExitDrafter(2, 3))
-    (body,) = outer_loops(engine._generate_jit.lower(*args, **static).compile().as_text())
+    (body,) = outer_loops(programs.generate_program.lower(*args, **static).compile().as_text())
     assert copies(body, slots) == []
 
 

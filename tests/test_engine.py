@@ -21,7 +21,7 @@ from stateless import Stateless
 import specjax
 from specjax import Cascade, ModelDrafter, NGramDrafter, Proposal, Sampling, verify
 from specjax import sampling as sampling_lib
-from specjax.engine import loop as engine
+from specjax.engine import programs
 from specjax.testing import table_model
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import bind, decoder_model, init_params
@@ -531,9 +531,9 @@ def test_classes_with_equal_fields_have_programs_of_their_own():
     """jit alone confuses them, though only in one case out of a hundred or so: it finds their trees equal."""
     model = DRAFTERS["another model"]
     one, other = NGramDrafter(DRAFTS), Timid(DRAFTS)
-    assert engine.classes_key(TARGET, one) != engine.classes_key(TARGET, other)
-    assert engine.classes_key(TARGET, Cascade(one, model)) != engine.classes_key(TARGET, Cascade(other, model))
-    assert engine.classes_key(TARGET, one) == engine.classes_key(TARGET, NGramDrafter(DRAFTS))
+    assert programs.classes_key(TARGET, one) != programs.classes_key(TARGET, other)
+    assert programs.classes_key(TARGET, Cascade(one, model)) != programs.classes_key(TARGET, Cascade(other, model))
+    assert programs.classes_key(TARGET, one) == programs.classes_key(TARGET, NGramDrafter(DRAFTS))
     assert run(one).stats.drafted.any() and not run(other).stats.drafted.any()
 
 

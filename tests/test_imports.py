@@ -84,12 +84,12 @@ def test_the_table_lists_the_rooms_that_there_are():
 def test_the_contracts_import_nothing_and_the_engine_knows_no_model():
     """What the table must keep saying, whatever is added to it."""
     assert ALLOWED["types"] == set()
-    assert ALLOWED["platforms"] == set()
+    assert ALLOWED["platforms"] == ALLOWED["rows"] == set()
     for room in ("sharding", "verify", "testing"):
         assert ALLOWED[room] == {"types"}
     assert ALLOWED["cache"] == {"types", "platforms"} and ALLOWED["filters"] == {"platforms", "sharding"}
     assert ALLOWED["sampling"] == {"types", "filters"}
-    assert ALLOWED["engine"] == {"types", "platforms", "sampling", "sharding", "verify", "cache"}
+    assert ALLOWED["engine"] == {"types", "platforms", "rows", "sampling", "sharding", "verify", "cache"}
     for room in ("transformer", "drafters", "checkpoint"):
         assert ALLOWED[room].isdisjoint({"engine", "training"})
 

@@ -11,7 +11,7 @@ from tiny import CONFIG
 
 import specjax
 from specjax import ModelDrafter
-from specjax.engine import kept, loop
+from specjax.engine import kept, programs
 from specjax.engine.request import lay_out
 from specjax.hf.config import decoder_config
 from specjax.transformer.decoder import decoder_model, init_params
@@ -159,7 +159,7 @@ def key(target=TARGET, drafter=DRAFTER, new=20, prompt=(1, 2), verify=specjax.ve
         options.get("fixed", False), costs,
     )  # fmt: skip
     args = target, prompt_bs, request, drafter
-    return loop._generate_jit.key(args, static | {"classes": id(target), "verify": verify})
+    return programs.generate_program.key(args, static | {"classes": id(target), "verify": verify})
 
 
 OTHERS = {
@@ -206,10 +206,13 @@ def test_texts_are_the_same(folder):
     options = {"sampling": specjax.Sampling(1.0, seed=3), "max_new_tokens": 20, "costs": (1, 1.1, 1.2)}
     texts = []
     for place in (None, folder, folder):
-        for function in (loop._prefill_jit, loop._rounds_jit):
+        for function in (programs.prefill_program, programs.rounds_program):
             function._programs.clear()
         kept.keep_programs(place)
         *_, last = specjax.stream(TARGET, [[1, 2]], drafter=DRAFTER, **options)
         texts.append(last.tokens.tolist())
-        assert place is None or [len(x._programs) for x in (loop._prefill_jit, loop._rounds_jit)] == [1, 1]
+        assert place is None or [len(x._programs) for x in (programs.prefill_program, programs.rounds_program)] == [
+            1,
+            1,
+        ]
     assert texts[0] == texts[1] == texts[2] and len(names(folder)) == 2

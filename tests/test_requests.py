@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import specjax
-from specjax.engine.loop import _generate_jit
-from specjax.engine.request import bucket, lay_out
+from specjax.engine.arguments import bucket
+from specjax.engine.programs import generate_program
+from specjax.engine.request import lay_out
 
 VOCAB = 8
 
@@ -491,7 +492,7 @@ def test_another_call_of_the_same_bucket_compiles_nothing():
     """Not even the copy of an argument to the device, of which JAX compiles one for each shape and dtype."""
     another = table(5)
     tokens(sampling=Sampling(temperature=[1.0, 1.0], top_k=2, repetition_penalty=1.3, seed=[0, 1]))
-    size = _generate_jit._cache_size()
+    size = generate_program._cache_size()
     compiled.clear()
     sampling = Sampling(temperature=[0.0, 0.7], top_k=3, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=[8, 9])
     prompt_bt, length_b = specjax.pad_prompts([[7, 6, 5, 4, 3, 2, 1, 0, 1, 2], [1]])
@@ -503,7 +504,7 @@ def test_another_call_of_the_same_bucket_compiles_nothing():
         stop_tokens=(1, 2, 3),
         sampling=sampling,
     )
-    assert _generate_jit._cache_size() == size
+    assert generate_program._cache_size() == size
     assert [event for event in compiled if "backend_compile" in event] == []
 
 

@@ -15,7 +15,7 @@ import specjax
 from specjax import Sampling
 from specjax.drafters import shared_vocabulary
 from specjax.drafters.shared_vocabulary import shared_vocabulary_drafter
-from specjax.engine import loop as engine
+from specjax.engine import programs
 from specjax.testing import table_model
 from specjax.text.vocabulary import VocabularyMap
 from specjax.transformer.config import DecoderConfig
@@ -474,10 +474,10 @@ def test_another_request_compiles_nothing():
         )
 
     ask([[1, 2, 3], [4, 4]], shared_vocabulary_drafter(DRAFT, MAP, 2))
-    compiled = engine._generate_jit._cache_size()
+    compiled = programs.generate_program._cache_size()
     other = mapped([[3], [3, 4], [5], [], [1, 2, 0], [0], [2], [4]])  # another map of the same sizes
     ask([[6] * 9, [7]], shared_vocabulary_drafter(table_model(random_table(9, DRAFT_VOCAB, 3)), other, 2), top_k=2)
-    assert engine._generate_jit._cache_size() == compiled
+    assert programs.generate_program._cache_size() == compiled
 
 
 def test_it_is_a_pytree_whose_maps_are_leaves():

@@ -11,8 +11,7 @@ from test_conformance import COPY, DRAFTERS, TARGET, texts
 
 import specjax
 from specjax import ModelDrafter, NGramDrafter, Sampling
-from specjax.engine import loop, request
-from specjax.engine import round as round_lib
+from specjax.engine import programs, prompt, request
 from specjax.testing import table_model
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import abstract_params, decoder_model
@@ -132,11 +131,11 @@ def test_stop_tokens_of_each_row():
 @pytest.fixture
 def chunks_of_four(monkeypatch):
     """Prompts of four tokens or more are read in a loop."""
-    for module in (request, round_lib):
+    for module in (request, prompt):
         monkeypatch.setattr(module, "CHUNK", 4)
-    loop._generate_jit.clear_cache()
+    programs.generate_program.clear_cache()
     yield
-    loop._generate_jit.clear_cache()
+    programs.generate_program.clear_cache()
 
 
 LONG = [list(np.random.default_rng(row).integers(0, 11, size)) for row, size in enumerate((1, 5, 31, 18))]
@@ -165,8 +164,8 @@ def test_one_program_reads_prompts_of_all_lengths():
     model = table_model(np.zeros((11, 11)))
 
     def read(length):
-        prompt = [np.arange(length) % 11]
-        return jax.block_until_ready(specjax.generate(model, prompt, max_new_tokens=2, slots=4096).tokens)
+        tokens = [np.arange(length) % 11]
+        return jax.block_until_ready(specjax.generate(model, tokens, max_new_tokens=2, slots=4096).tokens)
 
     read(300)
     with compilations() as names:
@@ -180,10 +179,10 @@ def test_memory_does_not_grow_with_the_square_of_a_prompt():
     config = DecoderConfig(32, 16, 16, 8, 2, 1, head_dim=8, max_position_embeddings=8192)
     params = abstract_params(config)
     target = decoder_model(config, params)
-    prompt = np.ones((1, 8000), np.int32)
-    prompt_bs, asked, static = request.lay_out(target, None, prompt, None, GREEDY, 100, (), 8192)
+    tokens = np.ones((1, 8000), np.int32)
+    prompt_bs, asked, static = request.lay_out(target, None, tokens, None, GREEDY, 100, (), 8192)
     assert static["chunk"] == 256
-    lowered = loop._prefill_jit.lower(target, prompt_bs, asked, None, classes=0, **static)
+    lowered = programs.prefill_program.lower(target, prompt_bs, asked, None, classes=0, **static)
     used = lowered.compile().memory_analysis()
     square = 8192 * 8192 * 4 * config.num_attention_heads
     assert used.temp_size_in_bytes < square / 8
@@ -192,13 +191,13 @@ def test_memory_does_not_grow_with_the_square_of_a_prompt():
 def test_a_fault_in_the_order_of_chunks_is_seen(monkeypatch):
     """The control: chunks of which each starts where the one before it started."""
     honest = texts(read_at_once("model"))
-    read = round_lib._read
+    read = prompt._read
 
     def late(target, state, drafter, start_b, *settings, **options):
         return read(target, state, drafter, jnp.minimum(start_b + 1, state.length_b - 1), *settings, **options)
 
-    monkeypatch.setattr(round_lib, "_read", late)
-    loop._generate_jit.clear_cache()
+    monkeypatch.setattr(prompt, "_read", late)
+    programs.generate_program.clear_cache()
     out = specjax.generate(TARGET, LONG, drafter=ModelDrafter(COPY, 3), fixed=True, sampling=GREEDY, max_new_tokens=9)
-    loop._generate_jit.clear_cache()
+    programs.generate_program.clear_cache()
     assert texts(out) != honest

@@ -10,7 +10,8 @@ from jax import Array, lax
 
 from specjax.cache import LayerCache
 from specjax.checks import check_integer
-from specjax.drafters.chain import Chain, place, repeat, text_at
+from specjax.drafters.chain import Chain, place, repeat
+from specjax.rows import text_at
 from specjax.transformer.config import EXTERNAL, DecoderConfig
 from specjax.transformer.decoder import DecoderLayer
 from specjax.transformer.functional import Functional

@@ -62,12 +62,6 @@ def repeat(first: int, end: int, body: Callable[[int | Array, C], C], carry: C, 
     return carry
 
 
-def text_at(tokens_bs: Array, start_b: Array, width: int) -> Array:
-    """Returns ``width`` tokens of each row from ``start_b`` on; past the last slot, that slot's token."""
-    at_bt = start_b[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
-    return jnp.take_along_axis(tokens_bs, jnp.clip(at_bt, 0, tokens_bs.shape[1] - 1), axis=1)
-
-
 def place(x_btd: Array, place_b: Array) -> Array:
     """Returns ``[b, d]``, the entry of each row at its place."""
     return jnp.take_along_axis(x_btd, place_b[:, None, None], axis=1)[:, 0]

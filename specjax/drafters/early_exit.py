@@ -5,7 +5,8 @@ from flax import struct
 from jax import Array
 
 from specjax.checks import check_integer
-from specjax.drafters.chain import Chain, repeat, text_at
+from specjax.drafters.chain import Chain, repeat
+from specjax.rows import text_at
 from specjax.types import Cache, Context, Draw, Event, Feed, LanguageModel, Proposal
 
 

@@ -13,7 +13,8 @@ from jax import Array
 
 from specjax.cache import KVCache, Stored
 from specjax.checks import check_integer
-from specjax.drafters.chain import Chain, place, text_at
+from specjax.drafters.chain import Chain, place
+from specjax.rows import text_at
 from specjax.transformer.config import DecoderConfig, LayerConfig
 from specjax.transformer.decoder import DecoderLayer, empty_cache
 from specjax.transformer.functional import Functional

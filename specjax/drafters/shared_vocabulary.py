@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
 
-from specjax.drafters.chain import Chain, place, repeat, text_at
+from specjax.drafters.chain import Chain, place, repeat
+from specjax.rows import text_at
 from specjax.text.vocabulary import VocabularyMap
 from specjax.types import Cache, Context, Draw, Event, Feed, LanguageModel, Proposal
 

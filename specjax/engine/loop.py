@@ -6,146 +6,33 @@ its prompt, its sampling parameters and its seed alone; else also on the widths 
 """
 
 import dataclasses
-import functools
-import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 
 from specjax import verify as verify_lib
 from specjax.engine import round as round_lib
-from specjax.engine.adapt import UNOBSERVED, places_past, widths_of
-from specjax.engine.costs import key_of, measured
-from specjax.engine.kept import Kept
-from specjax.engine.request import Prompts, Request, check_rule, is_known, lay_out, lay_out_more
+from specjax.engine.arguments import Prompts, check_rule, is_known
+from specjax.engine.measuring import costs_of_generate, costs_of_run, with_costs
+from specjax.engine.programs import (
+    BLOCK,
+    classes_key,
+    extend_program,
+    generate_program,
+    prefill_program,
+    rounds_program,
+    run_rounds,
+)
+from specjax.engine.request import lay_out, lay_out_more
 from specjax.engine.state import State
-from specjax.platforms import by_platform, platform_of
+from specjax.platforms import platform_of
 from specjax.sampling import Sampling
 from specjax.sharding import ROWS, WHOLE, by_rows, gathered
 from specjax.types import Drafter, Generation, LanguageModel, VerifyRule
-
-
-def classes_key(target: LanguageModel, drafter: Drafter | None) -> int:
-    """Returns a number that differs where classes do, which keeps programs apart that ``jit`` alone confuses.
-
-    jaxlib compares two trees of dataclasses by their fields, whatever their classes: now and then, where hashes share a
-    bucket, ``jit`` hands a drafter the program of another class with equal fields, say of its parent. Hashes do heed
-    classes.
-    """
-    return hash(jax.tree.structure((target, drafter)))
-
-
-BLOCK = 4
-"""Rounds between two looks at whether all rows are done, on a GPU, unless ``run`` is asked for a number in between.
-
-A GPU's host reads the condition of such a loop from the device and waits for it. A loop of known length needs no such
-wait. So a GPU runs blocks of rounds, in which rows that are done rest. Up to ``BLOCK - 1`` rounds at the end of all
-rows are in vain, which is why a block is short."""
-
-
-def _rounds(
-    target: LanguageModel, state: State, drafter: Drafter | None, limit: Array | None, verify: VerifyRule, blocks: bool
-) -> State:
-    """Runs rounds until every row is done, or ``limit`` of them. ``blocks``: the limit is None or has whole blocks."""
-
-    def unfinished(carry: _Carry) -> Array:
-        count, state = carry
-        running = ~jnp.all(state.done_b)
-        return running if limit is None else running & (count < limit)
-
-    def rounds(width: int | None) -> Callable[[_Carry], _Carry]:
-        # Jitted, so that its two users share one trace. A function of this call alone, so that no other call with equal
-        # trees gets it (``classes_key``).
-        one_round = jax.jit(lambda state: round_lib.one_round(target, state, drafter, verify, width))
-
-        def one(count: Array, state: State) -> _Carry:
-            return count + 1, one_round(state)
-
-        def block(count: Array, state: State) -> _Carry:
-            return count + BLOCK, lax.fori_loop(0, BLOCK, lambda _, state: one_round(state), state)
-
-        return lambda carry: by_platform(*carry, cuda=block, rocm=block, default=one) if blocks else one(*carry)
-
-    carry = (jnp.int32(0), state)
-    if state.adapt is None or drafter is None:
-        return lax.while_loop(unfinished, rounds(None), carry)[1]
-
-    # One loop for each width, which runs while that width is chosen. Loops, since lax.switch would copy all caches in
-    # all of its branches.
-    def full(state: State) -> Array | bool:
-        # Whether the features of further plain rounds would find no place. Tokens alone can wait for the next trial.
-        assert state.adapt is not None
-        return jnp.max(state.adapt.unobserved_b) > UNOBSERVED - BLOCK if state.adapt.features else False
-
-    def body(carry: _Carry) -> _Carry:
-        for number, width in enumerate(widths_of(drafter)):
-
-            def chosen(carry: _Carry, number: int = number) -> Array:
-                adapt = carry[1].adapt
-                assert adapt is not None
-                chosen = unfinished(carry) & (adapt.width == number)
-                return chosen if number else chosen & ~jnp.asarray(full(carry[1]))
-
-            carry = lax.while_loop(chosen, rounds(width), carry)
-            if number == 0:
-                count, state = carry
-                assert state.adapt is not None
-                due = full(state) | (state.adapt.width > 0)
-                carry = count, round_lib.observe_plain(target, state, drafter, due)
-        return carry
-
-    return lax.while_loop(unfinished, body, carry)[1]
-
-
-_MEASURED_PROMPT = 256
-"""The most tokens of a prompt that ``generate`` reads when it measures the costs of rounds."""
-
-_Carry = tuple[Array, State]
-"""The number of rounds so far, and the state."""
-
-
-@Kept
-@functools.partial(jax.jit, static_argnames=("classes", "verify", "chunk", "logprobs", "top_logprobs"))
-def _generate_jit(target, prompt_bs, request, drafter, *, classes, verify, **static):
-    del classes  # only a part of the key under which jit keeps the program
-
-    # Prompts and rounds are one program, so nothing returns to the host between them.
-    def run(target, prompt_bs, request, drafter):
-        state = round_lib.start(target, prompt_bs, request, drafter, **static)
-        return _rounds(target, state, drafter, None, verify, True).generation
-
-    return by_rows(run, (WHOLE, ROWS, ROWS, WHOLE), ROWS)(target, prompt_bs, request, drafter)
-
-
-@Kept
-@functools.partial(jax.jit, static_argnames=("classes", "chunk", "logprobs", "top_logprobs", "assumed"))
-def _prefill_jit(target, prompt_bs, request, drafter, *, classes, **static):
-    del classes
-    run = functools.partial(round_lib.start, **static)
-    return by_rows(run, (WHOLE, ROWS, ROWS, WHOLE), ROWS)(target, prompt_bs, request, drafter)
-
-
-@Kept
-@functools.partial(jax.jit, static_argnames=("classes", "chunk"), donate_argnames=("state",))
-def _extend_jit(target, state, new_bt, count_b, new_limit_b, drafter, *, classes, chunk):
-    del classes
-    run = functools.partial(round_lib.extend, chunk=chunk)
-    specs = (WHOLE, ROWS, ROWS, ROWS, ROWS, WHOLE)
-    return by_rows(run, specs, ROWS)(target, state, new_bt, count_b, new_limit_b, drafter)
-
-
-@Kept
-@functools.partial(jax.jit, static_argnames=("classes", "verify", "blocks"), donate_argnames=("state",))
-def _rounds_jit(target, state, drafter, limit, *, classes, verify, blocks):
-    del classes
-    run = functools.partial(_rounds, verify=verify, blocks=blocks)
-    return by_rows(run, (WHOLE, ROWS, WHOLE, WHOLE), ROWS)(target, state, drafter, limit)
 
 
 def generate(
@@ -208,50 +95,8 @@ def generate(
     static |= {"classes": classes_key(target, drafter), "verify": verify}
     with platform_of((target, prompt_bs, request)):
         if request.cost_bw is not None and costs is None and is_known((target, prompt_bs, request, drafter)):
-            request = _with_costs(request, _costs_of_generate(target, prompt_bs, request, drafter, static))
-        return _generate_jit(target, prompt_bs, request, drafter, **static)
-
-
-def _with_costs(request: Request, cost_w: np.ndarray) -> Request:
-    assert request.cost_bw is not None
-    return dataclasses.replace(request, cost_bw=_filled(request.cost_bw, cost_w))
-
-
-def _filled(array: Array, values: Any) -> Array:
-    """Returns the values in the array's shape and at its place: ``jit`` compiles a program for each kind of place."""
-    filled = np.broadcast_to(np.asarray(values, array.dtype), array.shape)
-    return jax.device_put(filled, array.sharding if array.committed else None)
-
-
-def _program(classes: int, verify: VerifyRule, rows: int, *models: Any) -> Hashable:
-    """Returns what differs where the costs of rounds do, in this process."""
-    leaves, structure = jax.tree.flatten(models)
-    mesh = jax.sharding.get_abstract_mesh()
-    return classes, verify, rows, structure, mesh, tuple((jax.typeof(x), getattr(x, "sharding", None)) for x in leaves)
-
-
-def _costs_of_generate(target, prompt_bs, request, drafter, static) -> np.ndarray:
-    """Returns the costs of rounds, measured by runs of the very program that is asked for, so nothing else compiles."""
-    slots, widths = prompt_bs.shape[1], widths_of(drafter)
-    # Of a long prompt a part is enough: the program reads as many chunks as there are.
-    length_b = np.minimum(gathered(request.prompt_length_b), _MEASURED_PROMPT)
-    same_bs = _filled(prompt_bs, 1)  # n-grams find a copy in each round
-
-    def run(cost_w: np.ndarray, new: int) -> tuple[float, int]:
-        asked = dataclasses.replace(
-            _with_costs(request, cost_w),
-            prompt_length_b=_filled(request.prompt_length_b, length_b),
-            limit_b=_filled(request.limit_b, length_b + new),
-            stop_tokens_bk=_filled(request.stop_tokens_bk, -1),
-        )
-        start = time.perf_counter()
-        stats = gathered(_generate_jit(target, same_bs, asked, drafter, **static).stats)
-        return time.perf_counter() - start, int(stats.rounds.max())
-
-    room = slots - int(length_b.max()) - places_past(widths[-1], True) - 1
-    trees = target, drafter, request.prompt_length_b  # times hardly depend on the slots
-    program = _program(static["classes"], static["verify"], prompt_bs.shape[0], target, drafter)
-    return measured(program, lambda: key_of(widths, *trees), widths, lambda: room, run)
+            request = with_costs(request, costs_of_generate(target, prompt_bs, request, drafter, static))
+        return generate_program(target, prompt_bs, request, drafter, **static)
 
 
 def prefill(
@@ -279,7 +124,7 @@ def prefill(
     )  # fmt: skip
     static |= {"classes": classes_key(target, drafter), "assumed": costs is None and request.cost_bw is not None}
     with platform_of((target, prompt_bs, request)):
-        return _prefill_jit(target, prompt_bs, request, drafter, **static)
+        return prefill_program(target, prompt_bs, request, drafter, **static)
 
 
 def step(
@@ -301,7 +146,7 @@ def step(
     def one(target: LanguageModel, state: State, drafter: Drafter | None) -> State:
         if state.adapt is None:
             return round_lib.one_round(target, state, drafter, verify)
-        return _rounds(target, state, drafter, jnp.int32(1), verify, False)
+        return run_rounds(target, state, drafter, jnp.int32(1), verify, False)
 
     return by_rows(one, (WHOLE, ROWS, WHOLE), ROWS)(target, state, drafter)
 
@@ -332,47 +177,9 @@ def run(
     options = {"classes": classes_key(target, drafter), "verify": verify, "blocks": (rounds or 0) % BLOCK == 0}
     with platform_of((target, state)):
         if state.assumed and is_known((target, state, drafter)):
-            cost_w = _costs_of_run(target, state, drafter, limit, options)
-            state = dataclasses.replace(state, request=_with_costs(state.request, cost_w))
-        return _rounds_jit(target, state, drafter, limit, **options)
-
-
-def _costs_of_run(target, state, drafter, limit, options) -> np.ndarray:
-    """Returns the costs of rounds, measured by the program that is asked for, on a copy of the state."""
-    widths = widths_of(drafter)
-
-    def find_room() -> int:
-        slots, longest = state.tokens_bs.shape[1], int(gathered(state.length_b).max())
-        return slots - longest - places_past(widths[-1], True) - 1
-
-    def run(cost_w: np.ndarray, new: int) -> tuple[float, int]:
-        copy = _restarted(state)
-        assert copy.adapt is not None
-        request = dataclasses.replace(
-            _with_costs(copy.request, cost_w),
-            limit_b=_filled(copy.request.limit_b, gathered(state.length_b) + new),
-            stop_tokens_bk=_filled(copy.request.stop_tokens_bk, -1),
-        )
-        width_b = _filled(copy.adapt.width_b, int(np.argmin(cost_w)))
-        adapt = dataclasses.replace(copy.adapt, width_b=width_b, rest_b=_filled(copy.adapt.rest_b, 0))
-        copy = dataclasses.replace(copy, request=request, adapt=adapt)
-        before = gathered(jax.block_until_ready(copy).stats.rounds)
-        start = time.perf_counter()
-        no_limit = None if limit is None else jnp.int32(2**30)
-        after = gathered(_rounds_jit(target, copy, drafter, no_limit, **options).stats.rounds)
-        return time.perf_counter() - start, int((after - before).max())
-
-    trees = target, drafter, state.length_b
-    program = _program(options["classes"], options["verify"], state.length_b.shape[0], target, drafter)
-    return measured(program, lambda: key_of(widths, *trees), widths, find_room, run)
-
-
-@jax.jit
-def _restarted(state: State) -> State:
-    """Returns a copy of the state in which all rows run, with tokens that are all alike: n-grams find a copy."""
-    # Computed from the state's own arrays. Others could be placed otherwise, and ``run`` would compile once more.
-    copy = jax.tree.map(jnp.copy, state)
-    return dataclasses.replace(copy, tokens_bs=0 * state.tokens_bs + 1, done_b=state.done_b & False)
+            cost_w = costs_of_run(target, state, drafter, limit, options)
+            state = dataclasses.replace(state, request=with_costs(state.request, cost_w))
+        return rounds_program(target, state, drafter, limit, **options)
 
 
 def _check_rounds(rounds: Any) -> None:
@@ -411,7 +218,7 @@ def extend(
     new_bt, count_b, limit_b, chunk = lay_out_more(target, drafter, state, tokens, lengths, max_new_tokens)
     classes = classes_key(target, drafter)
     with platform_of((target, state)):
-        return _extend_jit(target, state, new_bt, count_b, limit_b, drafter, classes=classes, chunk=chunk)
+        return extend_program(target, state, new_bt, count_b, limit_b, drafter, classes=classes, chunk=chunk)
 
 
 def stream(
@@ -480,4 +287,4 @@ def lower(
     prompt_bs, request = jax.tree.map(abstract, (prompt_bs, request))
     classes = classes_key(target, drafter)
     with jax.set_mesh(mesh):
-        return _generate_jit.lower(target, prompt_bs, request, drafter, classes=classes, verify=verify, **static)
+        return generate_program.lower(target, prompt_bs, request, drafter, classes=classes, verify=verify, **static)

@@ -1,4 +1,4 @@
-"""One round, and the reading of a prompt: what the target is fed, and what of it becomes true."""
+"""One round: what the target is fed, and what of it becomes true."""
 
 import dataclasses
 import functools
@@ -10,12 +10,12 @@ from flax import struct
 from jax import Array, lax
 
 from specjax import sampling as sampling_lib
-from specjax.engine.adapt import UNOBSERVED, Adapt, widths_of
-from specjax.engine.request import CHUNK, Request
+from specjax.engine.adapt import UNOBSERVED
 from specjax.engine.state import Logprobs, State
 from specjax.platforms import by_platform
+from specjax.rows import append, text_at
 from specjax.sampling import Counts, RoundDraws, Sampling
-from specjax.types import Cache, Context, Drafter, Draw, Event, Feed, LanguageModel, Proposal, Stats, VerifyRule
+from specjax.types import Context, Drafter, Draw, Event, Feed, LanguageModel, Proposal, Stats, VerifyRule
 
 
 @struct.dataclass
@@ -38,110 +38,6 @@ class NoDrafter:
         del draw
         rows = context.length_b.shape[0]
         return Proposal(jnp.zeros((rows, 0), jnp.int32), None, jnp.zeros((rows,), jnp.int32)), state
-
-
-def start(
-    target: LanguageModel,
-    prompt_bs: Array,
-    request: Request,
-    drafter: Drafter | None,
-    *,
-    chunk: int,
-    logprobs: bool,
-    top_logprobs: int,
-    assumed: bool = False,
-) -> State:
-    """Returns the state before the first round."""
-    drafter = NoDrafter() if drafter is None else drafter
-    rows, slots = prompt_bs.shape
-    length_b = request.prompt_length_b
-    tokens_bs = jnp.where(jnp.arange(slots, dtype=jnp.int32)[None] < length_b[:, None], prompt_bs, 0)
-    zero_b = jnp.zeros((rows,), jnp.int32)
-    zero_bg = jnp.zeros((rows, drafter.num_draft), jnp.int32)
-    state = State(
-        tokens_bs=tokens_bs,
-        length_b=length_b,
-        done_b=length_b >= request.limit_b,
-        cache=target.init_cache(rows, slots),
-        draft=drafter.init(target, rows, slots),
-        stats=Stats(zero_b, zero_b, zero_b, zero_b, zero_bg, zero_bg),
-        request=request,
-        keys_b=sampling_lib.row_keys(request.sampling),
-        logprobs=Logprobs.empty(rows, slots, top_logprobs) if logprobs else None,
-        adapt=_adapt(request.cost_bw, target, drafter),
-        num_draft=drafter.num_draft,
-        assumed=assumed,
-    )
-    return _read(target, state, drafter, zero_b, chunk, one_pass=chunk < CHUNK)
-
-
-def _adapt(cost_bw: Array | None, target: LanguageModel, drafter: Drafter) -> Adapt | None:
-    if cost_bw is None:
-        return None
-    specs = target.state_specs(drafter.capture) if drafter.capture else ()
-    return Adapt.start(cost_bw, widths_of(drafter), specs)
-
-
-def extend(
-    target: LanguageModel,
-    state: State,
-    new_bt: Array,
-    count_b: Array,
-    new_limit_b: Array,
-    drafter: Drafter | None,
-    chunk: int,
-) -> State:
-    """Returns the state with the first ``count_b`` of the new tokens after each row's end, read as a prompt."""
-    drafter = NoDrafter() if drafter is None else drafter
-    if state.adapt is not None:
-        state = observe_plain(target, state, drafter)
-    old_b, extended_b = state.length_b, count_b > 0
-    length_b = old_b + count_b
-    request = dataclasses.replace(
-        state.request,
-        prompt_length_b=jnp.where(extended_b, length_b, state.request.prompt_length_b),
-        limit_b=jnp.where(extended_b, length_b + new_limit_b, state.request.limit_b),
-    )
-    state = dataclasses.replace(
-        state,
-        tokens_bs=_append(state.tokens_bs, old_b, new_bt, count_b),
-        length_b=length_b,
-        done_b=state.done_b & ~extended_b,
-        request=request,
-    )
-    # A row that is not extended has all but its last token in the cache, and nothing to read.
-    one_pass = new_bt.shape[1] <= chunk < CHUNK
-    return _read(target, state, drafter, old_b - 1, chunk, one_pass)
-
-
-def _read(target: LanguageModel, state: State, drafter: Drafter, start_b: Array, chunk: int, one_pass: bool) -> State:
-    """Feeds each row's tokens from ``start_b`` on, all but the last, which the next round feeds.
-
-    Tokens that fit into a chunk of less than ``CHUNK`` are one pass. More are read in a loop of such passes, so that
-    memory does not grow with the prompt beyond the cache. The first pass of a row is the one that is not full: no later
-    pass then writes past the row's end.
-    """
-    missing_b = state.length_b - 1 - start_b
-
-    def read(first_b: Array, count_b: Array, cache: Cache, draft: Any) -> tuple[Cache, Any]:
-        feed = Feed(_text_at(state.tokens_bs, first_b, chunk), first_b, count_b)
-        output = target.forward(target.params, feed, cache, drafter.capture)
-        cache = target.keep(output.cache, feed, count_b)
-        context = dataclasses.replace(_context(target, state), cache=cache)
-        return cache, drafter.observe(draft, context, Event(feed, output.features, count_b))
-
-    if one_pass:
-        cache, draft = read(start_b, missing_b, state.cache, state.draft)
-        return dataclasses.replace(state, cache=cache, draft=draft)
-    chunks = (jnp.max(missing_b) + (chunk - 1)) // chunk
-
-    def body(i: Array, carry: tuple[Cache, Any]) -> tuple[Cache, Any]:
-        read_b = missing_b - (chunks - i) * chunk  # before this chunk; a shorter row rests while this is negative
-        first_b, end_b = jnp.maximum(read_b, 0), jnp.maximum(read_b + chunk, 0)
-        return read(start_b + first_b, end_b - first_b, *carry)
-
-    cache, draft = lax.fori_loop(jnp.int32(0), chunks, body, (state.cache, state.draft))
-    return dataclasses.replace(state, cache=cache, draft=draft)
 
 
 def _room(state: State) -> Array:
@@ -168,11 +64,11 @@ def one_round(
         )
     laws = _Laws.of(target, state)
     if width == 0:
-        proposal, _ = NoDrafter().propose(None, _context(target, state), None)
+        proposal, _ = NoDrafter().propose(None, context_of(target, state), None)
         return _finish(target, state, drafter, verify, laws, proposal, drafted=False)
 
     # 1. Draft. A row uses no more drafts than it has room for.
-    context = dataclasses.replace(_context(target, state), width=width)
+    context = dataclasses.replace(context_of(target, state), width=width)
     proposal, draft = drafter.propose(state.draft, context, laws.draw(verify.shares_noise))
     width = context.drafts(drafter.num_draft)
     _check_proposal(proposal, width, state, target)
@@ -242,7 +138,7 @@ def _finish(
             adapt = adapt.after_plain(request.cost_bw, running_b, output.features)
     state = dataclasses.replace(
         state,
-        tokens_bs=_append(state.tokens_bs, state.length_b, emitted_bt, count_b),
+        tokens_bs=append(state.tokens_bs, state.length_b, emitted_bt, count_b),
         length_b=length_b,
         done_b=state.done_b | stopped_b | (length_b >= request.limit_b),
         cache=target.keep(output.cache, feed, count_b),
@@ -255,7 +151,7 @@ def _finish(
     if not drafted:
         return state
     event = Event(feed, output.features, count_b, drafted=True)
-    return dataclasses.replace(state, draft=drafter.observe(state.draft, _context(target, state), event))
+    return dataclasses.replace(state, draft=drafter.observe(state.draft, context_of(target, state), event))
 
 
 def observe_plain(target: LanguageModel, state: State, drafter: Drafter, due: Array | bool = True) -> State:
@@ -268,8 +164,8 @@ def observe_plain(target: LanguageModel, state: State, drafter: Drafter, due: Ar
         assert adapt is not None
         start_b = state.length_b - 1 - adapt.unobserved_b
         count_b = jnp.minimum(adapt.unobserved_b, UNOBSERVED)
-        feed = Feed(_text_at(state.tokens_bs, start_b, UNOBSERVED), start_b, count_b)
-        draft = drafter.observe(state.draft, _context(target, state), Event(feed, adapt.features, count_b))
+        feed = Feed(text_at(state.tokens_bs, start_b, UNOBSERVED), start_b, count_b)
+        draft = drafter.observe(state.draft, context_of(target, state), Event(feed, adapt.features, count_b))
         return dataclasses.replace(state, draft=draft, adapt=adapt.observed(count_b))
 
     return lax.fori_loop(jnp.int32(0), jnp.where(due, blocks, 0), block, state)
@@ -316,14 +212,9 @@ class _Laws:
         return draw
 
 
-def _context(target: LanguageModel, state: State) -> Context:
+def context_of(target: LanguageModel, state: State) -> Context:
+    """Returns what a drafter is told of a state."""
     return Context(target, state.cache, state.tokens_bs, state.length_b, _room(state))
-
-
-def _text_at(tokens_bs: Array, start_b: Array, width: int) -> Array:
-    """Returns ``width`` tokens of each row from ``start_b`` on; past the last slot, that slot's token."""
-    at_bt = start_b[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
-    return jnp.take_along_axis(tokens_bs, jnp.minimum(at_bt, tokens_bs.shape[1] - 1), axis=1)
 
 
 def _check_proposal(proposal: Proposal, width: int, state: State, target: LanguageModel) -> None:
@@ -358,19 +249,6 @@ def _cut(emitted_bt: Array, count_b: Array, stop_tokens_bk: Array) -> tuple[Arra
     return jnp.where(stopped_b, jnp.argmax(stops_bt, axis=-1).astype(jnp.int32) + 1, count_b), stopped_b
 
 
-def _append(array_bs: Array, length_b: Array, new_bt: Array, count_b: Array) -> Array:
-    """Writes ``count_b`` entries past each row's end; all other slots keep what they hold.
-
-    Entries may have further dimensions: ``array_bs`` is ``[b, s, ..]`` and ``new_bt`` ``[b, t, ..]``.
-    """
-    place_bs = jnp.arange(array_bs.shape[1], dtype=jnp.int32)[None] - length_b[:, None]
-    source_bs = jnp.clip(place_bs, 0, new_bt.shape[1] - 1)
-    written_bs = (place_bs >= 0) & (place_bs < count_b[:, None])
-    shape = (*place_bs.shape, *(1 for _ in array_bs.shape[2:]))
-    new_bs = jnp.take_along_axis(new_bt, source_bs.reshape(shape), axis=1)
-    return jnp.where(written_bs.reshape(shape), new_bs, array_bs)
-
-
 def _log(
     logs: Logprobs, length_b: Array, emitted_bt: Array, count_b: Array, logits_btv: Array, target_btv: Array
 ) -> Logprobs:
@@ -385,16 +263,16 @@ def _log(
 
     logs = dataclasses.replace(
         logs,
-        own_bs=_append(logs.own_bs, length_b, of_emitted(own_btv), count_b),
-        warped_bs=_append(logs.warped_bs, length_b, jnp.log(of_emitted(target_btv)), count_b),
+        own_bs=append(logs.own_bs, length_b, of_emitted(own_btv), count_b),
+        warped_bs=append(logs.warped_bs, length_b, jnp.log(of_emitted(target_btv)), count_b),
     )
     if logs.top_bsn is None or logs.top_tokens_bsn is None:
         return logs
     top_btn, token_btn = lax.top_k(own_btv, logs.top_bsn.shape[-1])
     return dataclasses.replace(
         logs,
-        top_tokens_bsn=_append(logs.top_tokens_bsn, length_b, token_btn, count_b),
-        top_bsn=_append(logs.top_bsn, length_b, top_btn, count_b),
+        top_tokens_bsn=append(logs.top_tokens_bsn, length_b, token_btn, count_b),
+        top_bsn=append(logs.top_bsn, length_b, top_btn, count_b),
     )
 
 

@@ -11,7 +11,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from specjax.engine.adapt import Adapt
-from specjax.engine.request import Request, is_known
+from specjax.engine.arguments import is_known
+from specjax.engine.request import Request
 from specjax.sharding import gathered
 from specjax.types import Cache, Generation, Stats
 
