@@ -25,7 +25,14 @@ def pytest_configure(config):
     some more by handing LLVM each program in one piece.
 
     XLA's other passes all run. The environment is for the processes that tests start.
+
+    Tracing is most of the rest. It makes millions of objects that live long, which Python's collector would go through
+    again and again; and each operation's stack of callers, which no test reads.
     """
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    jax.config.update("jax_include_full_tracebacks_in_locations", False)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     if not config.getoption("--optimized"):

@@ -17,8 +17,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 torch.set_num_threads(1)
 
-LENGTHS = (21, 34)  # tokens of the two rows that are compared
-NEW_TOKENS = 64
+PROMPT, NEW_TOKENS = 21, 64  # of the first row
+LENGTHS = (PROMPT + NEW_TOKENS, 34)  # tokens of the two rows that are compared
 TOLERANCE = 1e-4
 
 MODEL_CLASSES = {
@@ -84,13 +84,27 @@ def make_model(kind, settings, seed=0):
 
 
 def make_case(kind, settings, folder):
-    """Writes a checkpoint into an empty folder, and opens it."""
+    """Writes a checkpoint into an empty folder, and opens it. Row 0 goes on with transformers' greedy text."""
     theirs = make_model(kind, settings)
     theirs.save_pretrained(folder)
     rng = np.random.default_rng(1)
-    rows = [rng.integers(0, VOCAB, size=length).tolist() for length in LENGTHS]
+    rows = [rng.integers(0, VOCAB, size=length).tolist() for length in (PROMPT, LENGTHS[1])]
     dynamic = settings.get("rope_parameters", {}).get("rope_type") == "dynamic"
+    rows[0] = greedy_text(theirs, rows[0], dynamic)
     return Case(folder, theirs, specjax.load(folder, "float32"), rows, dynamic)
+
+
+def greedy_text(model, tokens, dynamic):
+    """Returns the prompt's tokens and ``NEW_TOKENS`` of a transformers model; ``dynamic``: each is fed by itself."""
+    tokens, fed, cache = list(tokens), 0, None
+    with torch.no_grad():
+        while len(tokens) < PROMPT + NEW_TOKENS:
+            end = fed + 1 if dynamic else len(tokens)
+            out = model(torch.tensor([tokens[fed:end]]), past_key_values=cache, use_cache=True)
+            fed, cache = end, out.past_key_values
+            if fed == len(tokens):
+                tokens.append(int(out.logits[0, -1].argmax()))
+    return tokens
 
 
 @jit
@@ -100,7 +114,10 @@ def forward(model, feed, cache):
 
 
 def test_logits_whole_token_by_token_and_in_blocks(case):
-    """Largest difference over prefill, single tokens and blocks of g + 1 at offsets of each row's own."""
+    """Largest difference over prefill, single tokens and blocks of g + 1 at offsets of each row's own.
+
+    As the first row ends with transformers' greedy text, ours must have the same likeliest tokens there.
+    """
     expected = [case.expected(tokens) for tokens in case.rows]
     worst = {}
     for width in (max(LENGTHS), 1, 5):
@@ -114,6 +131,7 @@ def test_logits_whole_token_by_token_and_in_blocks(case):
             logits, cache = forward(case.ours, feed, cache)
             for row in range(2):
                 got[row].extend(np.asarray(logits[row, : count[row]]))
+        assert np.argmax(got[0][PROMPT - 1 : -1], axis=-1).tolist() == case.rows[0][PROMPT:]
         worst[width] = max(np.abs(np.stack(rows) - wanted).max() for rows, wanted in zip(got, expected, strict=True))
     spread = np.std(expected[0])
     print(f"largest difference by width {worst}, logits' deviation {spread:.2f}")
@@ -121,23 +139,14 @@ def test_logits_whole_token_by_token_and_in_blocks(case):
     assert max(worst.values()) <= TOLERANCE
 
 
-def test_greedy_text_is_equal(case):
-    """64 tokens, drafted by n-grams, against transformers one token at a time."""
-    tokens = list(case.rows[0])
-    with torch.no_grad():
-        fed, cache = 0, None
-        while len(tokens) < LENGTHS[0] + NEW_TOKENS:
-            end = fed + 1 if case.dynamic else len(tokens)
-            out = case.theirs(torch.tensor([tokens[fed:end]]), past_key_values=cache, use_cache=True)
-            fed, cache = end, out.past_key_values
-            if fed == len(tokens):
-                tokens.append(int(out.logits[0, -1].argmax()))
+def assert_generates_the_greedy_text(case):
+    """``generate`` with n-gram drafts writes transformers' greedy text."""
     generation = specjax.generate(
         case.ours,
-        np.asarray([case.rows[0]], np.int32),
+        np.asarray([case.rows[0][:PROMPT]], np.int32),
         drafter=specjax.NGramDrafter(num_draft=3, min_n=1),
         fixed=True,
         sampling=specjax.Sampling(temperature=0.0),
         max_new_tokens=NEW_TOKENS,
     )
-    assert np.asarray(generation.tokens)[0, : int(generation.lengths[0])].tolist() == tokens
+    assert np.asarray(generation.tokens)[0, : int(generation.lengths[0])].tolist() == case.rows[0]

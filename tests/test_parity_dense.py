@@ -5,8 +5,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity import TOLERANCE, forward, make_case, make_model, torch, transformers
-from parity import test_greedy_text_is_equal as test_greedy_text_is_equal
+from parity import TOLERANCE, assert_generates_the_greedy_text, forward, make_case, make_model, torch, transformers
 from parity import test_logits_whole_token_by_token_and_in_blocks as test_logits_whole_token_by_token_and_in_blocks
 from parity_cases import DENSE, VOCAB
 
@@ -17,6 +16,11 @@ from specjax.types import whole_feed
 @pytest.fixture(scope="module", params=DENSE)
 def case(request, tmp_path_factory):
     return make_case(*DENSE[request.param], tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("case", ["gemma 3", "gemma 4, shared keys, embeddings per layer", "gpt-2"], indirect=True)
+def test_generate_writes_the_greedy_text(case):
+    assert_generates_the_greedy_text(case)
 
 
 @pytest.mark.parametrize("kind", ["Qwen2", "Gemma2"])

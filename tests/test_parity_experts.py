@@ -6,8 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from parity import make_case, make_model
-from parity import test_greedy_text_is_equal as test_greedy_text_is_equal
+from parity import assert_generates_the_greedy_text, make_case, make_model
 from parity import test_logits_whole_token_by_token_and_in_blocks as test_logits_whole_token_by_token_and_in_blocks
 from parity_cases import EXPERTS
 from quantised_folders import mxfp4
@@ -19,6 +18,11 @@ import specjax
 @pytest.fixture(scope="module", params=EXPERTS)
 def case(request, tmp_path_factory):
     return make_case(*EXPERTS[request.param], tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("case", ["deepseek-v3", "gpt-oss", "llama 4"], indirect=True)
+def test_generate_writes_the_greedy_text(case):
+    assert_generates_the_greedy_text(case)
 
 
 def test_gpt_oss_with_mxfp4_is_the_plain_model(tmp_path):

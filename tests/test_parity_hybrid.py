@@ -3,8 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from parity import make_case
-from parity import test_greedy_text_is_equal as test_greedy_text_is_equal
+from parity import assert_generates_the_greedy_text, make_case
 from parity import test_logits_whole_token_by_token_and_in_blocks as test_logits_whole_token_by_token_and_in_blocks
 from parity_cases import HYBRID
 from safetensors.numpy import load_file, save_file
@@ -15,6 +14,11 @@ import specjax
 @pytest.fixture(scope="module", params=HYBRID)
 def case(request, tmp_path_factory):
     return make_case(*HYBRID[request.param], tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("case", ["qwen3-next", "granite 4"], indirect=True)
+def test_generate_writes_the_greedy_text(case):
+    assert_generates_the_greedy_text(case)
 
 
 @pytest.fixture(scope="module")
