@@ -46,12 +46,16 @@ def pytest_configure(config):
 
 # The files that take longest. They come first, so that no worker is left with one of them at the end.
 LONGEST = ("hosts", "parity_dense", "mtp", "adapt", "eagle", "laws", "train_script", "conformance", "parity_experts")
-LONGEST += ("shared_vocabulary", "compiled", "hybrid", "cascade", "recurrent", "sharding", "engine", "bench_options")
+LONGEST += ("shared_vocabulary", "hybrid", "cascade", "recurrent", "sharding", "engine", "bench_options")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    if not config.getoption("--optimized"):
+        for item in items:
+            if item.path.stem == "test_compiled":
+                item.add_marker(pytest.mark.skip(reason="reads what the compiler makes of a program: give --optimized"))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -50,7 +50,7 @@ def generate(target, drafter, prompts, new, temperature=0.0, **settings):
     )
 
 
-@pytest.mark.parametrize("g", [1, 2, 3, 5])
+@pytest.mark.parametrize("g", [1, 2, 5])
 def test_all_layers_are_accepted_in_full(target, g):
     out = generate(target, EarlyExitDrafter(LAYERS, g), PROMPTS, 31)
     assert (np.asarray(out.stats.drafted_at) > 0).all()

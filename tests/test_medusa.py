@@ -378,7 +378,7 @@ def walk(following, token, length):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("g", [1, 2, 3, 5])
+@pytest.mark.parametrize("g", [1, 2, 5])
 def test_perfect_heads_are_accepted_in_full(g, temperature):
     """Prompts follow the law, too: a head cannot know what was forced upon the target."""
     target, following = affine()
