@@ -12,11 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from specjax.checking.shapes import BLOCK, broken_model, check_same_tree, check_shapes, states_to_compare
 from specjax.checks import check_integer, check_positive
-from specjax.types import Cache, Feed, LanguageModel, Output, whole_feed
-
-BLOCK = 5
-"""Places of a short pass."""
+from specjax.types import Cache, Feed, LanguageModel, whole_feed
 
 Block = tuple[int, Any, Any]
 """A pass over so many places: how many of each row are real, and how many of these stay."""
@@ -54,95 +52,12 @@ def check_model(
     slots = length if target.max_positions is None else min(length, target.max_positions)
     # Accelerators round products of float32 to fewer bits unless told otherwise.
     with jax.default_matmul_precision("float32"):
-        capture = _capture(target)
-        _check_shapes(target, rows, slots, capture)
+        capture = states_to_compare(target)
+        check_shapes(target, rows, slots, capture)
         checker = _Checker(target, rows, slots, seed, tolerance, capture)
         checker.check_one_pass()
         checker.check_passes()
         checker.check_extras()
-
-
-def _broken(clause: str) -> ValueError:
-    return ValueError(f"the model breaks the contract of specjax.LanguageModel: {clause}")
-
-
-def _capture(target: LanguageModel) -> tuple[int, ...]:
-    """Returns the hidden states to compare: those that the model says it has."""
-    if target.num_layers is not None:
-        return (0, target.num_layers, -1)
-    return () if target.unembed is None else (-1,)
-
-
-def _check_shapes(target: LanguageModel, rows: int, slots: int, capture: tuple[int, ...]) -> None:
-    """Traces a pass and checks what comes out of it; computes nothing."""
-    empty = jax.eval_shape(lambda: target.init_cache(rows, slots))
-    check_rows_first(f"init_cache({rows}, {slots})", empty, rows, _broken)
-    # One more row, in case another axis of the cache happens to be as long as the first.
-    check_rows_first(
-        f"init_cache({rows + 1}, {slots})",
-        jax.eval_shape(lambda: target.init_cache(rows + 1, slots)),
-        rows + 1,
-        _broken,
-    )
-    feed = whole_feed(jnp.zeros((rows, BLOCK), jnp.int32))
-
-    def run(params: Any) -> Output:
-        return target.forward(params, feed, target.init_cache(rows, slots), capture)
-
-    try:
-        output = jax.eval_shape(run, target.params)
-    except Exception as error:
-        raise _broken(
-            f"forward(params, feed, cache, capture={capture}) raised {type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(output, Output):
-        raise _broken(f"forward returned a {type(output).__name__}; return specjax.Output(logits_btv, features, cache)")
-    shape = (rows, BLOCK, target.vocab_size)
-    logits = output.logits_btv
-    if logits.shape != shape or not jnp.issubdtype(logits.dtype, jnp.floating):
-        raise _broken(
-            f"logits_btv is {logits.shape} and {logits.dtype}; return floating {shape}, rows, places, vocabulary"
-        )
-    _check_features(output.features, rows, capture)
-
-    def keep(params: Any) -> Cache:
-        return target.keep(run(params).cache, feed, feed.count_b)
-
-    name = "forward returned a cache" if target.commit is None else "commit returned a cache"
-    check_same_tree(name, jax.eval_shape(keep, target.params), "init_cache's", empty, _broken)
-
-
-def _check_features(features: Any, rows: int, capture: tuple[int, ...]) -> None:
-    good = isinstance(features, tuple) and len(features) == len(capture)
-    if not good or any(x.ndim != 3 or x.shape[:2] != (rows, BLOCK) for x in features):
-        got = [x.shape for x in jax.tree.leaves(features)]
-        raise _broken(
-            f"features has the shapes {got} for capture={capture}; return a tuple with one [b, t, d] state per index"
-        )
-
-
-def check_rows_first(name: str, tree: Any, rows: int, broken: Any) -> None:
-    """Raises unless every leaf has the rows as its first axis."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if leaf.ndim == 0 or leaf.shape[0] != rows:
-            raise broken(
-                f"{name}{jax.tree_util.keystr(path)} has the shape {leaf.shape}; its first axis must be the {rows} "
-                "rows (for one index of all rows: keep an index per row)"
-            )
-
-
-def check_same_tree(name: str, got: Any, other: str, want: Any, broken: Any) -> None:
-    """Raises unless two trees have the same structure, shapes and dtypes, as the carry of a loop must."""
-    if jax.tree.structure(got) != jax.tree.structure(want):
-        raise broken(
-            f"{name} of the structure {jax.tree.structure(got)}, and {other} is {jax.tree.structure(want)}; keep one"
-        )
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
-        if (x.shape, x.dtype) != (y.shape, y.dtype):
-            raise broken(
-                f"{name} with {x.shape} and {x.dtype} at {jax.tree_util.keystr(path)}, and {other} has {y.shape} and "
-                f"{y.dtype} there; keep shapes and dtypes"
-            )
 
 
 def default_tolerance(tree: Any) -> float:
@@ -191,7 +106,7 @@ class _Checker:
             reason = ""
             if _finite(self._whole(self.tokens_bs[:, :BLOCK])):
                 reason = f", and one over {BLOCK} does not: a ring may be too short for the pass (ring overwritten)"
-            raise _broken(f"a pass over {slots} places gives logits or states that are NaN or infinite{reason}")
+            raise broken_model(f"a pass over {slots} places gives logits or states that are NaN or infinite{reason}")
         self.spreads = [spread(x) for x in self.want]
         tree = (target.params, target.init_cache(1, 1), jax.eval_shape(self._pass, *self._arguments(self.tokens_bs))[0])
         self.tolerance = default_tolerance(tree) if tolerance is None else tolerance
@@ -228,7 +143,7 @@ class _Checker:
         place = int(place_bt[row, at])
         if place > 2 * BLOCK and lost:
             clause = f"{lost}. It shows where {clause}"
-        raise _broken(
+        raise broken_model(
             f"{clause} (row {row}, place {place}: logits or states differ by {errors_bt[row, at]:.1e} of their spread, "
             f"{self.tolerance:.0e} is allowed)"
         )
@@ -270,7 +185,7 @@ class _Checker:
         moved = jax.tree.map(lambda x: 1.5 * x + 0.25 if jnp.issubdtype(x.dtype, jnp.floating) else x, target.params)
         moved = jax.tree.map(lambda x, y: x.astype(y.dtype), moved, target.params)
         if np.array_equal(self._whole(tokens_bs, moved)[0], want[0], equal_nan=True):
-            raise _broken("other params give the same logits: forward must use its argument params")
+            raise broken_model("other params give the same logits: forward must use its argument params")
 
     def _again(self) -> Any:
         """Returns the errors of the same short pass, run twice in one program and once in a program of its own."""
@@ -399,7 +314,9 @@ class _Checker:
             shape = jax.eval_shape(target.embed, params, jnp.zeros((self.rows, BLOCK), jnp.int32)).shape
             width = self.want[1].shape[-1] if target.num_layers is not None else shape[-1]
             if shape != (self.rows, BLOCK, width):
-                raise _broken(f"embed returned the shape {shape}; return [b, t, d], here {(self.rows, BLOCK, width)}")
+                raise broken_model(
+                    f"embed returned the shape {shape}; return [b, t, d], here {(self.rows, BLOCK, width)}"
+                )
         if target.unembed is not None:
             states_btd = self._pass(*self._arguments(self.tokens_bs))[0][-1]
             got = _host(jax.jit(target.unembed)(params, states_btd))
@@ -418,7 +335,7 @@ class _Checker:
         target, params = self.target, self.target.params
         assert target.early_exit is not None
         if target.commit is not None:
-            raise _broken("it has both commit and early_exit; give one of the two")
+            raise broken_model("it has both commit and early_exit; give one of the two")
         exit_early = jax.jit(target.early_exit, static_argnums=3)
         if target.num_layers is not None:
             _, feed, cache, _ = self._arguments(self.tokens_bs)
@@ -431,7 +348,7 @@ class _Checker:
         cache = self._pass(params, Feed(feed.tokens_bt, feed.start_b, jnp.asarray(at_b)), cache, jnp.asarray(at_b))[1]
         drafts = whole_feed(jnp.asarray(self._random(self.rows, BLOCK)), jnp.asarray(at_b))
         output = exit_early(params, drafts, cache, 1)
-        check_same_tree("early_exit returned a cache", output.cache, "the one it was given", cache, _broken)
+        check_same_tree("early_exit returned a cache", output.cache, "the one it was given", cache, broken_model)
         true_bt = self.tokens_bs[:, start : start + BLOCK]
         block = whole_feed(jnp.asarray(true_bt), jnp.asarray(at_b))
         got, _ = self._pass(params, block, output.cache, block.count_b)
