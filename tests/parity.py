@@ -24,6 +24,7 @@ TOLERANCE = 1e-4
 MODEL_CLASSES = {
     "Gemma3Text": "Gemma3ForCausalLM",
     "Gemma4Text": "Gemma4ForCausalLM",
+    "Gemma4UnifiedText": "Gemma4UnifiedForCausalLM",
     "Llama4Text": "Llama4ForCausalLM",
     "GPT2": "GPT2LMHeadModel",
     "Qwen3_5Text": "Qwen3_5ForCausalLM",

@@ -68,30 +68,29 @@ GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 50.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
 }
-GEMMA4 = {
+GEMMA4_UNIFIED = {
     **WINDOW,
     **TIED,
     "head_dim": 10,
     "global_head_dim": 14,
-    "hidden_size_per_layer_input": 0,
     "rope_parameters": {
         "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 50.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
     },
 }
+GEMMA4 = {**GEMMA4_UNIFIED, "hidden_size_per_layer_input": 0}
 # Each source of shared keys and values is read by a layer that is not next to it.
-SHARING = {
+SHARED_KEYS = {
     "num_hidden_layers": 5,
     "layer_types": [f"{kind}_attention" for kind in ("full", "sliding", "sliding", "sliding", "full")],
     "num_kv_shared_layers": 2,
     "use_double_wide_mlp": True,
-    "hidden_size_per_layer_input": 6,
-    "vocab_size_per_layer_input": VOCAB + 2,
     "final_logit_softcapping": 5.0,
 }
+SHARING = {**SHARED_KEYS, "hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": VOCAB + 2}
+KEYS_AS_VALUES = {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
 MIXED = {
-    "attention_k_eq_v": True,
-    "num_global_key_value_heads": 1,
+    **KEYS_AS_VALUES,
     "enable_moe_block": True,
     "num_experts": 5,
     "top_k_experts": 2,
@@ -163,6 +162,10 @@ DENSE = {
         {**WIDE, **WINDOW, "query_pre_attn_scalar": 9, "final_logit_softcapping": 5.0},
     ),
     "gemma 4, shared keys, embeddings per layer": ("Gemma4Text", {**GEMMA4, **SHARING}),
+    "gemma 4 unified, shared keys, keys as values": (
+        "Gemma4UnifiedText",
+        {**GEMMA4_UNIFIED, **SHARED_KEYS, **KEYS_AS_VALUES},
+    ),
     "phi-3": ("Phi3", {**WINDOW, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}),
     "phi-3, partial rotary": (
         "Phi3",
@@ -239,6 +242,7 @@ EXPERTS = {
         },
     ),
     "llama 4": ("Llama4Text", {**WIDE, **CHUNKS, **LLAMA3}),
+    "granite with experts": ("GraniteMoe", {**GRANITE, **MOE, "attention_bias": True}),
     "granite with experts, shared mlp": ("GraniteMoeShared", {**GRANITE, **MOE, "shared_intermediate_size": 28}),
     "glm-4.5": ("Glm4Moe", {**GROUPS, "head_dim": 12, "attention_bias": True, "use_qk_norm": True}),
 }
