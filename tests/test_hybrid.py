@@ -78,6 +78,12 @@ def test_chunks_read_and_keep_what_steps_do(rule, width):
         np.testing.assert_array_equal(keep(done, jnp.int32([0, 0])).state_bkerh, state)
 
 
+def test_a_cpu_waits_for_no_other_thread():
+    """A call into LAPACK would wait for XLA's threads, for ever if all of them are in such calls."""
+    state, places = jax.tree.map(jnp.float32, make_places("delta rule", 2 * CHUNK))
+    assert "custom_call" not in jax.jit(recur).lower(state, places).as_text()
+
+
 # Models.
 
 

@@ -19,6 +19,7 @@ computes the sum for the places that stay. So no pass makes a state per place. E
 a layer; a place has 41 kB of keys, writes and inputs of convolutions. Everything but those inputs is float32.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jax import Array, lax
 
+from specjax.platforms import by_platform
 from specjax.transformer.config import Activation, DecoderConfig, RecurrenceConfig
 from specjax.transformer.layers import ACTIVATIONS, Linear, declare, normal
 from specjax.types import Axis, Feed
@@ -160,7 +162,7 @@ def _chunk(state_bkerh: Array, places: Places) -> tuple[Array, Array]:
         missing = (values - since_bktr1 * held[:, :, t:]) * rate[..., None]
         overlap_bktt = jnp.einsum("bkie,bkje->bkij", keys, keys, precision=_EXACT)
         mixing_bkrtt = between_bkrtt * overlap_bktt[:, :, None] * rate.swapaxes(2, 3)[..., None]
-        writes = _solve(mixing_bkrtt, missing.swapaxes(2, 3)).swapaxes(2, 3)
+        writes = _solve(jnp.where(after_tt, mixing_bkrtt, 0), missing.swapaxes(2, 3)).swapaxes(2, 3)
     # 4. Each place reads the state, and what places up to itself wrote.
     scores_bktt = jnp.einsum("bkie,bkje->bkij", query, keys, precision=_EXACT)
     weights_bkrtt = between_bkrtt * scores_bktt[:, :, None]
@@ -169,10 +171,26 @@ def _chunk(state_bkerh: Array, places: Places) -> tuple[Array, Array]:
 
 
 def _solve(lower: Array, right: Array) -> Array:
-    """Returns x with ``(1 + L) x = right``, where L is ``lower`` ``[.., t, t]`` below its diagonal."""
+    """Returns x with ``(1 + L) x = right``, where L is ``lower`` ``[.., t, t]``, which is 0 on and above its diagonal."""
     if right.shape[-2] == 1:
         return right
-    return lax.linalg.triangular_solve(lower, right, left_side=True, lower=True, unit_diagonal=True)
+    solve = functools.partial(lax.linalg.triangular_solve, left_side=True, lower=True, unit_diagonal=True)
+    return by_platform(lower, right, cpu=_substitute, default=solve)
+
+
+def _substitute(lower: Array, right: Array) -> Array:
+    """Does what ``_solve`` does, place by place.
+
+    On a CPU ``triangular_solve`` is a call into LAPACK, which shares its work out to XLA's threads and waits for them.
+    If all these threads are in such calls, all wait for ever. Example: two layers at a time on two cores.
+    """
+
+    def step(i: Array, x: Array) -> Array:
+        row = lax.dynamic_slice_in_dim(lower, i, 1, axis=-2)
+        rest = lax.dynamic_slice_in_dim(x, i, 1, axis=-2) - jnp.einsum("...ij,...jh->...ih", row, x, precision=_EXACT)
+        return lax.dynamic_update_slice_in_dim(x, rest, i, axis=-2)
+
+    return lax.fori_loop(1, right.shape[-2], step, right)
 
 
 def _advance(state_bkerh: Array, keys_bkte: Array, writes_bktrh: Array, decay_bktr: Array) -> Array:
