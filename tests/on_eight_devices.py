@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from by_row import ByRow
 from draft_heads import write_eagle, write_medusa, write_mtp
 from every_rule import EveryRule
-from flax import struct
 from jax.sharding import AxisType, PartitionSpec
 from test_compiled import computations, copies, outer_loops, reachable
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -37,7 +37,6 @@ from specjax import (
     ModelDrafter,
     MTPDrafter,
     NGramDrafter,
-    Proposal,
     Sampling,
     verify,
 )
@@ -124,46 +123,6 @@ SAMPLING = Sampling(
 
 
 # Tokens.
-
-
-@struct.dataclass
-class ByRow:
-    """Several drafters, each for the rows whose first token is its turn: all are compiled in one program."""
-
-    parts: tuple
-
-    vocab_size, max_positions = VOCAB, None
-
-    @property
-    def num_draft(self):
-        return self.parts[0].num_draft
-
-    @property
-    def capture(self):
-        return tuple(dict.fromkeys(index for part in self.parts for index in part.capture))
-
-    def init(self, target, rows, slots):
-        return tuple(part.init(target, rows, slots) for part in self.parts)
-
-    def propose(self, state, context, draw):
-        row_b, turn_b = jnp.arange(context.length_b.size), context.tokens_bs[:, 0] % len(self.parts)
-        proposals, states = [], []
-        for part, own in zip(self.parts, state, strict=True):
-            proposal, own = part.propose(own, context, draw)
-            cache = context.cache if proposal.cache is None else proposal.cache
-            context = dataclasses.replace(context, cache=cache)
-            proposals.append(Proposal(proposal.tokens_bg, proposal.q(VOCAB), proposal.length_b))
-            states.append(own)
-        chosen = jax.tree.map(lambda *parts: jnp.stack(parts)[turn_b, row_b], *proposals)
-        return dataclasses.replace(chosen, cache=context.cache), tuple(states)
-
-    def observe(self, state, context, event):
-        pairs = zip(self.parts, state, strict=True)
-        return tuple(part.observe(own, context, self._of(part, event)) for part, own in pairs)
-
-    def _of(self, part, event):
-        features = tuple(event.features[self.capture.index(index)] for index in part.capture)
-        return dataclasses.replace(event, features=features)
 
 
 def same_tokens(config, kinds, sizes, rules=RULES):
