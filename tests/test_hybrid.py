@@ -1,31 +1,23 @@
 """Decoders with recurrent layers, as target and as draft: the recurrence by chunks, what a round takes back, and texts.
 
-``test_parity_hybrid.py`` compares the families with transformers, and ``test_recurrent.py`` has the drafters.
+``test_parity_hybrid.py`` compares the families with transformers, ``test_conformance.py`` has texts with all drafters,
+and ``test_laws.py`` the law of drawn ones.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-from every_rule import EveryRule
-from jax.scipy.special import gammaincc
+from hybrid import RECURRENCES, E, H, K, R, model
 from jitted import jit
 
 import specjax
-from specjax import FeatureDrafter, Feed, ModelDrafter, NGramDrafter, verify
-from specjax.drafters.mtp import MTPConfig, MTPHead, init_mtp_params
-from specjax.transformer.config import DecoderConfig, DeltaConfig, LayerConfig, MambaConfig, plain_rope
-from specjax.transformer.decoder import decoder_model, init_params
+from specjax import Feed, ModelDrafter, verify
+from specjax.transformer.config import DecoderConfig, DeltaConfig, LayerConfig
 from specjax.transformer.recurrent import CHUNK, Places, RecurrentPass, recur
 from specjax.types import whole_feed
-
-K, R, E, H = 2, 3, 5, 4  # key heads, value heads for each, widths of keys and values
-RECURRENCES = {"delta rule": DeltaConfig(K, K * R, E, H, taps=3), "mamba": MambaConfig(K * R, H, K, E, taps=3)}
-
 
 # The recurrence alone, against a loop over tokens in float64.
 
@@ -87,32 +79,6 @@ def test_a_cpu_waits_for_no_other_thread():
 # Models.
 
 
-@functools.cache
-def model(rule, vocab=11, seed=2, positions=768, kinds="rar"):
-    """A small decoder: "r" is a recurrent layer, "a" one with attention and an output gate."""
-    layers = tuple(
-        LayerConfig(None, recurrent=True) if kind == "r" else LayerConfig(plain_rope(4, 100.0)) for kind in kinds
-    )
-    config = DecoderConfig(
-        *(vocab, 16, 24, len(kinds), 4, 2),
-        head_dim=8,
-        max_position_embeddings=positions,
-        layers=layers,
-        norm_eps=1e-3,
-        output_gate=True,
-        query_key_norm=True,
-        recurrence=RECURRENCES[rule],
-    )
-    params = init_params(config, jax.random.key(seed))
-    params["embed_tokens"]["weight"] *= 30
-    return decoder_model(config, jax.tree.map(lambda x: 12 * x if x.ndim > 1 and x.shape[0] > 3 else x, params))
-
-
-def near(target):
-    """Another model that often agrees."""
-    return target.replace(params=jax.tree.map(lambda x: x + 0.03 * jnp.sin(99 * x), target.params))
-
-
 rules = pytest.mark.parametrize("rule", RECURRENCES)
 
 
@@ -163,49 +129,9 @@ def test_what_a_recurrent_model_cannot():
 
 # Texts.
 
-PROMPTS = [[3], [1, 5], [2, 4, 1, 0, 5, 3, 2], [6, 6, 1, 6, 6, 1, 6, 6]]
-NEW = np.int32([14, 9, 14, 11])
-
-
-def mtp(drafts):
-    config = MTPConfig(DecoderConfig(11, 16, 8, 1, 2, 1, head_dim=4, max_position_embeddings=768))
-    params = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, init_mtp_params(config, jax.random.key(0)))
-    return FeatureDrafter(params, MTPHead(config), drafts)
-
-
-def generate(target, drafter, rule, prompts=PROMPTS, new=NEW, temperature=(0, 0, 0, 1), **options):
-    sampling = specjax.Sampling(np.float32(temperature), seed=np.arange(9, 9 + len(prompts)))
-    return specjax.generate(
-        target, prompts, drafter=drafter, fixed=True, verify=rule, sampling=sampling, max_new_tokens=new, **options
-    )
-
 
 def texts(out):
     return [row.tolist() for row in out.rows()]
-
-
-@functools.cache
-def plain(rule):
-    return texts(generate(model(rule), None, EveryRule(), slots=64))
-
-
-DRAFTERS = {
-    "n-gram": lambda target: NGramDrafter(3, 1, 2),
-    "hybrid model": lambda target: ModelDrafter(near(target), 3),
-    "mtp": lambda target: mtp(3),
-}
-
-
-@pytest.mark.parametrize(
-    ("rule", "drafter"),
-    [("delta rule", "n-gram"), ("delta rule", "hybrid model"), ("delta rule", "mtp"), ("mamba", "hybrid model")],
-)
-def test_text_is_that_of_plain_decoding(rule, drafter):
-    """Under all three rules: greedy, and drawn under ``coupled``."""
-    out = generate(model(rule), DRAFTERS[drafter](model(rule)), EveryRule(), slots=64)
-    assert texts(out) == plain(rule)
-    assert max(len(set(text[-9:])) for text in plain(rule)) > 2
-    assert 0 < out.stats.accepted.sum() < out.stats.drafted.sum()
 
 
 @rules
@@ -236,41 +162,3 @@ def test_long_prompts_more_prompt_and_new_rows(rule):
     _, moved = run(specjax.extend(target, state, [more[i] for i in (1, 2, 0)], drafter=drafter, max_new_tokens=new))
     _, stayed = run(specjax.extend(target, other, more, drafter=drafter, max_new_tokens=new))
     assert [moved[2], moved[0], moved[1]] == stayed
-
-
-# The law.
-
-LAW_VOCAB, TOKENS, ROWS = 3, 3, 1000
-LAW_PROMPTS = ((0,), (1, 2, 1))
-
-
-@pytest.mark.parametrize("rule", [verify.token, verify.block], ids=["token", "block"])
-def test_joint_law(rule):
-    """Of three tokens, by Pearson's chi-square against one pass over each text."""
-    target = model("delta rule", LAW_VOCAB, 5, 64)
-    drafter = ModelDrafter(model("mamba", LAW_VOCAB, 6, 64), 2)
-    prompts = [list(prompt) for prompt in LAW_PROMPTS] * ROWS
-    sampling = specjax.Sampling(temperature=3.0, seed=np.arange(len(prompts), dtype=np.uint32))
-    out = specjax.generate(
-        target, prompts, drafter=drafter, fixed=True, verify=rule, sampling=sampling, max_new_tokens=TOKENS, slots=16
-    ).to_host()
-    assert 0 < out.stats.accepted.sum() < out.stats.drafted.sum()
-    new = np.indices((LAW_VOCAB,) * TOKENS).reshape(TOKENS, -1).T
-    for i, prompt in enumerate(LAW_PROMPTS):
-        texts_bt = np.concatenate([np.tile(prompt, (len(new), 1)), new], axis=1).astype(np.int32)
-        logits = jit(target.forward)(
-            target.params, whole_feed(jnp.asarray(texts_bt)), target.init_cache(*texts_bt.shape)
-        )
-        logits = np.asarray(logits.logits_btv, np.float64)[:, len(prompt) - 1 : -1]
-        chances = [
-            [reference.warp(logits_v, temperature=3.0)[token] for logits_v, token in zip(*row, strict=True)]
-            for row in zip(logits, new, strict=True)
-        ]
-        expected = ROWS * np.prod(chances, axis=1)
-        new_bt = out.tokens[i :: len(LAW_PROMPTS), len(prompt) : len(prompt) + TOKENS]
-        observed = np.bincount(np.ravel_multi_index(new_bt.T, (LAW_VOCAB,) * TOKENS), minlength=len(expected))
-        rare = expected < 5
-        assert rare.sum() < len(rare) // 2
-        expected, observed = (np.append(x[~rare], x[rare].sum() + 1e-9) for x in (expected, observed))
-        statistic = ((observed - expected) ** 2 / expected).sum()
-        assert float(gammaincc(jnp.float32((len(expected) - 1) / 2), jnp.float32(statistic / 2))) > 1e-3

@@ -8,11 +8,14 @@ that a text takes two to five rounds. Faulty drafters, rules and caches go throu
 import dataclasses
 import itertools
 
+import hybrid
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recurrent
 import reference
+from by_row import ByRow
 from flax import struct
 from jax.scipy.special import gammaincc
 from jitted import jit
@@ -33,13 +36,15 @@ from specjax import (
     verify,
 )
 from specjax import sampling as sampling_lib
+from specjax.drafters.assistant import AssistantDrafter, AssistantHead
 from specjax.drafters.eagle import EagleHead
 from specjax.drafters.mtp import MTPConfig, MTPHead, init_mtp_params
 from specjax.drafters.shared_vocabulary import shared_vocabulary_drafter
 from specjax.testing import table_logits, table_model
 from specjax.text.vocabulary import VocabularyMap
-from specjax.transformer.config import DecoderConfig
-from specjax.types import Output
+from specjax.transformer.config import EXTERNAL, DecoderConfig, LayerConfig, plain_rope
+from specjax.transformer.decoder import decoder_model, init_params
+from specjax.types import Output, whole_feed
 
 VOCAB, TOKENS, DRAFTS, SLOTS = 3, 5, 2, 16
 PROMPTS = ((0,), (1, 2, 1), (2, 0, 1, 2, 0))
@@ -145,6 +150,33 @@ SLOW = {
     "two mtp modules": MTPDrafter(lively(init_mtp_params(TWO_MTP, jax.random.key(1)), 50), TWO_MTP, DRAFTS),
     "eagle-1": FeatureDrafter(lively(EAGLE_1.init_params(jax.random.key(1)), 30), EAGLE_1, DRAFTS),
 }
+MAMBA = hybrid.model("mamba", VOCAB, 6, 64)
+
+
+def chained_mtp():
+    config = MTPConfig(DecoderConfig(VOCAB, hybrid.WIDTH, 8, 1, 2, 1, head_dim=4), own_embedding=True, own_head=True)
+    return FeatureDrafter(lively(init_mtp_params(config, jax.random.key(0)), 30), MTPHead(config), DRAFTS)
+
+
+def assisted():
+    """A target whose first layer has a window, and an assistant with logits for two of three tokens."""
+    layers = (LayerConfig(plain_rope(4), window=3), LayerConfig(plain_rope(4)))
+    config = DecoderConfig(VOCAB, 8, 8, 2, 2, 1, head_dim=4, layers=layers)
+    shared = tuple(dataclasses.replace(layer, shares=EXTERNAL) for layer in layers)
+    head = AssistantHead(dataclasses.replace(config, layers=shared), 8, centroids=3, chosen=2)
+    target = decoder_model(config, lively(init_params(config, jax.random.key(0)), 20))
+    return target, AssistantDrafter(lively(head.init_params(jax.random.key(1)), 20), head, DRAFTS)
+
+
+DECODERS = {
+    "delta rule": (
+        hybrid.model("delta rule", VOCAB, 5, 64),
+        ByRow((Cascade(NGramDrafter(DRAFTS, 1, 2), ModelDrafter(MAMBA, DRAFTS)), chained_mtp())),
+    ),
+    "mamba": (MAMBA, ModelDrafter(hybrid.model("delta rule", VOCAB, 5, 64), DRAFTS)),
+    "assistant": assisted(),
+}
+DECODER_ROWS = 1000  # for each prompt, half of them under each rule
 PENALTIES = ("repetition", "presence", "frequency")
 PLAIN, FILTERED, PENALIZED = {}, {"temperature": 0.7, "top_k": 2, "top_p": 0.9}, {"repetition": 1.5, "frequency": 0.7}
 UNPENALIZED = {"T=1": PLAIN, "filtered": FILTERED}
@@ -195,14 +227,26 @@ def emitted(target, drafter, rule, settings, slots=SLOTS, rows_per_prompt=ROWS_P
     return new_bt.reshape(rows_per_prompt, len(PROMPTS), TOKENS).swapaxes(0, 1)
 
 
-def exact_law(table, prompt, settings):
+def next_logits(target, prompt):
+    """Returns a function: the logits of the token after the prompt and some output."""
+    if not isinstance(target.params, dict):
+        return lambda output: np.asarray(target.params)[(0, *prompt, *output)[-2:]]  # before its first token, token 0
+    # A decoder: one pass over each text, without a cache that was written before.
+    outputs = list(itertools.product(range(VOCAB), repeat=TOKENS - 1))
+    feed = whole_feed(jnp.asarray([[*prompt, *output] for output in outputs], jnp.int32))
+    logits_btv = np.asarray(jit(target.forward)(target.params, feed, target.init_cache(*feed.tokens_bt.shape))[0])
+    of = {output[:i]: row[i - TOKENS] for output, row in zip(outputs, logits_btv, strict=True) for i in range(TOKENS)}
+    return of.__getitem__
+
+
+def exact_law(target, prompt, settings):
     """Returns the probability of each text of TOKENS tokens, ``[v, v, ..]``."""
+    logits_after = next_logits(target, prompt)
     warping = {name: value for name, value in settings.items() if name not in PENALTIES}
     penalizing = {name: value for name, value in settings.items() if name in PENALTIES}
 
     def next_law(output):
-        last = (0, *prompt, *output)[-2:]  # before its first token a row reads token 0
-        return reference.warp(reference.penalize(table[last], prompt, output, **penalizing), **warping)
+        return reference.warp(reference.penalize(logits_after(output), prompt, output, **penalizing), **warping)
 
     law = np.ones(())
     for i in range(TOKENS):
@@ -218,7 +262,7 @@ def p_value(texts, target, settings):
     """
     statistic, freedom = 0.0, 0
     for prompt, rows in zip(PROMPTS, texts, strict=True):
-        expected = len(rows) * exact_law(np.asarray(target.params), prompt, settings).ravel()
+        expected = len(rows) * exact_law(target, prompt, settings).ravel()
         observed = np.bincount(np.ravel_multi_index(rows.T, (VOCAB,) * TOKENS), minlength=len(expected))
         assert abs(expected.sum() - len(rows)) < 1e-6
         if observed[expected == 0].any():
@@ -262,6 +306,15 @@ def test_joint_law_under_coupled(drafter, settings):
 def test_joint_law_with_penalties(drafter, rule, settings):
     """Each drafter under one rule, each rule with four drafters: a rule is given distributions, penalized or not."""
     assert_law(drafter, rule, settings)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_joint_law_of_decoders(name):
+    """A recurrent layer takes back what is rejected; an assistant reads the target's cache."""
+    target, drafter = DECODERS[name]
+    texts = emitted(target, drafter, token_and_block, PLAIN, rows_per_prompt=DECODER_ROWS)
+    for first in (0, 1):
+        assert p_value(texts[:, first::2], target, PLAIN) > 1e-3
 
 
 @pytest.mark.parametrize("drafter", SLOW.values(), ids=SLOW)
@@ -385,6 +438,8 @@ def _empty(rows, slots):
 LOPSIDED = table_model(np.broadcast_to(np.log(np.float32([0.3, 0.6, 0.1])), (VOCAB,) * 3))
 REVERSED = table_model(np.broadcast_to(np.log(np.float32([0.6, 0.3, 0.1])), (VOCAB,) * 3))
 STALE = TARGET.replace(forward=_write_once, init_cache=_empty)
+RECURRENT = [recurrent.recurrent_model("r", recurrent.init_params("r", VOCAB, 8, seed)) for seed in (5, 6)]
+KEEPS_ALL = RECURRENT[0].replace(commit=recurrent.keeps_all)
 MODEL = DRAFTERS["another model"]
 FAULTS = {
     "raw q is scored, warped q sampled": (TARGET, ScoresRaw(MODEL.model, DRAFTS), verify.token, FILTERED),
@@ -401,6 +456,7 @@ FAULTS = {
         PLAIN,
     ),
     "rejected drafts stay in the cache": (STALE, MODEL, verify.token, PLAIN),
+    "rejected drafts stay in a state": (KEEPS_ALL, ModelDrafter(RECURRENT[1], DRAFTS), verify.block, PLAIN),
 }
 
 

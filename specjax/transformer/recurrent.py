@@ -171,7 +171,7 @@ def _chunk(state_bkerh: Array, places: Places) -> tuple[Array, Array]:
 
 
 def _solve(lower: Array, right: Array) -> Array:
-    """Returns x with ``(1 + L) x = right``, where L is ``lower`` ``[.., t, t]``, which is 0 on and above its diagonal."""
+    """Returns x with ``(1 + L) x = right``, where L is ``lower`` ``[.., t, t]``: 0 on and above its diagonal."""
     if right.shape[-2] == 1:
         return right
     solve = functools.partial(lax.linalg.triangular_solve, left_side=True, lower=True, unit_diagonal=True)
