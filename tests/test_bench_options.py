@@ -1,5 +1,7 @@
 """scripts/bench.py: sweep, startup, acceptance, peers, the page, and the options that are refused. Never its times."""
 
+import argparse
+import functools
 import importlib
 import importlib.util
 import json
@@ -10,6 +12,7 @@ from html.parser import HTMLParser
 import jax
 import numpy as np
 import pytest
+import tiny
 
 import specjax
 from specjax import training
@@ -21,6 +24,10 @@ TEXT = "".join(f"def f{i}(x):\n    return x + {i}\n\n\n" for i in range(200))
 SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8}
 RAW = {"model_type": "llama", "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
 RAW |= SIZES | {"num_key_value_heads": 1, "rope_theta": 1e4}
+HYBRID = RAW | {"model_type": "qwen3_5_text", "num_hidden_layers": 2, "vocab_size": 32, "max_position_embeddings": 512}
+HYBRID |= {"layer_types": ["linear_attention", "full_attention"], "linear_conv_kernel_dim": 3}
+HYBRID |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+HYBRID |= {"linear_key_head_dim": 3, "linear_value_head_dim": 5}
 VOID = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta"}
 FACTS = {"device": "cpu", "devices": 1, "instruction set": "AVX2", "cores": 2, "jax": "1", "python": "3"}
 
@@ -34,6 +41,9 @@ def folder(tmp_path_factory):
     for seed, name in enumerate(("target", "draft")):
         specjax.save(place / name, raw, init_params(decoder_config(raw), jax.random.key(seed)), tokenizer, {})
     (place / "config.json").write_text(json.dumps(RAW | {"vocab_size": 32}))
+    (place / "hybrid.json").write_text(json.dumps(HYBRID))
+    config = decoder_config(HYBRID)
+    specjax.save(place / "hybrid", HYBRID, init_params(config, jax.random.key(0)), tiny.spelling_tokenizer(), {})
     return place
 
 
@@ -112,6 +122,28 @@ def test_batches_that_do_not_fit_are_left_out(run, folder, capsys, monkeypatch):
     assert "batch 1, context 256: left out, caches need" in capsys.readouterr().out
 
 
+def test_rollback(run, folder, monkeypatch):
+    """Bytes are counted by hand; no draft is needed."""
+    monkeypatch.setattr(measure, "LOOP", 1)
+    found, page = run("rollback", "--target", folder / "hybrid")
+    assert Checker(page).seen.count("table") == 1 and finite(found["rollback"])
+    state = 4 * (2 * 3 * 2 * 5 + 2 * (6 + 6 + 20))  # one layer's matrices, and the last two inputs of its convolutions
+    place = 4 * (6 + 20 + 4 + 6 + 6 + 20)  # a key, a write and a decay, and the inputs
+    for width, row in enumerate(found["rollback"], 1):
+        assert (row["batch"], row["places"]) == (1, width)
+        assert (row["state, kB"], row["kept in the round, kB"]) == (state / 1e3, width * place / 1e3)
+        assert row["a state per place, kB"] == width * state / 1e3
+        np.testing.assert_allclose(row["ratio"], row["with rollback, ms"] / row["without rollback, ms"])
+
+
+def test_timed_rounds_of_hybrid_targets_are_traced(folder):
+    args = argparse.Namespace(model=specjax.load(folder / "hybrid"))
+    drafter, prompt = specjax.NGramDrafter(1), np.ones((1, 4), np.int32)
+    state = jax.eval_shape(lambda: measure.ready(args, drafter, 0.0, prompt, 32))
+    run = functools.partial(measure.parts, args.model, drafter, with_target=True)
+    assert jax.eval_shape(run, state)[2] == state.cache
+
+
 def test_startup(run, folder):
     found, _ = run("startup", "--target", folder / "target", "--draft", folder / "draft", "--context", 16)
     rows = found["startup"]
@@ -149,6 +181,7 @@ def test_keras_hub_beside_specjax(run, folder, monkeypatch):
         (["sweep", "--batch", "0"], "--batch: '0' is not allowed; give an integer of at least 1"),
         (["sweep", "--context", "x"], "--context: 'x' is not allowed"),
         (["slow"], "unknown benchmark slow; choose from width"),
+        (["rollback", "--target", "{}/target"], "no layer of --target is recurrent"),
         (["--peer", "vllm"], "--peer: invalid choice: 'vllm'"),
         (["peer"], "peer is asked for without --peer; give --peer with one of transformers, keras-hub"),
         (["speed", "--forced-acceptance", "1.5"], "--forced-acceptance has 1.5; give rates from 0 to 1"),

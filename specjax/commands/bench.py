@@ -19,7 +19,18 @@ from tqdm import tqdm
 
 import specjax
 from specjax.checkpoint.spec import short_name
-from specjax.commands import bench_page, compilation_cache, figures, hosts, machine, measure, models, peers, sweep
+from specjax.commands import (
+    bench_page,
+    compilation_cache,
+    figures,
+    hosts,
+    machine,
+    measure,
+    models,
+    peers,
+    rollback,
+    sweep,
+)
 from specjax.commands.console import add_quantize, print_table
 from specjax.commands.drafter_spec import named_drafter
 
@@ -52,6 +63,8 @@ These run when they are named:
               floor, the least time that bandwidth and arithmetic of this machine allow
   startup     time to first token, compile time and peak memory
   acceptance  draft acceptance rate and mean acceptance length, by vLLM's definitions
+  rollback    of a target with recurrent layers: its pass with what takes rejected drafts back against one without,
+              and the memory that a round keeps for it
   peer        other libraries with the same weights and prompts in the same run; needs --peer
 
 speed also runs over a mesh, on one host or several (docs/distributed.md). The others run on one device.
@@ -77,6 +90,8 @@ def main(argv: list[str] | None = None, prog: str = "bench.py") -> int:
             args.speed_batch = args.batch or [batch for batch in (1, 4, 8) if batch % parts == 0] or [parts]
             check_mesh(mesh, chosen, args.speed_batch)
             models.open_all(args, chosen, mesh)
+            if "rollback" in chosen:
+                rollback.check(args.model)
             args.drafters = args.drafters or [spec.format(args.target) for spec in SHIPPED]
         except ValueError as error:
             parser.error(hosts.describe(error))
@@ -365,5 +380,6 @@ BENCHMARKS = {
     "sweep": sweep.bench_sweep,
     "startup": sweep.bench_startup,
     "acceptance": bench_acceptance,
+    "rollback": rollback.bench_rollback,
     "peer": peers.bench_peer,
 }

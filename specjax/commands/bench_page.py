@@ -16,6 +16,7 @@ TITLES = {
     "sweep": "Decoding by batch and context",
     "startup": "Time to first token, compilation and memory",
     "acceptance": "Acceptance by vLLM's definitions",
+    "rollback": "The target's pass with and without rollback",
     "peer": "Beside other libraries",
 }
 MODES = ("fixed", "adaptive")

@@ -59,19 +59,37 @@ def medians(calls: dict[str, Callable[[], Any]], repeats: int, inputs: Any = Non
     return {name: float(np.median(values)) for name, values in times.items()}
 
 
-@functools.partial(jax.jit, static_argnames="width", donate_argnames="cache")
-def target_passes(target: specjax.LanguageModel, start_b: Array, cache: Any, *, width: int) -> Any:
-    """Runs ``LOOP`` target passes of ``width`` tokens from ``start_b`` on, each fed the argmax of the one before."""
-    # The chain of inputs keeps XLA from dropping passes. All passes write the same slots, as attention caches allow.
+@functools.partial(jax.jit, static_argnames=("width", "rollback"), donate_argnames="cache")
+def target_passes(
+    target: specjax.LanguageModel, start_b: Array, cache: Any, *, width: int, rollback: bool = True
+) -> Any:
+    """Runs ``LOOP`` target passes of ``width`` tokens from ``start_b`` on, each fed the argmax of the one before.
+
+    All passes write the same slots, as attention caches allow. Recurrent layers go on from the state of the pass before
+    (``commit``); without ``rollback``, each pass has the state that came in.
+    """
+    # The chain of inputs keeps XLA from dropping passes.
 
     def one(_, carry):
         tokens_bt, cache = carry
-        count_b = jnp.full_like(start_b, width)
-        output = target.forward(target.params, specjax.Feed(tokens_bt, start_b, count_b), cache)
-        return jnp.argmax(output.logits_btv, -1).astype(jnp.int32), output.cache
+        feed = specjax.Feed(tokens_bt, start_b, jnp.full_like(start_b, width))
+        output = target.forward(target.params, feed, cache)
+        after = target.keep(output.cache, feed, feed.count_b) if rollback else _with_states(output.cache, cache)
+        return jnp.argmax(output.logits_btv, -1).astype(jnp.int32), after
 
     tokens_bt = jnp.ones((start_b.shape[0], width), jnp.int32)
     return lax.fori_loop(0, LOOP, one, (tokens_bt, cache))
+
+
+def is_recurrent(before: Any, after: Any) -> bool:
+    """Returns whether a layer's part of the cache is another kind of tree after a pass, until ``commit``."""
+    return jax.tree.structure(before) != jax.tree.structure(after)
+
+
+def _with_states(after: Any, before: Any) -> Any:
+    """Returns a decoder's cache after a pass, with the recurrent layers' states of before."""
+    pairs = zip(before.layers, after.layers, strict=True)
+    return after.replace(layers=tuple(old if is_recurrent(old, new) else new for old, new in pairs))
 
 
 def simple_draw(state: specjax.State) -> Callable[..., tuple[Array, Array]]:
@@ -110,7 +128,8 @@ def parts(target: specjax.LanguageModel, drafter: Any, state: specjax.State, *, 
             fed_bt = jnp.concatenate([tokens_bs[:, :1], proposal.tokens_bg], axis=1)
             feed = specjax.Feed(fed_bt, state.length_b - 1, proposal.length_b + 1)
             output = target.forward(target.params, feed, cache)
-            next_b, cache = jnp.argmax(output.logits_btv[:, -1], -1).astype(jnp.int32), output.cache
+            next_b = jnp.argmax(output.logits_btv[:, -1], -1).astype(jnp.int32)
+            cache = target.keep(output.cache, feed, feed.count_b)
         return tokens_bs.at[:, 0].set(next_b), draft, cache  # the next pass depends on this one, so XLA drops none
 
     return lax.fori_loop(0, LOOP, one, (state.tokens_bs, state.draft, state.cache))

@@ -16,6 +16,7 @@ from specjax.commands.places import folder_or_shipped
 from specjax.hf.config import read_config
 from specjax.transformer import DecoderConfig
 
+DRAFTLESS = {"width", "rollback"}  # benchmarks of the target alone, for which no draft is opened
 SPARE = 64  # positions past prompt and new tokens, for the drafts of the last round
 
 
@@ -41,6 +42,8 @@ def rule(args: argparse.Namespace, num_draft: int) -> Any:
 def open_all(args: argparse.Namespace, chosen: list[str], mesh: Mesh | None) -> None:
     """Opens target and draft, once for all benchmarks, and writes them into ``args``: ``model`` and ``drafts``.
 
+    Benchmarks of the target alone need no draft.
+
     Raises:
       ValueError: a folder or config is missing or wrong, or does not fit the benchmarks.
     """
@@ -50,6 +53,9 @@ def open_all(args: argparse.Namespace, chosen: list[str], mesh: Mesh | None) -> 
     if args.random_weights:
         _check_random(args, chosen, mesh)
         _draw_all(args, given)
+        return
+    if DRAFTLESS.issuperset(chosen):
+        args.model = specjax.load(args.target, quantize=args.quantize)
         return
     args.draft = folder_or_shipped(args.draft, "py-14m-draft", "--draft")
     hosts.check_same_folders(args.target, args.draft)
