@@ -41,6 +41,7 @@ from specjax import (
     verify,
 )
 from specjax.checkpoint.eagle import eagle_head
+from specjax.drafters.assistant import AssistantDrafter, AssistantHead
 from specjax.drafters.eagle import EagleHead
 from specjax.drafters.medusa import init_medusa_params
 from specjax.drafters.mtp import MTPConfig, init_mtp_params
@@ -50,7 +51,17 @@ from specjax.hf.config import decoder_config
 from specjax.sharding import RULES, make_mesh, shard, shardings
 from specjax.testing import table_model
 from specjax.transformer import moe
-from specjax.transformer.config import DecoderConfig, ExpertsConfig, LatentConfig, LayerConfig, plain_rope
+from specjax.transformer.config import (
+    EXTERNAL,
+    DecoderConfig,
+    DeltaConfig,
+    ExpertsConfig,
+    LatentConfig,
+    LayerConfig,
+    MambaConfig,
+    PerLayerConfig,
+    plain_rope,
+)
 from specjax.transformer.decoder import decoder_model, init_params
 from specjax.types import whole_feed
 
@@ -66,13 +77,40 @@ DEEPSEEK = dataclasses.replace(  # experts, and latents in place of keys and val
     layers=(LayerConfig(plain_rope(4), experts=True),),
     latent=LatentConfig(query_rank=16, key_value_rank=16, plain_width=8, rotary_width=4, value_width=8),
 )
+HYBRID = dataclasses.replace(  # a layer of each further kind: recurrent, with a window, with experts, with shared keys
+    DENSE,
+    num_hidden_layers=4,
+    layers=(
+        LayerConfig(None, recurrent=True),
+        LayerConfig(plain_rope(HEAD), window=6),
+        LayerConfig(plain_rope(HEAD), experts=True),
+        LayerConfig(plain_rope(HEAD), window=6, shares=1),
+    ),
+    attention_sinks=True,
+    output_gate=True,
+    experts=ExpertsConfig(*(8, 2, 16), router_bias=True, bias=True, clamp=(1.7, 7.0), shared_size=16, shared_gate=True),
+    recurrence=DeltaConfig(key_heads=2, heads=4, key_width=5, value_width=4, taps=3),
+    per_layer=PerLayerConfig(VOCAB, 6),
+    layer_scale=True,
+)
+MAMBA = dataclasses.replace(  # one group, as in Granite 4: queries and keys stay whole where heads are split
+    DENSE, layers=(LayerConfig(None, recurrent=True),), recurrence=MambaConfig(8, 4, groups=1, state_width=5)
+)
 PROMPT = np.random.default_rng(0).integers(0, VOCAB, (ROWS, 7), np.int32)
 PROMPT[:, 0] = np.arange(ROWS)  # which says what drafts for a row, see ``ByRow``
 
 
 def loud(params):
-    """Larger matrices, since what is drawn with a deviation of 0.02 says nothing about the next token."""
-    return jax.tree.map(lambda x: x * jnp.asarray(20 if x.ndim > 1 else 1, x.dtype), params)
+    """Larger matrices, since what is drawn with a deviation of 0.02 says nothing about the next token.
+
+    Entries of vectors (norms, biases, sinks) differ, so that a device with another device's part is seen.
+    """
+
+    def louder(x):
+        vary = 0.3 * jnp.sin(jnp.arange(x.shape[-1], dtype=jnp.float32))
+        return x * jnp.asarray(20, x.dtype) if x.ndim > 1 else x + vary.astype(x.dtype)
+
+    return jax.tree.map(louder, params)
 
 
 @functools.cache
@@ -86,6 +124,13 @@ def drafter(kind, config, drafts=DRAFTS):
         noise = init_params(DENSE, jax.random.key(1))
         params = jax.tree.map(lambda x, y: x + (y if x.ndim > 1 else 0 * y), decoder(DENSE).params, noise)
         return ModelDrafter(decoder_model(DENSE, params), drafts)
+    if kind == "mamba":
+        return ModelDrafter(decoder(MAMBA, 1), drafts)
+    if kind == "assistant":
+        shared = tuple(dataclasses.replace(layer, shares=EXTERNAL) for layer in config.each_layer[1:3])
+        shared = tuple(dataclasses.replace(layer, experts=False) for layer in shared)
+        head = AssistantHead(dataclasses.replace(DENSE, num_hidden_layers=2, layers=shared), WIDTH)
+        return AssistantDrafter(loud(head.init_params(key)), head, drafts)
     if kind == "ngram":
         return NGramDrafter(drafts, min_n=1)
     if kind == "early exit":
@@ -145,6 +190,7 @@ CASES = [  # the target, drafters, mesh, the drafters' rules
     (DENSE, ("model", "ngram", "mtp"), (8, 1), RULES),
     (DEEPSEEK, ("model", "ngram", "mtp"), (2, 2, 2), RULES),
     (DEEPSEEK, ("eagle", "medusa", "early exit", "cascade"), (2, 4), RULES),
+    (HYBRID, ("mamba", "assistant"), (2, 2, 2), RULES),
 ]
 
 
@@ -311,6 +357,31 @@ def parameters_go_where_the_table_says():
     assert {name: specs[name] for name in wanted} == wanted
     replicated = split_axes(shardings(decoder(config), mesh, {}).params)
     assert len(replicated) == len(specs) and not any(axis for spec in replicated.values() for axis in spec)
+
+
+def only_small_matrices_are_whole():
+    """Of each kind of layer, against the list in docs/distributed.md."""
+    small = {"mlp.gate.kernel", "mlp.shared_expert_gate.kernel"}  # routers
+    small |= {"self_attn.q_a_proj.kernel", "self_attn.kv_a_proj.kernel"}  # to latents
+    small |= {"per_layer.input_gate.kernel", "per_layer.projection.kernel"}
+    of_one_group = {f"recurrence.{name}" for name in ("q_proj.kernel", "k_proj.kernel", "q_conv.taps", "k_conv.taps")}
+    for config, wanted in ((HYBRID, small), (DEEPSEEK, small), (MAMBA, of_one_group)):
+        specs = split_axes(shardings(decoder(config), make_mesh(1, 2, 2)).params)
+        whole = [name for name, spec in specs.items() if len(spec) > 1 and not any(spec)]
+        assert {".".join(re.findall(r"[a-z]\w+", name)[-3:]).removeprefix("layers.") for name in whole} <= wanted
+        assert len(specs) > 2 * len(whole)
+
+
+def states_are_split_with_their_heads():
+    """In a Mamba-2 of one group by value heads; queries and keys are of all heads, and so are their last inputs."""
+    rows, mesh = ROWS // 2, make_mesh(2, 2, 2)
+    wanted = {HYBRID: [(rows, 1, 5, 2, 4), (rows, 2, 5), (rows, 2, 5), (rows, 2, 8)]}
+    wanted[MAMBA] = [(rows, 1, 5, 4, 4), (rows, 3, 5), (rows, 3, 5), (rows, 3, 16)]
+    for config, shapes in wanted.items():
+        with jax.set_mesh(mesh):
+            state = specjax.prefill(shard(decoder(config), mesh), PROMPT, max_new_tokens=NEW, slots=SLOTS)
+        kept = jax.tree.leaves(state.cache.layers[0])
+        assert [x.sharding.shard_shape(x.shape) for x in kept] == shapes
 
 
 def few_key_and_value_heads_stay_whole():
@@ -503,6 +574,8 @@ CHECKS = {
         gathered_logits_are_found,
         a_round_keeps_to_its_budget_of_collectives,
         parameters_go_where_the_table_says,
+        only_small_matrices_are_whole,
+        states_are_split_with_their_heads,
         few_key_and_value_heads_stay_whole,
         each_device_holds_its_part,
         latents_are_whole_and_their_heads_are_split,
