@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import reference
 import test_laws
+from forced_width import force
 from test_compiled import compilations
 
 import specjax
@@ -150,15 +151,6 @@ def test_control_admission_that_looks_at_drafts(rule, admit):
 
 
 # The loop.
-
-
-def force(state, number):
-    """The state with costs under which every round has width ``number``, and no evidence against it."""
-    cost_w = np.where(np.arange(state.request.cost_bw.shape[1]) == number, 1, np.inf).astype(np.float32)
-    cost_bw = jnp.broadcast_to(cost_w, state.request.cost_bw.shape)
-    width_b = jnp.full_like(state.adapt.width_b, number)
-    adapt = dataclasses.replace(state.adapt, width_b=width_b, rest_b=jnp.zeros_like(state.adapt.rest_b))
-    return dataclasses.replace(state, request=dataclasses.replace(state.request, cost_bw=cost_bw), adapt=adapt)
 
 
 @pytest.mark.parametrize(

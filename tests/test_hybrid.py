@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forced_width import force
 from hybrid import RECURRENCES, E, H, K, R, model
 from jitted import jit
 
@@ -136,18 +137,24 @@ def texts(out):
 
 @rules
 def test_long_prompts_more_prompt_and_new_rows(rule):
-    """A draft that is the target is always right: of prompts in chunks, of turns, and of rows that are replaced."""
+    """A draft that is the target is always right: of prompts in chunks, of turns, and of rows that are replaced.
+
+    And whatever the widths of the rounds before; penalties count, and each token's logits are those of its text.
+    """
     target = model(rule)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 11, n).tolist() for n in (300, 5, 600)]
-    drafter, new = ModelDrafter(target, 2), 7
-    sampling = specjax.Sampling(np.float32([0, 1, 0]), seed=np.arange(3))
-    options = {"drafter": drafter, "fixed": True, "sampling": sampling, "max_new_tokens": new, "slots": 700}
+    drafter, new = ModelDrafter(target, 2), 9
+    sampling = specjax.Sampling(np.float32([0, 1, 0]), seed=np.arange(3), repetition_penalty=1.2)
+    options = {"drafter": drafter, "sampling": sampling, "max_new_tokens": new, "slots": 700, "costs": (1, 1.2, 1.4)}
+    options["logprobs"] = True
 
     def run(state):
-        state = specjax.run(target, state, drafter=drafter, verify=verify.coupled)
+        for width, rounds in ((0, 2), (1, 1), (2, new)):
+            state = specjax.run(target, force(state, width), drafter=drafter, verify=verify.coupled, rounds=rounds)
         out = state.generation.to_host()
         np.testing.assert_array_equal(out.stats.accepted, out.stats.drafted)
+        assert (out.stats.drafted_at.min(0) > 0).all()
         return state, texts(out)
 
     state, first = run(specjax.prefill(target, prompts, **options))
@@ -156,6 +163,9 @@ def test_long_prompts_more_prompt_and_new_rows(rule):
     whole = [text + added for text, added in zip(first, more, strict=True)]
     other, at_once = run(specjax.prefill(target, whole, **options))
     assert [second[0], second[2]] == [at_once[0], at_once[2]] and second[1] == first[1]
+    for row in (0, 2):
+        scores = (out.generation.to_host().logprobs[row, len(whole[row]) : len(at_once[row])] for out in (state, other))
+        np.testing.assert_allclose(*scores, atol=1e-5)
     # All rows are done, and the other state's take their places: row 0 its row 1, and so on.
     state = specjax.insert(state, [2, 0, 1], other)
     more = [[7, 8], [1], []]
