@@ -6,6 +6,7 @@ python scripts/bench.py drafters --prompts 4              every shipped drafter:
 python scripts/bench.py sweep acceptance --html page.html by batch; acceptance by position; a page with plots
 python scripts/bench.py sweep --random-weights --context 256 4096 16384 --batch 1 8 64 --forced-acceptance 0.7
 python scripts/bench.py startup                           time to first token, compile time, peak memory
+python scripts/bench.py rollback --target DIR             what it costs a hybrid model to take drafts back
 python scripts/bench.py --peer transformers               beside transformers, with the same weights
 
 The same as `specjax bench`; specjax/commands/bench.py has the code.

@@ -131,8 +131,8 @@ def test_rollback(run, folder, monkeypatch):
     place = 4 * (6 + 20 + 4 + 6 + 6 + 20)  # a key, a write and a decay, and the inputs
     for width, row in enumerate(found["rollback"], 1):
         assert (row["batch"], row["places"]) == (1, width)
-        assert (row["state, kB"], row["kept in the round, kB"]) == (state / 1e3, width * place / 1e3)
-        assert row["a state per place, kB"] == width * state / 1e3
+        assert (row["state, MB"], row["kept in the round, MB"]) == (state / 1e6, width * place / 1e6)
+        assert row["a state per place, MB"] == width * state / 1e6
         np.testing.assert_allclose(row["ratio"], row["with rollback, ms"] / row["without rollback, ms"])
 
 

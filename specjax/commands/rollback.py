@@ -39,9 +39,9 @@ def bench_rollback(args: argparse.Namespace) -> list[dict[str, Any]]:
                     "without rollback, ms": seconds["without"] / measure.LOOP * 1e3,
                     "with rollback, ms": seconds["with"] / measure.LOOP * 1e3,
                     "ratio": seconds["with"] / seconds["without"],
-                    "state, kB": state / 1e3,
-                    "kept in the round, kB": kept / 1e3,
-                    "a state per place, kB": width * state / 1e3,
+                    "state, MB": state / 1e6,
+                    "kept in the round, MB": kept / 1e6,
+                    "a state per place, MB": width * state / 1e6,
                 }
             )
     return print_table("The target's pass with and without rollback", rows)
