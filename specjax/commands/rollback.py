@@ -53,7 +53,8 @@ def sizes(model: specjax.LanguageModel, rows: int, width: int) -> tuple[int, int
     What a pass adds is kept until it is known which places stay.
     """
     before = jax.eval_shape(lambda: model.init_cache(rows, 512))
-    feed = specjax.Feed(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, width), (rows,), (rows,))))
+    start_b = jnp.zeros((rows,), jnp.int32)
+    feed = specjax.Feed(jnp.zeros((rows, width), jnp.int32), start_b, start_b + width)
     after = jax.eval_shape(model.forward, model.params, feed, before).cache
     pairs = [pair for pair in zip(before.layers, after.layers, strict=True) if measure.is_recurrent(*pair)]
     state, later = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(part)) for part in zip(*pairs, strict=True))
