@@ -24,6 +24,7 @@ from specjax.commands import aot, aot_table
 from specjax.commands.aot_table import extrapolate
 from specjax.commands.plan import open_config
 from specjax.quantized import KINDS, quantize
+from specjax.transformer.config import LayerConfig, plain_rope
 
 ROOT = Path(__file__).parent.parent
 needs_tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu: pip install -e '.[aot]'")
@@ -433,6 +434,10 @@ def test_drafters_are_made_from_the_target():
     head = eagle_head(open_config("llama-3.1-8b"))
     assert (head.decoder.hidden_size, head.capture, head.draft_vocab_size) == (4096, (0, 16, 32), 32000)
     assert eagle_head(SMALL).draft_vocab_size is None
+    # A draft head's layer is Llama's, whatever the target computes.
+    gemma = dataclasses.replace(SMALL, layer_scale=True, value_norm=True, norm="rms_one_plus", norm_places="around")
+    gemma = dataclasses.replace(gemma, residual_scale=0.5, layers=(LayerConfig(plain_rope(128), head_dim=128),) * 2)
+    assert eagle_head(gemma) == eagle_head(SMALL)
 
 
 def test_ideal_bytes_are_weights_and_what_is_used():

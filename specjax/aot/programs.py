@@ -21,7 +21,7 @@ from specjax.planning import Model, cache_bytes, check_mesh, forward, token_byte
 from specjax.quantized import Kind, quantize
 from specjax.sampling import Sampling
 from specjax.sharding import RULES, make_mesh, shardings
-from specjax.transformer.config import DecoderConfig, LayerConfig
+from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import abstract_params, decoder_model
 from specjax.types import Drafter, LanguageModel
 
@@ -146,18 +146,17 @@ def draft_config(target: DecoderConfig) -> DecoderConfig:
 
 
 def eagle_head(target: DecoderConfig) -> EagleHead:
-    """Returns a head like the published EAGLE-3 heads: one layer as wide as the target, three states, 32000 tokens."""
-    attending = [layer for layer in target.each_layer if not layer.recurrent]
-    layer = LayerConfig(rope=attending[0].rope if attending else None)
-    decoder = dataclasses.replace(
-        target,
+    """Returns a head like the published EAGLE-3 heads, for targets of any family: one layer of Llama's as wide as the
+    target, three states, 32000 tokens."""
+    decoder = DecoderConfig(
+        vocab_size=target.vocab_size,
+        hidden_size=target.hidden_size,
+        intermediate_size=target.intermediate_size,
         num_hidden_layers=1,
-        layers=(layer,),
-        latent=None,
-        experts=None,
-        per_layer=None,
-        recurrence=None,
-        tie_word_embeddings=False,
+        num_attention_heads=target.num_attention_heads,
+        num_key_value_heads=target.kv_heads,
+        head_dim=target.head_width,
+        max_position_embeddings=target.max_position_embeddings,
     )
     layers = target.num_hidden_layers
     states = tuple(sorted({0, layers // 2, layers}))
