@@ -11,6 +11,7 @@ from jax import Array, lax
 from specjax.cache import LayerCache
 from specjax.checks import check_integer
 from specjax.drafters.chain import Chain, place, repeat
+from specjax.drafters.fields import check_unset
 from specjax.rows import text_at
 from specjax.transformer.config import EXTERNAL, DecoderConfig
 from specjax.transformer.decoder import DecoderLayer
@@ -25,14 +26,16 @@ class AssistantHead:
 
     Attributes:
       decoder: its layers, of which each shares the keys and values of a layer of the target: a layer without a window
-        those of the target's last layer without one, a layer with a window those of the last layer with one.
+        those of the target's last layer without one, a layer with a window those of the last layer with one. The
+        target embeds, and the logits are neither scaled nor capped, whatever the decoder says.
       target_width: width of the target's hidden states and embeddings.
       centroids: parts that the vocabulary is cut into, of equal size, each with a score of its own. None: all tokens
         have logits.
       chosen: how many parts have logits: those with the best scores.
 
     Raises:
-      ValueError: a layer has keys and values of its own, or the numbers of parts are out of range.
+      ValueError: a layer has keys and values of its own, the decoder has learned positions, embeddings for each layer
+        or a bias on its output head, or the numbers of parts are out of range.
     """
 
     decoder: DecoderConfig
@@ -42,6 +45,7 @@ class AssistantHead:
 
     def __post_init__(self):
         check_integer("target_width", self.target_width, 1)
+        check_unset("an assistant", self.decoder, "learned_positions", "per_layer", "head_bias")
         if any(layer.shares != EXTERNAL for layer in self.decoder.each_layer):
             raise ValueError("a layer of the assistant has keys and values of its own; all must share the target's")
         if self.centroids is not None:

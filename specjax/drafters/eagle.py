@@ -11,11 +11,11 @@ from jax import Array
 
 from specjax.cache import KVCache, Stored
 from specjax.checks import check_integer
-from specjax.transformer.attention import Attention
+from specjax.drafters.fields import check_unset
 from specjax.transformer.config import DecoderConfig, LayerConfig
 from specjax.transformer.decoder import DecoderLayer, empty_cache, run_layers
 from specjax.transformer.functional import Functional
-from specjax.transformer.layers import MLP, Embedding, Linear, make_norm
+from specjax.transformer.layers import Embedding, Linear, make_norm
 from specjax.types import Feed, LanguageModel
 
 
@@ -29,7 +29,8 @@ class EagleHead:
     the second draft on it reads its own states. Most have their own output heads, often over a part of the vocabulary.
 
     Attributes:
-      decoder: describes the layers. Its ``vocab_size`` is the target's; its ``max_position_embeddings`` is ignored.
+      decoder: describes the layers. Its ``vocab_size`` is the target's. Its ``max_position_embeddings`` and
+        ``tie_word_embeddings`` are ignored.
       capture: hidden-state indices of the target: 0 the embedding output, i the output of layer i. EAGLE-1: ``(-1,)``,
         the state after the final norm.
       version: 1 or 3.
@@ -48,8 +49,8 @@ class EagleHead:
         training. Otherwise they slide. Both versions.
 
     Raises:
-      ValueError: a size is out of range, ``version`` is neither 1 nor 3, or fields contradict each other or the
-        version. The message names the fields.
+      ValueError: a size is out of range, ``version`` is neither 1 nor 3, fields contradict each other or the version,
+        or ``decoder`` has fields that the draft head does not compute. The message names the fields.
     """
 
     decoder: DecoderConfig
@@ -103,6 +104,18 @@ class EagleHead:
                 f"the head is {width} wide and the target's states {other}: only an EAGLE-3 head with an embedding and "
                 "an output head of its own can differ from the target in width"
             )
+        self._check_decoder()
+
+    def _check_decoder(self) -> None:
+        """Raises ValueError if the decoder has fields that the draft head would ignore."""
+        ignored = ["learned_positions", "per_layer", "recurrence"]
+        ignored += ["embedding_scale"] * self.own_embedding
+        ignored += ["logit_scale", "logit_softcap", "head_bias"] * bool(self.own_head)
+        # The first layer of EAGLE-3 reads two normed states, and its MLP reads what its attention has changed.
+        ignored += ["latent", "parallel"] * (self.version == 3)
+        check_unset(f"an EAGLE-{self.version} head", self.decoder, *ignored)
+        if self.version == 3 and self.decoder.norm_places == "after":
+            raise ValueError("norm_places is 'after'; an EAGLE-3 head norms what its attention reads, so give another")
 
     @property
     def vocab_size(self) -> int:
@@ -238,19 +251,16 @@ class _BareLayer(DecoderLayer):
         self.input_layernorm = None
 
 
-class _FusingLayer(nnx.Module):
+class _FusingLayer(DecoderLayer):
     """EAGLE-3's first layer. Its attention reads embedding and state side by side, 2 d wide."""
 
     def __init__(self, head: EagleHead, dtype: jnp.dtype, rngs: nnx.Rngs):
         config, width = head.decoder, head.decoder.hidden_size
+        super().__init__(config, config.each_layer[0], dtype, rngs, inputs=2 * width)
         self.norm_before_residual = head.norm_before_residual
-        self.input_layernorm = make_norm(config, width, dtype)
         self.hidden_norm = make_norm(config, width, dtype)
-        self.self_attn = Attention(config, config.each_layer[0], dtype, rngs, inputs=2 * width)
-        self.post_attention_layernorm = make_norm(config, width, dtype)
-        self.mlp = MLP(config, config.intermediate_size, dtype, rngs)
 
-    def __call__(
+    def join(
         self,
         embedded_btd: Array,
         x_btd: Array,
@@ -258,11 +268,12 @@ class _FusingLayer(nnx.Module):
         tables: tuple[Array, Array] | None,
         stored: Stored | None,
     ) -> tuple[Array, Stored]:
+        """Does what a layer's call does, with the embedding beside the state."""
+        assert self.input_layernorm is not None
         normed_btd = self.hidden_norm(x_btd)
         both = jnp.concatenate([self.input_layernorm(embedded_btd), normed_btd], axis=-1)
-        y_btd, stored = self.self_attn(both, feed, tables, stored)
-        x_btd = y_btd + (normed_btd if self.norm_before_residual else x_btd)
-        return x_btd + self.mlp(self.post_attention_layernorm(x_btd)), stored
+        y_btd, kept = self.self_attn(both, feed, tables, stored)
+        return self.add(normed_btd if self.norm_before_residual else x_btd, normed_btd, y_btd), kept
 
 
 class _Eagle1(nnx.Module):
@@ -319,7 +330,8 @@ class _Eagle3(nnx.Module):
     def __call__(self, embedded_btd: Array, x_btd: Array, cache: KVCache, feed: Feed) -> tuple[Array, KVCache]:
         # Only the first layer reads the embedding.
         first, *others = self.layers
-        layers = [functools.partial(first, embedded_btd), *others]
+        assert isinstance(first, _FusingLayer)
+        layers = [functools.partial(first.join, embedded_btd), *others]
         states, cache = run_layers(layers, self.head.decoder, x_btd, cache, feed)
         return (self.norm(states[-1]) if self.head.norm_output else states[-1]), cache
 

@@ -14,6 +14,7 @@ from jax import Array
 from specjax.cache import KVCache, Stored
 from specjax.checks import check_integer
 from specjax.drafters.chain import Chain, place
+from specjax.drafters.fields import check_unset
 from specjax.rows import text_at
 from specjax.transformer.config import DecoderConfig, LayerConfig
 from specjax.transformer.decoder import DecoderLayer, empty_cache
@@ -28,7 +29,7 @@ class MTPConfig:
 
     Attributes:
       decoder: the modules' decoder layers, one entry in ``decoder.layers`` for each module. Norms, vocabulary and width
-        are those of all parts of a module.
+        are those of all parts of a module. ``max_position_embeddings`` and ``tie_word_embeddings`` are ignored.
       hidden_first: the projection takes the state before the embedding (MiMo), not after it.
       zero_first: the embedding at slot 0 is zero, as vLLM has it.
       normed_states: a module's states, which the next draft reads, are those after the module's last norm. False: those
@@ -37,8 +38,8 @@ class MTPConfig:
       own_head: modules have their own output heads, not the target's.
 
     Raises:
-      ValueError: the decoder has LayerNorms, learned positions, embeddings for each layer, or layers that are recurrent
-        or share keys and values.
+      ValueError: the decoder has LayerNorms, learned positions, embeddings for each layer, a bias on the modules' own
+        output heads, or layers that are recurrent or share keys and values.
     """
 
     decoder: DecoderConfig
@@ -49,11 +50,14 @@ class MTPConfig:
     own_head: bool = False
 
     def __post_init__(self):
-        other = self.decoder.norm.startswith("layer") or self.decoder.learned_positions or self.decoder.per_layer
-        if other or any(layer.recurrent or layer.shares is not None for layer in self.decoder.each_layer):
+        bias = ("head_bias",) if self.own_head else ()
+        check_unset("MTP modules", self.decoder, "learned_positions", "per_layer", *bias)
+        if self.decoder.norm.startswith("layer") or any(
+            layer.recurrent or layer.shares is not None for layer in self.decoder.each_layer
+        ):
             raise ValueError(
-                "MTP modules have RMS norms, rotary positions and attention with keys and values of their own; the "
-                "decoder config is of another kind"
+                "MTP modules have RMS norms, and attention with keys and values of their own; the decoder config is of "
+                "another kind"
             )
 
     @property

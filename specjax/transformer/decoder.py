@@ -37,7 +37,10 @@ LayerStored = Any
 class DecoderLayer(nnx.Module):
     """Attention, or a recurrence, and MLP, each added to the residual stream, with norms before or after them."""
 
-    def __init__(self, config: DecoderConfig, layer: LayerConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, config: DecoderConfig, layer: LayerConfig, dtype: jnp.dtype, rngs: nnx.Rngs, inputs: int | None = None
+    ):
+        """``inputs`` is the width of the states that ``Attention`` reads; None: the width of the model."""
         before, after = config.norm_places != "after", config.norm_places != "before"
 
         def norm(wanted: bool) -> Norm | None:
@@ -45,7 +48,7 @@ class DecoderLayer(nnx.Module):
 
         self.parallel, self.residual_scale = config.parallel, config.residual_scale
         self.input_layernorm = norm(before)
-        attention = Attention if config.latent is None else LatentAttention
+        attention = functools.partial(Attention, inputs=inputs) if config.latent is None else LatentAttention
         recurrence = GatedDelta if isinstance(config.recurrence, DeltaConfig) else Mamba
         self.self_attn: Any = None if layer.recurrent else attention(config, layer, dtype, rngs)
         self.recurrence: Any = recurrence(config, dtype, rngs) if layer.recurrent else None
@@ -93,6 +96,17 @@ class DecoderLayer(nnx.Module):
             y_btd, stored = self.self_attn(normed_btd, feed, tables, stored)
         else:
             y_btd, stored = self.recurrence(normed_btd, feed, stored)
+        return self.add(x_btd, normed_btd, y_btd, own_btp), stored
+
+    def add(self, x_btd: Array, normed_btd: Array, y_btd: Array, own_btp: Array | None = None) -> Array:
+        """Adds attention's output to the residual stream, and then the MLP's.
+
+        Args:
+          x_btd: the residual stream.
+          normed_btd: what attention has read.
+          y_btd: attention's output.
+          own_btp: as for a call.
+        """
         x_btd = x_btd + scaled(_normed(self.attention_post_norm, y_btd), self.residual_scale)
         normed_btd = normed_btd if self.parallel else _normed(self.post_attention_layernorm, x_btd)
         y_btd = self.mlp(normed_btd)
@@ -101,7 +115,7 @@ class DecoderLayer(nnx.Module):
         if self.per_layer is not None:
             assert own_btp is not None
             x_btd = self.per_layer(x_btd, own_btp)
-        return x_btd if self.scale is None else x_btd * jnp.broadcast_to(self.scale[...], x_btd.shape), stored
+        return x_btd if self.scale is None else x_btd * jnp.broadcast_to(self.scale[...], x_btd.shape)
 
 
 def _normed(norm: Norm | None, x: Array) -> Array:
