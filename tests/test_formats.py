@@ -16,6 +16,7 @@ from specjax.hf.config import decoder_config
 from specjax.hf.families import sources
 from specjax.hf.formats import decode, read_format
 from specjax.hf.weights import check_tensors
+from specjax.hf.weights import plain_tensors as weights_of
 
 CONFIG = {
     "model_type": "llama",
@@ -370,6 +371,56 @@ def test_groups_of_modules_have_their_own_schemes(tmp_path):
     folder = write(tmp_path / "quantised", {**CONFIG, "quantization_config": quantization}, stored)
     expected = specjax.load(write(tmp_path / "plain", CONFIG, plain), "float32").params
     jax.tree.map(np.testing.assert_array_equal, specjax.load(folder, "float32").params, expected)
+
+
+def test_embeddings_have_the_scheme_of_their_class(tmp_path):
+    """The group of another class, which comes first, does not hold for them."""
+    rng = np.random.default_rng(0)
+    quantization = compressed_config(weights())
+    quantization["config_groups"]["embeddings"] = {
+        "targets": ["Embedding"],
+        "weights": weights(8, "int", "channel"),
+        "format": "pack-quantized",
+    }
+    name = "model.embed_tokens.weight"
+    parts, expected = compressed(rng, *SHAPES[name], bits=8, strategy="channel")
+    up, plain_up = compressed(rng, *SHAPES[f"{UP}.weight"])
+    stored = {name + end: part for end, part in parts.items()} | {f"{UP}.weight{end}": part for end, part in up.items()}
+    tensors = specjax.hf.open_tensors(write(tmp_path / "folder", CONFIG, stored))
+    decoded = decode(tensors, read_format({"quantization_config": quantization}))
+    np.testing.assert_array_equal(decoded[name].read(), expected)
+    np.testing.assert_array_equal(decoded[f"{UP}.weight"].read(), plain_up)
+    quantization["config_groups"].pop("embeddings")
+    with pytest.raises(ValueError, match=r"model\.embed_tokens is quantised, but is in no group"):
+        decode(tensors, read_format({"quantization_config": quantization}))
+
+
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+@pytest.mark.parametrize("scales", ["channel", "block"])
+def test_float8_stacks_of_experts_are_read_with_their_scales(scales, tmp_path):
+    """As transformers 5 writes them: scales of all experts in one tensor, the gate's before the up-projection's."""
+    rng, stored, plain = np.random.default_rng(0), {}, {}
+    shapes = {"gate_proj": (32, 48), "up_proj": (32, 48), "down_proj": (48, 32)}
+    for held in (("gate_proj", "up_proj"), ("down_proj",)):
+        stack = EXPERTS + (".gate_up_proj" if len(held) > 1 else ".down_proj")
+        experts = []
+        for e in range(3):
+            parts = [float8(rng, *shapes[name], scales, end="_scale_inv") for name in held]
+            plain |= {f"{EXPERTS}.{e}.{name}.weight": part[1] for name, part in zip(held, parts, strict=True)}
+            experts.append({end: np.concatenate([part[0][end] for part in parts]) for end in ("", "_scale_inv")})
+        stored |= {stack + end: np.stack([expert[end] for expert in experts]) for end in ("", "_scale_inv")}
+    quantization = FP8 | ({"weight_block_size": [16, 24]} if scales == "block" else {})
+    found = specjax.hf.open_tensors(write(tmp_path / "folder", CONFIG, stored))
+    tensors, _ = weights_of({"quantization_config": quantization}, found, plain)
+    assert tensors.keys() == plain.keys()
+    for name, expected in plain.items():
+        np.testing.assert_array_equal(tensors[name].read(), expected)
+    if scales == "block":
+        wide = {"quantization_config": quantization | {"weight_block_size": [64, 24]}}
+        with pytest.raises(ValueError, match=r"gate_up_proj' holds projections of 32 rows, and 64 rows share a scale"):
+            weights_of(wide, found, plain)
 
 
 def test_a_quantised_folder_may_be_quantised_converted_and_split(tmp_path):

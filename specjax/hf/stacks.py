@@ -5,6 +5,7 @@ all experts, as transformers 5 computes them. Tables name the former.
 
 Example: ``mlp.experts.gate_up_proj`` of shape [e, 2f, d] holds, for each expert, the f rows of
 ``mlp.experts.0.gate_proj.weight``, then the f rows of ``mlp.experts.0.up_proj.weight``, and so on for the next one.
+The scales of float8 stacks, ``mlp.experts.gate_up_proj_scale_inv``, are split in the same way.
 """
 
 import dataclasses
@@ -13,12 +14,14 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from specjax.hf.safetensors import Tensor
 
 _HELD = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_SCALES = ("_scale_inv", "_scale")
 
 
 def split_stacks(
     found: Mapping[str, Tensor],
     wanted: Collection[str],
     table_names: Callable[[Iterable[str]], Mapping[str, str]],
+    block: int | None = None,
 ) -> dict[str, Tensor]:
     """Returns a folder's tensors, with the tensors of each expert in place of stacks.
 
@@ -29,23 +32,35 @@ def split_stacks(
       found: the folder's tensors, by their own names.
       wanted: the tensors that the model needs, by their names in the family's table.
       table_names: returns the name that each tensor has in the table.
+      block: rows of a stack that share a scale, if scales are of blocks.
+
+    Raises:
+      ValueError: rows of two projections share a scale.
     """
     known, split = table_names(found), {}
     for name, tensor in found.items():
-        block, _, projection = name.rpartition(".")
+        block_name, _, last = name.rpartition(".")
+        end = next((end for end in _SCALES if last.endswith(end)), "")
+        projection = last.removesuffix(end)
         parts = _HELD.get(projection, ())
-        first = known[name].removesuffix(projection) + f"0.{parts[0]}.weight" if parts else ""
-        experts = _split(block, tensor, parts) if first in wanted else {}
+        first = known[name].removesuffix(last) + f"0.{parts[0]}.weight" if parts else ""
+        experts = _split(block_name, tensor, parts, end) if first in wanted else {}
         split |= experts if experts and not experts.keys() & found.keys() else {name: tensor}
+        rows = [part.shape[0] for name, part in experts.items() if not end and len(parts) > 1]
+        if block and rows and rows[0] % block and any(name + scale in found for scale in _SCALES):
+            raise ValueError(
+                f"tensor {name!r} holds projections of {rows[0]} rows, and {block} rows share a scale, which are rows "
+                "of two projections; open a folder that has a tensor for each expert, or one of plain floats"
+            )
     return split
 
 
-def _split(block: str, tensor: Tensor, parts: tuple[str, ...]) -> dict[str, Tensor]:
+def _split(block: str, tensor: Tensor, parts: tuple[str, ...], end: str) -> dict[str, Tensor]:
     """Returns the tensors of all experts by their names, or no tensor if the shape is none of a stack."""
     if len(tensor.shape) != 3 or tensor.shape[1] % len(parts):
         return {}
     rows, width = tensor.shape[1] // len(parts), tensor.shape[2]
-    names = [f"{block}.{e}.{part}.weight" for e in range(tensor.shape[0]) for part in parts]
+    names = [f"{block}.{e}.{part}.weight{end}" for e in range(tensor.shape[0]) for part in parts]
     size = rows * width * tensor.dtype.itemsize
     return {
         name: dataclasses.replace(tensor, name=name, shape=(rows, width), offset=tensor.offset + i * size)

@@ -209,7 +209,7 @@ def plain_tensors(
         name in the table.
     """
     # 1. What there is decides, not what the config says.
-    found, form = split_stacks(found, wanted, table_names), None
+    found, form = split_stacks(found, wanted, table_names, _block_rows(raw)), None
     if is_plain({known: found[name] for name, known in table_names(found).items()}, wanted, PLAIN):
         decoded: Mapping[str, Readable] = found
         if raw.get("quantization_config"):
@@ -224,6 +224,13 @@ def plain_tensors(
     if len(tensors) < len(decoded):
         raise ValueError("two tensors have one name but for a wrapper's prefix; save the model again")
     return tensors, form
+
+
+def _block_rows(raw: Mapping[str, Any]) -> int | None:
+    """Returns the rows of a block of float8 that has one scale; None if there are no such blocks."""
+    quantization = raw.get("quantization_config")
+    block = quantization.get("weight_block_size") if isinstance(quantization, Mapping) else None
+    return block[0] if isinstance(block, list) and block and isinstance(block[0], int) else None
 
 
 def check_tensors(

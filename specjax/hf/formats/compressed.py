@@ -123,12 +123,10 @@ class CompressedTensors:
 
     def _scheme(self, module: str) -> Scheme:
         """Returns how a module is quantised: as the first group says that names it, or else its class."""
-        for targets, scheme in self.groups:
-            if any(_names(target, module) for target in targets):
-                return scheme
-        for targets, scheme in self.groups:
-            if any(target.isidentifier() and target[0].isupper() for target in targets):  # a class, such as "Linear"
-                return scheme
+        for named in (_names, _names_class, _names_other_class):
+            for targets, scheme in self.groups:
+                if any(named(target, module) for target in targets):
+                    return scheme
         raise ValueError(
             f"{module} is quantised, but is in no group of quantization_config's config_groups; download both again"
         )
@@ -139,6 +137,20 @@ def _names(target: str, module: str) -> bool:
     if target.startswith("re:"):
         return re.match(target.removeprefix("re:"), module) is not None
     return target == module
+
+
+def _names_class(target: str, module: str) -> bool:
+    """Returns whether a target is the class of a module, which is "Embedding" or else "Linear"."""
+    return target == ("Embedding" if _embeds(module) else "Linear")
+
+
+def _names_other_class(target: str, module: str) -> bool:
+    """Returns whether a target is a class of the folder's own code, which a module may have that does not embed."""
+    return target.isidentifier() and target[0].isupper() and target != "Embedding" and not _embeds(module)
+
+
+def _embeds(module: str) -> bool:
+    return module.rpartition(".")[2].startswith(("embed_tokens", "wte"))
 
 
 def _packed(parts: Parts, scheme: Scheme) -> tuple[int, int, Callable[[], Rows]]:
