@@ -243,6 +243,30 @@ def test_names_of_a_model_without_its_output_head(tmp_path):
     same_model(folder, adapter, plain, LLAMA, tmp_path)
 
 
+@pytest.mark.parametrize("with_vision", [False, True])
+def test_the_vision_part_of_an_adapter_is_left_out_with_a_warning(with_vision, tmp_path, caplog):
+    """As of the base model, whether or not its folder holds vision weights."""
+    rng = np.random.default_rng(10)
+    text = {key: value for key, value in PHI3.items() if key != "model_type"}
+    text |= {"num_key_value_heads": 2, "rope_theta": 1e4, "rms_norm_eps": 1e-6}  # the classes have other defaults
+    config = {"model_type": "qwen2_5_vl", "text_config": {"model_type": "qwen2_5_vl_text", **text}}
+    plain = plain_tensors({"model_type": "qwen2", **text}, rng)
+    named = {name.replace("model.", "model.language_model."): tensor for name, tensor in plain.items()}
+    patches = {"model.visual.patch_embed.proj.weight": np.ones((4, 3, 2, 2, 2), np.float32)} if with_vision else {}
+    folder = write(tmp_path / "base", config, named | patches)
+    a, b = parts(rng, 32, 32, 4)
+    ours = Q.replace("model.", "model.language_model.")
+    tensors = {f"{ours}.lora_A.weight": a, f"{ours}.lora_B.weight": b}
+    tensors |= {
+        f"model.visual.patch_embed.proj.lora_{part}.weight": np.ones((4, 4, 1, 1, 1), np.float32) for part in "AB"
+    }
+    tensors["model.visual.merger.modules_to_save.mlp.0.weight"] = np.ones((4, 4), np.float32)
+    adapter = write_adapter(tmp_path / "adapter", {"r": 4}, tensors)
+    plain[f"{Q}.weight"] = (plain[f"{Q}.weight"] + product(b, a, 2.0)).astype(np.float32)
+    same_model(folder, adapter, plain, {"model_type": "qwen2", **text}, tmp_path)
+    assert "changes the vision part, which text does not need; the change is left out" in caplog.text
+
+
 # What is refused.
 
 

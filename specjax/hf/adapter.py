@@ -8,6 +8,7 @@ each with the length m (Liu et al. 2024, "DoRA").
 
 import dataclasses
 import functools
+import logging
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -20,8 +21,10 @@ from specjax.checks import check_integer, check_positive
 from specjax.hf.computed import Computed, Readable, Rows, rows_of
 from specjax.hf.formats.parts import FLOATS
 from specjax.hf.keys import Keys, read_json, warn_unknown
+from specjax.hf.multimodal import other_part
 from specjax.hf.safetensors import Tensor, open_file
 
+_LOG = logging.getLogger(__name__)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MERGE = "merge it into its base model with peft, and save that"
 
@@ -168,6 +171,8 @@ def merge(
 ) -> dict[str, Readable]:
     """Returns a model's tensors with an adapter merged into them.
 
+    Changes of a multimodal model's other parts are left out, with a warning.
+
     Args:
       adapter: the adapter.
       tensors: the tensors of the base model, by their names in the family's table.
@@ -189,13 +194,19 @@ def merge(
             whole[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
     weights = {module: f"{module}.weight" for module in modules}
     known = table_names([*weights.values(), *whole])
-    # 2. Trained tensors take the place of the model's; modules are merged after that.
+    # 2. Of a multimodal model, only the text part is opened.
+    left_out = {name: reason for name in known if (reason := other_part(known[name]))}
+    for reason in sorted(set(left_out.values())):
+        _LOG.warning("%s changes %s; the change is left out", adapter.path / WEIGHTS, reason)
+    # 3. Trained tensors take the place of the model's; modules are merged after that.
     merged = dict(tensors)
     try:
-        for name, tensor in whole.items():
-            merged[known[name]] = _trained(known[name], tensor, merged)
+        for name in whole.keys() - left_out.keys():
+            merged[known[name]] = _trained(known[name], whole[name], merged)
         for module, parts in modules.items():
             name = known[weights[module]]
+            if weights[module] in left_out:
+                continue
             merged |= _merged(module, name, parts, merged, adapter, name in transposed)
     except ValueError as error:
         raise ValueError(f"{adapter.path / WEIGHTS}: {error}") from None
