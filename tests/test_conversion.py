@@ -1,6 +1,7 @@
 """Hugging Face folders in and out: round trips, what a folder may lack or have too much, and unfinished conversions."""
 
 import errno
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from tokenizers.models import WordLevel
 import specjax
 from specjax.checkpoint import convert as conversion
 from specjax.checkpoint.generation import load_stop_tokens
+from specjax.commands import convert
 from specjax.commands.convert import is_quantized
 from specjax.hf import weights
 
@@ -225,6 +227,8 @@ def test_mimo_opens_as_qwen2_next_to_its_draft_modules(tmp_path):
     report = "\n".join(specjax.convert_hf(folder, tmp_path / "ours"))
     assert "1 left out: a multi-token prediction layer" in report
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["model_type"] == "qwen2"
+    if importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
+        assert convert.verify(folder, tmp_path / "ours") == 0
     for changed in ({"attention_bias": False}, {"auto_map": {"AutoModel": "modeling_other.OtherModel"}}):
         with pytest.raises(ValueError, match=next(iter(changed))):
             specjax.hf.decoder_config({**mimo, **changed})
@@ -234,6 +238,19 @@ GEMMA3 = {
     "model_type": "gemma3",
     "text_config": {**LLAMA, "model_type": "gemma3_text", "head_dim": 4, "query_pre_attn_scalar": 4},
 }
+
+
+def test_a_class_that_transformers_lacks_is_named_before_the_conversion(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    monkeypatch.setattr(convert, "class_name", lambda source: "NewForCausalLM")
+    folder = write(tmp_path / "gemma", GEMMA3, {})
+    with pytest.raises(SystemExit):
+        convert.main([str(folder), str(tmp_path / "ours"), "--verify"])
+    printed = capsys.readouterr().err
+    assert "needs transformers' NewForCausalLM, which the installed version lacks" in printed
+
+
 TIED = {
     "llama": {**LLAMA, "tie_word_embeddings": True},
     "gemma2, by default": {**LLAMA, "model_type": "gemma2"},

@@ -12,7 +12,9 @@ from tqdm import tqdm
 
 import specjax
 from specjax.commands.console import add_adapter, add_ignored_keys
+from specjax.hf.families import FAMILIES, RENAMED
 from specjax.hf.keys import read_json
+from specjax.hf.multimodal import MULTIMODAL
 from specjax.hf.safetensors import open_tensors
 from specjax.hf.weights import PLAIN
 
@@ -43,6 +45,8 @@ def main(argv: list[str] | None = None, prog: str = "convert_hf.py") -> int:
         parser.error("--verify compares with the model in SRC, without --adapter; omit one of the two")
     if args.verify and not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         parser.error("--verify needs torch and transformers; pip install 'specjax[parity]'")
+    if args.verify and (missing := missing_class(args.source)):
+        parser.error(f"--verify needs transformers' {missing}, which the installed version lacks; install a newer one")
     # Errors of the source are one line. Ctrl-C leaves no folder.
     try:
         with tqdm(unit="B", unit_scale=True, desc="reading", disable=None) as bar:
@@ -80,18 +84,46 @@ def is_quantized(source: Path) -> bool:
         return False
 
 
+def class_name(source: Path) -> str | None:
+    """Returns the name of the class of transformers that computes a folder's model; None if no class is known.
+
+    For a multimodal model, this is the class of the whole model.
+    """
+    try:
+        kind = str(read_json(source / "config.json").get("model_type"))
+    except ValueError:  # the conversion reports this error
+        return None
+    kind = RENAMED[kind].family if kind in RENAMED else kind
+    known = {**FAMILIES, **MULTIMODAL}
+    return known[kind].architecture if kind in known else None
+
+
+def missing_class(source: Path) -> str | None:
+    """Returns the name of the class that the installed transformers lacks, or None if it lacks none."""
+    import transformers
+
+    name = class_name(source)
+    return None if name is None or hasattr(transformers, name) else name
+
+
 def verify(source: Path, destination: Path) -> int:
     """Compares the float32 logits of both models over random tokens; returns an exit status."""
     import torch
     import transformers
 
+    name = class_name(source)
+    assert name is not None  # the folder was converted
+    reference = getattr(transformers, name)
+
     # Both compute in float32 with the parameters as stored, so that only the computations differ.
     stored = json.loads((destination / "config.json").read_text(encoding="utf-8"))["torch_dtype"]
-    config = transformers.AutoConfig.from_pretrained(source)
+    config = reference.config_class.from_pretrained(source)
     vars(config).pop("quantization_config", None)  # a left-over (``is_quantized``), which transformers would act on
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(source, config=config, dtype=torch.float32).eval()
+    theirs = reference.from_pretrained(source, config=config, dtype=torch.float32).eval()
     for parameter in theirs.parameters():  # buffers are computed, so they stay as they are
         parameter.data = parameter.data.to(getattr(torch, stored)).float()
+    # Llama 4's multimodal class cannot run without images in transformers 5.24.
+    theirs = theirs.language_model if name == MULTIMODAL["llama4"].architecture else theirs
     ours = specjax.load(destination, "float32")
     length = min(VERIFIED_TOKENS, ours.max_positions or VERIFIED_TOKENS)
     tokens_bt = np.random.default_rng(0).integers(0, ours.vocab_size, (1, length)).astype(np.int32)
