@@ -124,6 +124,10 @@ SAID = {
     ),
     "greedy": ({"do_sample": False, "top_k": 20}, {"temperature": 0.0, "top_k": 20}),
     "greedy, whatever the temperature": ({"do_sample": False, "temperature": 0.6}, {"temperature": 0.0}),
+    "numbers as others write them": (
+        {"top_k": 50.0, "top_p": 1, "temperature": 1, "repetition_penalty": 1.0},
+        {"top_k": 50, "top_p": 1, "temperature": 1},
+    ),
     "nulls": ({"do_sample": None, "temperature": None, "top_k": 5, "top_p": None}, {"top_k": 5}),
 }
 
@@ -138,6 +142,25 @@ def test_defaults_of_a_generation_config(tmp_path, case):
     theirs = transformers.GenerationConfig.from_pretrained(tmp_path)
     for name, value in wanted.items():
         assert getattr(theirs, name) == value or (name == "temperature" and theirs.do_sample is False and value == 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("temperature", -0.1), ("temperature", float("nan")), ("top_k", -2), ("top_k", 2.5), ("top_p", 0)],
+        *[("top_k", float("inf")), ("top_p", 1.5), ("min_p", -0.1), ("repetition_penalty", 0.0)],
+    ],
+)
+def test_defaults_out_of_range_name_the_file(tmp_path, name, value):
+    change(tmp_path, generation_config={name: value})
+    with pytest.raises(ValueError, match=rf"generation_config.json: {name} is .*; it must be "):
+        load_generation_defaults(tmp_path)
+
+
+def test_a_top_k_below_0_keeps_all_tokens(tmp_path):
+    """As vLLM has it; transformers refuses it as it generates."""
+    change(tmp_path, generation_config={"top_k": -1, "top_p": 0.9})
+    assert load_generation_defaults(tmp_path) == {"top_k": 0, "top_p": 0.9}
 
 
 @pytest.mark.parametrize("value", ["hot", True, [0.6], {}])

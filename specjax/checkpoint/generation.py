@@ -1,7 +1,8 @@
 """What a folder says about generation: the tokens that end a text, and defaults of sampling."""
 
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ from specjax.text.tokenizer import load_tokenizer, read_special_tokens
 
 # Objects of a config that may describe the text model of a multimodal one.
 _TEXT_CONFIGS = ("text_config", "decoder", "generator")
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+# Parameters of sampling: which numbers each may be, and the same in words.
+_SAMPLING: Mapping[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda x: 0 <= x < math.inf, "at least 0 (0 is greedy)"),
+    "top_k": (lambda x: -1 <= x < 2**31 and x == int(x), "an integer (0 and -1 keep all tokens)"),
+    "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1 (1 keeps all tokens)"),
+    "min_p": (lambda x: 0 <= x <= 1, "from 0 (keeps all tokens) to 1"),
+    "repetition_penalty": (lambda x: 0 < x < math.inf, "above 0 (1 changes nothing)"),
+}
 
 
 def load_stop_tokens(path: str | os.PathLike, tokenizer: Tokenizer | None = None) -> tuple[int, ...]:
@@ -62,17 +70,26 @@ def load_generation_defaults(path: str | os.PathLike) -> dict[str, float | int]:
     """Returns the parameters of ``specjax.Sampling`` that ``generation_config.json`` recommends.
 
     These are ``temperature``, ``top_k``, ``top_p``, ``min_p`` and ``repetition_penalty``, where they are there and not
-    null. With ``do_sample: false``, the temperature is 0: greedy. A folder without the file recommends nothing.
+    null. A ``top_k`` of -1 is 0, as in vLLM, and whole numbers may be written as floats. With ``do_sample: false``, the
+    temperature is 0: greedy. A folder without the file recommends nothing.
 
     Raises:
-      ValueError: the file is damaged, or a value is no number.
+      ValueError: the file is damaged, or a value is no number or out of range.
     """
     file = Path(path) / "generation_config.json"
     if not file.is_file():
         return {}
     config = read_json(file)
-    defaults = {name: config[name] for name in _SAMPLING if config.get(name) is not None}
+    greedy = {"temperature": 0.0} if config.get("do_sample") is False else {}
+    defaults = {name: config[name] for name in _SAMPLING if config.get(name) is not None} | greedy
     for name, value in defaults.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{file}: {name} is {value!r}; it must be a number")
-    return defaults | ({"temperature": 0.0} if config.get("do_sample") is False else {})
+        holds, wanted = _SAMPLING[name]
+        if not holds(value):
+            raise ValueError(f"{file}: {name} is {value!r}; it must be {wanted}")
+    if "top_k" in defaults:
+        defaults["top_k"] = max(0, int(defaults["top_k"]))
+    if defaults.get("repetition_penalty") == 1:  # changes nothing, and would compile the penalties
+        del defaults["repetition_penalty"]
+    return defaults
