@@ -103,6 +103,15 @@ def test_a_wrong_door_is_told_the_right_one(folder):
         assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["eagle", "mtp", "medusa", "assistant"])
+def test_a_draft_head_in_no_folder(kind, tmp_path):
+    (tmp_path / "file").write_text("")
+    for name in ("missing", "file"):
+        spec = f"{kind}:{tmp_path / name}"
+        with pytest.raises(ValueError, match=f"{spec} names {tmp_path / name}, which is not a folder; give one with"):
+            specjax.load_drafter(spec, table_model(jnp.zeros((8, 8))), 1)
+
+
 @pytest.mark.parametrize("name", [name for name in FOLDERS if FOLDERS[name][0][:1] in (["eagle"], ["mtp"], ["medusa"])])
 def test_a_draft_head_is_no_target(name, tmp_path):
     kinds, config, names = FOLDERS[name]

@@ -161,7 +161,7 @@ def test_a_text_that_names_no_drafter(spec, opened):
 
 
 def test_a_folder_without_its_kind(folder, opened):
-    with pytest.raises(ValueError, match=rf"a folder without its kind; give model:{folder}"):
+    with pytest.raises(ValueError, match=rf"a folder without its kind; give model:{folder} .* or assistant: and"):
         specjax.load_drafter(str(folder), opened)
     with pytest.raises(TypeError, match="give a string: model:DIR"):
         specjax.load_drafter(folder, opened)

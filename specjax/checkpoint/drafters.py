@@ -133,6 +133,8 @@ def load_drafter(
     if kind == "model":
         model = load(path, dtype, mesh, rules, ignore_config_keys, quantize)
         return _model_drafter(path, model, target, num_draft, tokenizer, mesh, rules)
+    if not path.is_dir():
+        raise ValueError(f"{spec} names {path}, which is not a folder; give one with config.json and safetensors files")
     with opened_as(kind, path):
         if kind == "mtp":
             chained, zero_first = chained or named.flag("chained"), zero_first or named.flag("zero_first")

@@ -59,8 +59,8 @@ def parse(spec: str) -> Spec:
     # A folder alone is the likeliest slip, so its message says how to name the kind.
     if os.path.isdir(spec):
         raise ValueError(
-            f"spec is {spec!r}, a folder without its kind; give model:{spec} for a language model, or eagle:, mtp: or "
-            "medusa: and the folder for draft heads"
+            f"spec is {spec!r}, a folder without its kind; give model:{spec} for a language model, or eagle:, mtp:, "
+            "medusa: or assistant: and the folder for draft heads"
         )
     raise ValueError(f"spec is {spec!r}; give {_ALLOWED}")
 
