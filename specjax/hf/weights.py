@@ -303,11 +303,13 @@ def _parameter(parts: list[tuple[Readable, Piece]]) -> Parameter:
         ranges = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
         out = _empty_aligned(tuple(map(len, ranges)), jnp.dtype(dtype))
         # Pieces are copied straight into the result, so a part of a stack reads only the experts that lie in it.
-        for tensor, piece in parts:
-            if piece.expert is None:
-                _copy(tensor, piece, index, out)
-            elif piece.expert in ranges[0]:
-                _copy(tensor, piece, index[1:], out[ranges[0].index(piece.expert)])
+        # Numbers that the dtype cannot hold are named by whoever checks the result (``specjax.checkpoint``).
+        with np.errstate(over="ignore", invalid="ignore"):
+            for tensor, piece in parts:
+                if piece.expert is None:
+                    _copy(tensor, piece, index, out)
+                elif piece.expert in ranges[0]:
+                    _copy(tensor, piece, index[1:], out[ranges[0].index(piece.expert)])
         return out
 
     return Parameter(shape, dtype, read)
