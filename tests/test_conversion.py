@@ -214,6 +214,26 @@ def test_gpt2_without_its_wrapper_and_with_buffers(tmp_path):
     assert "2 left out: a buffer" in report
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda name: "_orig_mod." + name,  # torch.compile
+        lambda name: "module._orig_mod." + name.replace("layers.0.", "layers.0._orig_mod."),  # DDP around it
+        lambda name: (
+            "_fsdp_wrapped_module."
+            + name.replace("layers.1.", "layers.1._fsdp_wrapped_module._checkpoint_wrapped_module.")
+        ),
+    ],
+)
+def test_the_names_of_wrappers_of_torch_are_left_out(wrap, tmp_path):
+    tensors = tensors_for(LLAMA)
+    wrapped = {wrap(name): tensor for name, tensor in tensors.items()}
+    opened = specjax.load(write(tmp_path / "wrapped", LLAMA, wrapped), "float32").params
+    assert same(opened, specjax.load(write(tmp_path / "plain", LLAMA, tensors), "float32").params)
+    with pytest.raises(ValueError, match="two tensors have one name but for a wrapper's prefix"):
+        specjax.load(write(tmp_path / "both", LLAMA, tensors | wrapped))
+
+
 def test_mimo_opens_as_qwen2_next_to_its_draft_modules(tmp_path):
     """Its folders bring code and draft modules; transformers has neither."""
     qwen = {**LLAMA, "model_type": "qwen2"}

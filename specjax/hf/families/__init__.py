@@ -1,5 +1,6 @@
 """The families of models: one module for each kin of ``model_type``, with readers of configs and tables of names."""
 
+import re
 from collections.abc import Iterable, Mapping
 
 from specjax.hf.families import (
@@ -59,14 +60,17 @@ _WRAPPERS = {
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
 }
+# Names of the modules that torch wraps around a model or one of its modules. Some training codes save them.
+_TORCH_WRAPPERS = re.compile(r"^module\.|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def table_names(model_type: str, names: Iterable[str]) -> dict[str, str]:
     """Returns the name that each tensor has in the family's table, whatever model class it was saved from."""
     found = {}
     for name in names:
-        wrapper = next((wrapper for wrapper in _WRAPPERS if name.startswith(wrapper)), "")
-        found[name] = _WRAPPERS.get(wrapper, "") + name.removeprefix(wrapper)
+        bare = _TORCH_WRAPPERS.sub("", name)
+        wrapper = next((wrapper for wrapper in _WRAPPERS if bare.startswith(wrapper)), "")
+        found[name] = _WRAPPERS.get(wrapper, "") + bare.removeprefix(wrapper)
     prefix = FAMILIES[model_type].names["embed_tokens.weight"][0].split(".")[0] + "."
     # A model that was saved without its output head has no prefix "model." or "transformer.".
     if not any(name.startswith(prefix) for name in found.values()):
