@@ -22,10 +22,18 @@ def class_keys(kind):
     fields = {field.name: field.default for field in dataclasses.fields(CONFIG_MAPPING[kind])}
     effective = FAMILIES[kind].effective if kind in FAMILIES else frozenset()
     left_out = {*NO_EFFECT, "is_encoder_decoder"} - effective
-    # As JSON has them: tuples become lists.
-    return json.loads(json.dumps({key: fields[key] for key in sorted(fields) if key not in left_out}))
+    return {key: plain(fields[key]) for key in sorted(fields) if key not in left_out}
+
+
+def plain(value):
+    """Returns a value as JSON has it: tuples become lists, and infinity an object, as transformers writes it."""
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    return {"__float__": "Infinity"} if value == float("inf") else value
 
 
 if __name__ == "__main__":
     table = {kind: class_keys(kind) for kind in sorted({*FAMILIES, *OTHERS})}
-    FILE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    FILE.write_text(json.dumps(table, indent=1, allow_nan=False) + "\n", encoding="utf-8")
