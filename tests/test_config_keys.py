@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from class_keys import class_keys
+from class_keys import FILE, class_keys
 
 import specjax
 from specjax.hf import decoder_config
@@ -100,6 +100,7 @@ def test_the_tables_hold_the_keys_and_defaults_of_the_classes(kind):
 
 def test_every_family_has_a_table():
     assert CLASS_KEYS.keys() >= FAMILIES.keys() | MULTIMODAL.keys()
+    json.loads(FILE.read_text(), parse_constant=lambda word: pytest.fail(f"{FILE} holds {word}, which is no JSON"))
 
 
 @pytest.mark.parametrize("kind", MULTIMODAL)
@@ -221,6 +222,17 @@ def test_a_model_that_is_not_supported_is_told_the_nearest_and_what_is_missing(k
     for word in (f"model_type '{kind}' is not supported", *words, "gemma3_text", "mistral3"):
         assert word in str(caught.value)
     assert ("nearest" in str(caught.value)) == any("nearest" in word for word in words)
+
+
+def test_the_nearest_model_has_the_most_keys_in_common():
+    """Its name is nearest to another one."""
+    raw = {**SMALL["qwen3_moe"], "model_type": "qwen2_new", "zero_experts": 3, "use_cache": True, "is_causal": True}
+    message = (
+        "model_type 'qwen2_new' is not supported: its config has zero_experts, which 'qwen3_moe' does not have; the "
+        "nearest that is supported is 'qwen3_moe'"
+    )
+    with pytest.raises(ValueError, match=message):
+        decoder_config({**CLASS_KEYS["qwen3_moe"], **raw})
 
 
 # Unknown keys.

@@ -61,7 +61,7 @@ def read_keys(raw: Mapping[str, Any], strict: bool = False) -> tuple[DecoderConf
         return read_keys({**left, "model_type": other.family}, strict)
     # 3. The family.
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ValueError(unsupported(kind, {*FAMILIES, *MULTIMODAL, *RENAMED}))
+        raise ValueError(unsupported(raw, {**dict.fromkeys(RENAMED, ()), **CLASS_KEYS}))
     # 4. The family's reader takes the keys that it understands. The tables of class_keys.py judge the others.
     keys = _all_keys(raw, FAMILIES[kind].architecture, FAMILIES[kind].code, FAMILIES[kind].effective)
     config = FAMILIES[kind].read(keys)

@@ -4,6 +4,10 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from specjax.hf.class_keys import NO_EFFECT, UNDECLARED
+
+_ALIKE = 0.5  # the least share of common keys at which one model_type is called near to another
+_SHOWN = 8  # keys in a message
 _ENCODER_DECODER = "an encoder reads the prompt, and specjax has decoders only"
 _ENCODER = "it is an encoder, which does not continue texts"
 _INDEXED = (
@@ -30,15 +34,34 @@ _MISSING: Mapping[str, tuple[str | None, str]] = {
 }
 
 
-def unsupported(kind: Any, supported: Collection[str]) -> str:
-    """Returns the message that refuses a ``model_type``: what is missing, the nearest that is supported, and all."""
-    missing, nearest = "", None
-    if isinstance(kind, str):
-        nearest, reason = _MISSING.get(kind, (None, ""))
-        missing = f": {reason}" if reason else ""
-        if nearest not in supported and not reason:
-            nearest = next(iter(difflib.get_close_matches(kind, sorted(supported), 1, 0.6)), None)
-    near = (
-        f"; the nearest that is supported is {nearest!r}, which computes something else" if nearest in supported else ""
-    )
-    return f"model_type {kind!r} is not supported{missing}{near}; supported: {', '.join(sorted(supported))}"
+def unsupported(raw: Mapping[str, Any], tables: Mapping[str, Collection[str]]) -> str:
+    """Returns the message that refuses a ``model_type``: what is missing, the nearest that is supported, and all.
+
+    The nearest has the most keys in common with the config, if that is half of all keys of the two, or else a name
+    that is spelt alike.
+
+    Args:
+      raw: the content of ``config.json``.
+      tables: the keys of each supported ``model_type`` that may change the model. None are known of an empty table.
+    """
+    kind = raw.get("model_type", "llama")
+    name = kind if isinstance(kind, str) else ""
+    # 1. What is known of this model_type.
+    nearest, reason = _MISSING.get(name, (None, ""))
+    # 2. Otherwise its keys: what the nearest does not have may be what is missing.
+    if not reason:
+        keys = {key for key in raw if key not in NO_EFFECT and raw[key] not in (None, UNDECLARED.get(key))}
+        alike = {other: len(keys & {*table}) / len(keys | {*table}) for other, table in tables.items() if table}
+        nearest = max(alike, key=lambda other: (alike[other], _spelling(name, other)), default=None)
+        if nearest is None or alike[nearest] < _ALIKE:
+            nearest = next(iter(difflib.get_close_matches(name, sorted(tables), 1, 0.6)), None)
+        elif others := sorted(keys - {*tables[nearest]}):
+            more = f" and {len(others) - _SHOWN} more keys" if len(others) > _SHOWN else ""
+            reason = f"its config has {', '.join(others[:_SHOWN])}{more}, which {nearest!r} does not have"
+    missing = f": {reason}" if reason else ""
+    near = f"; the nearest that is supported is {nearest!r}, which computes something else" if nearest in tables else ""
+    return f"model_type {kind!r} is not supported{missing}{near}; supported: {', '.join(sorted(tables))}"
+
+
+def _spelling(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
