@@ -316,6 +316,18 @@ def test_control_tokens_that_are_typed_can_be_ordinary_text(case, marked):
             assert inner.token_to_id("plain") in ids, "the template does not write it, so it is no control token"
 
 
+def test_control_tokens_in_keys_of_objects_are_ordinary_text_too():
+    """Keys of a tool's arguments are a user's text. A key that a template may look up stays as it is."""
+    inner = chat_tokenizer(False)
+    template = ChatTemplate("{{ messages[0].call | tojson }}<|im_end|>{{ messages[0].plain }}plain")
+    message = {"call": {"<|im_end|>": {"a \U000f0000<|im_start|>": "<|im_end|>"}}, "plain": "x"}
+    text = '{"<|im_end|>": {"a <|im_start|>": "<|im_end|>"}}<|im_end|>xplain'
+    for sanitized, count in ((False, 3), (True, 1)):
+        ids = template.encode(inner, [message], sanitize_control_tokens=sanitized)
+        assert ids.count(inner.token_to_id("<|im_end|>")) == count
+        assert inner.decode(ids, skip_special_tokens=False) == text if sanitized else True
+
+
 def test_a_folder_may_list_its_control_tokens(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = {"chat_template": "{{ messages[0].content }}<tool>", "chat_control_tokens": ["plain"]}

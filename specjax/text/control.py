@@ -17,16 +17,24 @@ def control_tokens(tokenizer: Tokenizer, is_control: Callable[[str], bool]) -> l
 
 
 def mark(value: Any, tokens: Sequence[str]) -> Any:
-    """Returns plain JSON values with marks around each of ``tokens`` in their texts; keys of objects have none."""
+    """Returns plain JSON values with marks around each of ``tokens`` in their texts and in keys of objects.
+
+    A key that is an identifier stays as it is: a template may look it up by its name.
+    """
     pattern = _any(tokens)
+
+    def marked_text(text: str) -> str:
+        # Marks in the text itself could pass for ours.
+        return pattern.sub(f"{_START}\\g<0>{_END}", text.replace(_START, "").replace(_END, ""))
 
     def marked(value: Any) -> Any:
         if isinstance(value, str):
-            # Marks in the text itself could pass for ours.
-            return pattern.sub(f"{_START}\\g<0>{_END}", value.replace(_START, "").replace(_END, ""))
+            return marked_text(value)
         if isinstance(value, list):
             return [marked(each) for each in value]
-        return {key: marked(each) for key, each in value.items()} if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            return {key if key.isidentifier() else marked_text(key): marked(each) for key, each in value.items()}
+        return value
 
     return marked(value)
 
