@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from parity_cases import GEMMA4, SHARING, SMALL
 
 from specjax.hf import decoder_config
@@ -12,7 +13,7 @@ from specjax.planning import Mesh, Model, token_bytes, weights
 from specjax.training.chains import ChainCache
 from specjax.transformer import DecoderConfig, LayerConfig, decoder_model
 from specjax.transformer.attention import attend_to_shared
-from specjax.transformer.decoder import abstract_params, empty_cache
+from specjax.transformer.decoder import Decoder, abstract_params, empty_cache
 from specjax.types import whole_feed
 
 KEYS = {"model_type": "gemma4_text", **SMALL, **GEMMA4, **SHARING}
@@ -28,6 +29,14 @@ def test_layers_share_the_last_layer_of_their_type_that_has_keys_and_values(conf
     assert [layer.shares for layer in config.each_layer] == [None, None, None, 2, 0]
     assert [layer.window for layer in config.each_layer] == [None, 7, 7, 7, None]
     assert [config.mlp_width_of(layer) for layer in config.each_layer] == [40, 40, 40, 80, 80]
+
+
+def test_layers_that_share_other_layers_have_one_trace():
+    layers = [LayerConfig(None), LayerConfig(None), LayerConfig(None, shares=0), LayerConfig(None, shares=1)]
+    config = DecoderConfig(9, 8, 8, 4, 2, layers=tuple(layers))
+    decoder = nnx.eval_shape(lambda: Decoder(config, jnp.dtype("float32"), nnx.Rngs(params=jax.random.key(0))))
+    graphs = [nnx.split(layer)[0] for layer in decoder.layers]
+    assert graphs[2] == graphs[3] != graphs[0] == graphs[1]
 
 
 def test_the_cache_has_no_arrays_for_layers_that_share(config):

@@ -1,5 +1,6 @@
 """Attention over a cache. The cost follows the tokens in use, not the slots that are allocated."""
 
+import dataclasses
 import functools
 import math
 import os
@@ -288,7 +289,9 @@ class Attention(nnx.Module):
         inputs = width if inputs is None else inputs
         self.n, self.k, self.h = config.num_attention_heads, config.kv_heads_of(layer), config.head_width_of(layer)
         self.scale = config.attention_scale or 1 / math.sqrt(self.h)
-        self.layer, self.cap, self.gated = layer, config.attention_softcap, config.output_gate
+        # Without the number of the layer that is shared, layers that differ in it alone have one trace.
+        self.layer = dataclasses.replace(layer, shares=None)
+        self.cap, self.gated = config.attention_softcap, config.output_gate
         heads, kv_heads = ("heads", self.n), ("kv_heads", self.k)
         # With an output gate, each head's part of the query projection holds the query and then the gate.
         query_width = 2 * self.h if self.gated else self.h
