@@ -1,7 +1,13 @@
 """Draft heads that the package speculators made, against the package's own forward passes.
 
-Version 0.2.0 has EAGLE-1 heads, and needs transformers 4. Version 0.9.0 has MTP modules. The tests of a version that is
-not installed are skipped.
+The tests of a version that is not installed are skipped, so continuous integration runs none. Version 0.9.0 has MTP
+modules. It asks for an older transformers than specjax's extra ``parity``, but runs with this one:
+
+    pip install --no-deps --target /tmp/speculators speculators==0.9.0 hs-connectors==0.9.0 openai sniffio datasets \\
+        dill multiprocess pandas pyarrow xxhash loguru pydantic-settings
+    PYTHONPATH=/tmp/speculators python -m pytest tests/test_speculators.py
+
+Version 0.2.0 has EAGLE-1 heads, and needs transformers 4: an environment of its own, with both and specjax.
 """
 
 import numpy as np
