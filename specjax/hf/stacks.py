@@ -13,7 +13,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 from specjax.hf.safetensors import Tensor
 
-_HELD = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+# The projections that a stack holds, by their names in the tables of the families.
+_HELD = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
 _SCALES = ("_scale_inv", "_scale")
 
 
@@ -41,10 +42,10 @@ def split_stacks(
     for name, tensor in found.items():
         block_name, _, last = name.rpartition(".")
         end = next((end for end in _SCALES if last.endswith(end)), "")
-        projection = last.removesuffix(end)
-        parts = _HELD.get(projection, ())
-        first = known[name].removesuffix(last) + f"0.{parts[0]}.weight" if parts else ""
-        experts = _split(block_name, tensor, parts, end) if first in wanted else {}
+        first = known[name].removesuffix(last) + "0.{}.weight"
+        held = (parts for parts in _HELD.get(last.removesuffix(end), ()) if first.format(parts[0]) in wanted)
+        parts = next(held, ())
+        experts = _split(block_name, tensor, parts, end) if parts else {}
         split |= experts if experts and not experts.keys() & found.keys() else {name: tensor}
         rows = [part.shape[0] for name, part in experts.items() if not end and len(parts) > 1]
         if block and rows and rows[0] % block and any(name + scale in found for scale in _SCALES):

@@ -71,6 +71,8 @@ def table_names(model_type: str, names: Iterable[str]) -> dict[str, str]:
         bare = _TORCH_WRAPPERS.sub("", name)
         wrapper = next((wrapper for wrapper in _WRAPPERS if bare.startswith(wrapper)), "")
         found[name] = _WRAPPERS.get(wrapper, "") + bare.removeprefix(wrapper)
+        for module, published in FAMILIES[model_type].modules.items():
+            found[name] = found[name].replace(module, published)
     prefix = FAMILIES[model_type].names["embed_tokens.weight"][0].split(".")[0] + "."
     # A model that was saved without its output head has no prefix "model." or "transformer.".
     if not any(name.startswith(prefix) for name in found.values()):

@@ -43,6 +43,11 @@ _EXPERTS: Table = {
     layer_path("mlp.experts.up_proj"): (layer_tensor("block_sparse_moe.input_linear.weight"), _HALVES),
     layer_path("mlp.experts.down_proj"): (layer_tensor("block_sparse_moe.output_linear.weight"), LINEAR),
 }
+_MODULES = {
+    ".experts.gate_up_proj": ".input_linear.weight",
+    ".experts.down_proj": ".output_linear.weight",
+    ".router.weight": ".router.layer.weight",
+}
 # Beside experts, the shared MLP is one of the mixture's parts. In a model without experts it is the layer's MLP.
 _SHARED: Table = {
     layer_path(f"mlp.{part}{ours}.kernel"): (layer_tensor(f"shared_mlp.{theirs}.weight"), LINEAR)
@@ -171,7 +176,7 @@ def _take_mamba(keys: Keys, hidden_size: int) -> MambaConfig:
 
 FAMILIES = {
     "granite": Family(_granite, "GraniteForCausalLM", LLAMA),
-    "granitemoe": Family(_granitemoe, "GraniteMoeForCausalLM", GRANITE_MOE),
-    "granitemoeshared": Family(_granitemoeshared, "GraniteMoeSharedForCausalLM", GRANITE_MOE),
-    "granitemoehybrid": Family(_granitemoehybrid, "GraniteMoeHybridForCausalLM", GRANITE_HYBRID),
+    "granitemoe": Family(_granitemoe, "GraniteMoeForCausalLM", GRANITE_MOE, modules=_MODULES),
+    "granitemoeshared": Family(_granitemoeshared, "GraniteMoeSharedForCausalLM", GRANITE_MOE, modules=_MODULES),
+    "granitemoehybrid": Family(_granitemoehybrid, "GraniteMoeHybridForCausalLM", GRANITE_HYBRID, modules=_MODULES),
 }

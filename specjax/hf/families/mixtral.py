@@ -33,5 +33,5 @@ def _mixtral(keys: Keys) -> DecoderConfig:
 
 
 FAMILIES = {
-    "mixtral": Family(_mixtral, "MixtralForCausalLM", MIXTRAL),
+    "mixtral": Family(_mixtral, "MixtralForCausalLM", MIXTRAL, modules={".mlp.": ".block_sparse_moe."}),
 }

@@ -128,5 +128,12 @@ def _phimoe(keys: Keys) -> DecoderConfig:
 
 FAMILIES = {
     "phi3": Family(_phi3, "Phi3ForCausalLM", PHI3, code="Phi3"),
-    "phimoe": Family(_phimoe, "PhimoeForCausalLM", PHIMOE, "PhiMoE", frozenset({"router_jitter_noise"})),
+    "phimoe": Family(
+        _phimoe,
+        "PhimoeForCausalLM",
+        PHIMOE,
+        "PhiMoE",
+        frozenset({"router_jitter_noise"}),
+        {".mlp.router.": ".block_sparse_moe.gate.", ".mlp.": ".block_sparse_moe."},
+    ),
 }

@@ -32,6 +32,8 @@ class Family:
       code: start of the names of the classes that published folders bring as code and that transformers contains, too;
         None: no folder's code is accepted.
       effective: keys that change logits in this family, although they are in ``NO_EFFECT``.
+      modules: parts of tensor names as the modules of transformers 5 are called, with the parts of published names that
+        they stand for. Folders have such names that were saved with ``save_original_format=False``.
     """
 
     read: Callable[[Keys], DecoderConfig]
@@ -39,6 +41,7 @@ class Family:
     names: Table
     code: str | None = None
     effective: frozenset[str] = frozenset()
+    modules: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
