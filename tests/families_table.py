@@ -16,7 +16,6 @@ PAGE = Path(__file__).parent.parent / "docs" / "huggingface.md"
 HEADER = "| `model_type` | parity cases | layers with | opened from, too | MTP modules | what is refused |\n"
 # What transformers computes for a family and specjax does not. The tests of configs hold each refusal.
 REFUSED = {
-    "cohere": "`use_qk_norm` (Command R+)",
     "deepseek_v2": "other routers (`topk_method`)",
     "deepseek_v3": "other routers (`scoring_func`, `topk_method`)",
     "gemma2": "`use_bidirectional_attention`",

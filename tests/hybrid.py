@@ -27,7 +27,7 @@ def model(rule, vocab=11, seed=2, positions=768, kinds="rar"):
         layers=tuple(LayerConfig(None, recurrent=True) if kind == "r" else attention for kind in kinds),
         norm_eps=1e-3,
         output_gate=delta,
-        query_key_norm=delta,
+        query_key_norm="heads" if delta else None,
         residual_scale=1.0 if delta else 0.7,
         recurrence=RECURRENCES[rule],
     )

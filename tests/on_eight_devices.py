@@ -337,7 +337,7 @@ def split_axes(tree):
 
 def parameters_go_where_the_table_says():
     mesh = make_mesh(2, 2, 2)
-    config = dataclasses.replace(MIXTURE, attention_bias=True, output_bias=True, query_key_norm=True)
+    config = dataclasses.replace(MIXTURE, attention_bias=True, output_bias=True, query_key_norm="heads")
     specs = split_axes(shardings(decoder(config), mesh).params)
     layer = "['layers'][0]"
     wanted = {

@@ -46,9 +46,9 @@ CHANGES = {
     **{"attention_sinks": True, "output_gate": True, "mlp_bias": True, "tie_word_embeddings": True, "head_bias": True},
     **{"embedding_scale": 3.0, "attention_scale": 0.3, "attention_softcap": 5.0, "logit_scale": 2.0},
     **{"logit_softcap": 9.0, "layer_scale": True, "learned_positions": True, "max_position_embeddings": 99},
-    **{"query_key_norm": True, "latent": LATENT, "per_layer": PerLayerConfig(13, 4)},
+    **{"query_key_norm": "heads", "latent": LATENT, "per_layer": PerLayerConfig(13, 4)},
 }
-OTHERS = {"hidden_size", "num_hidden_layers", "layers", "experts", "recurrence", "joint_query_key_norm"}
+OTHERS = {"hidden_size", "num_hidden_layers", "layers", "experts", "recurrence"}
 UNUSED = {"max_position_embeddings", "tie_word_embeddings"}
 OF_TARGET = {"embedding_scale", "logit_scale", "logit_softcap", "head_bias"}  # what the target does where it is shared
 OF_KEYS = {"num_key_value_heads", "kv_heads", "value_norm", "keys_as_values"}  # an assistant reads the target's

@@ -510,17 +510,18 @@ SHAPES = {
     "Mistral-7B-v0.3": ((32768, 4096, 14336, 32, 32, 8, 128, 32768), RMS),
     "Qwen2.5-0.5B": ((151936, 896, 4864, 24, 14, 2, 64, 32768), RMS | {"attention_bias": True, "output_bias": False}),
     "Qwen2.5-7B": ((152064, 3584, 18944, 28, 28, 4, 128, 131072), RMS | {"attention_bias": True}),
-    "Qwen3-0.6B": ((151936, 1024, 3072, 28, 16, 8, 128, 40960), RMS | {"query_key_norm": True}),
+    "Qwen3-0.6B": ((151936, 1024, 3072, 28, 16, 8, 128, 40960), RMS | {"query_key_norm": "heads"}),
     "gemma-2-2b": (
         (256000, 2304, 9216, 26, 8, 4, 256, 8192),
         GEMMA
         | {"embedding_scale": 48.0, "attention_softcap": 50.0, "logit_softcap": 30.0}
-        | {"query_key_norm": False, "tie_word_embeddings": True},
+        | {"query_key_norm": None, "tie_word_embeddings": True},
     ),
     "gemma-2-9b": ((256000, 3584, 14336, 42, 16, 8, 256, 8192), GEMMA | {"embedding_scale": math.sqrt(3584)}),
     "gemma-3-1b": (
         (262144, 1152, 6912, 26, 4, 1, 256, 32768),
-        GEMMA | {"query_key_norm": True, "tie_word_embeddings": True, "attention_softcap": None, "logit_softcap": None},
+        GEMMA
+        | {"query_key_norm": "heads", "tie_word_embeddings": True, "attention_softcap": None, "logit_softcap": None},
     ),
     "gemma-3-4b": ((262208, 2560, 10240, 34, 8, 4, 256, 131072), GEMMA | {"embedding_scale": math.sqrt(2560)}),
     "Phi-3-mini-4k": ((32064, 3072, 8192, 32, 32, 32, 96, 4096), RMS | {"norm_eps": 1e-5}),
@@ -538,7 +539,7 @@ SHAPES = {
     ),
     "Qwen3-30B-A3B": (
         (151936, 2048, 6144, 48, 32, 4, 128, 40960),
-        RMS | {"query_key_norm": True, "experts": ExpertsConfig(128, 8, 768, "softmax", renormalize=True)},
+        RMS | {"query_key_norm": "heads", "experts": ExpertsConfig(128, 8, 768, "softmax", renormalize=True)},
     ),
     "DeepSeek-V3": (
         (129280, 7168, 18432, 61, 128, 128, 192, 163840),
@@ -1198,7 +1199,7 @@ BAD_CONFIGS = {
     "positions of too few layers": ("smollm3", {"no_rope_layers": [1]}, ["no_rope_layers", "[1]", "2 layers"]),
     "positions that are no flags": ("smollm3", {"no_rope_layers": [1, 2]}, ["no_rope_layers", "[1, 2]"]),
     "a base of two readings": ("olmo3", {"rope_theta": 7.0}, ["rope_theta", "7.0", "rope_parameters"]),
-    "norms of heads, Command": ("cohere", {"use_qk_norm": True}, ["use_qk_norm", "True"]),
+    "norms of heads, Command": ("cohere2", {"use_qk_norm": True}, ["use_qk_norm", "True"]),
     "a width of heads that transformers ignores": ("cohere2", {"head_dim": 7}, ["head_dim", "7"]),
     "residual multiplier zero": ("granite", {"residual_multiplier": 0}, ["residual_multiplier", "0"]),
     # Multimodal models.

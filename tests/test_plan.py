@@ -428,8 +428,8 @@ def test_joint_norms_sum_squares_over_tensor(roofline):
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
     }
-    plain = DecoderConfig(**sizes, query_key_norm=True)
-    joint = dataclasses.replace(plain, joint_query_key_norm=True)
+    plain = DecoderConfig(**sizes, query_key_norm="heads")
+    joint = dataclasses.replace(plain, query_key_norm="joint")
     one, other = (
         roofline.forward(roofline.Model(config), roofline.Mesh(tensor=2), 1, 5, 10) for config in (plain, joint)
     )

@@ -427,7 +427,10 @@ def test_bad_parts_are_refused(part, changed, words):
         assert word in str(caught.value), f"{word!r} is not in {str(caught.value)!r}"
 
 
-@pytest.mark.parametrize("name", ["attention_sinks", "output_gate", "query_key_norm", "value_norm"])
-def test_what_latent_attention_lacks_is_refused(name):
-    with pytest.raises(ValueError, match=f"{name} is True, but latent attention has none"):
-        DecoderConfig(**PLAIN, latent=LATENT, head_dim=10, **{name: True})
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("attention_sinks", True), ("output_gate", True), ("query_key_norm", "each_head"), ("value_norm", True)],
+)
+def test_what_latent_attention_lacks_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value!r}, but latent attention has none"):
+        DecoderConfig(**PLAIN, latent=LATENT, head_dim=10, **{name: value})

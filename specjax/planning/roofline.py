@@ -287,7 +287,7 @@ def _messages(model: Model, mesh: Mesh, fed: float) -> tuple[Messages, ...]:
     beside = mixed if config.experts and config.experts.beside else 0
     over_tensor = 1 + config.num_hidden_layers + (config.num_hidden_layers - mixed) + shared + beside
     # Joint norms sum the squares of all heads' queries, and those of all keys.
-    joint = 2 * config.num_hidden_layers if config.joint_query_key_norm else 0
+    joint = 2 * config.num_hidden_layers if config.query_key_norm == "joint" else 0
     # The table of embeddings for each layer is split like that of the embedding, and wider.
     sizes = config.per_layer
     wide = size / config.hidden_size * config.num_hidden_layers * sizes.width if sizes else 0

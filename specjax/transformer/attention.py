@@ -300,10 +300,14 @@ class Attention(nnx.Module):
         self.k_proj = Linear(inputs, self.k * self.h, bias, dtype, rngs, ("embed", kv_heads)) if own else None
         self.v_proj = Linear(inputs, self.k * self.h, bias, dtype, rngs, ("embed", kv_heads)) if values else None
         self.o_proj = Linear(self.n * self.h, width, config.output_bias, dtype, rngs, (heads, "embed"))
-        # Joint norms see the entries of all heads at once.
-        joined, self.joint = (self.n, self.k) if config.joint_query_key_norm else (1, 1), config.joint_query_key_norm
-        self.q_norm = make_norm(config, joined[0] * self.h, dtype) if config.query_key_norm else None
-        self.k_norm = make_norm(config, joined[1] * self.h, dtype) if config.query_key_norm and own else None
+
+        def norm(count: int) -> Any:
+            """Returns the norm of so many heads; a joint norm sees the entries of all heads at once."""
+            widths = {"heads": self.h, "each_head": (count, self.h), "joint": count * self.h}
+            return make_norm(config, widths[config.query_key_norm], dtype) if config.query_key_norm else None
+
+        self.joint = config.query_key_norm == "joint"
+        self.q_norm, self.k_norm = norm(self.n), norm(self.k) if own else None
         self.sinks = declare(jnp.zeros((self.n,), dtype), heads) if config.attention_sinks else None
         self.eps, self.normed_values = config.norm_eps, config.value_norm
 

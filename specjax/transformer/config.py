@@ -20,6 +20,7 @@ from specjax.transformer.parts import plain_rope as plain_rope
 
 Norm = Literal["rms", "rms_one_plus", "layer", "layer_unbiased"]
 NormPlaces = Literal["before", "after", "around"]
+QueryKeyNorm = Literal["heads", "each_head", "joint"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 
@@ -48,8 +49,9 @@ class DecoderConfig:
       parallel: attention and MLP read the same state (Wang and Komatsuzaki 2021, GPT-J). A norm before them is one for
         both. False: the MLP reads what attention has changed.
       residual_scale: multiplies the outputs of attention and MLP before they are added to the residual stream.
-      query_key_norm: norms over the query and the key of each attention head.
-      joint_query_key_norm: these norms are over the entries of all attention heads together.
+      query_key_norm: norms over queries and keys: "heads", over each attention head, all with the same weights;
+        "each_head", over each attention head with weights of its own (Command R+); "joint", over the entries of all
+        attention heads together (OLMo 2); or None. Not with latent attention.
       value_norm: root-mean-square norms without weights over the value of each attention head (Gemma 4).
       activation: of the MLP; "gelu_tanh" is the tanh approximation.
       gated_mlp: ``down(act(gate(x)) * up(x))``; otherwise ``down(act(up(x)))``.
@@ -93,8 +95,7 @@ class DecoderConfig:
     norm_places: NormPlaces = "before"
     parallel: bool = False
     residual_scale: float = 1.0
-    query_key_norm: bool = False
-    joint_query_key_norm: bool = False
+    query_key_norm: QueryKeyNorm | None = None
     value_norm: bool = False
     activation: Activation = "silu"
     gated_mlp: bool = True
@@ -139,8 +140,9 @@ class DecoderConfig:
         for field in dataclasses.fields(self):
             if field.type is bool and not isinstance(getattr(self, field.name), bool):
                 raise ValueError(f"{field.name} must be true or false, got {getattr(self, field.name)!r}")
-        for name, kind in (("norm", Norm), ("norm_places", NormPlaces), ("activation", Activation)):
-            choices = get_args(kind)
+        kinds = {"norm": Norm, "norm_places": NormPlaces, "activation": Activation, "query_key_norm": QueryKeyNorm}
+        for name, kind in kinds.items():
+            choices = (*get_args(kind), None) if name == "query_key_norm" else get_args(kind)
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose from {choices}")
         # Fields that must agree with each other.
@@ -151,8 +153,6 @@ class DecoderConfig:
             )
         if self.head_bias and self.tie_word_embeddings:
             raise ValueError("head_bias is true, but tie_word_embeddings makes the embedding the output head; untie it")
-        if self.joint_query_key_norm and not self.query_key_norm:
-            raise ValueError("joint_query_key_norm is true, but query_key_norm false; set both")
         for name in ("attention_sinks", "output_gate", "query_key_norm", "value_norm", "attention_softcap"):
             if self.latent and getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but latent attention has none; give one of them")

@@ -81,11 +81,15 @@ class Embedding(nnx.Module):
         return product(x_btd, self.weight[...], jnp.dtype("float32"), transposed=True)
 
 
+Width = int | tuple[int, int]
+"""Entries that a norm is over; or (heads, entries), for a norm with weights of each head's own."""
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square norm (Zhang and Sennrich 2019, arXiv 1910.07467). The mean square is float32."""
 
-    def __init__(self, width: int, eps: float, dtype: jnp.dtype):
-        self.weight = nnx.Param(jnp.ones((width,), dtype))
+    def __init__(self, width: Width, eps: float, dtype: jnp.dtype):
+        self.weight = nnx.Param(jnp.ones(width, dtype))
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
@@ -95,8 +99,8 @@ class RMSNorm(nnx.Module):
 class RMSNormOnePlus(nnx.Module):
     """Root-mean-square norm that multiplies by 1 + weight (Gemma). The product is float32, too."""
 
-    def __init__(self, width: int, eps: float, dtype: jnp.dtype):
-        self.weight = nnx.Param(jnp.zeros((width,), dtype))
+    def __init__(self, width: Width, eps: float, dtype: jnp.dtype):
+        self.weight = nnx.Param(jnp.zeros(width, dtype))
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
@@ -113,9 +117,9 @@ def rms(x: Array, eps: float) -> Array:
 class LayerNorm(nnx.Module):
     """Layer norm (Ba et al. 2016, arXiv 1607.06450), computed in float32."""
 
-    def __init__(self, width: int, eps: float, dtype: jnp.dtype, bias: bool = True):
-        self.weight = nnx.Param(jnp.ones((width,), dtype))
-        self.bias = nnx.Param(jnp.zeros((width,), dtype)) if bias else None
+    def __init__(self, width: Width, eps: float, dtype: jnp.dtype, bias: bool = True):
+        self.weight = nnx.Param(jnp.ones(width, dtype))
+        self.bias = nnx.Param(jnp.zeros(width, dtype)) if bias else None
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
@@ -136,7 +140,7 @@ NORMS: dict[str, Callable[..., Norm]] = {
 }
 
 
-def make_norm(config: DecoderConfig, width: int, dtype: jnp.dtype) -> Norm:
+def make_norm(config: DecoderConfig, width: Width, dtype: jnp.dtype) -> Norm:
     """Returns a norm of ``width`` entries, of the kind that ``config.norm`` names."""
     return NORMS[config.norm](width, config.norm_eps, dtype)
 

@@ -14,17 +14,16 @@ from specjax.hf.families.shared import (
     without_positions,
 )
 from specjax.hf.keys import Keys
-from specjax.hf.names import ATTENTION, ENDS, MLP, Table, norms
+from specjax.hf.names import ATTENTION, ENDS, MLP, QUERY_KEY_NORMS, Table, norms
 from specjax.hf.rope import take_rope
 from specjax.transformer.config import DecoderConfig
 
-COHERE: Table = {**ENDS, **norms(input_layernorm="input_layernorm"), **ATTENTION, **MLP}
+COHERE: Table = {**ENDS, **norms(input_layernorm="input_layernorm"), **ATTENTION, **QUERY_KEY_NORMS, **MLP}
 _DEFAULTS = {"max_position_embeddings": 8192, "layer_norm_eps": 1e-5, "tie_word_embeddings": True}
 
 
-def _cohere_like(keys: Keys, described: dict[str, Any]) -> DecoderConfig:
-    """Reads the keys that all Command models share; ``described`` are sizes and layers."""
-    keys.only("use_qk_norm", False, None)  # norms with weights of each head's own
+def _cohere_like(keys: Keys, described: dict[str, Any], normed: bool = False) -> DecoderConfig:
+    """Reads the keys that all Command models share; ``described`` are sizes and layers, ``normed`` is Command R+'s."""
     # Only the authors' own code has models of the other kinds.
     keys.only("use_parallel_block", True)
     keys.only("use_gated_activation", True)
@@ -34,6 +33,7 @@ def _cohere_like(keys: Keys, described: dict[str, Any]) -> DecoderConfig:
         **described,
         norm="layer_unbiased",
         parallel=True,
+        query_key_norm="each_head" if normed else None,
         activation=take_activation(keys, "hidden_act", "silu"),
         attention_bias=bias,
         output_bias=bias,
@@ -45,11 +45,13 @@ def _cohere(keys: Keys) -> DecoderConfig:
     sizes = take_sizes(keys, "layer_norm_eps", **_DEFAULTS)
     head_dim, kinds = head_width(keys, sizes), same_kind(keys, sizes, None)
     layers = layers_of(sizes, head_dim, take_rope(keys, 500_000.0), kinds, None, interleaved=True)
-    return _cohere_like(keys, {**sizes, "head_dim": head_dim, **layers})
+    normed = keys.flag("use_qk_norm", False, optional=True)
+    return _cohere_like(keys, {**sizes, "head_dim": head_dim, **layers}, normed)
 
 
 def _cohere2(keys: Keys) -> DecoderConfig:
-    # 1. transformers computes the width of a head, whatever the config says.
+    # 1. transformers computes the width of a head, whatever the config says, and has no norms of heads.
+    keys.only("use_qk_norm", False, None)
     sizes = take_sizes(keys, "layer_norm_eps", **_DEFAULTS)
     keys.only("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"])
     head_dim = head_width(keys, sizes)

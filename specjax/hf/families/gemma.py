@@ -119,7 +119,7 @@ def _gemma3_text(keys: Keys) -> DecoderConfig:
         sizes,
         layers,
         head_dim,
-        query_key_norm=True,
+        query_key_norm="heads",
         logit_softcap=keys.number("final_logit_softcapping", None, optional=True),
     )
 

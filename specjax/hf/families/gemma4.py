@@ -76,7 +76,7 @@ def _gemma4(keys: Keys, sizes: dict[str, Any], window: int, **features: Any) -> 
     return DecoderConfig(
         **sizes | _layers(keys, sizes, keys.integer("sliding_window", window), features.get("experts") is not None),
         norm_places="around",
-        query_key_norm=True,
+        query_key_norm="heads",
         value_norm=True,
         activation=take_activation(keys, "hidden_activation", "gelu_pytorch_tanh"),
         attention_bias=bias,

@@ -57,7 +57,7 @@ def _glm4_moe(keys: Keys) -> DecoderConfig:
         **with_experts(layers, [i >= dense for i in range(sizes["num_hidden_layers"])]),
         activation=take_activation(keys, "hidden_act", "silu"),
         attention_bias=keys.flag("attention_bias", False),
-        query_key_norm=keys.flag("use_qk_norm", False),
+        query_key_norm="heads" if keys.flag("use_qk_norm", False) else None,
         experts=experts,
     )
 

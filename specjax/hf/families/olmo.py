@@ -33,8 +33,7 @@ def _olmo(keys: Keys, described: dict[str, Any]) -> DecoderConfig:
     return DecoderConfig(
         **described,
         norm_places="after",
-        query_key_norm=True,
-        joint_query_key_norm=True,
+        query_key_norm="joint",
         activation=take_activation(keys, "hidden_act", "silu"),
         attention_bias=bias,
         output_bias=bias,

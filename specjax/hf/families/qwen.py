@@ -68,7 +68,7 @@ def _qwen3(keys: Keys) -> DecoderConfig:
     sizes = take_sizes(keys, max_position_embeddings=32768, num_key_value_heads=32)
     bias = keys.flag("attention_bias", False)
     head_dim = keys.integer("head_dim", 128, most=MAX_HEAD)
-    return _qwen(keys, sizes, head_dim, bias, output_bias=bias, query_key_norm=True)
+    return _qwen(keys, sizes, head_dim, bias, output_bias=bias, query_key_norm="heads")
 
 
 def take_sparse_layers(keys: Keys, sizes: dict[str, Any]) -> list[bool]:
@@ -131,7 +131,7 @@ def _qwen3_moe(keys: Keys) -> DecoderConfig:
         activation=take_activation(keys, "hidden_act", "silu"),
         attention_bias=bias,
         output_bias=bias,
-        query_key_norm=True,
+        query_key_norm="heads",
         experts=experts,
     )
 

@@ -81,7 +81,7 @@ def _hybrid(keys: Keys, sizes: dict[str, Any], sparse: list[bool], **features: A
         attention_bias=bias,
         output_bias=bias,
         output_gate=True,
-        query_key_norm=True,
+        query_key_norm="heads",
         recurrence=DeltaConfig(
             key_heads=keys.integer("linear_num_key_heads", 16),
             heads=keys.integer("linear_num_value_heads", 32),
