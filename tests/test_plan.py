@@ -141,6 +141,16 @@ def test_sliding_windows_bound_what_is_read(roofline, model):
     assert full.flops - half.flops == 16 * (1000 - 64) * 4 * 32 * 128
 
 
+def test_chunks_are_read_from_their_start(roofline, model):
+    """With chunks of 64, a pass of 2 tokens after 130 sees the slots 128 to 131."""
+    llama = model("llama-3.2-1b")
+    layers = tuple(dataclasses.replace(x, chunk=64) for x in llama.config.each_layer)
+    chunked = roofline.Model(dataclasses.replace(llama.config, layers=layers))
+    passes = [roofline.forward(chunked, roofline.Mesh(), 1, 2, context) for context in (130, 2, 64 * 9 + 2)]
+    whole = roofline.forward(llama, roofline.Mesh(), 1, 2, 2)
+    assert passes == [whole] * 3
+
+
 def test_a_pass_over_experts_by_hand(roofline, model):
     """Twelve tokens visit 256 (1 - (31/32)^12) of 256 experts; each multiplies with 8."""
     work = roofline.forward(model(DEEPSEEK), roofline.Mesh(), 4, 3, 997)

@@ -266,7 +266,9 @@ def forward(
         if layer.recurrent:
             continue
         entries = 2 * latent.key_value_rank + latent.rotary_width if latent else 2 * config.head_width_of(layer)
-        seen = min(context + tokens, layer.reach or math.inf)
+        # A chunk starts at a multiple of its size. Example: with chunks of 8, position 21 sees positions 16 to 21.
+        start = context // layer.chunk * layer.chunk if layer.chunk else 0
+        seen = min(context - start + tokens, layer.window or math.inf)
         read += rows * seen * _layer_bytes(model, layer, mesh)
         flops += 2 * fed * heads * entries * seen
     # States are read by the pass and, when it is known which places stay, once more. Each token multiplies each entry
