@@ -14,6 +14,7 @@ from jitted import jit
 
 import specjax
 from specjax import Cascade, EarlyExitDrafter, ModelDrafter, NGramDrafter, Sampling, verify
+from specjax.testing import table_model
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import decoder_model, init_params
 from specjax.types import whole_feed
@@ -157,3 +158,25 @@ def test_they_go_on_over_turns():
         for at in range(out.lengths[row]):
             wanted = own[at - 1, out.tokens[row, at]] if at in emitted else 0
             np.testing.assert_allclose(out.logprobs[row, at], wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["none", "n-gram"])
+def test_logits_that_are_nan_are_marked_and_touch_no_other_row(name):
+    """Token 3 leads to NaN, as an overflow does: the last token follows, and its log-probability is NaN."""
+    table = np.random.default_rng(0).normal(size=(9, 9)).astype(np.float32)
+    table[:, [3, 5]] = -np.inf  # only token 5 leads to token 3, and only a prompt has token 5
+    table[5] = np.where(np.arange(9) == 3, 0, -np.inf)
+    damaged = table.copy()
+    damaged[3] = np.nan
+    sampling = Sampling(temperature=np.array([0.0, 1.0, 0.0, 1.0]))
+    prompts, settings = [[1, 5], [1, 5], [1, 2], [1, 2]], {"max_new_tokens": 8, "fixed": True, "logprobs": True}
+    found, wanted = (
+        specjax.generate(table_model(x), prompts, drafter=DRAFTERS[name], sampling=sampling, **settings).to_host()
+        for x in map(jnp.asarray, (damaged, table))
+    )
+    for row in (0, 1):
+        assert found.tokens[row, 2:4].tolist() == [3, 8]
+        assert np.flatnonzero(np.isnan(found.logprobs[row])).tolist() == [3]
+        assert found.lengths[row] == 10
+    np.testing.assert_array_equal(found.tokens[2:], wanted.tokens[2:])
+    np.testing.assert_array_equal(found.logprobs[2:], wanted.logprobs[2:])
