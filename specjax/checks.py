@@ -1,5 +1,8 @@
-"""Checks of numbers, with messages that name the value and the limit."""
+"""Checks of numbers, with messages that name the value and the limit; and messages that name a file."""
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 
@@ -17,3 +20,12 @@ def check_positive(name: str, value: Any, optional: bool = False) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 2.0**128:
         raise ValueError(f"{name} must be a number above 0 that float32 holds, got {value!r}")
+
+
+@contextlib.contextmanager
+def errors_name(path: Path) -> Iterator[None]:
+    """Context manager that puts a path before the message of any ValueError raised inside."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

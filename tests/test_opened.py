@@ -1,4 +1,4 @@
-"""One door to a folder and one to all drafters: what they return, and what they say of a wrong text or folder."""
+"""``specjax.open`` and ``load_drafter``: what they return, and what they say of a wrong text or folder."""
 
 import json
 import shutil

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from specjax.checkpoint.sound import errors_name
+from specjax.checks import errors_name
 from specjax.drafters.assistant import AssistantDrafter, AssistantHead
 from specjax.hf.assistant import assistant_fields, assistant_parameters
 from specjax.hf.keys import read_json, without_keys

@@ -20,7 +20,7 @@ from specjax.checkpoint.models import (
     stored_params,
 )
 from specjax.checkpoint.new_folder import new_folder, write_json
-from specjax.checkpoint.sound import errors_name
+from specjax.checks import errors_name
 from specjax.hf.config import read_config
 from specjax.hf.families import FAMILIES, sources
 from specjax.hf.safetensors import holds_weights, write_tensors

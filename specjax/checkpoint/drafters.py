@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from specjax.checkpoint.assistant import open_assistant
-from specjax.checkpoint.doors import opened_as
 from specjax.checkpoint.eagle import fill_eagle, open_eagle
+from specjax.checkpoint.folder_kinds import opened_as
 from specjax.checkpoint.medusa import fill_medusa, open_medusa
 from specjax.checkpoint.models import (
     check_dtype,
@@ -26,9 +26,8 @@ from specjax.checkpoint.mtp import fill_mtp, open_mtp
 from specjax.checkpoint.new_folder import new_folder, write_json
 from specjax.checkpoint.opened import Opened
 from specjax.checkpoint.shared import read_onto
-from specjax.checkpoint.sound import errors_name
 from specjax.checkpoint.spec import Spec, parse
-from specjax.checks import check_integer
+from specjax.checks import check_integer, errors_name
 from specjax.drafters.cascade import Cascade
 from specjax.drafters.eagle import EagleHead
 from specjax.drafters.early_exit import EarlyExitDrafter

@@ -12,7 +12,7 @@ import numpy as np
 from specjax.checkpoint.models import check_params
 from specjax.checkpoint.new_folder import write_json
 from specjax.checkpoint.shared import is_targets_embedding, is_targets_head
-from specjax.checkpoint.sound import errors_name
+from specjax.checks import errors_name
 from specjax.drafters.eagle import EagleHead, check_fit
 from specjax.drafters.feature import FeatureDrafter
 from specjax.hf.config import decoder_config

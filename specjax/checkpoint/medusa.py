@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from specjax.checkpoint.new_folder import write_json
-from specjax.checkpoint.sound import errors_name
+from specjax.checks import errors_name
 from specjax.drafters.medusa import MedusaDrafter, check_medusa_fit
 from specjax.hf.keys import read_json, without_keys
 from specjax.hf.medusa import MEDUSA_FILE, lies_in_target, medusa_parameters, medusa_tensors, open_medusa_tensors

@@ -19,8 +19,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
+from specjax.checkpoint.finite import check_finite
 from specjax.checkpoint.new_folder import end_of_links, new_folder, write_json
-from specjax.checkpoint.sound import check_finite, errors_name
+from specjax.checks import errors_name
 from specjax.hf.config import decoder_config, read_config
 from specjax.hf.names import ParameterPath, parameters
 from specjax.hf.safetensors import holds_weights

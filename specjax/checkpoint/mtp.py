@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from specjax.checkpoint.models import check_params
 from specjax.checkpoint.new_folder import write_json
 from specjax.checkpoint.shared import is_targets_embedding, is_targets_head
-from specjax.checkpoint.sound import errors_name
+from specjax.checks import errors_name
 from specjax.drafters.feature import FeatureDrafter
 from specjax.drafters.mtp import MTPConfig, MTPDrafter, MTPHead, abstract_mtp_params
 from specjax.hf.keys import read_json, without_keys

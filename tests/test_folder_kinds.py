@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import specjax
-from specjax.checkpoint.doors import kinds_of
+from specjax.checkpoint.folder_kinds import kinds_of
 from specjax.testing import table_model
 
 LAYER = {
@@ -86,20 +86,20 @@ def folder(request, tmp_path):
     return tmp_path, FOLDERS[request.param][0]
 
 
-def test_a_wrong_door_is_told_the_right_one(folder):
+def test_a_folder_of_another_kind_is_named_with_the_way_to_open_it(folder):
     path, kinds = folder
     assert kinds_of(path) == kinds
     target = table_model(jnp.zeros((8, 8)))
-    for door in ("eagle", "mtp", "medusa"):
+    for kind in ("eagle", "mtp", "medusa"):
         with pytest.raises(ValueError) as error:
-            specjax.load_drafter(f"{door}:{path}", target, 1)
-        told = (
+            specjax.load_drafter(f"{kind}:{path}", target, 1)
+        named = (
             " holds " in str(error.value)
             and " not " in str(error.value)
             and ". It was refused because " in str(error.value)
         )
-        assert told == (bool(kinds) and door not in kinds), error.value
-        assert not told or CURES[kinds[-1]] in str(error.value)
+        assert named == (bool(kinds) and kind not in kinds), error.value
+        assert not named or CURES[kinds[-1]] in str(error.value)
         assert str(path) in str(error.value)
 
 

@@ -1,8 +1,5 @@
-"""What is checked of everything that is read from a folder: its numbers are finite, and its errors name the folder."""
+"""Parameters are finite: the check of everything that is read from a folder."""
 
-import contextlib
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,15 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 _BLOCK = 2**16  # numbers at a time, so that intermediate results stay in a core's cache
-
-
-@contextlib.contextmanager
-def errors_name(path: Path) -> Iterator[None]:
-    """Context manager that puts a path before the message of any ValueError raised inside."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def check_finite(path: Any, array: np.ndarray | jax.Array) -> None:

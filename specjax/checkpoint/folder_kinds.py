@@ -1,6 +1,6 @@
 """Draft heads that are given as something else than they are, and other folders that are given as draft heads.
 
-A wrong door is told only after the folder was refused, so folders that open are not looked at twice.
+Only a folder that was refused is looked at again, so folders that open are not looked at twice.
 """
 
 import contextlib
