@@ -243,7 +243,9 @@ def save_drafter(
             "writes a draft model)"
         )
     if (config is None) != isinstance(head, MedusaDrafter):
-        wanted = "give None, for Medusa heads" if config is not None else "give the keys of the head's config.json"
+        wanted = (
+            "give None, for Medusa heads" if config is not None else "give the keys of the draft head's config.json"
+        )
         raise ValueError(f"config is {config!r}; {wanted}")
     check_not_quantized(drafter.params)
     # 2. One process writes. All must take part in gathering the parameters, which are small.

@@ -212,7 +212,7 @@ def _describe(raw: Mapping[str, Any], target: LanguageModel) -> tuple[dict[str, 
         config = speculators_config(raw, target.num_layers)
         return config, eagle_fields(config)
     except RecursionError:  # in the repr of a value for a message
-        raise ValueError("a value is nested too deeply to be a head's; write the file again") from None
+        raise ValueError("a value is nested too deeply to be a draft head's; write the file again") from None
 
 
 def _head(

@@ -71,7 +71,7 @@ def fill_medusa(folder: Path, params: Any, target_name: str | None) -> None:
     """
     if "draft_of_v" in params[0] or not all("bias" in block for block in params[0]["blocks"].values()):
         raise ValueError(
-            "the heads draft a reduced vocabulary or have no biases, which only vLLM's layout has names for"
+            "the Medusa heads draft a reduced vocabulary or have no biases, which only vLLM's layout has names for"
         )
     # The layout's config has one size for all heads.
     shapes = {i: jax.tree.map(jnp.shape, params[i]) for i in range(len(params))}

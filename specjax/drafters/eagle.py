@@ -101,8 +101,8 @@ class EagleHead:
         width, other = self.decoder.hidden_size, self.target_hidden_size
         if width != other and (self.version == 1 or not self.own_embedding or not self.own_head):
             raise ValueError(
-                f"the head is {width} wide and the target's states {other}: only an EAGLE-3 head with an embedding and "
-                "an output head of its own can differ from the target in width"
+                f"the draft head is {width} wide and the target's states {other}: only an EAGLE-3 head with an "
+                "embedding and an output head of its own can differ from the target in width"
             )
         self._check_decoder()
 
@@ -167,7 +167,7 @@ class EagleHead:
         """
         if self.target_hidden_size != width:
             raise ValueError(
-                f"the head reads states {self.target_hidden_size} wide and the target's are {width}; {_CURE}"
+                f"the draft head reads states {self.target_hidden_size} wide and the target's are {width}; {_CURE}"
             )
         if not self.own_head:  # `logits` needs both: it unembeds states in the dtype of the target's embeddings
             target.require("embed", "unembed")
@@ -225,7 +225,7 @@ class EagleHead:
         return _EAGLE.bind(self, params, _dtype_of(params))
 
 
-_CURE = "give the head's own target, or a head made for this one"
+_CURE = "give the draft head's own target, or a draft head made for this one"
 _OF_EAGLE_3 = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
 
@@ -235,11 +235,13 @@ def check_fit(head: EagleHead, target: LanguageModel) -> None:
     assert target.num_layers is not None
     head.check_fit(target, target.embedding_spec.shape[-1])
     if head.vocab_size != target.vocab_size:
-        raise ValueError(f"the head is for {head.vocab_size} tokens and the target has {target.vocab_size}; {_CURE}")
+        raise ValueError(
+            f"the draft head is for {head.vocab_size} tokens and the target has {target.vocab_size}; {_CURE}"
+        )
     if max(head.capture) > target.num_layers:
         raise ValueError(
-            f"the head reads the target's hidden states {head.capture} and the target has {target.num_layers} layers; "
-            f"{_CURE}"
+            f"the draft head reads the target's hidden states {head.capture} and the target has {target.num_layers} "
+            f"layers; {_CURE}"
         )
 
 

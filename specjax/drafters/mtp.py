@@ -194,7 +194,7 @@ class MTPHead:
 
     def __post_init__(self):
         if self.config.num_modules != 1:
-            raise ValueError(f"the config has {self.config.num_modules} modules; a head that is chained has one")
+            raise ValueError(f"the config has {self.config.num_modules} modules; a draft head that is chained has one")
 
     @property
     def vocab_size(self) -> int:

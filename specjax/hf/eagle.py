@@ -303,7 +303,7 @@ def draft_vocabulary(tensors: Mapping[str, Tensor], draft_vocab_size: int, vocab
     if "d2t" not in tensors and not same_size:
         raise ValueError(
             f"tensor 'd2t' is missing, which says which {draft_vocab_size} of the {vocab_size} tokens can be drafted; "
-            "download the head again"
+            "download the draft head again"
         )
     target_of_u = np.arange(draft_vocab_size)
     if "d2t" in tensors:

@@ -118,7 +118,9 @@ def open_medusa_tensors(folder: Path, in_target: bool = False) -> dict[str, Tens
         found = {name: tensor for name, tensor in found.items() if name.startswith(_PREFIX)}
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in found.items()}
     if len(tensors) < len(found):
-        raise ValueError(f"two tensors of {folder} have one name but for the prefix {_PREFIX!r}; save the heads again")
+        raise ValueError(
+            f"two tensors of {folder} have one name but for the prefix {_PREFIX!r}; save the Medusa heads again"
+        )
     return tensors
 
 

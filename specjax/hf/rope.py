@@ -67,7 +67,8 @@ def take_rope(
     for rope in ropes.values():
         if not partial and rope.get("rope_type") != "proportional" and rope.get("partial_rotary_factor", 1.0) != 1:
             raise ValueError(
-                f"partial_rotary_factor is {rope['partial_rotary_factor']!r}; models of this family rotate whole heads"
+                f"partial_rotary_factor is {rope['partial_rotary_factor']!r}; models of this family rotate whole "
+                "attention heads"
             )
     return ropes
 
@@ -109,8 +110,8 @@ def read_rope(
     rotated = 2 * int(width * partial // 2) if kind == "proportional" else int(width * partial)
     if rotated % 2 or not 2 <= rotated <= width:
         raise ValueError(
-            f"rotary positions turn {rotated} of the {width} entries of a head (partial_rotary_factor {partial}); "
-            "the number must be even, and at most all"
+            f"rotary positions turn {rotated} of the {width} entries of an attention head (partial_rotary_factor "
+            f"{partial}); the number must be even, and at most all"
         )
     # 3. The frequencies, in float64 on the host, so that all devices use the same. Each branch takes its own keys, and
     # ``finish`` refuses the others: every key here changes the model.

@@ -70,7 +70,7 @@ def head_objective(loss: str, head: Head, steps: int) -> Objective:
 
     def objective(params: Any, tokens_bt: Array, teacher: LanguageModel | None) -> Array:
         if teacher is None:
-            raise ValueError("a head needs the model whose states it reads; name it as drafts_for in the recipe")
+            raise ValueError("a draft head needs the model whose states it reads; name it as drafts_for in the recipe")
         cache = teacher.init_cache(*tokens_bt.shape)
         taught = teacher.forward(teacher.params, whole_feed(tokens_bt), cache, head.capture)
         drafts = chain_logits(head, params, teacher, tokens_bt, taught.features, steps)
@@ -134,7 +134,7 @@ def medusa_objective(loss: str, num_heads: int) -> Objective:
 
     def objective(params: Any, tokens_bt: Array, teacher: LanguageModel | None) -> Array:
         if teacher is None:
-            raise ValueError("a head needs the model whose states it reads; name it as drafts_for in the recipe")
+            raise ValueError("a draft head needs the model whose states it reads; name it as drafts_for in the recipe")
         rows, length = tokens_bt.shape
         cache = teacher.init_cache(rows, length)
         taught = teacher.forward(teacher.params, whole_feed(tokens_bt), cache, MedusaDrafter.capture)

@@ -99,7 +99,7 @@ class Recipe:
         if self.head is not None and self.head not in HEADS:
             raise ValueError(f"head {self.head!r} is unknown; choose from {HEADS}")
         if self.head is not None and self.drafts_for is None:
-            raise ValueError(f"a head of kind {self.head!r} needs drafts_for")
+            raise ValueError(f"a draft head of kind {self.head!r} needs drafts_for")
         # A draft head's config is read with its target, which is not open here (``make_trainee``).
         if self.head is None:
             longest = decoder_config(self.architecture, strict=True).max_position_embeddings
@@ -107,7 +107,9 @@ class Recipe:
                 if stage.sequence > longest:
                     raise ValueError(f"stage sequence {stage.sequence} exceeds max_position_embeddings {longest}")
         if self.head is not None and any(stage.text == "on_policy" for stage in self.stages):
-            raise ValueError(f"a head of kind {self.head!r} draws no text of its own; give 'both' for 'on_policy'")
+            raise ValueError(
+                f"a draft head of kind {self.head!r} draws no text of its own; give 'both' for 'on_policy'"
+            )
         if self.head is None and self.chain_steps != 1:
             raise ValueError(f"chain_steps is {self.chain_steps}, but only heads are trained in chains")
         check_integer("sample_tokens", self.sample_tokens, 0)

@@ -37,7 +37,7 @@ def _gpt2(keys: Keys) -> DecoderConfig:
     # 1. GPT-2 has its own names for all sizes.
     width, heads, layers = keys.integer("n_embd"), keys.integer("n_head"), keys.integer("n_layer", most=MAX_LAYERS)
     if width % heads or width // heads > MAX_HEAD:
-        raise ValueError(f"n_embd {width} and n_head {heads} give no width of a head of at most {MAX_HEAD}")
+        raise ValueError(f"n_embd {width} and n_head {heads} give no width of an attention head of at most {MAX_HEAD}")
     inner = keys.integer("n_inner", None, optional=True)
     keys.only("scale_attn_weights", True)
     keys.only("scale_attn_by_inverse_layer_idx", False)
