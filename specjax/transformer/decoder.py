@@ -110,7 +110,7 @@ class DecoderLayer(nnx.Module):
         x_btd = x_btd + scaled(_normed(self.attention_post_norm, y_btd), self.residual_scale)
         normed_btd = normed_btd if self.parallel else _normed(self.post_attention_layernorm, x_btd)
         y_btd = self.mlp(normed_btd)
-        y_btd = y_btd if self.moe is None else self.moe(x_btd, y_btd)
+        y_btd = y_btd if self.moe is None else self.moe.add(x_btd, y_btd)
         x_btd = x_btd + scaled(_normed(self.mlp_post_norm, y_btd), self.residual_scale)
         if self.per_layer is not None:
             assert own_btp is not None

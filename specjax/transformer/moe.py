@@ -254,9 +254,13 @@ class MoE(nnx.Module):
         self.shared_experts = MLP(config, experts.shared_size, dtype, rngs) if experts.shared_size else None
         self.shared_expert_gate = Linear(config.hidden_size, 1, False, dtype, rngs) if experts.shared_gate else None
 
+    def mix(self, routed_btd: Array, x_btd: Array) -> Array:
+        """Returns the sums of the experts' outputs for ``x_btd``, chosen and weighted by ``routed_btd``."""
+        routed_md, x_md = (x.reshape(-1, x.shape[-1]) for x in (routed_btd, x_btd))
+        return self.experts(x_md, *self.gate(routed_md)).reshape(x_btd.shape)
+
     def __call__(self, x_btd: Array) -> Array:
-        x_md = x_btd.reshape(-1, x_btd.shape[-1])
-        y_btd = self.experts(x_md, *self.gate(x_md)).reshape(x_btd.shape)
+        y_btd = self.mix(x_btd, x_btd)
         if self.shared_experts is None:
             return y_btd
         shared_btd = self.shared_experts(x_btd)
@@ -266,25 +270,20 @@ class MoE(nnx.Module):
         return y_btd + shared_btd
 
 
-class MoEBeside(nnx.Module):
+class MoEBeside(MoE):
     """A mixture beside the layer's MLP: both read the residual stream through norms of their own, and are added."""
 
     def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
-        experts, width = config.experts, config.hidden_size
-        assert experts is not None
-        self.gate = Router(config, experts, dtype, rngs)
-        self.input_norm = make_norm(config, width, dtype)
-        self.experts = Experts(config, experts, dtype, rngs)
-        self.output_norm = make_norm(config, width, dtype)
-        self.mlp_norm = make_norm(config, width, dtype)
+        super().__init__(config, dtype, rngs)
+        self.input_norm = make_norm(config, config.hidden_size, dtype)
+        self.output_norm = make_norm(config, config.hidden_size, dtype)
+        self.mlp_norm = make_norm(config, config.hidden_size, dtype)
 
-    def __call__(self, x_btd: Array, mlp_btd: Array) -> Array:
+    def add(self, x_btd: Array, mlp_btd: Array) -> Array:
         """Returns the sum ``[b, t, d]`` of the outputs of MLP and mixture; the router takes the stream as it is.
 
         Args:
           x_btd: the residual stream.
           mlp_btd: what the layer's MLP made of it.
         """
-        x_md, normed_md = (x.reshape(-1, x.shape[-1]) for x in (x_btd, self.input_norm(x_btd)))
-        y_btd = self.experts(normed_md, *self.gate(x_md)).reshape(x_btd.shape)
-        return self.mlp_norm(mlp_btd) + self.output_norm(y_btd)
+        return self.mlp_norm(mlp_btd) + self.output_norm(self.mix(x_btd, self.input_norm(x_btd)))
