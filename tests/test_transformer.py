@@ -373,6 +373,7 @@ PLAIN = {"vocab_size": 29, "hidden_size": 16, "intermediate_size": 24, "num_hidd
 EXPERTS = ExpertsConfig(num_experts=8, per_token=2, intermediate_size=4)
 LATENT = LatentConfig(query_rank=None, key_value_rank=8, plain_width=6, rotary_width=4, value_width=6)
 NO_ROPE = LayerConfig(rope=None)
+DELTA = DeltaConfig(2, 4, 4, 4)
 BAD = {
     "no layers": ({"num_hidden_layers": 0}, ["num_hidden_layers", "0", "at least 1"]),
     "layers without end": ({"num_hidden_layers": 10**9}, ["num_hidden_layers", str(10**9), "at most 1000"]),
@@ -408,6 +409,19 @@ BAD_PARTS = {
     "a shared expert beside an MLP": (EXPERTS, {"beside": True, "shared_size": 8}, ["shared_size is 8", "beside"]),
     "value heads that do not divide": (DeltaConfig(2, 4, 4, 4), {"heads": 3}, ["3 value heads", "2"]),
 }
+
+
+@pytest.mark.parametrize(
+    "field", [{"head_dim": 8}, {"kv_heads": 2}, {"keys_as_values": True}, {"growth": (0.1, 4)}, {"unit_heads": True}]
+)
+def test_layers_without_plain_attention_have_no_fields_of_it(field):
+    layers = (NO_ROPE, dataclasses.replace(NO_ROPE, **field))
+    recurrent = dataclasses.replace(layers[1], recurrent=True)
+    for changed in ({"latent": LATENT, "layers": layers}, {"layers": (NO_ROPE, recurrent), "recurrence": DELTA}):
+        with pytest.raises(
+            ValueError, match=rf"layer 1 has \{{'{next(iter(field))}': .*, but not plain attention; leave"
+        ):
+            DecoderConfig(**PLAIN, **changed)
 
 
 @pytest.mark.parametrize(("changed", "words"), BAD.values(), ids=BAD)

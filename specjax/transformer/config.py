@@ -195,9 +195,10 @@ class DecoderConfig:
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of the {self.kv_heads_of(layer)} "
                 f"key/value heads of layer {number}"
             )
-        own = layer.head_dim, layer.kv_heads, layer.keys_as_values or None, layer.shares, layer.growth
-        if (self.latent or layer.recurrent) and own != (None,) * 5:
-            raise ValueError(f"layer {number} has keys and values of its own kind, but not plain attention; drop them")
+        own = ("head_dim", "kv_heads", "keys_as_values", "shares", "growth", "unit_heads")
+        given = {name: value for name in own if (value := getattr(layer, name)) not in (None, False)}
+        if (self.latent or layer.recurrent) and given:
+            raise ValueError(f"layer {number} has {given}, but not plain attention; leave out {', '.join(given)}")
         if layer.shares in (None, EXTERNAL):
             return
         check_integer(f"layer {number}'s shares", layer.shares, 0, number - 1)
