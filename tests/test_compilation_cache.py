@@ -66,7 +66,7 @@ def test_the_default_folder_is_bounded_and_takes_all_programs(fresh):
 @pytest.mark.parametrize("given", ["", "relative"])
 def test_without_an_absolute_xdg_folder_the_default_is_in_the_home(given, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", given)
-    assert compilation_cache.default_folder() == Path.home() / ".cache" / "specjax"
+    assert compilation_cache.cache_folder() == Path.home() / ".cache" / "specjax"
 
 
 def test_a_folder_that_is_named_wins_and_has_no_bound(fresh):

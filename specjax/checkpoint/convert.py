@@ -1,4 +1,4 @@
-"""From Hugging Face folders to checkpoint folders, and back."""
+"""From Hugging Face folders and GGUF files to checkpoint folders, and back to Hugging Face folders."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from tokenizers import Tokenizer
 
-from specjax.checkpoint.generation import load_stop_tokens
+from specjax.checkpoint.fetched import model_path
 from specjax.checkpoint.models import (
     check_dtype,
     check_params,
@@ -20,12 +20,13 @@ from specjax.checkpoint.models import (
     stored_params,
 )
 from specjax.checkpoint.new_folder import new_folder, write_json
+from specjax.checkpoint.text_parts import open_text_parts
 from specjax.checks import errors_name
 from specjax.hf.config import read_config
 from specjax.hf.families import FAMILIES, sources
+from specjax.hf.gguf import is_gguf, open_gguf
 from specjax.hf.safetensors import holds_weights, write_tensors
 from specjax.hf.weights import Parameter, open_weights, tensors_of
-from specjax.text.tokenizer import load_tokenizer
 from specjax.transformer.decoder import abstract_params
 
 # Files of the tokenizer, of chat templates and of generation. They are copied unchanged if the source has them.
@@ -52,12 +53,12 @@ def convert_hf(
     ignore_config_keys: Iterable[str] = (),
     adapter: str | os.PathLike | None = None,
 ) -> tuple[str, ...]:
-    """Writes a checkpoint folder from a Hugging Face folder.
+    """Writes a checkpoint folder from a Hugging Face folder or a GGUF file.
 
     Tensors are read one by one. Memory holds one copy of the parameters and, for a moment, one more tensor.
 
     Args:
-      source: a folder with ``config.json`` and safetensors.
+      source: a folder with ``config.json`` and safetensors, or as for ``specjax.load``.
       destination: the folder to make.
       dtype: dtype of the parameters. None keeps the dtype of each tensor; float64 becomes float32, and quantised
         tensors get the dtype of their scales, or bfloat16 if these are float32.
@@ -73,7 +74,7 @@ def convert_hf(
       OSError: the destination cannot be written. No part of it is left.
     """
     # 1. Everything that can be refused without reading a weight is refused first.
-    source, destination = Path(source).absolute(), Path(destination).absolute()
+    source, destination = model_path(source).absolute(), Path(destination).absolute()
     tokenizer = _check_ends(source, destination)
     wanted = None if dtype is None else check_dtype(dtype)
     if (source / "params").is_dir() and not holds_weights(source):
@@ -159,13 +160,11 @@ def _check_ends(source: Path, destination: Path) -> Tokenizer | None:
 
     Raises ValueError unless the source can be read, its small files included, and the destination is free.
     """
-    if not source.is_dir():
-        raise ValueError(f"{source} is not a folder; give the folder of a model")
+    if not source.is_dir() and not is_gguf(source):
+        raise ValueError(f"{source} is neither a folder nor a GGUF file; give a model's")
     if os.path.lexists(destination):
         raise ValueError(f"{destination} exists; remove it or give another name")
-    tokenizer = load_tokenizer(source) if os.path.lexists(source / "tokenizer.json") else None
-    load_stop_tokens(source, tokenizer)
-    return tokenizer
+    return open_text_parts(source).tokenizer
 
 
 def _write_companions(source: Path, folder: Path, tokenizer: Tokenizer | None) -> list[str]:
@@ -173,14 +172,24 @@ def _write_companions(source: Path, folder: Path, tokenizer: Tokenizer | None) -
 
     The tokenizer is written as it was opened: with all added tokens, and without truncation, padding and dropout.
     """
-    there = [file.relative_to(source) for name in _COMPANIONS for file in sorted(source.glob(name)) if file.is_file()]
-    for file in there:
-        (folder / file).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source / file, folder / file)
+    if is_gguf(source):
+        write_json(folder / _COMPANIONS[0], open_gguf(source).vocabulary.config())
+        there = [Path(_COMPANIONS[0])]
+    else:
+        there = _copy_companions(source, folder)
     if tokenizer is not None:
         # Its own ``save`` raises a plain Exception if the disk is full.
         (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     return ["tokenizer.json"] * (tokenizer is not None) + [file.as_posix() for file in there]
+
+
+def _copy_companions(source: Path, folder: Path) -> list[Path]:
+    """Copies the files of ``_COMPANIONS`` that there are; returns their names."""
+    there = [file.relative_to(source) for name in _COMPANIONS for file in sorted(source.glob(name)) if file.is_file()]
+    for file in there:
+        (folder / file).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / file, folder / file)
+    return there
 
 
 def _config(raw: dict[str, Any], leaves: list[Any]) -> dict[str, Any]:

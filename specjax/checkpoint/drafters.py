@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from specjax.checkpoint.assistant import open_assistant
 from specjax.checkpoint.eagle import fill_eagle, open_eagle
+from specjax.checkpoint.fetched import model_path
 from specjax.checkpoint.folder_kinds import opened_as
 from specjax.checkpoint.medusa import fill_medusa, open_medusa
 from specjax.checkpoint.models import (
@@ -27,6 +28,7 @@ from specjax.checkpoint.new_folder import new_folder, write_json
 from specjax.checkpoint.opened import Opened
 from specjax.checkpoint.shared import read_onto
 from specjax.checkpoint.spec import Spec, parse
+from specjax.checkpoint.text_parts import open_text_parts
 from specjax.checks import check_integer, errors_name
 from specjax.drafters.cascade import Cascade
 from specjax.drafters.eagle import EagleHead
@@ -39,7 +41,6 @@ from specjax.drafters.ngram import NGramDrafter
 from specjax.drafters.shared_vocabulary import shared_vocabulary_drafter
 from specjax.quantized import Kind, check_kind
 from specjax.sharding import Rules, gathered, shard
-from specjax.text.tokenizer import load_tokenizer
 from specjax.text.vocabulary import match_vocabularies
 from specjax.types import Drafter, LanguageModel
 
@@ -128,7 +129,7 @@ def load_drafter(
         drafter.init(target, 1, 1)  # which checks that the target has so many layers
         return drafter
     # 3. Folders. Of a draft head, only shapes are opened first: whether it fits the target is known before it is read.
-    path, dtype = Path(value).absolute(), check_dtype(default_dtype() if dtype is None else dtype)
+    path, dtype = model_path(value).absolute(), check_dtype(default_dtype() if dtype is None else dtype)
     if kind == "model":
         model = load(path, dtype, mesh, rules, ignore_config_keys, quantize)
         return _model_drafter(path, model, target, num_draft, tokenizer, mesh, rules)
@@ -184,7 +185,9 @@ def _model_drafter(
     if tokenizer is None:
         return ModelDrafter(model, num_draft)
     # 2. With it, the same tokens need no translation, whatever else the two tokenizers do.
-    own = load_tokenizer(path)
+    own = open_text_parts(path).tokenizer
+    if own is None:
+        raise ValueError(f"{path} has no tokenizer; add the model's tokenizer.json, or give no tokenizer of the target")
     if same_size and _agree(own.get_vocab(), tokenizer.get_vocab()):
         return ModelDrafter(model, num_draft)
     # 3. Other vocabularies are matched token by token.

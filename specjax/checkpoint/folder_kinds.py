@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from specjax.hf.contents import kinds_of_tensors
+from specjax.hf.gguf import is_gguf
 from specjax.hf.keys import read_json
 from specjax.hf.safetensors import open_tensors
 
@@ -48,6 +49,8 @@ def kinds_of(path: Path) -> list[str]:
     of another kind of draft head. A model's folder may hold draft heads, too; "model" comes last. Empty if nothing is
     known.
     """
+    if is_gguf(path):
+        return ["model"]
     try:
         raw = read_json(path / "config.json")
     except ValueError:

@@ -1,6 +1,6 @@
 """Checkpoint folders, which hold ``config.json``, ``tokenizer.json``, ``params/`` (Orbax) and ``metrics.json``.
 
-``load`` opens Hugging Face folders too.
+``load`` opens Hugging Face folders and GGUF files too.
 """
 
 import contextlib
@@ -19,10 +19,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
+from specjax.checkpoint.fetched import model_path
 from specjax.checkpoint.finite import check_finite
 from specjax.checkpoint.new_folder import end_of_links, new_folder, write_json
 from specjax.checks import errors_name
 from specjax.hf.config import decoder_config, read_config
+from specjax.hf.gguf import is_gguf
 from specjax.hf.names import ParameterPath, parameters
 from specjax.hf.safetensors import holds_weights
 from specjax.hf.weights import Parameter, open_weights
@@ -116,12 +118,12 @@ def load(
     quantize: Kind | None = None,
     adapter: str | os.PathLike | None = None,
 ) -> LanguageModel:
-    """Opens the model of a checkpoint folder, or of a Hugging Face folder with safetensors.
+    """Opens the model of a checkpoint folder, of a Hugging Face folder with safetensors, or of a GGUF file.
 
-    Parameters go to their devices one by one. Safetensors files are mapped into memory and never read whole.
+    Parameters go to their devices one by one. Safetensors and GGUF files are mapped into memory and never read whole.
 
     Args:
-      path: the folder.
+      path: the folder, the file, or a name that ``specjax fetch`` knows, such as "smollm2".
       dtype: dtype of parameters and computation; None means ``default_dtype()``.
       mesh: the mesh to split the parameters over, as ``specjax.shard`` does. Each process holds only its own parts.
         None is the default device.
@@ -131,8 +133,8 @@ def load(
         there are no error.
       quantize: "int8", "int4" or "fp8", as for ``specjax.quantize``; None keeps the weights as they are. Of safetensors
         files, each parameter is quantised before the next is read.
-      adapter: the folder of a LoRA adapter, as peft writes it, to merge into the weights of a Hugging Face folder as
-        they are read.
+      adapter: the folder of a LoRA adapter, as peft writes it, to merge into the weights of a Hugging Face folder or
+        GGUF file as they are read.
 
     Raises:
       ValueError: the folder or a file of it is missing, truncated, of an unsupported model, or does not fit its
@@ -140,7 +142,7 @@ def load(
         ``specjax.quantize``.
       TypeError: as for ``specjax.shard``.
     """
-    return load_with_config(Path(path).absolute(), dtype, mesh, rules, ignore_config_keys, quantize, adapter)[0]
+    return load_with_config(model_path(path).absolute(), dtype, mesh, rules, ignore_config_keys, quantize, adapter)[0]
 
 
 def load_with_config(
@@ -156,9 +158,13 @@ def load_with_config(
     dtype = check_dtype(default_dtype() if dtype is None else dtype)
     if quantize is not None:
         check_kind(quantize)
-    if not path.is_dir():
-        raise ValueError(f"{path} is not a folder; give one with config.json and params/, or with safetensors files")
-    if is_checkpoint(path):
+    file = is_gguf(path)
+    if not file and not path.is_dir():
+        raise ValueError(
+            f"{path} is neither a folder nor a GGUF file; give a folder with config.json and params/, or with "
+            "safetensors files"
+        )
+    if not file and is_checkpoint(path):
         if adapter is not None:
             raise ValueError(
                 f"adapter is {str(adapter)!r}, and {path} holds its weights in params/; give the Hugging Face folder "

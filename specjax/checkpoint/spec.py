@@ -5,6 +5,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from specjax.checkpoint.fetched import model_path
+
 _FOLDERS = ("model", "eagle", "mtp", "medusa", "assistant")
 _FLAG = ("false", "true")
 OPTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
@@ -94,9 +96,9 @@ def _with_options(kind: str, value: str) -> Spec:
 
 
 def folders_of(spec: str) -> list[Path]:
-    """Returns the folders that a text names; raises as ``parse`` does."""
+    """Returns the folders and files that a text names; raises as ``parse`` and ``model_path`` do."""
     parsed = [parse(part) for part in spec.removeprefix("cascade:").split(",") if part != "none"]
-    return [Path(part.value) for part in parsed if part.kind in _FOLDERS]
+    return [model_path(part.value) for part in parsed if part.kind in _FOLDERS]
 
 
 def short_name(spec: str) -> str:

@@ -13,13 +13,14 @@ from specjax.commands import streams
 COMMANDS = {
     "generate": "continue prompts, or answer messages, by speculative decoding",
     "train": "train the model or draft head of a recipe",
-    "convert": "convert a Hugging Face folder to a checkpoint folder",
+    "fetch": "download a small chat model, which then has a name",
+    "convert": "convert a Hugging Face folder or GGUF file to a checkpoint folder",
     "export": "export a checkpoint folder to a Hugging Face folder",
     "bench": "measure drafters, rounds and speed on this machine",
     "plan": "compute memory, time and the best number of drafts for a model and a device",
     "aot": "compile for a TPU or GPU that need not exist, and check the program",
 }
-CLEANS_UP = ("convert", "export")  # a signal must not leave a half-made folder
+CLEANS_UP = ("fetch", "convert", "export")  # a signal must not leave a half-made folder
 GARBAGE = 100_000  # new objects between two collections; with Python's 700, a tenth of a cold start is collections
 RESUMES = ("train",)  # after Ctrl-C, a message says how to go on
 ABOUT = """Exact speculative decoding for JAX.

@@ -10,6 +10,7 @@ from specjax.aot.programs import DRAFTERS, SAMPLING, SMALL, Setting, with_layers
 from specjax.aot.promises import MOST_MOVES, Limits
 from specjax.aot.report import broken, compile_program, report
 from specjax.aot.topology import TOPOLOGIES, choose, prepare
+from specjax.checkpoint.fetched import config_path
 from specjax.commands.aot_table import table
 from specjax.commands.console import Parser, add_ignored_keys, write_whole
 from specjax.hf.config import read_config
@@ -132,10 +133,10 @@ def _open_target(args: argparse.Namespace) -> DecoderConfig:
         raise ValueError(f"--rows has {len(args.rows)} numbers; give one, or --table FILE")
     if args.target is None:
         return SMALL
-    path = CONFIGS / f"{args.target}.json" if args.target in _shipped() else Path(args.target)
+    path = CONFIGS / f"{args.target}.json" if args.target in _shipped() else config_path(args.target)
     if not path.exists():
         raise ValueError(f"--target is {args.target!r}: no such file or folder; give a config.json, or a shipped name")
-    return read_config(path / "config.json" if path.is_dir() else path, args.ignore_config_keys)[0]
+    return read_config(path, args.ignore_config_keys)[0]
 
 
 def _print(made: dict[str, Any]) -> None:

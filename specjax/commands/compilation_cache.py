@@ -1,7 +1,6 @@
 """Where commands keep compiled programs, so that a later process loads them instead of compiling."""
 
 import argparse
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import jax
 
 import specjax
+from specjax.checkpoint.fetched import cache_folder
 
 BOUND = 2**30  # bytes of programs in the default folder; the ones that were not used for the longest time go first
 
@@ -24,12 +24,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="keep them in DIR (default: $JAX_COMPILATION_CACHE_DIR if set, else ~/.cache/specjax, at most 1 GiB)",
     )
     either.add_argument("--no-compilation-cache", action="store_true", help="neither keep nor load compiled programs")
-
-
-def default_folder() -> Path:
-    """Returns ``$XDG_CACHE_HOME/specjax``, by default ``~/.cache/specjax``."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "specjax"
 
 
 def set_up(args: argparse.Namespace) -> None:
@@ -53,7 +47,7 @@ def set_up(args: argparse.Namespace) -> None:
     if named is None and (args.distributed or args.coordinator):
         return
     try:
-        folder = (default_folder() if named is None else named).expanduser().absolute()
+        folder = (cache_folder() if named is None else named).expanduser().absolute()
         # Programs run in later processes, so other users must not write here.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

@@ -24,14 +24,15 @@ TOLERANCE = 1e-3  # largest difference of two float32 logits
 
 ABOUT = """Converts a Hugging Face folder to a checkpoint folder: %(prog)s SRC DST.
 
-SRC holds config.json, safetensors and a tokenizer. DST appears once it is whole. (specjax.open opens SRC, too.)
+SRC holds config.json, safetensors and a tokenizer, or is a GGUF file. DST appears once it is whole. (specjax.open opens
+SRC, too.)
 """
 
 
 def main(argv: list[str] | None = None, prog: str = "convert_hf.py") -> int:
     """Runs the command and returns the exit status."""
     parser = argparse.ArgumentParser(prog, description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="SRC", help="Hugging Face folder")
+    parser.add_argument("source", type=Path, metavar="SRC", help="Hugging Face folder or GGUF file")
     parser.add_argument("destination", type=Path, metavar="DST", help="folder to make")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored; quantised: as their scales)")
     add_adapter(parser, "the model")
@@ -39,6 +40,8 @@ def main(argv: list[str] | None = None, prog: str = "convert_hf.py") -> int:
     parser.add_argument("--verify", action="store_true", help="compare logits with transformers, on this machine's CPU")
     args = parser.parse_args(argv)
     # The needs of --verify are checked first, since the conversion may take long.
+    if args.verify and not args.source.is_dir():
+        parser.error("--verify compares with transformers' reading of a folder, and SRC is none; omit it")
     if args.verify and is_quantized(args.source):
         parser.error("--verify compares with transformers on a CPU, which cannot run most quantised weights; omit it")
     if args.verify and args.adapter is not None:

@@ -108,7 +108,7 @@ def parse(argv: list[str] | None, prog: str) -> tuple[Parser, argparse.Namespace
         "--stop", action="append", type=utf8, default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
     models = parser.add_argument_group("models")
-    models.add_argument("--target", type=Path, metavar="DIR", help="checkpoint (default: the shipped py-14m)")
+    models.add_argument("--target", type=Path, metavar="DIR", help="folder or GGUF file (default: the shipped py-14m)")
     models.add_argument(
         "--drafter",
         metavar="SPEC",

@@ -169,8 +169,8 @@ def check_same_folders(*folders: Path) -> None:
 
 
 def _folder(folder: Path) -> str:
-    """Returns a digest of a folder; hidden files do not count."""
-    files = sorted(file for file in folder.rglob("[!.]*") if file.is_file())
+    """Returns a digest of a folder or file; hidden files of a folder do not count."""
+    files = [folder] if folder.is_file() else sorted(file for file in folder.rglob("[!.]*") if file.is_file())
     digest = hashlib.sha256()
     for file in files:
         content = file.read_bytes() if file.suffix == ".json" else str(file.stat().st_size).encode()

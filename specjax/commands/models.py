@@ -10,10 +10,12 @@ from jax.sharding import Mesh
 
 import specjax
 from specjax.aot.programs import draft_config
+from specjax.checkpoint.fetched import config_path
 from specjax.commands import hosts, measure
 from specjax.commands.accelerator.speed import random_model
 from specjax.commands.places import folder_or_shipped
 from specjax.hf.config import read_config
+from specjax.hf.gguf import is_gguf
 from specjax.transformer import DecoderConfig
 
 DRAFTLESS = {"width", "rollback"}  # benchmarks of the target alone, for which no draft is opened
@@ -49,7 +51,7 @@ def open_all(args: argparse.Namespace, chosen: list[str], mesh: Mesh | None) -> 
     """
     given = args.target
     args.target = folder_or_shipped(given)
-    args.random_weights = args.random_weights or args.target.is_file()
+    args.random_weights = args.random_weights or (args.target.is_file() and not is_gguf(args.target))
     if args.random_weights:
         _check_random(args, chosen, mesh)
         _draw_all(args, given)
@@ -65,8 +67,8 @@ def open_all(args: argparse.Namespace, chosen: list[str], mesh: Mesh | None) -> 
         g: specjax.load_drafter(f"model:{args.draft}", args.model, g, mesh=mesh, quantize=args.quantize_draft)
         for g in args.num_draft
     }
-    args.config = read_config(args.target / "config.json")[0]
-    args.draft_config = read_config(args.draft / "config.json")[0]
+    args.config = read_config(config_path(args.target))[0]
+    args.draft_config = read_config(config_path(args.draft))[0]
     _check_positions(args, chosen)
 
 
@@ -93,7 +95,7 @@ def _draw_all(args: argparse.Namespace, given: Path | None) -> None:
     """Makes target and draft with random weights."""
 
     def shape(path: Path) -> DecoderConfig:
-        return read_config(path if path.is_file() else path / "config.json")[0]
+        return read_config(config_path(path))[0]
 
     args.config = _longer(args, shape(args.target))
     # The shipped draft belongs to the shipped target. Other targets get a draft of their own sizes.

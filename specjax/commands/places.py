@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import specjax
+from specjax.checkpoint.fetched import model_path
 
 REPOSITORY = Path(specjax.__file__).resolve().parent.parent  # right for an installation in place, `pip install -e .`
 
@@ -14,12 +15,13 @@ def shipped(name: str) -> Path | None:
 
 
 def folder_or_shipped(given: Path | None, name: str = "py-14m", option: str = "--target") -> Path:
-    """Returns the folder that an option names, or the shipped model's if the option is not given.
+    """Returns the folder or file that an option names, or the shipped model's folder if the option is not given.
 
     Raises:
-      ValueError: the option is not given, and the shipped model is in neither place.
+      ValueError: the option is not given, and the shipped model is in neither place; or the option names a model that
+        was not fetched.
     """
-    folder = given or shipped(name)
+    folder = shipped(name) if given is None else model_path(given)
     if folder is None:
         raise ValueError(
             f"{option} is not given, and the shipped checkpoints/{name} is neither in the current folder nor in a "

@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+from specjax.checkpoint.fetched import config_path
 from specjax.commands.console import print_table
 from specjax.hf.config import read_config
 from specjax.planning import (
@@ -113,9 +114,9 @@ def open_config(name: str) -> DecoderConfig:
     """Reads the config of a shipped name, or at a path of a file or folder; raises ValueError for others."""
     if name in names():
         return read_config(CONFIGS / f"{name}.json")[0]
-    if not os.path.exists(name):
+    if not os.path.exists(path := config_path(name)):
         raise ValueError(f"{name!r} is no path, nor one of {', '.join(names())}; give one of these")
-    return read_config(Path(name, "config.json") if os.path.isdir(name) else Path(name))[0]
+    return read_config(path)[0]
 
 
 def parse_figures(text: str, known: tuple[str, ...], option: str) -> dict[str, float]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from specjax.hf.class_keys import CLASS_KEYS, NO_EFFECT, UNDECLARED
 from specjax.hf.families import FAMILIES, RENAMED
+from specjax.hf.gguf import is_gguf, open_gguf
 from specjax.hf.keys import Keys, read_json, switch, warn_unknown, without_keys
 from specjax.hf.multimodal import MULTIMODAL, take_text
 from specjax.hf.unsupported import unsupported
@@ -122,11 +123,11 @@ def _check_code(raw: Mapping[str, Any], taken_over: str | None) -> None:
 
 
 def read_config(path: Path, ignore_config_keys: Iterable[str] = ()) -> tuple[DecoderConfig, dict[str, Any]]:
-    """Reads a ``config.json``.
+    """Reads a ``config.json``, or the metadata of a GGUF file.
 
     Args:
       path: the file.
-      ignore_config_keys: as for ``without_keys``.
+      ignore_config_keys: as for ``without_keys``; of a GGUF file, also keys of its metadata.
 
     Returns:
       The decoder's config, and the keys that describe the model; for a multimodal model, the keys of its text part.
@@ -135,7 +136,8 @@ def read_config(path: Path, ignore_config_keys: Iterable[str] = ()) -> tuple[Dec
       ValueError: the file is missing, is not a JSON object, or describes a model that ``decoder_config`` refuses.
       TypeError: ``ignore_config_keys`` is a string.
     """
-    raw = without_keys(read_json(path), ignore_config_keys)
+    raw = open_gguf(path, ignore_config_keys).config if is_gguf(path) else read_json(path)
+    raw = without_keys(raw, ignore_config_keys)
     if "model_type" not in raw:
         raise ValueError(f'{path} has no model_type; add the model\'s, such as "llama"')
     try:

@@ -50,10 +50,7 @@ _CURES = {
         "pickled weights are never opened: in a sandbox, load them with transformers and write them with "
         "save_pretrained(folder)"
     ),
-    r".*\.gguf": (
-        "GGUF is never opened: download the model's safetensors, or load it with transformers' "
-        "from_pretrained(folder, gguf_file=NAME) and write it with save_pretrained(folder)"
-    ),
+    r".*\.gguf": "a GGUF file opens by its own path: give that of one of these",
     r".*\.(msgpack|h5)": "weights of Flax and TensorFlow are never opened: download the model's safetensors",
 }
 _POINTER = b"version https://git-lfs"
@@ -92,7 +89,7 @@ _RANKS = {dtype: rank for rank, dtype in enumerate(_CODES)}
 # Values from files go through this into messages, since they may have any length and depth.
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 200
-_show = _short.repr
+show = _short.repr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +127,7 @@ class Tensor:
             return np.asarray(np.memmap(self.file, self.dtype, "r", self.offset, self.shape))
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{self.file}: tensor {_show(self.name)} cannot be read ({error}); the file has changed, open it again"
+                f"{self.file}: tensor {show(self.name)} cannot be read ({error}); the file has changed, open it again"
             ) from None
 
 
@@ -179,7 +176,7 @@ def open_tensors(folder: str | os.PathLike) -> dict[str, Tensor]:
     for shard in sorted(set(weight_map.values())):
         if shard not in present:
             raise ValueError(
-                f"{index}: weight_map names the file {_show(shard)}, which is not in that folder; "
+                f"{index}: weight_map names the file {show(shard)}, which is not in that folder; "
                 "download it again, with all files in the folder of the index"
             )
         for tensor in open_file(folder / shard):
@@ -187,12 +184,12 @@ def open_tensors(folder: str | os.PathLike) -> dict[str, Tensor]:
                 continue
             if tensor.name in tensors:
                 other = tensors[tensor.name].file.name
-                raise _damage(tensor.file, f"tensor {_show(tensor.name)} is in {other} as well")
+                raise damage(tensor.file, f"tensor {show(tensor.name)} is in {other} as well")
             tensors[tensor.name] = tensor
     # 3. The files and the index must agree, or the folder is a mixture of two downloads.
     for name, shard in weight_map.items():
         if name not in tensors:
-            raise _damage(index, f"weight_map says that {_show(shard)} holds tensor {_show(name)}, which it does not")
+            raise damage(index, f"weight_map says that {show(shard)} holds tensor {show(name)}, which it does not")
     return tensors
 
 
@@ -225,7 +222,7 @@ def write_tensors(
     folder, tensors = Path(folder), list(tensors)
     held = [name for name in _list_folder(folder) if ".safetensors" in name]
     if held:
-        raise ValueError(f"{folder} already holds {_show(held)}; give an empty folder")
+        raise ValueError(f"{folder} already holds {show(held)}; give an empty folder")
     if isinstance(shard_bytes, bool) or not isinstance(shard_bytes, int) or shard_bytes < 1:
         raise ValueError(f"shard_bytes must be an integer of at least 1, got {shard_bytes!r}")
     if not _maps_to_strings(metadata := dict(metadata)):
@@ -273,20 +270,20 @@ def _what_else(folder: Path, present: list[str]) -> str:
     """Returns the message for a folder without safetensors, which says what it does hold, and what to do."""
     for pattern, cure in _CURES.items():
         if others := [name for name in present if re.fullmatch(pattern, name)]:
-            return f"{folder} holds neither {_SINGLE} nor {_INDEX}, but {_show(others)}; {cure}"
+            return f"{folder} holds neither {_SINGLE} nor {_INDEX}, but {show(others)}; {cure}"
     return (
-        f"{folder} holds neither {_SINGLE} nor {_INDEX}, only {_show(present)}; give the folder of a model, or "
+        f"{folder} holds neither {_SINGLE} nor {_INDEX}, only {show(present)}; give the folder of a model, or "
         "download it again"
     )
 
 
-def _damage(file: Path, what: str) -> ValueError:
+def damage(file: Path, what: str) -> ValueError:
     """Returns the error for a file whose content cannot be right."""
     return ValueError(f"{file}: {what}; the file is damaged, cut short or of another kind, download it again")
 
 
 @contextmanager
-def _open_regular(file: Path) -> Iterator[tuple[BinaryIO, int]]:
+def open_regular(file: Path) -> Iterator[tuple[BinaryIO, int]]:
     """Yields the file and its size in bytes."""
     try:
         if not stat.S_ISREG(file.stat().st_mode):  # opening a pipe would wait for its writer
@@ -304,15 +301,15 @@ def _open_regular(file: Path) -> Iterator[tuple[BinaryIO, int]]:
 def _read_json(file: Path, stream: BinaryIO, length: int, encoding: str = "utf-8") -> dict[str, Any]:
     """Reads a JSON object of ``length`` bytes from a stream."""
     if length > _MOST_JSON:
-        raise _damage(file, f"its JSON is {length} bytes long and may be {_MOST_JSON}")
+        raise damage(file, f"its JSON is {length} bytes long and may be {_MOST_JSON}")
     try:
         value = json.loads(stream.read(length).decode(encoding), object_pairs_hook=_unique)
     except RecursionError:
-        raise _damage(file, "its JSON is nested too deep") from None
+        raise damage(file, "its JSON is nested too deep") from None
     except ValueError as error:
-        raise _damage(file, f"it is not valid JSON ({error})") from None
+        raise damage(file, f"it is not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise _damage(file, f"its JSON is a {type(value).__name__} and must be an object")
+        raise damage(file, f"its JSON is a {type(value).__name__} and must be an object")
     return value
 
 
@@ -321,7 +318,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value: dict[str, Any] = {}
     for key, item in pairs:
         if key in value:
-            raise ValueError(f"the key {_show(key)} occurs twice")
+            raise ValueError(f"the key {show(key)} occurs twice")
         for text in (key, item):
             if isinstance(text, str):
                 text.encode()  # half of a surrogate pair, which json.loads lets pass, raises UnicodeEncodeError
@@ -331,10 +328,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _read_weight_map(index: Path) -> dict[str, str]:
     """Returns an index's file name of each tensor name."""
-    with _open_regular(index) as (stream, size):
+    with open_regular(index) as (stream, size):
         weight_map = _read_json(index, stream, size, "utf-8-sig").get("weight_map")
     if not _maps_to_strings(weight_map):
-        raise _damage(index, f"weight_map is {_show(weight_map)} and must map names of tensors to names of files")
+        raise damage(index, f"weight_map is {show(weight_map)} and must map names of tensors to names of files")
     return weight_map
 
 
@@ -345,15 +342,15 @@ def open_file(file: Path) -> list[Tensor]:
       ValueError: as for ``open_tensors``.
     """
     # 1. The header. Its length comes from the file, so it is compared with the file's size before it is read.
-    with _open_regular(file) as (stream, size):
+    with open_regular(file) as (stream, size):
         length = int.from_bytes(stream.read(8), "little")
         start = 8 + length
         if start > size:
-            raise _damage(file, f"it is {size} bytes long, of which its header would take {start}")
+            raise damage(file, f"it is {size} bytes long, of which its header would take {start}")
         header = _read_json(file, stream, length)
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not _maps_to_strings(metadata):
-        raise _damage(file, f"__metadata__ is {_show(metadata)} and must map strings to strings")
+        raise damage(file, f"__metadata__ is {show(metadata)} and must map strings to strings")
     # 2. The entries, in the order of their data. The data must be one unbroken run to the end of the file: holes and
     # overlaps could hide other content, and a file that was cut short ends early.
     tensors = [_check_entry(file, start, name, entry) for name, entry in header.items()]
@@ -361,31 +358,31 @@ def open_file(file: Path) -> list[Tensor]:
     end = start
     for tensor in tensors:
         if tensor.offset != end:
-            raise _damage(file, f"tensor {_show(tensor.name)} begins at byte {tensor.offset}, and should at {end}")
+            raise damage(file, f"tensor {show(tensor.name)} begins at byte {tensor.offset}, and should at {end}")
         end += _num_bytes(tensor)
     if end != size:
-        raise _damage(file, f"its tensors end at byte {end} and the file at byte {size}")
+        raise damage(file, f"its tensors end at byte {end} and the file at byte {size}")
     return tensors
 
 
 def _check_entry(file: Path, start: int, name: str, entry: Any) -> Tensor:
     """Returns the tensor of one entry of a header, whose data offsets count from byte ``start``."""
-    what = f"tensor {_show(name)}"
+    what = f"tensor {show(name)}"
     if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
-        raise _damage(file, f"{what} is {_show(entry)} and must have just the keys {sorted(_ENTRY_KEYS)}")
+        raise damage(file, f"{what} is {show(entry)} and must have just the keys {sorted(_ENTRY_KEYS)}")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in _DTYPES:
-        raise ValueError(f"{file}: {what} has dtype {_show(code)}; convert it to one of {', '.join(_DTYPES)}")
+        raise ValueError(f"{file}: {what} has dtype {show(code)}; convert it to one of {', '.join(_DTYPES)}")
     dtype = _DTYPES[code]
     # NumPy's own bounds. A shape with a zero could pass them unnoticed and fail later, so zeros count as ones.
     if not _are_sizes(shape) or len(shape) > 64 or math.prod(n or 1 for n in shape) * dtype.itemsize >= 2**63:
-        raise _damage(file, f"{what} has shape {_show(shape)}, which no array can have")
+        raise damage(file, f"{what} has shape {show(shape)}, which no array can have")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise _damage(file, f"{what} has data_offsets {_show(offsets)}, which must be two positions in the file")
+        raise damage(file, f"{what} has data_offsets {show(offsets)}, which must be two positions in the file")
     tensor = Tensor(file, name, dtype, tuple(shape), start + offsets[0])
     size = _num_bytes(tensor)
     if offsets[1] - offsets[0] != size:
-        raise _damage(file, f"{what}, {code} {shape}, takes {size} bytes, and its data_offsets are {offsets}")
+        raise damage(file, f"{what}, {code} {shape}, takes {size} bytes, and its data_offsets are {offsets}")
     return tensor
 
 

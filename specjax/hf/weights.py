@@ -20,6 +20,7 @@ from specjax.hf.contents import kinds_of_tensors
 from specjax.hf.families import FAMILIES, sources, table_names
 from specjax.hf.formats import Format, check_named, decode, is_plain, read_format
 from specjax.hf.formats import why_left_out as why_left_out_by_formats
+from specjax.hf.gguf import is_gguf, open_gguf
 from specjax.hf.multimodal import other_part
 from specjax.hf.names import (
     CONV1D,
@@ -85,16 +86,42 @@ class Weights:
 
 
 def open_weights(folder: Path, ignore_config_keys: Iterable[str] = (), adapter: Path | None = None) -> Weights:
-    """Opens a folder with ``config.json`` and safetensors. Data are read by ``Parameter.read``.
+    """Opens a folder with ``config.json`` and safetensors, or a GGUF file. Data are read by ``Parameter.read``.
 
     Args:
-      folder: the folder.
+      folder: the folder, or the file.
       ignore_config_keys: as for ``specjax.load``.
       adapter: the folder of a LoRA adapter to merge into the model, or None.
 
     Raises:
       ValueError: a file is missing or damaged; the model is not supported; a tensor is missing, is unknown, or has
         another shape or dtype than the config says; or the adapter is not the model's.
+    """
+    # 1. Config and tensors.
+    if is_gguf(folder):
+        config, raw = read_config(folder, ignore_config_keys)
+        tensors, form = open_gguf(folder, ignore_config_keys).tensors(), None
+    else:
+        config, raw, tensors, form = _open_folder(folder, ignore_config_keys, adapter)
+    # 2. An adapter, whose errors name its own folder.
+    if adapter is not None:
+        names = functools.partial(table_names, raw["model_type"])
+        wanted = sources(raw["model_type"], config)
+        transposed = [name for name, source in wanted.items() if source.pieces[0].layout == CONV1D]
+        tensors = merge(open_adapter(adapter), _with_both_tables(config, raw, tensors), names, transposed)
+    try:
+        return _with_head(config, raw, tensors, form)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
+def _open_folder(
+    folder: Path, ignore_config_keys: Iterable[str], adapter: Path | None
+) -> tuple[DecoderConfig, dict[str, Any], dict[str, Readable], Format | None]:
+    """Returns the config of a model's folder twice, as ``read_config`` does, and its tensors as ``plain_tensors`` does.
+
+    Raises:
+      ValueError: as for ``open_weights``.
     """
     # 1. Weights that are no model's, or not all of it, would be refused for the wrong reason.
     base = base_model(folder)
@@ -113,16 +140,7 @@ def open_weights(folder: Path, ignore_config_keys: Iterable[str] = (), adapter: 
     config, raw = read_config(folder / "config.json", ignore_config_keys)
     wanted = sources(raw["model_type"], config)
     try:
-        names = functools.partial(table_names, raw["model_type"])
-        tensors, form = plain_tensors(raw, found, wanted, names)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
-    # 3. An adapter, whose errors name its own folder.
-    if adapter is not None:
-        transposed = [name for name, source in wanted.items() if source.pieces[0].layout == CONV1D]
-        tensors = merge(open_adapter(adapter), _with_both_tables(config, raw, tensors), names, transposed)
-    try:
-        return _with_head(config, raw, tensors, form)
+        return config, raw, *plain_tensors(raw, found, wanted, functools.partial(table_names, raw["model_type"]))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
 

@@ -1,0 +1,352 @@
+"""The architectures of GGUF files, as families of Hugging Face: keys of configs, and names of tensors.
+
+Names and layouts are those of llama.cpp's converter (``conversion/`` and ``gguf-py/gguf/tensor_mapping.py``); where it
+changed a tensor, ``Architecture`` says how.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from specjax.hf.gguf.file import Header, Stored
+from specjax.hf.gguf.tensors import Part, values
+from specjax.hf.keys import Keys, switch, warn_unknown
+from specjax.transformer.config import MAX_HEAD
+
+_ENDS = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LLAMA = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_QWEN3 = {**_LLAMA, "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_GEMMA = {
+    **_QWEN3,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_PHI3 = {**_LLAMA, "attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+_MIXTRAL_EXPERTS = {"ffn_gate": "w1", "ffn_up": "w3", "ffn_down": "w2"}
+_QWEN_EXPERTS = {"ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj"}
+_ROPE_TABLES = ("factors_short", "factors_long", "freqs")  # tables of rotary positions: rope_freqs.weight and so on
+_OF_ROPE = re.compile(r"(blk\.\d+\.)?(rope_\w+|attn_rot_embd)\.weight")
+_LAYER = re.compile(r"blk\.(?P<i>\d+)\.(?P<what>\w+?)(\.(?P<e>\d+)|(?P<stack>_exps))?\.(?P<end>weight|bias)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """How GGUF files store a family.
+
+    Attributes:
+      model_type: the family's.
+      read: takes the keys of the metadata, and returns the keys of a config that the family adds to the common ones.
+      names: Hugging Face names of the tensors of a layer.
+      permuted: whether rows of query and key heads are stored in interleaved pairs. Example, width 6: stored rows 0 to
+        5 are rows 0, 3, 1, 4, 2, 5 of the Hugging Face tensor.
+      norm_shift: what is added to norms that were stored with 1 added.
+      block: the Hugging Face block of router and experts.
+      experts: Hugging Face names of an expert's projections.
+    """
+
+    model_type: str
+    read: Callable[[Keys, Header], dict[str, Any]]
+    names: Mapping[str, str]
+    permuted: bool = False
+    norm_shift: float = 0.0
+    block: str = "mlp"
+    experts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def config_of(header: Header, ignore_config_keys: Iterable[str] = ()) -> dict[str, Any]:
+    """Returns the content of the ``config.json`` that a model's Hugging Face folder has, without stop tokens.
+
+    Args:
+      header: of the file.
+      ignore_config_keys: keys of the metadata to leave out, such as "llama.attention.value_length".
+
+    Raises:
+      ValueError: the architecture is not supported, or the metadata lack a key or have a value that is not supported.
+    """
+    name, architecture = _architecture(header)
+    left_out = set(ignore_config_keys)
+    metadata = {key: value for key, value in header.metadata.items() if key not in left_out}
+    own = {key.removeprefix(f"{name}."): value for key, value in metadata.items() if key.startswith(f"{name}.")}
+    keys = Keys({key: _one_for_all(value) for key, value in own.items()}, name)
+    # 1. Common keys.
+    layers = keys.integer("block_count")
+    held = 1 + max((int(found["i"]) for found in map(_LAYER.fullmatch, header.tensors) if found), default=-1)
+    if layers != held:
+        raise ValueError(f"{name}.block_count is {layers}, and the file holds {held} layers; download it again")
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise ValueError("there is no tensor 'token_embd.weight' with two axes; the file holds no language model")
+    heads = keys.integer("attention.head_count")
+    config = {
+        "model_type": architecture.model_type,
+        "vocab_size": embedding.shape[0],
+        "hidden_size": keys.integer("embedding_length"),
+        "intermediate_size": keys.integer("feed_forward_length"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.integer("attention.head_count_kv", heads),
+        "max_position_embeddings": keys.integer("context_length"),
+        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+    }
+    config |= _heads(keys, config)
+    keys.ignore("vocab_size", "rope.scaling.finetuned")  # some files count tokens that have no row
+    # 2. The family's own, then keys that nobody took.
+    config |= architecture.read(keys, header) | _rope(keys, header, config)
+    left = keys.unknown({})
+    if changing := [key for key in left if key.startswith(("rope.", "attention.", "expert")) and keys.peek(key)]:
+        raise ValueError(
+            f"the metadata key {name}.{changing[0]} is {keys.peek(changing[0])!r}, which is unknown and might change "
+            f"the model{switch(f'{name}.{changing[0]}')}"
+        )
+    warn_unknown(header.path, (f"{name}.{key}" for key in left))
+    return config
+
+
+def parts_of(header: Header, config: Mapping[str, Any]) -> Iterator[Part]:
+    """Yields the tensors that a Hugging Face folder has. A tensor that is not known keeps its name.
+
+    Args:
+      header: of the file.
+      config: from ``config_of``.
+    """
+    _, architecture = _architecture(header)
+    for stored in header.tensors.values():
+        if _OF_ROPE.fullmatch(stored.name):
+            continue
+        layer = _LAYER.fullmatch(stored.name)
+        if layer is None:
+            name = _ENDS.get(stored.name, stored.name)
+            shift = architecture.norm_shift if stored.name == "output_norm.weight" else 0.0
+            yield Part(name, stored, stored.shape, shift=shift)
+        else:
+            yield from _layer_parts(architecture, stored, layer, config)
+
+
+def _layer_parts(
+    architecture: Architecture, stored: Stored, layer: re.Match[str], config: Mapping[str, Any]
+) -> Iterator[Part]:
+    """Yields the tensors that a tensor of a layer holds: one, or one for each expert."""
+    place, what, end = f"model.layers.{layer['i']}", layer["what"], layer["end"]
+    block = f"{place}.{architecture.block}"
+    # 1. Experts: in one stack, or in files before 2024-04 as a tensor each. And their router.
+    expert = architecture.experts.get(what)
+    if expert and layer["stack"] and len(stored.shape) == 3:
+        for e in range(stored.shape[0]):
+            name = f"{block}.experts.{e}.{expert}.{end}"
+            yield Part(name, stored, stored.shape[1:], first=e * stored.shape[1])
+        return
+    if expert and layer["e"]:
+        yield Part(f"{block}.experts.{layer['e']}.{expert}.{end}", stored, stored.shape)
+        return
+    if architecture.experts and what == "ffn_gate_inp":
+        yield Part(f"{block}.gate.{end}", stored, stored.shape)
+        return
+    # 2. All others.
+    known = None if layer["stack"] or layer["e"] else architecture.names.get(what)
+    order = None
+    if architecture.permuted and what in ("attn_q", "attn_k"):
+        order = _order(stored.shape[0], config["num_attention_heads" if what == "attn_q" else "num_key_value_heads"])
+    shift = architecture.norm_shift if what.endswith("norm") else 0.0
+    yield Part(f"{place}.{known}.{end}" if known else stored.name, stored, stored.shape, order=order, shift=shift)
+
+
+def _order(rows: int, heads: int) -> np.ndarray:
+    """Returns which stored row is each row of a Hugging Face tensor of rotated heads.
+
+    llama.cpp rotates neighbouring entries, Hugging Face rotates halves of a head.
+    """
+    if rows % (2 * heads):
+        raise ValueError(f"a query or key projection has {rows} rows, which {heads} heads cannot share; download again")
+    return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+
+def _architecture(header: Header) -> tuple[str, Architecture]:
+    """Returns the architecture that a file names; raises ValueError if it is not supported."""
+    name = header.metadata.get("general.architecture")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise ValueError(
+            f"general.architecture is {name!r}; supported: {', '.join(ARCHITECTURES)}: of other models, download the "
+            "safetensors"
+        )
+    found = ARCHITECTURES[name]
+    # llama.cpp calls Mixtral a Llama with experts.
+    return name, MIXTRAL if name == "llama" and header.metadata.get("llama.expert_count", 0) else found
+
+
+def _one_for_all(value: Any) -> Any:
+    """Returns the value of a key that has one for each layer, if all are the same."""
+    if not isinstance(value, np.ndarray):
+        return value
+    return value[0].item() if value.size and (value == value[0]).all() else value.tolist()
+
+
+def _heads(keys: Keys, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the width of heads, if the metadata name one."""
+    width = keys.integer("attention.key_length", None, most=MAX_HEAD, optional=True)
+    if width is None:
+        keys.only("attention.value_length", None)
+        return {}
+    for key in ("attention.value_length", "attention.key_length_swa", "attention.value_length_swa"):
+        keys.only(key, width)
+    return {"head_dim": width}
+
+
+def _width(config: Mapping[str, Any]) -> int:
+    return config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
+
+
+# Rotary positions.
+
+
+def _rope(keys: Keys, header: Header, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the keys of rotary positions."""
+    # 1. How many entries of a head rotate.
+    width = _width(config)
+    rotated = keys.integer("rope.dimension_count", width)
+    keys.only("rope.dimension_count_swa", rotated)
+    rope: dict[str, Any] = {"rope_theta": keys.number("rope.freq_base", 10000.0)}
+    if config["model_type"] == "phi3":
+        rope["partial_rotary_factor"] = rotated / width
+    elif rotated != width:
+        raise ValueError(f"rope.dimension_count is {rotated}, and heads are {width} wide; supported: the same")
+    # 2. The kind of scaling.
+    kind = keys.take("rope.scaling.type", "none")
+    linear = keys.number("rope.scale_linear", 1.0)  # the older key
+    factor = keys.number("rope.scaling.factor", linear)
+    original = keys.integer("rope.scaling.original_context_length", config["max_position_embeddings"])
+    short, long, divisors = (values(header, f"rope_{name}.weight") for name in _ROPE_TABLES)
+    if divisors is not None:
+        # The scaling of Llama 3, of which the file keeps the result. Any divisors of frequencies are a LongRoPE whose
+        # two tables are the same.
+        factors = divisors.tolist()
+        both = {"short_factor": factors, "long_factor": factors, "attention_factor": 1.0}
+        scaling = {"rope_type": "longrope", **both, "original_max_position_embeddings": original}
+    elif short is not None and long is not None:
+        keys.ignore("rope.scaling.attn_factor")  # Phi-3's follows from the two lengths
+        scaling = {"type": "longrope", "short_factor": short.tolist(), "long_factor": long.tolist()}
+        rope["original_max_position_embeddings"] = original
+    elif kind == "none" or (kind == "linear" and factor == 1):
+        scaling = {"rope_type": "linear", "factor": factor} if factor != 1 else None
+    elif kind == "linear":
+        scaling = {"rope_type": "linear", "factor": factor}
+    elif kind == "yarn":
+        scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+        for theirs, ours in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
+            if (value := keys.number(f"rope.scaling.{theirs}", None, optional=True)) is not None:
+                scaling[ours] = value
+        if (scale := keys.number("rope.scaling.attn_factor", None, optional=True)) is not None:
+            scaling["attention_factor"] = scale * (1 + 0.1 * math.log(factor))
+    else:
+        raise ValueError(f"rope.scaling.type is {kind!r}; supported: none, linear, yarn, longrope with its tables")
+    return rope | ({} if scaling is None else {"rope_scaling": scaling})
+
+
+# The families' own keys.
+
+
+def _llama(keys: Keys, header: Header) -> dict[str, Any]:
+    del keys
+    return {"attention_bias": "blk.0.attn_q.bias" in header.tensors, "mlp_bias": "blk.0.ffn_up.bias" in header.tensors}
+
+
+def _qwen2(keys: Keys, header: Header) -> dict[str, Any]:
+    del keys, header
+    return {"use_sliding_window": False}
+
+
+def _mixtral(keys: Keys, header: Header) -> dict[str, Any]:
+    return {
+        "num_local_experts": _num_experts(keys, header),
+        "num_experts_per_tok": keys.integer("expert_used_count"),
+        "sliding_window": None,
+    }
+
+
+def _qwen3_moe(keys: Keys, header: Header) -> dict[str, Any]:
+    return {
+        "num_experts": _num_experts(keys, header),
+        "num_experts_per_tok": keys.integer("expert_used_count"),
+        "moe_intermediate_size": keys.integer("expert_feed_forward_length"),
+        "norm_topk_prob": True,  # llama.cpp always does, and transformers only if the config says so
+        "use_sliding_window": False,
+    }
+
+
+def _num_experts(keys: Keys, header: Header) -> int:
+    """Takes the number of experts, which must be that of the router."""
+    count, router = keys.integer("expert_count"), header.tensors.get("blk.0.ffn_gate_inp.weight")
+    if router is None or router.shape[0] != count:
+        held = "is not there" if router is None else f"is for {router.shape[0]}"
+        raise ValueError(f"expert_count is {count}, and the router 'blk.0.ffn_gate_inp.weight' {held}")
+    return count
+
+
+def _gemma2(keys: Keys, header: Header) -> dict[str, Any]:
+    return {
+        **_gemma_scale(keys, header, 46),
+        "sliding_window": keys.integer("attention.sliding_window", 4096),
+        "attn_logit_softcapping": keys.number("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": keys.number("final_logit_softcapping", 30.0),
+    }
+
+
+def _gemma3(keys: Keys, header: Header) -> dict[str, Any]:
+    return {
+        **_gemma_scale(keys, header, 62),
+        "sliding_window": keys.integer("attention.sliding_window"),
+        "sliding_window_pattern": keys.integer("attention.sliding_window_pattern", 6),
+        "rope_local_base_freq": keys.number("rope.freq_base_swa", 10000.0),
+        "final_logit_softcapping": keys.number("final_logit_softcapping", None, optional=True),
+    }
+
+
+def _gemma_scale(keys: Keys, header: Header, layers_of_27b: int) -> dict[str, Any]:
+    """Returns the scale of attention, which the metadata leave out.
+
+    As in llama.cpp: it follows from the width of heads, but in the models of 27 billion parameters, which are known by
+    their number of layers, from the model's width by the number of heads. transformers has 256 for all.
+    """
+    name = header.metadata["general.architecture"]
+    width = header.metadata.get(f"{name}.attention.key_length", 256)
+    if header.metadata.get(f"{name}.block_count") == layers_of_27b:
+        width = header.metadata[f"{name}.embedding_length"] // header.metadata[f"{name}.attention.head_count"]
+    return {"head_dim": width, "query_pre_attn_scalar": width}
+
+
+def _phi3(keys: Keys, header: Header) -> dict[str, Any]:
+    del header
+    window = keys.integer("attention.sliding_window", 0, least=0)
+    return {"sliding_window": window or None}
+
+
+MIXTRAL = Architecture("mixtral", _mixtral, _LLAMA, permuted=True, block="block_sparse_moe", experts=_MIXTRAL_EXPERTS)
+ARCHITECTURES = {
+    "llama": Architecture("llama", _llama, _LLAMA, permuted=True),
+    "qwen2": Architecture("qwen2", _qwen2, _LLAMA),
+    "qwen3": Architecture("qwen3", _qwen2, _QWEN3),
+    "qwen3moe": Architecture("qwen3_moe", _qwen3_moe, _QWEN3, experts=_QWEN_EXPERTS),
+    "gemma2": Architecture("gemma2", _gemma2, _GEMMA, norm_shift=-1.0),
+    "gemma3": Architecture("gemma3_text", _gemma3, _GEMMA, norm_shift=-1.0),
+    "phi3": Architecture("phi3", _phi3, _PHI3),
+}
+"""Architectures by the names that GGUF files have for them. A file of "llama" with experts is ``MIXTRAL``."""
