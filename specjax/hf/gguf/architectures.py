@@ -54,7 +54,8 @@ class Architecture:
 
     Attributes:
       model_type: the family's.
-      read: takes the keys of the metadata, and returns the keys of a config that the family adds to the common ones.
+      read: takes the keys of the metadata, and returns the keys of a config that the family adds to the common ones,
+        which it is given.
       names: Hugging Face names of the tensors of a layer.
       permuted: whether rows of query and key heads are stored in interleaved pairs. Example, width 6: stored rows 0 to
         5 are rows 0, 3, 1, 4, 2, 5 of the Hugging Face tensor.
@@ -64,7 +65,7 @@ class Architecture:
     """
 
     model_type: str
-    read: Callable[[Keys, Header], dict[str, Any]]
+    read: Callable[[Keys, Header, dict[str, Any]], dict[str, Any]]
     names: Mapping[str, str]
     permuted: bool = False
     norm_shift: float = 0.0
@@ -111,7 +112,7 @@ def config_of(header: Header, ignore_config_keys: Iterable[str] = ()) -> dict[st
     config |= _heads(keys, config)
     keys.ignore("vocab_size", "rope.scaling.finetuned")  # some files count tokens that have no row
     # 2. The family's own, then keys that nobody took.
-    config |= architecture.read(keys, header) | _rope(keys, header, config)
+    config |= architecture.read(keys, header, config) | _rope(keys, header, config)
     left = keys.unknown({})
     if changing := [key for key in left if key.startswith(("rope.", "attention.", "expert")) and keys.peek(key)]:
         raise ValueError(
@@ -264,17 +265,18 @@ def _rope(keys: Keys, header: Header, config: Mapping[str, Any]) -> dict[str, An
 # The families' own keys.
 
 
-def _llama(keys: Keys, header: Header) -> dict[str, Any]:
-    del keys
+def _llama(keys: Keys, header: Header, config: dict[str, Any]) -> dict[str, Any]:
+    del keys, config
     return {"attention_bias": "blk.0.attn_q.bias" in header.tensors, "mlp_bias": "blk.0.ffn_up.bias" in header.tensors}
 
 
-def _qwen2(keys: Keys, header: Header) -> dict[str, Any]:
-    del keys, header
+def _qwen2(keys: Keys, header: Header, config: dict[str, Any]) -> dict[str, Any]:
+    del keys, header, config
     return {"use_sliding_window": False}
 
 
-def _mixtral(keys: Keys, header: Header) -> dict[str, Any]:
+def _mixtral(keys: Keys, header: Header, config: dict[str, Any]) -> dict[str, Any]:
+    del config
     return {
         "num_local_experts": _num_experts(keys, header),
         "num_experts_per_tok": keys.integer("expert_used_count"),
@@ -282,7 +284,8 @@ def _mixtral(keys: Keys, header: Header) -> dict[str, Any]:
     }
 
 
-def _qwen3_moe(keys: Keys, header: Header) -> dict[str, Any]:
+def _qwen3_moe(keys: Keys, header: Header, config: dict[str, Any]) -> dict[str, Any]:
+    del config
     return {
         "num_experts": _num_experts(keys, header),
         "num_experts_per_tok": keys.integer("expert_used_count"),
@@ -301,18 +304,20 @@ def _num_experts(keys: Keys, header: Header) -> int:
     return count
 
 
-def _gemma2(keys: Keys, header: Header) -> dict[str, Any]:
+def _gemma2(keys: Keys, header: Header, config: dict[str, Any]) -> dict[str, Any]:
+    del header
     return {
-        **_gemma_scale(keys, header, 46),
+        **_gemma_scale(config, 46),
         "sliding_window": keys.integer("attention.sliding_window", 4096),
         "attn_logit_softcapping": keys.number("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": keys.number("final_logit_softcapping", 30.0),
     }
 
 
-def _gemma3(keys: Keys, header: Header) -> dict[str, Any]:
+def _gemma3(keys: Keys, header: Header, config: dict[str, Any]) -> dict[str, Any]:
+    del header
     return {
-        **_gemma_scale(keys, header, 62),
+        **_gemma_scale(config, 62),
         "sliding_window": keys.integer("attention.sliding_window"),
         "sliding_window_pattern": keys.integer("attention.sliding_window_pattern", 6),
         "rope_local_base_freq": keys.number("rope.freq_base_swa", 10000.0),
@@ -320,21 +325,20 @@ def _gemma3(keys: Keys, header: Header) -> dict[str, Any]:
     }
 
 
-def _gemma_scale(keys: Keys, header: Header, layers_of_27b: int) -> dict[str, Any]:
+def _gemma_scale(config: dict[str, Any], layers_of_27b: int) -> dict[str, Any]:
     """Returns the scale of attention, which the metadata leave out.
 
     As in llama.cpp: it follows from the width of heads, but in the models of 27 billion parameters, which are known by
     their number of layers, from the model's width by the number of heads. transformers has 256 for all.
     """
-    name = header.metadata["general.architecture"]
-    width = header.metadata.get(f"{name}.attention.key_length", 256)
-    if header.metadata.get(f"{name}.block_count") == layers_of_27b:
-        width = header.metadata[f"{name}.embedding_length"] // header.metadata[f"{name}.attention.head_count"]
-    return {"head_dim": width, "query_pre_attn_scalar": width}
+    width = config.setdefault("head_dim", 256)
+    if config["num_hidden_layers"] == layers_of_27b:
+        width = config["hidden_size"] // config["num_attention_heads"]
+    return {"query_pre_attn_scalar": width}
 
 
-def _phi3(keys: Keys, header: Header) -> dict[str, Any]:
-    del header
+def _phi3(keys: Keys, header: Header, config: dict[str, Any]) -> dict[str, Any]:
+    del header, config
     window = keys.integer("attention.sliding_window", 0, least=0)
     return {"sliding_window": window or None}
 
