@@ -25,7 +25,11 @@ ARCHITECTURES = {
     "phi3": "phi3",
 }
 # Experts' projections in the package's map, which knows the names of all experts together.
-_STACKED = {"w1": "block_sparse_moe.experts.w1", "w2": "block_sparse_moe.experts.w2", "w3": "block_sparse_moe.experts.w3"}
+_STACKED = {
+    "w1": "block_sparse_moe.experts.w1",
+    "w2": "block_sparse_moe.experts.w2",
+    "w3": "block_sparse_moe.experts.w3",
+}
 _STACKED |= {f"{name}_proj": f"mlp.experts.{name}_proj" for name in ("gate", "up", "down")}
 
 
@@ -98,6 +102,7 @@ def add_config(writer, config):
     writer.add_rope_dimension_count(int(width * rope.get("partial_rotary_factor", 1.0)))
     writer.add_file_type(0)
     writer.add_vocab_size(config["vocab_size"])
+    writer.add_pad_token_id(0)  # transformers' Phi-3 has one past this vocabulary
     if "sliding_attention" in ropes:
         writer.add_float32(f"{writer.arch}.rope.freq_base_swa", ropes["sliding_attention"]["rope_theta"])
     if config["model_type"] not in ("llama", "mixtral", "qwen2", "phi3") or width * heads != config["hidden_size"]:
@@ -145,10 +150,15 @@ def rope_tables(config):
 
 
 def write(path, config, tensors, kinds=lambda name: "F32", more=lambda writer: None, seed=0):
-    """Writes a GGUF file.
+    """Writes a GGUF file; the arguments are those of ``fill``, whose result is returned."""
+    return fill(gguf.GGUFWriter(path, ARCHITECTURES[config["model_type"]]), config, tensors, kinds, more, seed)
+
+
+def fill(writer, config, tensors, kinds=lambda name: "F32", more=lambda writer: None, seed=0):
+    """Writes the file or files of a writer.
 
     Args:
-      path: the file.
+      writer: a ``gguf.GGUFWriter``.
       config, tensors: from ``load_folder``.
       kinds: returns the type of a matrix by its name in the file. Vectors and stacks are F32.
       more: writes more metadata.
@@ -158,7 +168,6 @@ def write(path, config, tensors, kinds=lambda name: "F32", more=lambda writer: N
       What the file's tensors stand for, by their names there.
     """
     rng = np.random.default_rng(seed)
-    writer = gguf.GGUFWriter(path, ARCHITECTURES[config["model_type"]])
     writer.add_name("tiny")
     add_config(writer, config)
     more(writer)
@@ -173,3 +182,15 @@ def write(path, config, tensors, kinds=lambda name: "F32", more=lambda writer: N
     writer.write_tensors_to_file()
     writer.close()
     return values
+
+
+def add_tokens(writer):
+    """Writes a small byte-level vocabulary."""
+    tokens = ["<|a|>", *"abcdefghijklmnopqrstuvwxyz", "ab", "<b>"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("llama-bpe")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] + [1] * 27 + [4])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_chat_template("{{ messages[0].content }}")

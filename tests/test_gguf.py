@@ -1,19 +1,22 @@
 """GGUF files against the Hugging Face folders that they were made of, and against transformers' own reading."""
 
+import collections
 import dataclasses
 import functools
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gguf_files import BLOCKS, gguf, load_folder, quantised, write
+from gguf_files import add_tokens, fill, gguf, load_folder, write
 from jitted import jit
 from parity import make_model
 from parity_cases import GEMMA3_ROPE, LLAMA3, LONGROPE, MOE, TIED, VOCAB, WIDE, WINDOW, YARN, rope
 
 import specjax
-from specjax.hf.gguf import open_gguf
+from specjax.checkpoint.text_parts import open_text_parts
 from specjax.hf.weights import open_weights
 
 torch = pytest.importorskip("torch")
@@ -120,3 +123,241 @@ def test_logits_are_those_of_transformers_reading(case):
     difference = np.abs(logits(specjax.load(file, "float32"), tokens) - their_logits(their_reading(file), tokens)).max()
     print(f"largest difference {difference:.1e}")
     assert difference <= TOLERANCE
+
+
+QUANTISED = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "vocab_size": 64}
+KINDS = {
+    "attn_q": ("Q4_K", "Q2_K"),
+    "attn_k": ("Q5_K", "Q3_K"),
+    "attn_v": ("Q6_K", "IQ4_NL"),
+    "attn_output": ("Q8_0", "IQ4_XS"),
+    "ffn_gate": ("Q4_0", "F16"),
+    "ffn_up": ("Q4_1", "BF16"),
+    "ffn_down": ("Q5_0", "F32"),
+    "token_embd": ("Q5_1", "Q6_K"),
+    "output": ("BF16", "Q4_K"),
+}
+"""The types of the tensors in two files. Between them, each type is there, some in permuted projections."""
+
+
+@pytest.fixture(scope="module", params=(0, 1))
+def quantised_file(request, tmp_path_factory):
+    """A file with tensors of many types, and the model of the numbers that they stand for."""
+    folder = tmp_path_factory.mktemp("quantised")
+    model = make_model("Llama", QUANTISED)
+    model.save_pretrained(folder)
+    config, tensors = load_folder(folder)
+    kinds = {name: pair[request.param] for name, pair in KINDS.items()}
+    values = write(folder / "x.gguf", config, tensors, lambda name: kinds[name.split(".")[-2]])
+    for name, tensor in model.named_parameters():
+        theirs = name.replace("model.layers.0", "blk.0")
+        for ours, other in NAMES.items():
+            theirs = theirs.replace(ours, other)
+        value, heads = values[theirs], {"attn_q": 4, "attn_k": 2}.get(theirs.split(".")[-2])
+        if heads:  # undo ``permuted``
+            value = value.reshape(heads, -1, 2, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
+        tensor.data = torch.from_numpy(value.copy())
+    return folder, model
+
+
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp": "ffn",
+    "ffn.gate_proj": "ffn_gate",
+    "ffn.up_proj": "ffn_up",
+    "ffn.down_proj": "ffn_down",
+}
+
+
+def test_each_type_stands_for_the_packages_numbers(quantised_file, tmp_path):
+    """Every parameter bit by bit, whole and in parts; a conversion has them in the dtype of their scales."""
+    folder, model = quantised_file
+    model.save_pretrained(tmp_path)
+    ours, theirs = open_weights(folder / "x.gguf"), open_weights(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, read(ours.params), read(theirs.params))
+    gate = ours.params["layers"][0]["mlp"]["gate_proj"]["kernel"]
+    part = (slice(3, 200), slice(17, 91))
+    np.testing.assert_array_equal(gate.read(jnp.float32, part), gate.read(jnp.float32)[part])
+    specjax.convert_hf(folder / "x.gguf", folder / "converted")
+    converted = specjax.load(folder / "converted", "float32").params["layers"][0]["mlp"]["gate_proj"]["kernel"]
+    np.testing.assert_array_equal(converted, gate.read(jnp.float32).astype(gate.dtype))
+
+
+def test_quantised_logits_are_those_of_transformers_reading(quantised_file):
+    file = quantised_file[0] / "x.gguf"
+    tokens = np.random.default_rng(1).integers(0, QUANTISED["vocab_size"], LENGTH).tolist()
+    difference = np.abs(logits(specjax.load(file, "float32"), tokens) - their_logits(their_reading(file), tokens)).max()
+    print(f"largest difference {difference:.1e}")
+    assert difference <= TOLERANCE
+
+
+def test_the_types_that_are_tested_are_all_that_are_read():
+    from specjax.hf.gguf.tensors import QUANTISED as READ
+
+    assert {kind for pair in KINDS.values() for kind in pair} == {*READ, "F32", "F16", "BF16"}
+
+
+# Damage and mistakes.
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The config and the tensors of a tiny Llama of one layer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_model("Llama", {"num_hidden_layers": 1}).save_pretrained(folder)
+    return load_folder(folder)
+
+
+def refused(path, match):
+    with pytest.raises(ValueError, match=match) as caught:
+        specjax.load(path)
+    assert str(path) in str(caught.value) or str(path.parent) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"general.architecture": "mamba"}, "general.architecture is 'mamba'; supported: llama, qwen2"),
+        ({"llama.block_count": 2}, "llama.block_count is 2, and the file holds 1 layers"),
+        ({"llama.context_length": None}, "llama lacks the key 'context_length'"),
+        ({"llama.context_length": "long"}, "context_length must be an integer of at least 1, got 'long'"),
+        ({"llama.feed_forward_length": 30}, r"tensor .* is \(.*\); config.json asks for"),
+        ({"llama.rope.dimension_count": 4}, "rope.dimension_count is 4, and heads are 6 wide"),
+        ({"llama.rope.scaling.type": "spiral"}, "rope.scaling.type is 'spiral'; supported: none, linear, yarn"),
+        ({"llama.attention.scale": 0.5}, "llama.attention.scale is 0.5, which is unknown and might change"),
+        ({"llama.attention.value_length": 7, "llama.attention.key_length": 6}, "'attention.value_length' is 7"),
+    ],
+)
+def test_metadata_that_are_not_supported(tiny, tmp_path, change, match):
+    config, tensors = tiny
+    path = tmp_path / "x.gguf"
+    write(path, config, tensors)
+    rewrite(path, change)
+    refused(path, match)
+
+
+def rewrite(path, change):
+    """Writes a file again with other metadata: values by keys, None for a key that is left out."""
+    reader = gguf.GGUFReader(path)
+    fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")} | change
+    writer = gguf.GGUFWriter(path.with_suffix(".new"), fields.pop("general.architecture"))
+    for key, value in fields.items():
+        kind = {str: gguf.GGUFValueType.STRING, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32}
+        if value is not None:
+            writer.add_key_value(key, value, kind[type(value)])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path.with_suffix(".new").rename(path)
+
+
+def test_a_refused_key_can_be_left_out(tiny, tmp_path):
+    path = tmp_path / "x.gguf"
+    write(path, *tiny)
+    rewrite(path, {"llama.attention.scale": 0.5})
+    assert specjax.load(path, "float32", ignore_config_keys=("llama.attention.scale",)).vocab_size == VOCAB
+
+
+def test_tensors_that_are_not_the_models(tiny, tmp_path):
+    config, tensors = tiny
+    path = tmp_path / "x.gguf"
+    name = "model.layers.0.mlp.up_proj.weight"
+    write(path, config, tensors | {name: tensors[name][:, :-2]})
+    refused(path, "tensor 'model.layers.0.mlp.up_proj.weight' is .40, 22.; config.json asks for .40, 24.")
+    write(path, config, {key: value for key, value in tensors.items() if key != name})
+    refused(path, "1 tensors are missing, such as 'model.layers.0.mlp.up_proj.weight'")
+    write(path, config, tensors | {"model.layers.0.input_layernorm.bias": np.ones(24, np.float32)})
+    refused(path, "1 tensors are unknown, such as 'model.layers.0.input_layernorm.bias'")
+
+
+def test_a_type_that_is_not_read(tmp_path):
+    config = {"hidden_size": 256, "num_hidden_layers": 1, "vocab_size": 64}
+    make_model("Llama", config).save_pretrained(tmp_path)
+    path = tmp_path / "x.gguf"
+    write(path, *load_folder(tmp_path), lambda name: "TQ1_0" if name == "output.weight" else "F32")
+    refused(path, "tensor 'output.weight' is TQ1_0; supported: F64, F32, F16, BF16, Q4_0")
+
+
+def test_files_that_are_not_gguf(tiny, tmp_path):
+    path = tmp_path / "x.gguf"
+    refused(path, "cannot be read .No such file")
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    refused(path, "Git LFS pointer")
+    path.write_bytes(b"ggjt" + bytes(100))
+    refused(path, "does not begin with the bytes GGUF")
+    write(path, *tiny)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4] + (1).to_bytes(4, "little") + whole[8:])
+    refused(path, "is GGUF version 1; supported: 2 and 3")
+    path.write_bytes(whole[:4] + (3).to_bytes(4, "big") + whole[8:])
+    refused(path, "of the other byte order")
+    path.write_bytes(whole[:-200])
+    refused(path, "tensor .* ends at byte .* and the file at")
+    (tmp_path / "model").mkdir()
+    path.rename(tmp_path / "model" / "x.gguf")
+    refused(tmp_path / "model", "a GGUF file opens by its own path")
+
+
+def test_without_the_package(tiny, tmp_path, monkeypatch):
+    write(tmp_path / "x.gguf", *tiny)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match="need the package gguf .*pip install 'specjax.gguf.'"):
+        specjax.load(tmp_path / "x.gguf")
+
+
+def test_a_model_in_several_files(tiny, tmp_path):
+    """Parts open from the first; a part that is missing, another part and another name are refused."""
+    config, tensors = tiny
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama", split_max_tensors=5)
+    fill(writer, config, tensors)
+    first, *others = sorted(tmp_path.glob("tiny-*.gguf"))
+    assert len(others) > 1
+    write(tmp_path / "whole.gguf", config, tensors)
+    whole, parts = (read(open_weights(path).params) for path in (tmp_path / "whole.gguf", first))
+    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    refused(others[0], f"is not the first of {len(others) + 1} files; give tiny-00001-of-")
+    first.rename(tmp_path / "renamed.gguf")
+    refused(tmp_path / "renamed.gguf", "name it like x-00001-of-")
+    (tmp_path / "renamed.gguf").rename(first)
+    others[0].unlink()
+    refused(first, "tiny-00002-of-.* does not exist, and the model is in")
+
+
+def test_fuzz(tiny, tmp_path):
+    """Damaged files open within their bounds, or are refused with a ValueError that names them; nothing else happens."""
+    path, rng, tried = tmp_path / "x.gguf", np.random.default_rng(0), collections.Counter()
+    write(path, *tiny, more=add_tokens)
+    whole = path.read_bytes()
+    header = len(whole) - sum(4 * tensor.size for tensor in tiny[1].values())
+    damages = [whole, *(whole[:end] for end in range(0, len(whole), max(1, len(whole) // 150)))]
+    for _ in range(600):
+        damaged = bytearray(whole)
+        for place in rng.integers(0, header, rng.integers(1, 4)):
+            damaged[place] ^= 1 << rng.integers(8)
+        damages.append(bytes(damaged))
+    for number in (0, 2**31, 2**32 - 1, 2**60, 2**63, 2**64 - 1):  # in place of every count and length
+        for place in range(8, 64, 8):
+            damages.append(whole[:place] + number.to_bytes(8, "little") + whole[place + 8 :])
+    start = time.perf_counter()
+    for damaged in damages:
+        path.write_bytes(damaged)
+        try:
+            read(open_weights(path).params)
+            open_text_parts(path)
+            tried["opened"] += 1
+        except ValueError as error:
+            tried["refused"] += 1
+            assert str(path) in str(error) and len(str(error)) < 2000, error
+    print(f"{dict(tried)} in {time.perf_counter() - start:.1f} s")
+    assert tried["refused"] > 250 and tried["opened"] > 1
