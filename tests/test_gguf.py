@@ -312,7 +312,7 @@ def test_files_that_are_not_gguf(tiny, tmp_path):
 def test_without_the_package(tiny, tmp_path, monkeypatch):
     write(tmp_path / "x.gguf", *tiny)
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ValueError, match="need the package gguf .*pip install 'specjax.gguf.'"):
+    with pytest.raises(ValueError, match=r"need the package gguf .*pip install 'specjax.gguf.'"):
         specjax.load(tmp_path / "x.gguf")
 
 
@@ -335,7 +335,7 @@ def test_a_model_in_several_files(tiny, tmp_path):
 
 
 def test_fuzz(tiny, tmp_path):
-    """Damaged files open within their bounds, or are refused with a ValueError that names them; nothing else happens."""
+    """Damaged files open within their bounds, or are refused with a ValueError that names them."""
     path, rng, tried = tmp_path / "x.gguf", np.random.default_rng(0), collections.Counter()
     write(path, *tiny, more=add_tokens)
     whole = path.read_bytes()

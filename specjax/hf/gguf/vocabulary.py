@@ -80,9 +80,9 @@ class Vocabulary:
     def chat_templates(self) -> dict[str, str]:
         """Returns the chat templates by their names; the one without a name is "default"."""
         key = "tokenizer.chat_template"
-        named = {name.removeprefix(f"{key}."): value for name, value in self._metadata.items() if name.startswith(key)}
-        if key in named:
-            named = {"default": named.pop(key)} | named
+        named = {"default": self._metadata[key]} if key in self._metadata else {}
+        others = [name for name in self._metadata if name.startswith(f"{key}.")]
+        named |= {name.removeprefix(f"{key}."): self._metadata[name] for name in others}
         for name, template in named.items():
             if not isinstance(template, str):
                 raise ValueError(f"the chat template {name!r} is {show(template)}; it must be a text")
