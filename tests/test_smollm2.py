@@ -4,8 +4,10 @@ import unicodedata
 
 import numpy as np
 import pytest
+from gguf_files import gguf
 from test_gguf import their_reading
 from test_gguf_tokenizer import TEXTS
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import specjax
 from specjax.checkpoint.fetched import is_whole
@@ -44,11 +46,16 @@ def test_a_chat_ends_with_the_end_of_turn(opened):
 
 
 def test_tokens_are_those_of_transformers(opened):
-    """But for numbers like ½: transformers cuts as GPT-2 does, SmolLM and llama.cpp cut before and after each number. It
-    makes no difference for digits, since no token has a digit and another letter.
-    """
+    """But for texts with numbers: transformers cuts as GPT-2 does; SmolLM and llama.cpp cut at each digit first."""
     theirs = transformers.AutoTokenizer.from_pretrained(opened.path.parent, gguf_file=opened.path.name)
+    fields = gguf.GGUFReader(opened.path).fields
+    tokens, merges = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "merges"))
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    original = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges]))
+    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    original.pre_tokenizer = pre_tokenizers.Sequence(steps)
     for text in TEXTS:
-        if not any(unicodedata.category(letter)[0] == "N" and not letter.isascii() for letter in text):
+        if not any(unicodedata.category(letter)[0] == "N" for letter in text):
             assert opened.tokenizer.encode(text).ids == theirs(text)["input_ids"], text
+        assert opened.tokenizer.encode(text).ids == original.encode(text).ids, text
         assert opened.tokenizer.decode(opened.tokenizer.encode(text).ids) == text

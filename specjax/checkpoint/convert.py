@@ -161,7 +161,7 @@ def _check_ends(source: Path, destination: Path) -> Tokenizer | None:
     Raises ValueError unless the source can be read, its small files included, and the destination is free.
     """
     if not source.is_dir() and not is_gguf(source):
-        raise ValueError(f"{source} is neither a folder nor a GGUF file; give a model's")
+        raise ValueError(f"{source} is not a folder or GGUF file; give a model's")
     if os.path.lexists(destination):
         raise ValueError(f"{destination} exists; remove it or give another name")
     return open_text_parts(source).tokenizer

@@ -161,7 +161,7 @@ def load_with_config(
     file = is_gguf(path)
     if not file and not path.is_dir():
         raise ValueError(
-            f"{path} is neither a folder nor a GGUF file; give a folder with config.json and params/, or with "
+            f"{path} is not a folder or GGUF file; give a folder with config.json and params/, or with "
             "safetensors files"
         )
     if not file and is_checkpoint(path):
