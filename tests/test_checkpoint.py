@@ -109,6 +109,15 @@ def test_parameters_saved_in_bfloat16_come_back(params, tokenizer, tmp_path):
     assert same_bits(specjax.load(tmp_path / "x", "bfloat16").params, rounded)
 
 
+def test_narrow_parameters_open_in_a_wider_dtype_with_the_least_memory(params, tokenizer, tmp_path, monkeypatch):
+    """Orbax counts the bytes of the dtype that is asked for against the buffer that it is given."""
+    rounded = jax.tree.map(lambda x: x.astype(jnp.float16), params)
+    checkpoint.save(tmp_path / "x", RAW, rounded, tokenizer, METRICS)
+    monkeypatch.setattr(checkpoint, "_LEAST_BUFFER", 0)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), rounded)
+    assert same_bits(specjax.load(tmp_path / "x", "float32").params, wide)
+
+
 def test_the_folder_holds_config_metrics_and_tokenizer(folder, tokenizer):
     assert json.loads((folder / "config.json").read_text()) == RAW
     assert json.loads((folder / "metrics.json").read_text()) == METRICS

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import json
 import sys
 import time
 
@@ -184,8 +185,10 @@ def test_each_type_stands_for_the_packages_numbers(quantised_file, tmp_path):
     ours, theirs = open_weights(folder / "x.gguf"), open_weights(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, read(ours.params), read(theirs.params))
     gate = ours.params["layers"][0]["mlp"]["gate_proj"]["kernel"]
+    query = ours.params["layers"][0]["self_attn"]["q_proj"]["kernel"]
     part = (slice(3, 200), slice(17, 91))
-    np.testing.assert_array_equal(gate.read(jnp.float32, part), gate.read(jnp.float32)[part])
+    for kernel in (gate, query):
+        np.testing.assert_array_equal(kernel.read(jnp.float32, part), kernel.read(jnp.float32)[part])
     specjax.convert_hf(folder / "x.gguf", folder / "converted")
     converted = specjax.load(folder / "converted", "float32").params["layers"][0]["mlp"]["gate_proj"]["kernel"]
     np.testing.assert_array_equal(converted, gate.read(jnp.float32).astype(gate.dtype))
@@ -203,6 +206,24 @@ def test_the_types_that_are_tested_are_all_that_are_read():
     from specjax.hf.gguf.tensors import QUANTISED as READ
 
     assert {kind for pair in KINDS.values() for kind in pair} == {*READ, "F32", "F16", "BF16"}
+
+
+def test_an_adapter_is_merged_into_quantised_weights(quantised_file, tmp_path):
+    """A LoRA of rank 1 on a query projection, whose rows the file has in another order."""
+    rng, name = np.random.default_rng(0), "model.layers.0.self_attn.q_proj"
+    one, other = rng.normal(size=(1, 256)).astype(np.float32), rng.normal(size=(256, 1)).astype(np.float32)
+    parts = {f"base_model.model.{name}.lora_{end}.weight": part for end, part in (("A", one), ("B", other))}
+    specjax.hf.write_tensors(
+        tmp_path, [specjax.hf.TensorSpec(key, x.dtype, x.shape, lambda x=x: x) for key, x in parts.items()]
+    )
+    (tmp_path / "model.safetensors").rename(tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    folder, model = quantised_file
+    ours = specjax.load(folder / "x.gguf", "float32", adapter=tmp_path)
+    expected = model.get_submodule(name).weight.data.numpy() + 2 * other @ one
+    kernel = ours.params["layers"][0]["self_attn"]["q_proj"]["kernel"]
+    np.testing.assert_allclose(np.asarray(kernel).T, expected, rtol=1e-5, atol=1e-6)
 
 
 # Damage and mistakes.

@@ -90,8 +90,10 @@ def is_gguf(path: Path) -> bool:
     if path.suffix == ".gguf":
         return not path.is_dir()
     try:
+        if not path.is_file():  # opening a pipe would wait for its writer
+            return False
         with path.open("rb") as stream:
-            return path.is_file() and stream.read(len(_MAGIC)) == _MAGIC
+            return stream.read(len(_MAGIC)) == _MAGIC
     except OSError:
         return False
 
