@@ -194,3 +194,18 @@ def add_tokens(writer):
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(0)
     writer.add_chat_template("{{ messages[0].content }}")
+
+
+def their_reading(file):
+    """The model as transformers reads it: the steps of ``from_pretrained(gguf_file=)``, which would need accelerate."""
+    import transformers
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    tensors = load_gguf_checkpoint(file, return_tensors=True, model_to_load=model)["tensors"]
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    model.tie_weights()
+    return model

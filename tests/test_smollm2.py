@@ -4,9 +4,8 @@ import unicodedata
 
 import numpy as np
 import pytest
-from gguf_files import gguf
-from test_gguf import their_reading
-from test_gguf_tokenizer import TEXTS
+from gguf_files import gguf, their_reading
+from many_texts import TEXTS
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import specjax

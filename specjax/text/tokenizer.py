@@ -40,6 +40,10 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     Raises:
       ValueError: ``tokenizer.json`` is missing or damaged, or ``read_special_tokens`` raises.
     """
+    if Path(path).is_file():
+        raise ValueError(
+            f"{path} is a file, not a folder; the tokenizer of a GGUF file is specjax.open(path).tokenizer"
+        )
     file = Path(path) / "tokenizer.json"
     if not file.is_file():
         raise ValueError(f"{file} does not exist; a checkpoint folder must hold one: add the model's")

@@ -49,13 +49,27 @@ _LAYER = re.compile(r"blk\.(?P<i>\d+)\.(?P<what>\w+?)(\.(?P<e>\d+)|(?P<stack>_ex
 
 
 @dataclasses.dataclass(frozen=True)
+class Reading:
+    """What a config is read from.
+
+    Attributes:
+      keys: the metadata of the architecture, less the architecture's name.
+      header: the file.
+      config: the keys of the config that are read so far.
+    """
+
+    keys: Keys
+    header: Header
+    config: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
 class Architecture:
     """How GGUF files store a family.
 
     Attributes:
       model_type: the family's.
-      read: takes the keys of the metadata, and returns the keys of a config that the family adds to the common ones,
-        which it is given.
+      read: returns the keys of a config that the family adds to the common ones.
       names: Hugging Face names of the tensors of a layer.
       permuted: whether rows of query and key heads are stored in interleaved pairs. Example, width 6: stored rows 0 to
         5 are rows 0, 3, 1, 4, 2, 5 of the Hugging Face tensor.
@@ -65,7 +79,7 @@ class Architecture:
     """
 
     model_type: str
-    read: Callable[[Keys, Header, dict[str, Any]], dict[str, Any]]
+    read: Callable[[Reading], dict[str, Any]]
     names: Mapping[str, str]
     permuted: bool = False
     norm_shift: float = 0.0
@@ -109,10 +123,15 @@ def config_of(header: Header, ignore_config_keys: Iterable[str] = ()) -> dict[st
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in header.tensors,
     }
-    config |= _heads(keys, config)
-    keys.ignore("vocab_size", "rope.scaling.finetuned")  # some files count tokens that have no row
-    # 2. The family's own, then keys that nobody took.
-    config |= architecture.read(keys, header, config) | _rope(keys, header, config)
+    config |= _heads(keys)
+    # 2. The family's own, and keys that change nothing. Some files count tokens that have no row.
+    config |= architecture.read(Reading(keys, header, config))
+    config |= _rope(Reading(keys, header, config))
+    keys.ignore("vocab_size", "rope.scaling.finetuned", "tensor_data_layout")
+    keys.only("attention.causal", True)
+    for key in ("expert_count", "expert_used_count"):
+        keys.only(key, 0)
+    # 3. Keys that nobody took.
     left = keys.unknown({})
     if changing := [key for key in left if key.startswith(("rope.", "attention.", "expert")) and keys.peek(key)]:
         raise ValueError(
@@ -201,7 +220,7 @@ def _one_for_all(value: Any) -> Any:
     return value[0].item() if value.size and (value == value[0]).all() else value.tolist()
 
 
-def _heads(keys: Keys, config: Mapping[str, Any]) -> dict[str, Any]:
+def _heads(keys: Keys) -> dict[str, Any]:
     """Returns the width of heads, if the metadata name one."""
     width = keys.integer("attention.key_length", None, most=MAX_HEAD, optional=True)
     if width is None:
@@ -212,17 +231,14 @@ def _heads(keys: Keys, config: Mapping[str, Any]) -> dict[str, Any]:
     return {"head_dim": width}
 
 
-def _width(config: Mapping[str, Any]) -> int:
-    return config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
-
-
 # Rotary positions.
 
 
-def _rope(keys: Keys, header: Header, config: Mapping[str, Any]) -> dict[str, Any]:
+def _rope(file: Reading) -> dict[str, Any]:
     """Returns the keys of rotary positions."""
     # 1. How many entries of a head rotate.
-    width = _width(config)
+    keys, header, config = file.keys, file.header, file.config
+    width = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
     rotated = keys.integer("rope.dimension_count", width)
     keys.only("rope.dimension_count_swa", rotated)
     rope: dict[str, Any] = {"rope_theta": keys.number("rope.freq_base", 10000.0)}
@@ -262,92 +278,89 @@ def _rope(keys: Keys, header: Header, config: Mapping[str, Any]) -> dict[str, An
     return rope | ({} if scaling is None else {"rope_scaling": scaling})
 
 
-# The families' own keys.
+# The families' own file.keys.
 
 
-def _llama(keys: Keys, header: Header, config: dict[str, Any]) -> dict[str, Any]:
-    del keys, config
-    return {"attention_bias": "blk.0.attn_q.bias" in header.tensors, "mlp_bias": "blk.0.ffn_up.bias" in header.tensors}
+def _llama(file: Reading) -> dict[str, Any]:
+    return {
+        "attention_bias": "blk.0.attn_q.bias" in file.header.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in file.header.tensors,
+    }
 
 
-def _qwen2(keys: Keys, header: Header, config: dict[str, Any]) -> dict[str, Any]:
-    del keys, header, config
+def _qwen(file: Reading) -> dict[str, Any]:
+    del file
     return {"use_sliding_window": False}
 
 
-def _mixtral(keys: Keys, header: Header, config: dict[str, Any]) -> dict[str, Any]:
-    del config
+def _mixtral(file: Reading) -> dict[str, Any]:
     return {
-        "num_local_experts": _num_experts(keys, header),
-        "num_experts_per_tok": keys.integer("expert_used_count"),
+        "num_local_experts": _num_experts(file),
+        "num_experts_per_tok": file.keys.integer("expert_used_count"),
         "sliding_window": None,
     }
 
 
-def _qwen3_moe(keys: Keys, header: Header, config: dict[str, Any]) -> dict[str, Any]:
-    del config
+def _qwen3_moe(file: Reading) -> dict[str, Any]:
     return {
-        "num_experts": _num_experts(keys, header),
-        "num_experts_per_tok": keys.integer("expert_used_count"),
-        "moe_intermediate_size": keys.integer("expert_feed_forward_length"),
+        "num_experts": _num_experts(file),
+        "num_experts_per_tok": file.keys.integer("expert_used_count"),
+        "moe_intermediate_size": file.keys.integer("expert_feed_forward_length"),
         "norm_topk_prob": True,  # llama.cpp always does, and transformers only if the config says so
         "use_sliding_window": False,
     }
 
 
-def _num_experts(keys: Keys, header: Header) -> int:
+def _num_experts(file: Reading) -> int:
     """Takes the number of experts, which must be that of the router."""
-    count, router = keys.integer("expert_count"), header.tensors.get("blk.0.ffn_gate_inp.weight")
+    count, router = file.keys.integer("expert_count"), file.header.tensors.get("blk.0.ffn_gate_inp.weight")
     if router is None or router.shape[0] != count:
         held = "is not there" if router is None else f"is for {router.shape[0]}"
         raise ValueError(f"expert_count is {count}, and the router 'blk.0.ffn_gate_inp.weight' {held}")
     return count
 
 
-def _gemma2(keys: Keys, header: Header, config: dict[str, Any]) -> dict[str, Any]:
-    del header
+def _gemma2(file: Reading) -> dict[str, Any]:
     return {
-        **_gemma_scale(config, 46),
-        "sliding_window": keys.integer("attention.sliding_window", 4096),
-        "attn_logit_softcapping": keys.number("attn_logit_softcapping", 50.0),
-        "final_logit_softcapping": keys.number("final_logit_softcapping", 30.0),
+        **_gemma_scale(file, 46),
+        "sliding_window": file.keys.integer("attention.sliding_window", 4096),
+        "attn_logit_softcapping": file.keys.number("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": file.keys.number("final_logit_softcapping", 30.0),
     }
 
 
-def _gemma3(keys: Keys, header: Header, config: dict[str, Any]) -> dict[str, Any]:
-    del header
+def _gemma3(file: Reading) -> dict[str, Any]:
     return {
-        **_gemma_scale(config, 62),
-        "sliding_window": keys.integer("attention.sliding_window"),
-        "sliding_window_pattern": keys.integer("attention.sliding_window_pattern", 6),
-        "rope_local_base_freq": keys.number("rope.freq_base_swa", 10000.0),
-        "final_logit_softcapping": keys.number("final_logit_softcapping", None, optional=True),
+        **_gemma_scale(file, 62),
+        "sliding_window": file.keys.integer("attention.sliding_window"),
+        "sliding_window_pattern": file.keys.integer("attention.sliding_window_pattern", 6),
+        "rope_local_base_freq": file.keys.number("rope.freq_base_swa", 10000.0),
+        "final_logit_softcapping": file.keys.number("final_logit_softcapping", None, optional=True),
     }
 
 
-def _gemma_scale(config: dict[str, Any], layers_of_27b: int) -> dict[str, Any]:
+def _gemma_scale(file: Reading, layers_of_27b: int) -> dict[str, Any]:
     """Returns the scale of attention, which the metadata leave out.
 
     As in llama.cpp: it follows from the width of heads, but in the models of 27 billion parameters, which are known by
     their number of layers, from the model's width by the number of heads. transformers has 256 for all.
     """
-    width = config.setdefault("head_dim", 256)
-    if config["num_hidden_layers"] == layers_of_27b:
-        width = config["hidden_size"] // config["num_attention_heads"]
+    width = file.config.setdefault("head_dim", 256)
+    if file.config["num_hidden_layers"] == layers_of_27b:
+        width = file.config["hidden_size"] // file.config["num_attention_heads"]
     return {"query_pre_attn_scalar": width}
 
 
-def _phi3(keys: Keys, header: Header, config: dict[str, Any]) -> dict[str, Any]:
-    del header, config
-    window = keys.integer("attention.sliding_window", 0, least=0)
+def _phi3(file: Reading) -> dict[str, Any]:
+    window = file.keys.integer("attention.sliding_window", 0, least=0)
     return {"sliding_window": window or None}
 
 
 MIXTRAL = Architecture("mixtral", _mixtral, _LLAMA, permuted=True, block="block_sparse_moe", experts=_MIXTRAL_EXPERTS)
 ARCHITECTURES = {
     "llama": Architecture("llama", _llama, _LLAMA, permuted=True),
-    "qwen2": Architecture("qwen2", _qwen2, _LLAMA),
-    "qwen3": Architecture("qwen3", _qwen2, _QWEN3),
+    "qwen2": Architecture("qwen2", _qwen, _LLAMA),
+    "qwen3": Architecture("qwen3", _qwen, _QWEN3),
     "qwen3moe": Architecture("qwen3_moe", _qwen3_moe, _QWEN3, experts=_QWEN_EXPERTS),
     "gemma2": Architecture("gemma2", _gemma2, _GEMMA, norm_shift=-1.0),
     "gemma3": Architecture("gemma3_text", _gemma3, _GEMMA, norm_shift=-1.0),
