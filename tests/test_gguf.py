@@ -18,6 +18,7 @@ from parity_cases import GEMMA3_ROPE, LLAMA3, LONGROPE, MOE, TIED, VOCAB, WIDE, 
 
 import specjax
 from specjax.checkpoint.text_parts import open_text_parts
+from specjax.commands import convert
 from specjax.hf.weights import open_weights
 
 torch = pytest.importorskip("torch")
@@ -180,6 +181,18 @@ def test_each_type_stands_for_the_packages_numbers(quantised_file, tmp_path):
     specjax.convert_hf(folder / "x.gguf", folder / "converted")
     converted = specjax.load(folder / "converted", "float32").params["layers"][0]["mlp"]["gate_proj"]["kernel"]
     np.testing.assert_array_equal(converted, gate.read(jnp.float32).astype(gate.dtype))
+
+
+def test_the_command_converts(quantised_file, tmp_path, capsys):
+    """And does not compare with transformers, which may read the file otherwise."""
+    file = str(quantised_file[0] / "x.gguf")
+    assert convert.main([file, str(tmp_path / "x"), "--dtype", "float32"]) == 0
+    assert "1 x lm_head.weight -> lm_head.kernel" in capsys.readouterr().out
+    ours, theirs = (specjax.load(path, "float32").params for path in (tmp_path / "x", file))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    with pytest.raises(SystemExit):
+        convert.main([file, str(tmp_path / "y"), "--verify"])
+    assert "--verify compares with transformers' reading of a folder" in capsys.readouterr().err
 
 
 def test_quantised_logits_are_those_of_transformers_reading(quantised_file):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ def _open_target(args: argparse.Namespace) -> DecoderConfig:
     if args.target is None:
         return SMALL
     path = CONFIGS / f"{args.target}.json" if args.target in _shipped() else config_path(args.target)
-    if not path.exists():
+    if not path.exists() and not os.path.exists(args.target):
         raise ValueError(f"--target is {args.target!r}: no such file or folder; give a config.json, or a shipped name")
     return read_config(path, args.ignore_config_keys)[0]
 

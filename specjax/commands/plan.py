@@ -114,7 +114,8 @@ def open_config(name: str) -> DecoderConfig:
     """Reads the config of a shipped name, or at a path of a file or folder; raises ValueError for others."""
     if name in names():
         return read_config(CONFIGS / f"{name}.json")[0]
-    if not os.path.exists(path := config_path(name)):
+    path = config_path(name)
+    if not path.exists() and not os.path.exists(name):
         raise ValueError(f"{name!r} is no path, nor one of {', '.join(names())}; give one of these")
     return read_config(path)[0]
 
