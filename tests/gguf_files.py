@@ -48,8 +48,9 @@ def random_blocks(kind, shape, rng):
 def quantised(kind, array, rng):
     """Returns the stored form of a tensor, and the numbers that it stands for."""
     number = gguf.GGMLQuantizationType[kind]
-    stored = random_blocks(kind, array.shape, rng) if kind in BLOCKS else gguf.quantize(array, number)
-    return stored, gguf.dequantize(stored, number).reshape(array.shape)
+    rows = array.reshape(-1, array.shape[-1])
+    stored = random_blocks(kind, rows.shape, rng) if kind in BLOCKS else gguf.quantize(rows, number)
+    return stored.reshape(*array.shape[:-1], -1), gguf.dequantize(stored, number).reshape(array.shape)
 
 
 def permuted(array, heads):
@@ -64,8 +65,8 @@ def load_folder(folder):
     return config, {name: tensor.float().numpy() for name, tensor in tensors.items()}
 
 
-def stored_tensors(config, tensors):
-    """Yields names and arrays of a GGUF file, before they are quantised."""
+def stored_tensors(config, tensors, stacked):
+    """Yields names and arrays of a GGUF file, before they are quantised. ``stacked``: experts, as in newer files."""
     kind, experts = config["model_type"], {}
     names = gguf.get_tensor_name_map(
         next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[kind]),
@@ -82,7 +83,11 @@ def stored_tensors(config, tensors):
             array = array + 1
         yield f"{names.get_name(base)}.{end}", array
     for name, stack in experts.items():
-        yield f"{names.get_name(name)}.weight", np.stack([stack[e] for e in sorted(stack)])
+        place = names.get_name(name)
+        if stacked:
+            yield f"{place}.weight", np.stack([stack[e] for e in sorted(stack)])
+        else:
+            yield from ((f"{place.removesuffix('_exps')}.{e}.weight", array) for e, array in stack.items())
 
 
 def add_config(writer, config):
@@ -149,31 +154,31 @@ def rope_tables(config):
         yield "rope_freqs.weight", np.asarray(factors, np.float32)
 
 
-def write(path, config, tensors, kinds=lambda name: "F32", more=lambda writer: None, seed=0):
+def write(path, config, tensors, kinds=lambda name: "F32", more=lambda writer: None, stacked=True):
     """Writes a GGUF file; the arguments are those of ``fill``, whose result is returned."""
-    return fill(gguf.GGUFWriter(path, ARCHITECTURES[config["model_type"]]), config, tensors, kinds, more, seed)
+    return fill(gguf.GGUFWriter(path, ARCHITECTURES[config["model_type"]]), config, tensors, kinds, more, stacked)
 
 
-def fill(writer, config, tensors, kinds=lambda name: "F32", more=lambda writer: None, seed=0):
+def fill(writer, config, tensors, kinds=lambda name: "F32", more=lambda writer: None, stacked=True):
     """Writes the file or files of a writer.
 
     Args:
       writer: a ``gguf.GGUFWriter``.
       config, tensors: from ``load_folder``.
-      kinds: returns the type of a matrix by its name in the file. Vectors and stacks are F32.
+      kinds: returns the type of a matrix or stack by its name in the file. Vectors are F32.
       more: writes more metadata.
-      seed: of random blocks.
+      stacked: whether the experts of a layer are one tensor.
 
     Returns:
       What the file's tensors stand for, by their names there.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     writer.add_name("tiny")
     add_config(writer, config)
     more(writer)
     values = {}
-    for name, array in [*stored_tensors(config, tensors), *rope_tables(config)]:
-        kind = kinds(name) if array.ndim == 2 else "F32"
+    for name, array in [*stored_tensors(config, tensors, stacked), *rope_tables(config)]:
+        kind = kinds(name) if array.ndim > 1 else "F32"
         stored, values[name] = (array, array) if kind == "F32" else quantised(kind, array, rng)
         raw = None if kind == "F32" else gguf.GGMLQuantizationType[kind]
         writer.add_tensor(name, np.ascontiguousarray(stored), raw_dtype=raw)

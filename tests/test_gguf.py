@@ -203,6 +203,21 @@ def test_quantised_logits_are_those_of_transformers_reading(quantised_file):
     assert difference <= TOLERANCE
 
 
+@pytest.mark.parametrize("stacked", [True, False])
+def test_quantised_experts(tmp_path, stacked):
+    """Each expert is a part of a stack, or in files before 2024-04 a tensor of its own."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, **MOE}
+    make_model("Mixtral", sizes).save_pretrained(tmp_path)
+    kinds = lambda name: "Q8_0" if name.startswith("blk.0.ffn") and "inp" not in name else "F32"
+    values = write(tmp_path / "x.gguf", *load_folder(tmp_path), kinds, stacked=stacked)
+    experts = open_weights(tmp_path / "x.gguf").params["layers"][0]["mlp"]["experts"]
+    for ours, theirs in (("gate_proj", "ffn_gate"), ("up_proj", "ffn_up"), ("down_proj", "ffn_down")):
+        names = [f"blk.0.{theirs}_exps.weight"] if stacked else [f"blk.0.{theirs}.{e}.weight" for e in range(5)]
+        expected = values[names[0]] if stacked else np.stack([values[name] for name in names])
+        np.testing.assert_array_equal(experts[ours].read(jnp.float32), expected.swapaxes(1, 2))
+        np.testing.assert_array_equal(experts[ours].read(jnp.float32, (slice(2, 4),)), expected.swapaxes(1, 2)[2:4])
+
+
 def test_the_types_that_are_tested_are_all_that_are_read():
     from specjax.hf.gguf.tensors import QUANTISED as READ
 
