@@ -334,6 +334,10 @@ def test_files_that_are_not_gguf(tiny, tmp_path):
     path.write_bytes(b"ggjt" + bytes(100))
     refused(path, "does not begin with the bytes GGUF")
     write(path, *tiny)
+    with pytest.raises(ValueError, match=r"is a file, not a folder; the tokenizer of a GGUF file is specjax.open"):
+        specjax.text.load_tokenizer(path)
+    with pytest.raises(ValueError, match=r"x.gguf holds a language model, not an EAGLE head|give it as the target"):
+        specjax.load_drafter(f"eagle:{path}", specjax.load(path), 2)
     whole = path.read_bytes()
     path.write_bytes(whole[:4] + (1).to_bytes(4, "little") + whole[8:])
     refused(path, "is GGUF version 1; supported: 2 and 3")

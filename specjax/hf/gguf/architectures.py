@@ -236,8 +236,7 @@ def _heads(keys: Keys) -> dict[str, Any]:
 
 def _rope(file: Reading) -> dict[str, Any]:
     """Returns the keys of rotary positions."""
-    # 1. How many entries of a head rotate.
-    keys, header, config = file.keys, file.header, file.config
+    keys, config = file.keys, file.config
     width = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
     rotated = keys.integer("rope.dimension_count", width)
     keys.only("rope.dimension_count_swa", rotated)
@@ -246,39 +245,47 @@ def _rope(file: Reading) -> dict[str, Any]:
         rope["partial_rotary_factor"] = rotated / width
     elif rotated != width:
         raise ValueError(f"rope.dimension_count is {rotated}, and heads are {width} wide; supported: the same")
-    # 2. The kind of scaling.
+    return rope | _scaling(file)
+
+
+def _scaling(file: Reading) -> dict[str, Any]:
+    """Returns the keys of the scaling of rotary positions; none, if there is no scaling."""
+    # 1. What the metadata and tables say.
+    keys, longest = file.keys, file.config["max_position_embeddings"]
     kind = keys.take("rope.scaling.type", "none")
     linear = keys.number("rope.scale_linear", 1.0)  # the older key
     factor = keys.number("rope.scaling.factor", linear)
-    original = keys.integer("rope.scaling.original_context_length", config["max_position_embeddings"])
-    short, long, divisors = (values(header, f"rope_{name}.weight") for name in _ROPE_TABLES)
+    original = keys.integer("rope.scaling.original_context_length", longest)
+    short, long, divisors = (values(file.header, f"rope_{name}.weight") for name in _ROPE_TABLES)
+    # 2. Tables. Of Llama 3's scaling the file keeps the result: any divisors of frequencies are a LongRoPE whose two
+    # tables are the same, so that no text is too long for the first. The scale of Phi-3's follows from the lengths.
     if divisors is not None:
-        # The scaling of Llama 3, of which the file keeps the result. Any divisors of frequencies are a LongRoPE whose
-        # two tables are the same.
+        if kind != "none" and factor != 1:
+            raise ValueError(
+                f"rope.scaling.type is {kind!r}, next to a table rope_freqs.weight; supported: one of them"
+            )
         factors = divisors.tolist()
         both = {"short_factor": factors, "long_factor": factors, "attention_factor": 1.0}
-        scaling = {"rope_type": "longrope", **both, "original_max_position_embeddings": original}
-    elif short is not None and long is not None:
-        keys.ignore("rope.scaling.attn_factor")  # Phi-3's follows from the two lengths
-        scaling = {"type": "longrope", "short_factor": short.tolist(), "long_factor": long.tolist()}
-        rope["original_max_position_embeddings"] = original
-    elif kind == "none" or (kind == "linear" and factor == 1):
-        scaling = {"rope_type": "linear", "factor": factor} if factor != 1 else None
-    elif kind == "linear":
-        scaling = {"rope_type": "linear", "factor": factor}
-    elif kind == "yarn":
-        scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
-        for theirs, ours in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
-            if (value := keys.number(f"rope.scaling.{theirs}", None, optional=True)) is not None:
-                scaling[ours] = value
-        if (scale := keys.number("rope.scaling.attn_factor", None, optional=True)) is not None:
-            scaling["attention_factor"] = scale * (1 + 0.1 * math.log(factor))
-    else:
+        return {"rope_scaling": {"rope_type": "longrope", **both, "original_max_position_embeddings": longest}}
+    if short is not None and long is not None:
+        keys.ignore("rope.scaling.attn_factor")
+        tables = {"type": "longrope", "short_factor": short.tolist(), "long_factor": long.tolist()}
+        return {"rope_scaling": tables, "original_max_position_embeddings": original}
+    # 3. Formulas.
+    if kind in ("none", "linear"):
+        return {} if factor == 1 else {"rope_scaling": {"rope_type": "linear", "factor": factor}}
+    if kind != "yarn":
         raise ValueError(f"rope.scaling.type is {kind!r}; supported: none, linear, yarn, longrope with its tables")
-    return rope | ({} if scaling is None else {"rope_scaling": scaling})
+    scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    for name in ("beta_fast", "beta_slow"):
+        if (value := keys.number(f"rope.scaling.yarn_{name}", None, optional=True)) is not None:
+            scaling[name] = value
+    if (scale := keys.number("rope.scaling.attn_factor", None, optional=True)) is not None:
+        scaling["attention_factor"] = scale * (1 + 0.1 * math.log(factor))
+    return {"rope_scaling": scaling}
 
 
-# The families' own file.keys.
+# The families' own keys.
 
 
 def _llama(file: Reading) -> dict[str, Any]:
