@@ -30,7 +30,7 @@ class AttendingCache(Protocol):
         value_width: int | None = None,
         sinks_n: Array | None = None,
     ) -> tuple[Array, "AttendingCache"]:
-        """Returns the output and the cache with ``new``; see ``specjax.transformer.attention.store_and_attend``."""
+        """Returns the output and the cache with ``new``; see ``specjax.transformer.attend.store_and_attend``."""
         ...
 
 

@@ -9,7 +9,7 @@ import pytest
 import reference_model
 
 from specjax.transformer import flash
-from specjax.transformer.attention import attend, places_seen
+from specjax.transformer.attend import attend, places_seen
 from specjax.types import Feed
 
 OPTIONS = {

@@ -12,7 +12,7 @@ from specjax.hf.names import why_left_out
 from specjax.planning import Mesh, Model, token_bytes, weights
 from specjax.training.chains import ChainCache
 from specjax.transformer import DecoderConfig, LayerConfig, decoder_model
-from specjax.transformer.attention import attend_to_shared
+from specjax.transformer.attend import attend_to_shared
 from specjax.transformer.decoder import Decoder, abstract_params, empty_cache
 from specjax.types import whole_feed
 

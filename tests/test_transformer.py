@@ -10,7 +10,7 @@ import reference_model
 from jitted import jit
 
 from specjax.hf import decoder_config
-from specjax.transformer.attention import attend, attention_windows
+from specjax.transformer.attend import attend, attention_windows
 from specjax.transformer.config import DecoderConfig, DeltaConfig, ExpertsConfig, LatentConfig, LayerConfig, plain_rope
 from specjax.transformer.decoder import abstract_params, bind, decoder_model, init_params
 from specjax.types import Feed, whole_feed

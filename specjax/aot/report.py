@@ -19,7 +19,7 @@ from specjax.aot.promises import Limits
 from specjax.aot.rounds import Caches, TakenPath, find_rounds
 from specjax.aot.thunks import host_waits
 from specjax.aot.values import Frame
-from specjax.transformer.attention import attention_windows
+from specjax.transformer.attend import attention_windows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from flax import struct
 from jax import Array
 
 from specjax.cache import LayerCache
-from specjax.transformer.attention import first_seen
+from specjax.transformer.attend import first_seen
 from specjax.transformer.layers import softcap, softmax
 
 
@@ -44,7 +44,7 @@ class ChainCache:
         Args:
           query_bnth: floats, queries of the step, one for each slot.
           new: keys and values of the step, or keys alone that hold the values.
-          scale: as for ``specjax.transformer.attention.attend``, like the arguments after it.
+          scale: as for ``specjax.transformer.attend.attend``, like the arguments after it.
 
         Returns:
           ``[b, n, t, values' h]``, and the cache with the step.

@@ -10,7 +10,8 @@ from flax import nnx
 from jax import Array
 
 from specjax.cache import KVCache, allocate
-from specjax.transformer.attention import Attention, LatentAttention, attention_form
+from specjax.transformer.attend import attention_form
+from specjax.transformer.attention import Attention, LatentAttention
 from specjax.transformer.config import EXTERNAL, DecoderConfig, DeltaConfig, LayerConfig
 from specjax.transformer.delta import GatedDelta
 from specjax.transformer.functional import Functional
