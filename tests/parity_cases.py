@@ -190,6 +190,7 @@ DENSE = {
     "olmo 2": ("Olmo2", {**rope("default"), "attention_bias": True, "pad_token_id": 1, "eos_token_id": 2}),
     "olmo 3": ("Olmo3", {**WINDOW, **OLMO3_ROPE, "num_hidden_layers": 4, "pad_token_id": 1, "eos_token_id": 2}),
     "granite": ("Granite", {**GRANITE, "attention_bias": True, "mlp_bias": True}),
+    "cohere": ("Cohere", {**COHERE, **TIED}),
     "cohere, norms of each head's own": ("Cohere", {**COHERE, **TIED, "attention_bias": True, "use_qk_norm": True}),
     "cohere 2": ("Cohere2", {**COHERE, **WINDOW, "num_hidden_layers": 4}),
     "glm": ("Glm", {**GLM, "attention_bias": False}),

@@ -235,6 +235,15 @@ def test_the_nearest_model_has_the_most_keys_in_common():
         decoder_config({**CLASS_KEYS["qwen3_moe"], **raw})
 
 
+def test_keys_of_older_configs_are_no_reason():
+    """Published configs have keys of transformers 4, and some that change nothing."""
+    old = {"rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 2}, "auto_map": {"AutoConfig": "x.Y"}}
+    keys = {key: value for key, value in CLASS_KEYS["llama"].items() if key != "rope_parameters"}
+    raw = {**keys, **SMALL["llama"], **old, "quantization_config": {"bits": 4}, "model_type": "novel", "experts_of": 3}
+    with pytest.raises(ValueError, match="its config has experts_of, which 'llama' does not have"):
+        decoder_config(raw)
+
+
 # Unknown keys.
 
 UNKNOWN = {

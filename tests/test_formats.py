@@ -421,6 +421,9 @@ def test_float8_stacks_of_experts_are_read_with_their_scales(scales, tmp_path):
         wide = {"quantization_config": quantization | {"weight_block_size": [64, 24]}}
         with pytest.raises(ValueError, match=r"gate_up_proj' holds projections of 32 rows, and 64 rows share a scale"):
             weights_of(wide, found, plain)
+        unknown = {"quantization_config": {**FP8, "weight_block_size": None}}
+        with pytest.raises(ValueError, match=r"gate_up_proj' .* an unknown number of rows share a scale"):
+            weights_of(unknown, found, plain)
 
 
 def test_a_quantised_folder_may_be_quantised_converted_and_split(tmp_path):

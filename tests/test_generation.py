@@ -149,11 +149,15 @@ def test_defaults_of_a_generation_config(tmp_path, case):
     [
         *[("temperature", -0.1), ("temperature", float("nan")), ("top_k", -2), ("top_k", 2.5), ("top_p", 0)],
         *[("top_k", float("inf")), ("top_p", 1.5), ("min_p", -0.1), ("repetition_penalty", 0.0)],
+        *[("do_sample", "false"), ("do_sample", 0), ("temperature", "hot")],
     ],
 )
 def test_defaults_out_of_range_name_the_file(tmp_path, name, value):
     change(tmp_path, generation_config={name: value})
-    with pytest.raises(ValueError, match=rf"generation_config.json: {name} is .*; it must be "):
+    with pytest.raises(ValueError, match=rf"generation_config.json: {name} is .*; it must be .*: correct the file"):
+        load_generation_defaults(tmp_path)
+    change(tmp_path, generation_config={"do_sample": False, name: value})
+    with pytest.raises(ValueError, match=name):
         load_generation_defaults(tmp_path)
 
 

@@ -317,6 +317,15 @@ def test_joint_law_of_decoders(name):
         assert p_value(texts[:, first::2], target, PLAIN) > 1e-3
 
 
+def test_a_decoder_that_takes_nothing_back_is_seen():
+    """The control, at the same number of rows: the states of recurrent layers hold rejected drafts."""
+    target, drafter = DECODERS["mamba"]
+    forgetless = target.replace(commit=lambda cache, feed, kept_b: target.commit(cache, feed, feed.count_b))
+    texts = emitted(forgetless, drafter, token_and_block, PLAIN, rows_per_prompt=DECODER_ROWS)
+    for first in (0, 1):
+        assert p_value(texts[:, first::2], target, PLAIN) < 1e-6
+
+
 @pytest.mark.parametrize("drafter", SLOW.values(), ids=SLOW)
 def test_joint_law_of_drafters_that_compile_slowly(drafter):
     """Under one rule and sampling."""

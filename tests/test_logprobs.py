@@ -160,18 +160,28 @@ def test_they_go_on_over_turns():
             np.testing.assert_allclose(out.logprobs[row, at], wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["none", "n-gram"])
-def test_logits_that_are_nan_are_marked_and_touch_no_other_row(name):
+@pytest.mark.parametrize(
+    ("name", "rule", "filters"),
+    [
+        ("none", "block", {}),
+        ("n-gram", "token", {"top_k": 4}),
+        ("model", "block", {"top_p": 0.9}),
+        ("model", "coupled", {"top_k": 4, "top_p": 0.9, "min_p": 0.01}),
+    ],
+)
+def test_logits_that_are_nan_are_marked_and_touch_no_other_row(name, rule, filters):
     """Token 3 leads to NaN, as an overflow does: the last token follows, and its log-probability is NaN."""
     table = np.random.default_rng(0).normal(size=(9, 9)).astype(np.float32)
     table[:, [3, 5]] = -np.inf  # only token 5 leads to token 3, and only a prompt has token 5
     table[5] = np.where(np.arange(9) == 3, 0, -np.inf)
     damaged = table.copy()
     damaged[3] = np.nan
-    sampling = Sampling(temperature=np.array([0.0, 1.0, 0.0, 1.0]))
+    sampling = Sampling(temperature=np.array([0.0, 1.0, 0.0, 1.0]), **filters)
     prompts, settings = [[1, 5], [1, 5], [1, 2], [1, 2]], {"max_new_tokens": 8, "fixed": True, "logprobs": True}
+    drafter = ModelDrafter(table_model(jnp.asarray(table)), 3) if name == "model" else DRAFTERS[name]
+    settings |= {"drafter": drafter, "verify": RULES[rule]}
     found, wanted = (
-        specjax.generate(table_model(x), prompts, drafter=DRAFTERS[name], sampling=sampling, **settings).to_host()
+        specjax.generate(table_model(x), prompts, sampling=sampling, **settings).to_host()
         for x in map(jnp.asarray, (damaged, table))
     )
     for row in (0, 1):

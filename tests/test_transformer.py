@@ -424,6 +424,13 @@ def test_layers_without_plain_attention_have_no_fields_of_it(field):
             DecoderConfig(**PLAIN, **changed)
 
 
+@pytest.mark.parametrize("field", [{"rope": plain_rope(4)}, {"window": 3}, {"chunk": 3}])
+def test_recurrent_layers_see_no_positions(field):
+    recurrent = dataclasses.replace(NO_ROPE, recurrent=True, **field)
+    with pytest.raises(ValueError, match=rf"layer 0 has \{{'{next(iter(field))}'"):
+        DecoderConfig(**PLAIN, layers=(recurrent, NO_ROPE), recurrence=DELTA)
+
+
 @pytest.mark.parametrize(("changed", "words"), BAD.values(), ids=BAD)
 def test_bad_configs_are_refused(changed, words):
     DecoderConfig(**PLAIN)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_compiled import compilations
-from test_conformance import COPY, DRAFTERS, TARGET, texts
+from test_conformance import CASES, MODEL, TARGET, texts
 
 import specjax
 from specjax import ModelDrafter, NGramDrafter, Sampling
@@ -19,7 +19,8 @@ from specjax.transformer.decoder import abstract_params, decoder_model
 GREEDY = Sampling(temperature=0)
 # One of each kind of state.
 KINDS = ("model", "model of another vocabulary", "mtp, three modules", "eagle-3", "medusa", "cascade: n-gram, model")
-every_kind = pytest.mark.parametrize("drafter", [DRAFTERS[name] for name in KINDS], ids=KINDS)
+DRAFTERS = {name: CASES[name][1] for name in KINDS}
+every_kind = pytest.mark.parametrize("drafter", DRAFTERS.values(), ids=DRAFTERS)
 PROMPTS = [[3], [1, 5], [2, 4, 1, 0, 5, 3, 2], [7, 7, 8, 7, 7, 8, 7, 7]]
 MORE = [[9, 1, 2], [4], [], [0, 1, 2, 3, 4, 5, 6]]
 
@@ -198,6 +199,6 @@ def test_a_fault_in_the_order_of_chunks_is_seen(monkeypatch):
 
     monkeypatch.setattr(prompt, "_read", late)
     programs.generate_program.clear_cache()
-    out = specjax.generate(TARGET, LONG, drafter=ModelDrafter(COPY, 3), fixed=True, sampling=GREEDY, max_new_tokens=9)
+    out = specjax.generate(TARGET, LONG, drafter=MODEL, fixed=True, sampling=GREEDY, max_new_tokens=9)
     programs.generate_program.clear_cache()
     assert texts(out) != honest

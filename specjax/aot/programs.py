@@ -146,8 +146,8 @@ def draft_config(target: DecoderConfig) -> DecoderConfig:
 
 
 def eagle_head(target: DecoderConfig) -> EagleHead:
-    """Returns a head like the published EAGLE-3 heads, for targets of any family: one layer of Llama's as wide as the
-    target, three states, 32000 tokens."""
+    """Returns a draft head like the published EAGLE-3 heads, for targets of any family: one layer of Llama's as wide as
+    the target, three states, 32000 tokens."""
     decoder = DecoderConfig(
         vocab_size=target.vocab_size,
         hidden_size=target.hidden_size,

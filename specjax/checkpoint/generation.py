@@ -15,11 +15,14 @@ from specjax.text.tokenizer import load_tokenizer, read_special_tokens
 _TEXT_CONFIGS = ("text_config", "decoder", "generator")
 # Parameters of sampling: which numbers each may be, and the same in words.
 _SAMPLING: Mapping[str, tuple[Callable[[float], bool], str]] = {
-    "temperature": (lambda x: 0 <= x < math.inf, "at least 0 (0 is greedy)"),
-    "top_k": (lambda x: -1 <= x < 2**31 and x == int(x), "an integer (0 and -1 keep all tokens)"),
+    "temperature": (lambda x: 0 <= x < math.inf, "that is finite and at least 0 (0 is greedy)"),
+    "top_k": (
+        lambda x: -1 <= x < 2**31 and x == int(x),
+        "that is whole, at least -1 and below 2**31 (0, -1: no limit)",
+    ),
     "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1 (1 keeps all tokens)"),
     "min_p": (lambda x: 0 <= x <= 1, "from 0 (keeps all tokens) to 1"),
-    "repetition_penalty": (lambda x: 0 < x < math.inf, "above 0 (1 changes nothing)"),
+    "repetition_penalty": (lambda x: 0 < x < math.inf, "that is finite and above 0 (1 changes nothing)"),
 }
 
 
@@ -80,14 +83,18 @@ def load_generation_defaults(path: str | os.PathLike) -> dict[str, float | int]:
     if not file.is_file():
         return {}
     config = read_json(file)
-    greedy = {"temperature": 0.0} if config.get("do_sample") is False else {}
-    defaults = {name: config[name] for name in _SAMPLING if config.get(name) is not None} | greedy
+    cure = "correct the file, or leave out generation_defaults"
+    sampled = config.get("do_sample")
+    if sampled is not None and not isinstance(sampled, bool):
+        raise ValueError(f"{file}: do_sample is {sampled!r}; it must be true or false: {cure}")
+    defaults = {name: config[name] for name in _SAMPLING if config.get(name) is not None}
     for name, value in defaults.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{file}: {name} is {value!r}; it must be a number")
         holds, wanted = _SAMPLING[name]
-        if not holds(value):
-            raise ValueError(f"{file}: {name} is {value!r}; it must be {wanted}")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not holds(value):
+            raise ValueError(f"{file}: {name} is {value!r}; it must be a number {wanted}: {cure}")
+    if sampled is False:
+        defaults["temperature"] = 0.0
     if "top_k" in defaults:
         defaults["top_k"] = max(0, int(defaults["top_k"]))
     if defaults.get("repetition_penalty") == 1:  # changes nothing, and would compile the penalties

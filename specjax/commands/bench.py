@@ -63,7 +63,7 @@ These run when they are named:
               floor, the least time that bandwidth and arithmetic of this machine allow
   startup     time to first token, compile time and peak memory
   acceptance  draft acceptance rate and mean acceptance length, by vLLM's definitions
-  rollback    of a target with recurrent layers: its pass with what takes rejected drafts back against one without,
+  rollback    of a target with recurrent layers: the target's pass with and without rollback,
               and the memory that a round keeps for it
   peer        other libraries with the same weights and prompts in the same run; needs --peer
 

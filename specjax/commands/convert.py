@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None, prog: str = "convert_hf.py") -> int:
     args = parser.parse_args(argv)
     # The needs of --verify are checked first, since the conversion may take long.
     if args.verify and not args.source.is_dir():
-        parser.error("--verify compares with transformers' reading of a folder, and SRC is none; omit it")
+        parser.error(f"--verify is given and SRC is {str(args.source)!r}, no folder; give a folder, or omit --verify")
     if args.verify and is_quantized(args.source):
         parser.error("--verify compares with transformers on a CPU, which cannot run most quantised weights; omit it")
     if args.verify and args.adapter is not None:

@@ -50,6 +50,8 @@ def open_all(args: argparse.Namespace, chosen: list[str], mesh: Mesh | None) -> 
       ValueError: a folder or config is missing or wrong, or does not fit the benchmarks.
     """
     given = args.target
+    if args.draft is not None and DRAFTLESS.issuperset(chosen):
+        raise ValueError(f"--draft is given, and {' and '.join(chosen)} read the target alone; leave it out")
     args.target = folder_or_shipped(given)
     args.random_weights = args.random_weights or (args.target.is_file() and not is_gguf(args.target))
     if args.random_weights:

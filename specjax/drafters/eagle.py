@@ -30,7 +30,8 @@ class EagleHead:
 
     Attributes:
       decoder: describes the layers. Its ``vocab_size`` is the target's. Its ``max_position_embeddings`` and
-        ``tie_word_embeddings`` are ignored.
+        ``tie_word_embeddings`` are ignored. So is ``embedding_scale`` where the target embeds, and ``logit_scale``,
+        ``logit_softcap`` and ``head_bias`` where the target unembeds.
       capture: hidden-state indices of the target: 0 the embedding output, i the output of layer i. EAGLE-1: ``(-1,)``,
         the state after the final norm.
       version: 1 or 3.

@@ -1,4 +1,4 @@
-"""Drafting with a head that reads the target's hidden states: what MTP and EAGLE heads share."""
+"""Drafting with a draft head that reads the target's hidden states: what MTP and EAGLE heads share."""
 
 from typing import Any, Protocol
 
@@ -32,7 +32,7 @@ class Head(Protocol):
         ...
 
     def check_fit(self, target: LanguageModel, width: int) -> None:
-        """Raises ValueError unless the head reads states of that width, and the target lends what it does without."""
+        """Raises ValueError unless the draft head reads states of that width, and the target has what it uses of it."""
         ...
 
     def init_cache(self, params: Any, rows: int, slots: int) -> Cache:

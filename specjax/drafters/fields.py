@@ -19,6 +19,5 @@ def check_unset(what: str, decoder: DecoderConfig, *names: str) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(decoder)}
     given = {name: getattr(decoder, name) for name in names if getattr(decoder, name) != defaults[name]}
     if given:
-        raise ValueError(
-            f"the decoder of {what} has {given}, which {what} does not compute; leave out {', '.join(given)}"
-        )
+        fields = ", ".join(given)
+        raise ValueError(f"the decoder of {what} has {given}, which is not computed there; leave out {fields}")

@@ -29,7 +29,9 @@ class MTPConfig:
 
     Attributes:
       decoder: the modules' decoder layers, one entry in ``decoder.layers`` for each module. Norms, vocabulary and width
-        are those of all parts of a module. ``max_position_embeddings`` and ``tie_word_embeddings`` are ignored.
+        are those of all parts of a module. ``max_position_embeddings`` and ``tie_word_embeddings`` are ignored. So is
+        ``embedding_scale`` where the target embeds, and ``logit_scale``, ``logit_softcap`` and ``head_bias`` where the
+        target unembeds.
       hidden_first: the projection takes the state before the embedding (MiMo), not after it.
       zero_first: the embedding at slot 0 is zero, as vLLM has it.
       normed_states: a module's states, which the next draft reads, are those after the module's last norm. False: those

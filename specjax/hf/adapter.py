@@ -201,8 +201,9 @@ def merge(
     # 3. Trained tensors take the place of the model's; modules are merged after that.
     merged = dict(tensors)
     try:
-        for name in whole.keys() - left_out.keys():
-            merged[known[name]] = _trained(known[name], whole[name], merged)
+        for name, tensor in whole.items():
+            if name not in left_out:
+                merged[known[name]] = _trained(known[name], tensor, merged)
         for module, parts in modules.items():
             name = known[weights[module]]
             if weights[module] in left_out:

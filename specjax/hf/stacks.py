@@ -42,18 +42,26 @@ def split_stacks(
     for name, tensor in found.items():
         block_name, _, last = name.rpartition(".")
         end = next((end for end in _SCALES if last.endswith(end)), "")
-        first = known[name].removesuffix(last) + "0.{}.weight"
-        held = (parts for parts in _HELD.get(last.removesuffix(end), ()) if first.format(parts[0]) in wanted)
+        first = known[name].removesuffix(last) + "0."
+        held = (parts for parts in _HELD.get(last.removesuffix(end), ()) if f"{first}{parts[0]}.weight" in wanted)
         parts = next(held, ())
         experts = _split(block_name, tensor, parts, end) if parts else {}
         split |= experts if experts and not experts.keys() & found.keys() else {name: tensor}
-        rows = [part.shape[0] for name, part in experts.items() if not end and len(parts) > 1]
-        if block and rows and rows[0] % block and any(name + scale in found for scale in _SCALES):
-            raise ValueError(
-                f"tensor {name!r} holds projections of {rows[0]} rows, and {block} rows share a scale, which are rows "
-                "of two projections; open a folder that has a tensor for each expert, or one of plain floats"
-            )
+        if experts and len(parts) > 1 and not end:
+            scales = [found[name + scale].shape for scale in _SCALES if name + scale in found]
+            _check_blocks(name, tensor.shape[1] // len(parts), scales, block)
     return split
+
+
+def _check_blocks(name: str, rows: int, scales: list[tuple[int, ...]], block: int | None) -> None:
+    """Raises ValueError if rows of two projections share a scale, or may do so."""
+    shared = any(len(shape) == 3 and shape[1] < 2 * rows for shape in scales)
+    if shared and (block is None or rows % block):
+        share = "an unknown number of" if block is None else block
+        raise ValueError(
+            f"tensor {name!r} holds projections of {rows} rows, and {share} rows share a scale, which may be rows of "
+            "two projections; open a folder that has a tensor for each expert, or one of plain floats"
+        )
 
 
 def _split(block: str, tensor: Tensor, parts: tuple[str, ...], end: str) -> dict[str, Tensor]:

@@ -14,6 +14,9 @@ _INDEXED = (
     "each query sees only the tokens that a learned indexer chooses (index_topk), which specjax does not compute; use "
     "a model of full attention, such as DeepSeek-V3.1"
 )
+_LEFT_OUT = NO_EFFECT | {"auto_map", "quantization_config"}
+# Keys of older configs, which transformers 5 writes as one.
+_OLD = dict.fromkeys(("rope_theta", "rope_scaling"), "rope_parameters")
 _RECURRENT = "it has recurrent layers without MLPs"
 
 # What a model computes that the decoder does not, and the supported model_type that is nearest to it.
@@ -50,7 +53,8 @@ def unsupported(raw: Mapping[str, Any], tables: Mapping[str, Collection[str]]) -
     nearest, reason = _MISSING.get(name, (None, ""))
     # 2. Otherwise its keys: what the nearest does not have may be what is missing.
     if not reason:
-        keys = {key for key in raw if key not in NO_EFFECT and raw[key] not in (None, UNDECLARED.get(key))}
+        given = {key for key in raw if key not in _LEFT_OUT and raw[key] not in (None, UNDECLARED.get(key))}
+        keys = {_OLD.get(key, key) for key in given}
         alike = {other: len(keys & {*table}) / len(keys | {*table}) for other, table in tables.items() if table}
         nearest = max(alike, key=lambda other: (alike[other], _spelling(name, other)), default=None)
         if nearest is None or alike[nearest] < _ALIKE:

@@ -238,9 +238,11 @@ def plain_tensors(
             check_named(found)
         decoded = found if form is None else decode(found, form)
     # 2. Their names in the table.
-    tensors = {known: decoded[name] for name, known in table_names(decoded).items()}
-    if len(tensors) < len(decoded):
-        raise ValueError("two tensors have one name but for a wrapper's prefix; save the model again")
+    tensors, own = {}, {}
+    for name, known in table_names(decoded).items():
+        if known in own:
+            raise ValueError(f"tensors {own[known]!r} and {name!r} are both {known!r}; save the model again")
+        tensors[known], own[known] = decoded[name], name
     return tensors, form
 
 

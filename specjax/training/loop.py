@@ -40,10 +40,14 @@ def make_optimizer(stage: Stage) -> optax.GradientTransformation:
             b1=0.9,
             b2=0.95,
             weight_decay=stage.weight_decay,
-            # Matrices only: decay would pull the scales of norms to 0.
-            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+            mask=lambda params: jax.tree_util.tree_map_with_path(_decays, params),
         ),
     )
+
+
+def _decays(path: tuple[Any, ...], x: Array) -> bool:
+    """Returns whether a parameter decays: matrices do. Scales of norms do not, since decay would pull them to 0."""
+    return x.ndim > 1 and "norm" not in jax.tree_util.keystr(path)
 
 
 def split_rows(mesh: Mesh, rows: int) -> NamedSharding:

@@ -111,7 +111,7 @@ class Recipe:
                 f"a draft head of kind {self.head!r} draws no text of its own; give 'both' for 'on_policy'"
             )
         if self.head is None and self.chain_steps != 1:
-            raise ValueError(f"chain_steps is {self.chain_steps}, but only heads are trained in chains")
+            raise ValueError(f"chain_steps is {self.chain_steps}, but only draft heads are trained in chains")
         check_integer("sample_tokens", self.sample_tokens, 0)
         if not self.stages:
             raise ValueError("stages is empty; give at least one [[stages]]")

@@ -197,6 +197,9 @@ class DecoderConfig:
             )
         own = ("head_dim", "kv_heads", "keys_as_values", "shares", "growth", "unit_heads")
         given = {name: value for name in own if (value := getattr(layer, name)) not in (None, False)}
+        if layer.recurrent:
+            seen = ("rope", "window", "chunk")
+            given |= {name: value for name in seen if (value := getattr(layer, name)) is not None}
         if (self.latent or layer.recurrent) and given:
             raise ValueError(f"layer {number} has {given}, but not plain attention; leave out {', '.join(given)}")
         if layer.shares in (None, EXTERNAL):

@@ -61,7 +61,8 @@ _WRAPPERS = {
     "language_model.lm_head.": "lm_head.",
 }
 # Names of the modules that torch wraps around a model or one of its modules. Some training codes save them.
-_TORCH_WRAPPERS = re.compile(r"^module\.|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_INNER = r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+_TORCH_WRAPPERS = re.compile(rf"^(?:module\.|{_INNER})+|\b{_INNER}")
 
 
 def table_names(model_type: str, names: Iterable[str]) -> dict[str, str]:
