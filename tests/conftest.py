@@ -45,8 +45,8 @@ def pytest_configure(config):
 
 
 # The files that take longest. They come first, so that no worker is left with one of them at the end.
-LONGEST = ("hosts", "parity_dense", "mtp", "adapt", "eagle", "laws", "train_script", "conformance", "parity_experts")
-LONGEST += ("shared_vocabulary", "hybrid", "cascade", "recurrent", "sharding", "engine", "bench_options")
+LONGEST = ("platforms", "session", "quantized", "sharded_training", "hosts", "laws", "conformance", "eagle", "logprobs")
+LONGEST += ("sharding", "adapt", "mtp", "train_script", "cascade", "conversion", "checking", "turns", "parity_dense")
 
 
 def pytest_collection_modifyitems(config, items):
