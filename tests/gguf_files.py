@@ -113,8 +113,8 @@ def add_config(writer, config):
     if config["model_type"] not in ("llama", "mixtral", "qwen2", "phi3") or width * heads != config["hidden_size"]:
         writer.add_key_length(width)
         writer.add_value_length(width)
-    if config.get("sliding_window"):
-        writer.add_sliding_window(config["sliding_window"])
+    if config.get("sliding_window") or config["model_type"] == "phi3":  # whose 0 is none
+        writer.add_sliding_window(config.get("sliding_window") or 0)
     if config["model_type"] == "gemma2":
         writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
         writer.add_final_logit_softcapping(config["final_logit_softcapping"])

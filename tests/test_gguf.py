@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from parity_cases import GEMMA3_ROPE, LLAMA3, LONGROPE, MOE, TIED, VOCAB, WIDE, 
 import specjax
 from specjax.checkpoint.text_parts import open_text_parts
 from specjax.commands import convert
+from specjax.hf.gguf.architectures import config_of
+from specjax.hf.gguf.file import Header, Stored
 from specjax.hf.weights import open_weights
 
 torch = pytest.importorskip("torch")
@@ -266,11 +269,14 @@ def refused(path, match):
         ({"llama.block_count": 2}, "llama.block_count is 2, and the file holds 1 layers"),
         ({"llama.context_length": None}, "llama lacks the key 'context_length'"),
         ({"llama.context_length": "long"}, "context_length must be an integer of at least 1, got 'long'"),
-        ({"llama.feed_forward_length": 30}, r"tensor .* is \(.*\); config.json asks for"),
-        ({"llama.rope.dimension_count": 4}, "rope.dimension_count is 4, and heads are 6 wide"),
+        ({"llama.feed_forward_length": 30}, r"tensor .* is \(.*\); the metadata ask for .*; the file is damaged"),
+        ({"llama.rope.dimension_count": 4}, "rope.dimension_count is 4, and attention heads are 6 wide"),
         ({"llama.rope.scaling.type": "spiral"}, "rope.scaling.type is 'spiral'; supported: none, linear, yarn"),
         ({"llama.attention.scale": 0.5}, "llama.attention.scale is 0.5, which is unknown and might change"),
         ({"llama.attention.value_length": 7, "llama.attention.key_length": 6}, "'attention.value_length' is 7"),
+        *(({"split.count": value}, "split.count is .* and must be a whole number") for value in (2.0, "2", [2], -2)),
+        ({"split.count": 2, "split.no": "0"}, "split.no is '0' and must be a whole number"),
+        ({"llama.expert_count": [4, 5]}, "expert_count must be an integer of at least 1, got .4, 5."),
     ],
 )
 def test_metadata_that_are_not_supported(tiny, tmp_path, change, match):
@@ -281,17 +287,20 @@ def test_metadata_that_are_not_supported(tiny, tmp_path, change, match):
     refused(path, match)
 
 
-def rewrite(path, change):
-    """Writes a file again with other metadata: values by keys, None for a key that is left out."""
+def rewrite(path, change, tensors=None):
+    """Writes a file again with other metadata: values by keys, None for a key that is left out; and more tensors."""
     reader = gguf.GGUFReader(path)
     fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")} | change
     writer = gguf.GGUFWriter(path.with_suffix(".new"), fields.pop("general.architecture"))
     for key, value in fields.items():
-        kind = {str: gguf.GGUFValueType.STRING, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32}
+        add = {str: writer.add_string, int: writer.add_int32, float: writer.add_float32, list: writer.add_array}
         if value is not None:
-            writer.add_key_value(key, value, kind[type(value)])
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, np.array(tensor.data))
+            add[type(value)](key, value)
+    for name, tensor in {
+        **{tensor.name: np.array(tensor.data) for tensor in reader.tensors},
+        **(tensors or {}),
+    }.items():
+        writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -299,11 +308,108 @@ def rewrite(path, change):
     path.with_suffix(".new").rename(path)
 
 
-def test_a_refused_key_can_be_left_out(tiny, tmp_path):
+def test_a_refused_key_can_be_left_out(tiny, tmp_path, caplog):
+    """By every function that opens the file. Each gives one warning about keys that nobody knows."""
+    path = tmp_path / "x.gguf"
+    write(path, *tiny, more=add_tokens)
+    rewrite(path, {"llama.attention.scale": 0.5, "llama.strange": 1, "tokenizer.ggml.eos_token_id": 5})
+    ignored = ("llama.attention.scale",)
+    opened = specjax.open(path, "float32", ignore_config_keys=iter(ignored))
+    assert caplog.text.count("unknown keys are ignored") == 1 and "llama.strange" in caplog.text
+    assert opened.stop_tokens == (5,)
+    specjax.load_drafter(f"cascade:ngram,model:{path}", opened, 2, ignore_config_keys=iter(ignored))
+    specjax.convert_hf(path, tmp_path / "converted", ignore_config_keys=iter(ignored))
+    assert json.loads((tmp_path / "converted" / "config.json").read_text())["eos_token_id"] == [5]
+    with pytest.raises(ValueError, match=r"config.json of the metadata lacks the key 'hidden_size'"):
+        specjax.load(path, ignore_config_keys=(*ignored, "hidden_size"))
+
+
+def test_a_vocabulary_that_is_damaged_is_refused_where_it_is_wanted(tiny, tmp_path):
     path = tmp_path / "x.gguf"
     write(path, *tiny)
-    rewrite(path, {"llama.attention.scale": 0.5})
-    assert specjax.load(path, "float32", ignore_config_keys=("llama.attention.scale",)).vocab_size == VOCAB
+    rewrite(path, {"tokenizer.ggml.tokens": ["a", "b"], "tokenizer.ggml.token_type": [1]})
+    assert specjax.load(path, "float32").vocab_size == VOCAB
+    with pytest.raises(ValueError, match=r"there are 2 tokens and 1 types of tokens"):
+        specjax.open(path)
+
+
+def test_tables_of_rotary_positions_that_are_not_read(tiny, tmp_path):
+    """One of two tables, tables of both kinds, and a table of a layer. Frequencies that files once had are left out."""
+    path = tmp_path / "x.gguf"
+    for names, match in (
+        (["rope_factors_short"], "the tables of rotary positions are rope_factors_short.weight; supported: rope_freqs"),
+        (["rope_factors_short", "rope_factors_long", "rope_freqs"], "are rope_factors_short.weight, rope_factors_long"),
+        (["blk.0.rope_freqs"], "1 tensors are unknown, such as 'blk.0.rope_freqs.weight'"),
+    ):
+        write(path, *tiny)
+        rewrite(path, {}, {f"{name}.weight": np.ones(3, np.float32) for name in names})
+        refused(path, match)
+    write(path, *tiny)
+    rewrite(path, {}, {"blk.0.attn_rot_embd.weight": np.ones(3, np.float32)})
+    open_weights(path)
+
+
+def config_by_keys(architecture, layers=2, **change):
+    """The config of a file without data that has these keys."""
+    keys = {"embedding_length": 24, "feed_forward_length": 40, "context_length": 64, "attention.head_count": 4}
+    keys |= {"block_count": layers, "attention.layer_norm_rms_epsilon": 1e-5} | change
+    metadata = {f"{architecture}.{key}": value for key, value in keys.items()}
+    names = ["token_embd.weight", *(f"blk.{i}.attn_norm.weight" for i in range(layers))]
+    tensors = {name: Stored(Path("x"), name, 0, (8, 24), 0) for name in names}
+    return config_of(Header(Path("x"), {"general.architecture": architecture, **metadata}, tensors))
+
+
+def test_scalings_of_rotary_positions():
+    def scaling(**keys):
+        return config_by_keys("llama", **{f"rope.{key}": value for key, value in keys.items()}).get("rope_scaling")
+
+    linear = {"rope_type": "linear", "factor": 4.0}
+    assert scaling(**{"scaling.factor": 4.0}) == scaling(scale_linear=4.0) == linear  # as llama.cpp reads it
+    assert scaling(**{"scaling.type": "linear", "scaling.factor": 4.0}) == linear
+    assert scaling(**{"scaling.type": "none", "scaling.factor": 4.0}) is None
+    yarn = {"scaling.type": "yarn", "scaling.factor": 4.0}
+    assert scaling(**yarn, **{"scaling.yarn_attn_factor": 1.5})["attention_factor"] == 1.5
+    assert scaling(**yarn, **{"scaling.attn_factor": 1.5})["attention_factor"] == 1.5 * (1 + 0.1 * np.log(4))
+
+
+@pytest.mark.parametrize(
+    ("layers", "length", "key_heads", "window"),
+    [
+        (32, 4096, 4, 2047),
+        (40, 4096, 4, 2047),
+        (32, 131072, 32, 262144),
+        (40, 131072, 4, 131072),
+        (32, 131072, 4, None),
+    ],
+)
+def test_windows_of_phi3_in_older_files(layers, length, key_heads, window):
+    """As llama.cpp knew them by the models' sizes. Since 2024-08 files have the key, and 0 is none."""
+    keys = {"context_length": length, "attention.head_count_kv": key_heads}
+    if window is None:
+        with pytest.raises(ValueError, match=r"phi3 lacks the key 'attention.sliding_window'"):
+            config_by_keys("phi3", layers, **keys)
+    else:
+        assert config_by_keys("phi3", layers, **keys)["sliding_window"] == window
+    assert config_by_keys("phi3", layers, **keys, **{"attention.sliding_window": 0})["sliding_window"] is None
+
+
+def test_a_part_of_each_attention_head_that_rotates():
+    """The file has a number of entries and the config their share: 44 * (30 / 44) is less than 30."""
+    keys = {"attention.head_count": 1, "attention.key_length": 44, "rope.dimension_count": 30}
+    config = specjax.hf.decoder_config(config_by_keys("phi3", **keys, **{"attention.sliding_window": 0}))
+    assert len(config.each_layer[0].rope.frequencies) == 15
+
+
+def test_a_gemma3_without_windows():
+    """The converter leaves the window out if every layer has full attention."""
+    for keys, windows in (({}, {None}), ({"attention.sliding_window": 16}, {None, 16})):
+        config = specjax.hf.decoder_config(config_by_keys("gemma3", 6, **keys))
+        assert {layer.window for layer in config.each_layer} == windows
+
+
+def test_experts_in_numbers_of_layers():
+    """Keys may have a value for each layer."""
+    assert config_by_keys("llama", expert_count=np.asarray([0, 0]))["model_type"] == "llama"
 
 
 def test_tensors_that_are_not_the_models(tiny, tmp_path):
@@ -311,7 +417,7 @@ def test_tensors_that_are_not_the_models(tiny, tmp_path):
     path = tmp_path / "x.gguf"
     name = "model.layers.0.mlp.up_proj.weight"
     write(path, config, tensors | {name: tensors[name][:, :-2]})
-    refused(path, "tensor 'model.layers.0.mlp.up_proj.weight' is .40, 22.; config.json asks for .40, 24.")
+    refused(path, "tensor 'model.layers.0.mlp.up_proj.weight' is .40, 22.; the metadata ask for .40, 24.")
     write(path, config, {key: value for key, value in tensors.items() if key != name})
     refused(path, "1 tensors are missing, such as 'model.layers.0.mlp.up_proj.weight'")
     write(path, config, tensors | {"model.layers.0.input_layernorm.bias": np.ones(24, np.float32)})
@@ -336,8 +442,10 @@ def test_files_that_are_not_gguf(tiny, tmp_path):
     write(path, *tiny)
     with pytest.raises(ValueError, match=r"is a file, not a folder; the tokenizer of a GGUF file is specjax.open"):
         specjax.text.load_tokenizer(path)
-    with pytest.raises(ValueError, match=r"x.gguf holds a language model, not an EAGLE head|give it as the target"):
+    with pytest.raises(ValueError, match=r"x.gguf holds a language model, not an EAGLE head; give it as the target"):
         specjax.load_drafter(f"eagle:{path}", specjax.load(path), 2)
+    with pytest.raises(ValueError, match=r"^eagle:absent.gguf names .*absent.gguf, which is not a folder"):
+        specjax.load_drafter("eagle:absent.gguf", specjax.load(path), 2)
     whole = path.read_bytes()
     path.write_bytes(whole[:4] + (1).to_bytes(4, "little") + whole[8:])
     refused(path, "is GGUF version 1; supported: 2 and 3")
@@ -378,7 +486,13 @@ def test_a_model_in_several_files(tiny, tmp_path):
 def test_fuzz(tiny, tmp_path):
     """Damaged files open within their bounds, or are refused with a ValueError that names them."""
     path, rng, tried = tmp_path / "x.gguf", np.random.default_rng(0), collections.Counter()
-    write(path, *tiny, more=add_tokens)
+
+    def more(writer):
+        add_tokens(writer)
+        for key, value in (("no", 0), ("count", 1), ("tensors.count", 12)):
+            writer.add_int32(f"split.{key}", value)
+
+    write(path, *tiny, more=more)
     whole = path.read_bytes()
     header = len(whole) - sum(4 * tensor.size for tensor in tiny[1].values())
     damages = [whole, *(whole[:end] for end in range(0, len(whole), max(1, len(whole) // 150)))]
@@ -390,6 +504,10 @@ def test_fuzz(tiny, tmp_path):
     for number in (0, 2**31, 2**32 - 1, 2**60, 2**63, 2**64 - 1):  # in place of every count and length
         for place in range(8, 64, 8):
             damages.append(whole[:place] + number.to_bytes(8, "little") + whole[place + 8 :])
+    for key in (b"split.no", b"split.count", b"split.tensors.count"):  # every type and other numbers
+        at = whole.index(key) + len(key)
+        damages += [whole[:at] + bytes([kind]) + whole[at + 1 :] for kind in range(14)]
+        damages += [whole[: at + 4] + bytes([number]) + whole[at + 5 :] for number in range(4)]
     start = time.perf_counter()
     for damaged in damages:
         path.write_bytes(damaged)

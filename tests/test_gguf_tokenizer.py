@@ -131,6 +131,9 @@ def test_a_tokenizer_beside_the_file(byte_level, tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert open_text_parts(path).tokenizer.to_str() == tokenizer.to_str()
     described = json.loads(tokenizer.to_str())
+    described["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    assert open_text_parts(path).tokenizer.to_str() == tokenizer.to_str()
     vocabulary = described["model"]["vocab"]
     (one, i), (other, j) = list(vocabulary.items())[-2:]
     vocabulary |= {one: j, other: i}
@@ -159,7 +162,8 @@ def sentencepiece(request, tmp_path_factory):
     spelled = {token.replace(" ", "▁") for token in added}
     merged = [token for token in merged if token not in spelled]
     tokens = [*first, *merged, *letters, *added]
-    types += [1] * (len(merged) + len(letters)) + [4 if not token.strip() else 3 for token in added]
+    # Files of Phi-3 have such types: no token of a chat is a control token.
+    types += [1] * (len(merged) + len(letters)) + [3 if token == "<start_of_turn>" else 4 for token in added]
     scores = [0.0] * len(first) + [-float(i) for i in range(len(merged) + len(letters))] + [-1000.0] * len(added)
     keys = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, "add_bos_token": True}
     keys |= {"add_space_prefix": False} if name == "gemma2" else {}
@@ -211,11 +215,35 @@ def test_tokens_of_phi3_drop_white_space_after_them(sentencepiece):
     file, name, _, tokens = sentencepiece
     ours = open_text_parts(file).tokenizer
     if name == "phi3":
-        end = tokens.index("<|end|>")
+        end, user = tokens.index("<|end|>"), tokens.index("<|user|>")
         assert ours.encode("<|end|>\n \n<|end|>").ids == [1, end, end]
+        assert ours.encode("<|user|>\n<|user|>").ids == [1, user, user]
+        assert ours.decode([user, end]) == "<|user|>"  # only the first is no special token
         assert open_text_parts(file).stop_tokens == (2, end)
     if name == "llama":
         assert ours.encode("</s>\n</s>").ids != [1, 2, 2]
+
+
+@pytest.mark.parametrize("keys", [{}, {"bos_token_id": 99, "eos_token_id": 98, "unknown_token_id": 97}])
+def test_sentencepiece_without_ids_of_special_tokens(tmp_path, keys):
+    """They are 0, 1 and 2, as in llama.cpp, also if the file has ids past the vocabulary. No merge makes them."""
+    tokens = ["<u>", "<b>", "<e>", "<", "b", ">", "b>", "▁", "▁b", "", ""]
+    write(tmp_path / "x.gguf", "llama", tokens, [2, 3, 3] + [1] * 8, scores=[0.0] * 3 + [-1.0] * 8, **keys)
+    parts = open_text_parts(tmp_path / "x.gguf")
+    assert parts.stop_tokens == (2,)
+    assert parts.tokenizer.encode("b").ids == [1, 8]
+    assert [token.value for token in parts.tokenizer.model.tokenize("<b>")] == ["<", "b>"]
+    assert parts.tokenizer.model.tokenize("x")[0].value == "<u>"
+    assert parts.tokenizer.id_to_token(10) == "[EMPTY_10]"
+
+
+def test_tokens_that_end_a_text_by_their_text(tmp_path):
+    """Whatever their types are, but for bytes and unknown tokens. Then they are special, too."""
+    tokens = ["a", "</s>", "<eos>", "_<EOT>", "<end_of_utterance>", "<|im_end|>", "<|end|>"]
+    write(tmp_path / "x.gguf", "gpt2", tokens, [1, 1, 4, 1, 4, 4, 2], pre="gpt-2", merges=[])
+    parts = open_text_parts(tmp_path / "x.gguf")
+    assert set(parts.stop_tokens) == {1, 2, 3, 4, 5}
+    assert parts.tokenizer.decode([0, 5, 0]) == "aa"
 
 
 # Mistakes.

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from tokenizers import Tokenizer
 
 from specjax.checkpoint.fetched import model_path
 from specjax.checkpoint.models import (
@@ -20,11 +19,11 @@ from specjax.checkpoint.models import (
     stored_params,
 )
 from specjax.checkpoint.new_folder import new_folder, write_json
-from specjax.checkpoint.text_parts import open_text_parts
+from specjax.checkpoint.text_parts import TextParts, open_text_parts
 from specjax.checks import errors_name
 from specjax.hf.config import read_config
 from specjax.hf.families import FAMILIES, sources
-from specjax.hf.gguf import is_gguf, open_gguf
+from specjax.hf.gguf import is_gguf
 from specjax.hf.safetensors import holds_weights, write_tensors
 from specjax.hf.weights import Parameter, open_weights, tensors_of
 from specjax.transformer.decoder import abstract_params
@@ -75,7 +74,7 @@ def convert_hf(
     """
     # 1. Everything that can be refused without reading a weight is refused first.
     source, destination = model_path(source).absolute(), Path(destination).absolute()
-    tokenizer = _check_ends(source, destination)
+    text = _check_ends(source, destination)
     wanted = None if dtype is None else check_dtype(dtype)
     if (source / "params").is_dir() and not holds_weights(source):
         raise ValueError(f"{source} is a checkpoint folder; specjax.open opens it, and export_hf converts it back")
@@ -97,8 +96,9 @@ def convert_hf(
 
     # 3. The host's memory holds the parameters: a model that is converted need not fit an accelerator.
     with new_folder(destination, replace=False) as folder, jax.default_device(jax.local_devices(backend="cpu")[0]):
-        companions = _write_companions(source, folder, tokenizer)
-        write_json(folder / "config.json", _config(weights.raw, jax.tree.leaves(expected)))
+        companions = _write_companions(source, folder, text)
+        stop_tokens = {"eos_token_id": list(text.stop_tokens)} if is_gguf(source) and text.stop_tokens else {}
+        write_json(folder / "config.json", _config(weights.raw | stop_tokens, jax.tree.leaves(expected)))
         with errors_name(source):
             params = read_params(weights.params, expected, on_read)
         save_params(folder, params)
@@ -131,7 +131,7 @@ def export_hf(
     """
     # 1. Everything that can be refused without reading a weight is refused first.
     source, destination = Path(source).absolute(), Path(destination).absolute()
-    tokenizer = _check_ends(source, destination)
+    text = _check_ends(source, destination)
     if not (source / "params").is_dir():
         raise ValueError(f"{source} has no params/; give a checkpoint folder, such as convert_hf and save write")
     config, raw = read_config(source / "config.json")
@@ -146,7 +146,7 @@ def export_hf(
         params = load_params(source, stored)
         tensors = tensors_of(sources(raw["model_type"], config), params)
         with new_folder(destination, replace=False) as folder:
-            companions = _write_companions(source, folder, tokenizer)
+            companions = _write_companions(source, folder, text)
             write_json(folder / "config.json", _config(raw, jax.tree.leaves(stored)))
             # Otherwise transformers picks the tokenizer's class by model_type, which this tokenizer need not fit.
             if "tokenizer_config.json" not in companions and "tokenizer.json" in companions:
@@ -155,8 +155,8 @@ def export_hf(
     return tuple(destination / name for name in [*companions, *(file.name for file in files)])
 
 
-def _check_ends(source: Path, destination: Path) -> Tokenizer | None:
-    """Returns the source's tokenizer, or None.
+def _check_ends(source: Path, destination: Path) -> TextParts:
+    """Returns what the source says of text.
 
     Raises ValueError unless the source can be read, its small files included, and the destination is free.
     """
@@ -164,23 +164,23 @@ def _check_ends(source: Path, destination: Path) -> Tokenizer | None:
         raise ValueError(f"{source} is not a folder or GGUF file; give a model's")
     if os.path.lexists(destination):
         raise ValueError(f"{destination} exists; remove it or give another name")
-    return open_text_parts(source).tokenizer
+    return open_text_parts(source)
 
 
-def _write_companions(source: Path, folder: Path, tokenizer: Tokenizer | None) -> list[str]:
+def _write_companions(source: Path, folder: Path, text: TextParts) -> list[str]:
     """Writes the tokenizer and copies the files of ``_COMPANIONS`` that there are; returns their names.
 
     The tokenizer is written as it was opened: with all added tokens, and without truncation, padding and dropout.
     """
-    if is_gguf(source):
-        write_json(folder / _COMPANIONS[0], open_gguf(source).vocabulary.config())
+    if text.config is not None:
+        write_json(folder / _COMPANIONS[0], text.config)
         there = [Path(_COMPANIONS[0])]
     else:
         there = _copy_companions(source, folder)
-    if tokenizer is not None:
+    if text.tokenizer is not None:
         # Its own ``save`` raises a plain Exception if the disk is full.
-        (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    return ["tokenizer.json"] * (tokenizer is not None) + [file.as_posix() for file in there]
+        (folder / "tokenizer.json").write_text(text.tokenizer.to_str(pretty=True), encoding="utf-8")
+    return ["tokenizer.json"] * (text.tokenizer is not None) + [file.as_posix() for file in there]
 
 
 def _copy_companions(source: Path, folder: Path) -> list[Path]:

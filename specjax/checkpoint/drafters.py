@@ -39,6 +39,7 @@ from specjax.drafters.model import ModelDrafter
 from specjax.drafters.mtp import MTPDrafter, MTPHead
 from specjax.drafters.ngram import NGramDrafter
 from specjax.drafters.shared_vocabulary import shared_vocabulary_drafter
+from specjax.hf.keys import key_names
 from specjax.quantized import Kind, check_kind
 from specjax.sharding import Rules, gathered, shard
 from specjax.text.vocabulary import match_vocabularies
@@ -117,7 +118,7 @@ def load_drafter(
         target, tokenizer = target.model, tokenizer or target.tokenizer
     # 2. Kinds without a folder of their own.
     if kind == "cascade":
-        options = {"chained": chained, "zero_first": zero_first, "ignore_config_keys": ignore_config_keys}
+        options = {"chained": chained, "zero_first": zero_first, "ignore_config_keys": key_names(ignore_config_keys)}
         options["quantize"] = quantize
         again = functools.partial(load_drafter, **options)
         parts = [again(part, opened, num_draft, dtype, tokenizer, mesh, rules) for part in value.split(",")]
@@ -133,9 +134,11 @@ def load_drafter(
     if kind == "model":
         model = load(path, dtype, mesh, rules, ignore_config_keys, quantize)
         return _model_drafter(path, model, target, num_draft, tokenizer, mesh, rules)
-    if not path.is_dir():
-        raise ValueError(f"{spec} names {path}, which is not a folder; give one with config.json and safetensors files")
     with opened_as(kind, path):
+        if not path.is_dir():
+            raise ValueError(
+                f"{spec} names {path}, which is not a folder; give one with config.json and safetensors files"
+            )
         if kind == "mtp":
             chained, zero_first = chained or named.flag("chained"), zero_first or named.flag("zero_first")
             normed = named.choice("chain_states") == "normed"

@@ -49,7 +49,7 @@ def kinds_of(path: Path) -> list[str]:
     of another kind of draft head. A model's folder may hold draft heads, too; "model" comes last. Empty if nothing is
     known.
     """
-    if is_gguf(path):
+    if path.is_file() and is_gguf(path):
         return ["model"]
     try:
         raw = read_json(path / "config.json")

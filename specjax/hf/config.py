@@ -7,8 +7,8 @@ from typing import Any
 
 from specjax.hf.class_keys import CLASS_KEYS, NO_EFFECT, UNDECLARED
 from specjax.hf.families import FAMILIES, RENAMED
-from specjax.hf.gguf import is_gguf, open_gguf
-from specjax.hf.keys import Keys, read_json, switch, warn_unknown, without_keys
+from specjax.hf.gguf import GGUF, is_gguf, open_gguf
+from specjax.hf.keys import CONFIG, Keys, key_names, read_json, switch, warn_unknown, without_keys
 from specjax.hf.multimodal import MULTIMODAL, take_text
 from specjax.hf.unsupported import unsupported
 from specjax.transformer.config import DecoderConfig
@@ -35,8 +35,14 @@ def decoder_config(raw: Mapping[str, Any], strict: bool = False) -> DecoderConfi
     return config
 
 
-def read_keys(raw: Mapping[str, Any], strict: bool = False) -> tuple[DecoderConfig, dict[str, Any], tuple[str, ...]]:
+def read_keys(
+    raw: Mapping[str, Any], strict: bool = False, name: str = CONFIG
+) -> tuple[DecoderConfig, dict[str, Any], tuple[str, ...]]:
     """Returns the decoder's config, the raw config of the text part, and the names of unknown keys, without a warning.
+
+    Args:
+      raw, strict: as for ``decoder_config``.
+      name: what messages call the config; it begins with ``CONFIG``.
 
     Raises:
       ValueError: as for ``decoder_config``.
@@ -44,27 +50,27 @@ def read_keys(raw: Mapping[str, Any], strict: bool = False) -> tuple[DecoderConf
     # 1. A multimodal model has the text part's config inside its own.
     kind = raw.get("model_type", "llama")
     if isinstance(kind, str) and kind in MULTIMODAL:
-        keys = _all_keys(raw, MULTIMODAL[kind].architecture, MULTIMODAL[kind].code)
+        keys = _all_keys(raw, name, MULTIMODAL[kind].architecture, MULTIMODAL[kind].code)
         text = take_text(keys, raw, MULTIMODAL[kind])
         outer = unknown_keys(keys, kind)
         try:
-            config, text, unknown = read_keys(text, strict)
+            config, text, unknown = read_keys(text, strict, name)
         except ValueError as error:
             raise ValueError(f"text_config: {error}") from None
         return config, text, (*outer, *unknown)
     # 2. A family under another name.
     if isinstance(kind, str) and kind in RENAMED:
         other = RENAMED[kind]
-        keys = _all_keys(raw, other.architecture, other.code)
+        keys = _all_keys(raw, name, other.architecture, other.code)
         for key, value in other.implied.items():
             keys.only(key, value)
         left = {key: raw[key] for key in raw if key not in ("architectures", "auto_map", *other.implied)}
-        return read_keys({**left, "model_type": other.family}, strict)
+        return read_keys({**left, "model_type": other.family}, strict, name)
     # 3. The family.
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(unsupported(raw, {**dict.fromkeys(RENAMED, ()), **CLASS_KEYS}))
     # 4. The family's reader takes the keys that it understands. The tables of class_keys.py judge the others.
-    keys = _all_keys(raw, FAMILIES[kind].architecture, FAMILIES[kind].code, FAMILIES[kind].effective)
+    keys = _all_keys(raw, name, FAMILIES[kind].architecture, FAMILIES[kind].code, FAMILIES[kind].effective)
     config = FAMILIES[kind].read(keys)
     return config, {**raw, "model_type": kind}, unknown_keys(keys, kind, strict)
 
@@ -81,7 +87,7 @@ def unknown_keys(keys: Keys, kind: str, strict: bool = False) -> tuple[str, ...]
 
 
 def _all_keys(
-    raw: Mapping[str, Any], architecture: str, code: str | None, effective: frozenset[str] = frozenset()
+    raw: Mapping[str, Any], name: str, architecture: str, code: str | None, effective: frozenset[str] = frozenset()
 ) -> Keys:
     """Returns the keys of a config, less the keys that have no effect on logits.
 
@@ -97,7 +103,7 @@ def _all_keys(
             f"[{architecture!r}]{switch('architectures')}"
         )
     _check_code(raw, code)
-    keys = Keys(raw, "config.json")
+    keys = Keys(raw, name)
     keys.ignore("auto_map", "quantization_config", *(NO_EFFECT - effective))
     return keys
 
@@ -136,12 +142,23 @@ def read_config(path: Path, ignore_config_keys: Iterable[str] = ()) -> tuple[Dec
       ValueError: the file is missing, is not a JSON object, or describes a model that ``decoder_config`` refuses.
       TypeError: ``ignore_config_keys`` is a string.
     """
-    raw = open_gguf(path, ignore_config_keys).config if is_gguf(path) else read_json(path)
-    raw = without_keys(raw, ignore_config_keys)
+    ignored = key_names(ignore_config_keys)
+    if is_gguf(path):
+        return config_of_gguf(open_gguf(path, ignored), ignored)
+    return _config_of(path, without_keys(read_json(path), ignored), CONFIG)
+
+
+def config_of_gguf(file: GGUF, ignore_config_keys: Iterable[str]) -> tuple[DecoderConfig, dict[str, Any]]:
+    """Returns what ``read_config`` does, of a GGUF file that is open."""
+    return _config_of(file.header.path, without_keys(file.config, ignore_config_keys), f"{CONFIG} of the metadata")
+
+
+def _config_of(path: Path, raw: dict[str, Any], name: str) -> tuple[DecoderConfig, dict[str, Any]]:
+    """Returns what ``read_config`` does, of the content of the file; messages call the content ``name``."""
     if "model_type" not in raw:
         raise ValueError(f'{path} has no model_type; add the model\'s, such as "llama"')
     try:
-        config, text, unknown = read_keys(raw)
+        config, text, unknown = read_keys(raw, name=name)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     except RecursionError:  # from the repr of a value, for a message

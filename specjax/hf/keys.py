@@ -14,6 +14,7 @@ from specjax.transformer.config import MAX_SIZE
 
 _LOG = logging.getLogger(__name__)
 _REQUIRED = object()
+CONFIG = "config.json"
 ROPES = ("rope_parameters", "rope_scaling")  # two names of one object
 
 
@@ -136,13 +137,24 @@ class Keys:
             raise ValueError(f"{self._name} keys {left} are unknown and might change the model{self._switch(*left)}")
 
     def _switch(self, *keys: str) -> str:
-        return switch(*(key if self._name == "config.json" else f"{self._name}.{key}" for key in keys))
+        return switch(*(key if self._name.startswith(CONFIG) else f"{self._name}.{key}" for key in keys))
 
 
 def switch(*keys: str) -> str:
     """Returns the end of a message that refuses keys: how to read ``config.json`` without them."""
     options = " ".join(f"--ignore-config-key {key}" for key in keys)
     return f". To open it as if the config did not say so, give ignore_config_keys={keys!r}, or {options}"
+
+
+def key_names(ignore_config_keys: Iterable[str]) -> tuple[str, ...]:
+    """Returns the names of keys as a tuple, which can be read several times.
+
+    Raises:
+      TypeError: the names are one string.
+    """
+    if isinstance(ignore_config_keys, str):
+        raise TypeError(f"ignore_config_keys is the string {ignore_config_keys!r}; give a tuple of names of keys")
+    return tuple(ignore_config_keys)
 
 
 def without_keys(raw: Mapping[str, Any], ignore_config_keys: Iterable[str]) -> dict[str, Any]:
@@ -157,9 +169,7 @@ def without_keys(raw: Mapping[str, Any], ignore_config_keys: Iterable[str]) -> d
       TypeError: ``ignore_config_keys`` is a string.
     """
     # 1. The top level. A name with a dot may be that of a key here, too: "transformers.js_config".
-    if isinstance(ignore_config_keys, str):
-        raise TypeError(f"ignore_config_keys is the string {ignore_config_keys!r}; give a tuple of names of keys")
-    names = tuple(ignore_config_keys)
+    names = key_names(ignore_config_keys)
     kept = {key: value for key, value in raw.items() if key not in names}
     # 2. Keys inside objects.
     for key, value in kept.items():

@@ -107,7 +107,7 @@ def read_rope(
         raise ValueError(f"rope_type {kind!r} is not supported; supported: {', '.join(TYPES)}")
     # 2. How many entries rotate: they rotate in pairs.
     theta, partial = keys.number("rope_theta"), keys.number("partial_rotary_factor", 1.0)
-    rotated = 2 * int(width * partial // 2) if kind == "proportional" else int(width * partial)
+    rotated = 2 * int(width * partial // 2) if kind == "proportional" else int(round(width * partial, 6))
     if rotated % 2 or not 2 <= rotated <= width:
         raise ValueError(
             f"rotary positions turn {rotated} of the {width} entries of an attention head (partial_rotary_factor "

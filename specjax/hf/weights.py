@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,12 +15,13 @@ from flax.traverse_util import unflatten_dict
 
 from specjax.hf.adapter import base_model, merge, open_adapter
 from specjax.hf.computed import Readable
-from specjax.hf.config import read_config
+from specjax.hf.config import config_of_gguf, read_config
 from specjax.hf.contents import kinds_of_tensors
 from specjax.hf.families import FAMILIES, sources, table_names
 from specjax.hf.formats import Format, check_named, decode, is_plain, read_format
 from specjax.hf.formats import why_left_out as why_left_out_by_formats
 from specjax.hf.gguf import is_gguf, open_gguf
+from specjax.hf.keys import key_names
 from specjax.hf.multimodal import other_part
 from specjax.hf.names import (
     CONV1D,
@@ -40,6 +41,22 @@ PLAIN = frozenset(map(jnp.dtype, ("float64", "float32", "float16", "bfloat16")))
 """Dtypes of plain weights, which are read as they are."""
 
 _COMPARED = 2**24  # bytes of a table that are compared at a time
+
+
+class Words(NamedTuple):
+    """Words of messages about tensors that are not the model's."""
+
+    asks: str
+    cure: str
+
+
+_OF_FOLDER = Words(
+    "config.json asks for",
+    "the weights are of another model than config.json, or of one that specjax does not know; download both again",
+)
+_OF_FILE = Words(
+    "the metadata ask for", "the file is damaged, or of a model that specjax does not know; download it again"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +116,13 @@ def open_weights(folder: Path, ignore_config_keys: Iterable[str] = (), adapter: 
     """
     # 1. Config and tensors.
     if is_gguf(folder):
-        config, raw = read_config(folder, ignore_config_keys)
-        tensors, form = open_gguf(folder, ignore_config_keys).tensors(), None
+        ignored = key_names(ignore_config_keys)
+        file = open_gguf(folder, ignored)
+        config, raw = config_of_gguf(file, ignored)
+        tensors, form, words = file.tensors(), None, _OF_FILE
     else:
         config, raw, tensors, form = _open_folder(folder, ignore_config_keys, adapter)
+        words = _OF_FOLDER
     # 2. An adapter, whose errors name its own folder.
     if adapter is not None:
         names = functools.partial(table_names, raw["model_type"])
@@ -110,7 +130,7 @@ def open_weights(folder: Path, ignore_config_keys: Iterable[str] = (), adapter: 
         transposed = [name for name, source in wanted.items() if source.pieces[0].layout == CONV1D]
         tensors = merge(open_adapter(adapter), _with_both_tables(config, raw, tensors), names, transposed)
     try:
-        return _with_head(config, raw, tensors, form)
+        return _with_head(config, raw, tensors, form, words)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
 
@@ -164,7 +184,7 @@ def _table_and_head(raw: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _with_head(
-    config: DecoderConfig, raw: dict[str, Any], tensors: dict[str, Readable], form: Format | None
+    config: DecoderConfig, raw: dict[str, Any], tensors: dict[str, Readable], form: Format | None, words: Words
 ) -> Weights:
     """Returns the model with the output head that the folder holds, whatever ``tie_word_embeddings`` says.
 
@@ -180,7 +200,7 @@ def _with_head(
             untied = {"tie_word_embeddings": False}
             config, raw = dataclasses.replace(config, **untied), raw | untied
     wanted = sources(raw["model_type"], config)
-    left_out = check_tensors(tensors, wanted, functools.partial(_why_left_out, config, raw), form)
+    left_out = check_tensors(tensors, wanted, functools.partial(_why_left_out, config, raw), form, words)
     return Weights(config, raw, parameters_of(tensors, wanted), tuple(_report(wanted, left_out)))
 
 
@@ -258,6 +278,7 @@ def check_tensors(
     wanted: Mapping[str, Source],
     why: Callable[[str], str | None],
     form: Format | None = None,
+    words: Words = _OF_FOLDER,
 ) -> dict[str, str]:
     """Checks a folder's tensors against the tensors that a model is made of.
 
@@ -266,6 +287,7 @@ def check_tensors(
       wanted: the tensors that the model needs.
       why: returns why a tensor may be left out, or None if it may not.
       form: how the quantised tensors were stored, or None.
+      words: of messages.
 
     Returns:
       The reason for each tensor that is left out.
@@ -276,12 +298,12 @@ def check_tensors(
     # 1. Every tensor that the model needs is there.
     missing = sorted(wanted.keys() - tensors.keys())
     if missing:
-        raise ValueError(f"{len(missing)} tensors are missing, such as {missing[0]!r}; {_CURE}")
+        raise ValueError(f"{len(missing)} tensors are missing, such as {missing[0]!r}; {words.cure}")
     # 2. Each has the right shape and a dtype whose values are known: float8 without scales would be misread.
     for name, source in wanted.items():
         tensor = tensors[name]
         if tensor.shape != source.shape:
-            raise ValueError(f"tensor {name!r} is {tensor.shape}; config.json asks for {source.shape}; {_CURE}")
+            raise ValueError(f"tensor {name!r} is {tensor.shape}; {words.asks} {source.shape}; {words.cure}")
         if tensor.dtype not in PLAIN:
             floats = ", ".join(sorted(map(str, PLAIN)))
             raise ValueError(
@@ -295,11 +317,8 @@ def check_tensors(
         left_out |= {name: form.why_left_out(tensor) for name, tensor in stored.items() if isinstance(tensor, Tensor)}
     extra = [name for name, reason in left_out.items() if reason is None]
     if extra:
-        raise ValueError(f"{len(extra)} tensors are unknown, such as {extra[0]!r}; {_CURE}")
+        raise ValueError(f"{len(extra)} tensors are unknown, such as {extra[0]!r}; {words.cure}")
     return {name: reason for name, reason in left_out.items() if reason is not None}
-
-
-_CURE = "the weights are of another model than config.json, or of one that specjax does not know; download both again"
 
 
 def parameters_of(tensors: Mapping[str, Readable], wanted: Mapping[str, Source]) -> Any:

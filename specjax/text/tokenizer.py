@@ -47,19 +47,28 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     file = Path(path) / "tokenizer.json"
     if not file.is_file():
         raise ValueError(f"{file} does not exist; a checkpoint folder must hold one: add the model's")
-    text = read_text(file)
-    try:
-        tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises plain Exception
-        raise ValueError(f"{file} is not a tokenizer ({error}); copy it again") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    if isinstance(tokenizer.model, models.BPE):
-        tokenizer.model.dropout = None
+    tokenizer = tokenizer_of(str(file), read_text(file))
     _follow_prefix_space(tokenizer, file.parent)
     special = read_special_tokens(path)
     tokenizer.add_tokens(special.added(tokenizer))
     tokenizer.encode_special_tokens = special.split
+    return tokenizer
+
+
+def tokenizer_of(name: str, text: str, cure: str = "copy it again") -> Tokenizer:
+    """Returns the tokenizer of the text of a ``tokenizer.json``, without truncation, padding and dropout.
+
+    Raises:
+      ValueError: the text is none, with ``name`` and ``cure``.
+    """
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ValueError(f"{name} is not a tokenizer ({error}); {cure}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if isinstance(tokenizer.model, models.BPE):
+        tokenizer.model.dropout = None
     return tokenizer
 
 

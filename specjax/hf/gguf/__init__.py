@@ -1,6 +1,6 @@
 """GGUF files, as the Hugging Face folders that they stand for.
 
-- ``open_gguf``: config, tensors, tokenizer, stop tokens and chat templates of a file.
+- ``open_gguf``: config and tensors of a file. ``open_vocabulary``: tokenizer, stop tokens and chat templates.
 - ``file`` reads the parts of a file, ``architectures`` has keys and names of each family, ``tensors`` dequantises,
   ``vocabulary`` and ``splits`` make the tokenizer.
 """
@@ -10,12 +10,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from specjax.checks import errors_name
 from specjax.hf.computed import Readable
 from specjax.hf.gguf.architectures import config_of, parts_of
 from specjax.hf.gguf.file import Header, open_header
 from specjax.hf.gguf.file import is_gguf as is_gguf
 from specjax.hf.gguf.tensors import readable
-from specjax.hf.gguf.vocabulary import Vocabulary
+from specjax.hf.gguf.vocabulary import Vocabulary as Vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +25,11 @@ class GGUF:
 
     Attributes:
       header: what the file says before its data.
-      config: the content of a ``config.json``.
-      vocabulary: tokenizer, stop tokens and chat templates.
+      config: the content of a ``config.json``, without stop tokens.
     """
 
     header: Header
     config: dict[str, Any]
-    vocabulary: Vocabulary
 
     def tensors(self) -> dict[str, Readable]:
         """Returns the tensors of a Hugging Face folder by their names.
@@ -38,18 +37,16 @@ class GGUF:
         Raises:
           ValueError: a tensor has a type that is not read, or two tensors have one name.
         """
-        try:
+        with errors_name(self.header.path):
             found = [readable(part) for part in parts_of(self.header, self.config)]
-        except ValueError as error:
-            raise ValueError(f"{self.header.path}: {error}") from None
-        tensors = {tensor.name: tensor for tensor in found}
-        if len(tensors) < len(found):
-            raise ValueError(f"{self.header.path}: two tensors have one name in the family; download the file again")
-        return tensors
+            tensors = {tensor.name: tensor for tensor in found}
+            if len(tensors) < len(found):
+                raise ValueError("two tensors have one name in the family; download the file again")
+            return tensors
 
 
 def open_gguf(path: Path, ignore_config_keys: Iterable[str] = ()) -> GGUF:
-    """Opens a GGUF file.
+    """Opens a GGUF file. Its vocabulary is not looked at.
 
     Args:
       path: the file; of a model in several files, the first.
@@ -60,9 +57,16 @@ def open_gguf(path: Path, ignore_config_keys: Iterable[str] = ()) -> GGUF:
         gguf is not installed.
     """
     header = open_header(path)
-    try:
-        vocabulary, config = Vocabulary(header), config_of(header, ignore_config_keys)
-        stop_tokens = vocabulary.stop_tokens()
-        return GGUF(header, config | ({"eos_token_id": list(stop_tokens)} if stop_tokens else {}), vocabulary)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    with errors_name(path):
+        return GGUF(header, config_of(header, ignore_config_keys))
+
+
+def open_vocabulary(path: Path) -> Vocabulary:
+    """Opens the vocabulary of a GGUF file, whatever its architecture is.
+
+    Raises:
+      ValueError: the file is missing or damaged, its vocabulary is damaged, or the package gguf is not installed.
+    """
+    header = open_header(path)
+    with errors_name(path):
+        return Vocabulary(header)

@@ -15,6 +15,7 @@ import numpy as np
 from specjax.hf.gguf.file import Header, Stored
 from specjax.hf.gguf.tensors import Part, values
 from specjax.hf.keys import Keys, switch, warn_unknown
+from specjax.hf.safetensors import show
 from specjax.transformer.config import MAX_HEAD
 
 _ENDS = {
@@ -44,7 +45,8 @@ _PHI3 = {**_LLAMA, "attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj
 _MIXTRAL_EXPERTS = {"ffn_gate": "w1", "ffn_up": "w3", "ffn_down": "w2"}
 _QWEN_EXPERTS = {"ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj"}
 _ROPE_TABLES = ("factors_short", "factors_long", "freqs")  # tables of rotary positions: rope_freqs.weight and so on
-_OF_ROPE = re.compile(r"(blk\.\d+\.)?(rope_\w+|attn_rot_embd)\.weight")
+# These tables, and frequencies, which follow from the metadata.
+_OF_ROPE = re.compile(rf"rope_({'|'.join(_ROPE_TABLES)})\.weight|blk\.\d+\.attn_rot_embd\.weight")
 _LAYER = re.compile(r"blk\.(?P<i>\d+)\.(?P<what>\w+?)(\.(?P<e>\d+)|(?P<stack>_exps))?\.(?P<end>weight|bias)")
 
 
@@ -71,9 +73,9 @@ class Architecture:
       model_type: the family's.
       read: returns the keys of a config that the family adds to the common ones.
       names: Hugging Face names of the tensors of a layer.
-      permuted: whether rows of query and key heads are stored in interleaved pairs. Example, width 6: stored rows 0 to
-        5 are rows 0, 3, 1, 4, 2, 5 of the Hugging Face tensor.
-      norm_shift: what is added to norms that were stored with 1 added.
+      permuted: whether the rows of each attention head's query and key are stored in interleaved pairs. Example, width
+        6: stored rows 0 to 5 are rows 0, 3, 1, 4, 2, 5 of the Hugging Face tensor.
+      norm_shift: is added to norms. -1 undoes the 1 that the converter added.
       block: the Hugging Face block of router and experts.
       experts: Hugging Face names of an expert's projections.
     """
@@ -134,10 +136,8 @@ def config_of(header: Header, ignore_config_keys: Iterable[str] = ()) -> dict[st
     # 3. Keys that nobody took.
     left = keys.unknown({})
     if changing := [key for key in left if key.startswith(("rope.", "attention.", "expert")) and keys.peek(key)]:
-        raise ValueError(
-            f"the metadata key {name}.{changing[0]} is {keys.peek(changing[0])!r}, which is unknown and might change "
-            f"the model{switch(f'{name}.{changing[0]}')}"
-        )
+        key, value = f"{name}.{changing[0]}", show(keys.peek(changing[0]))
+        raise ValueError(f"the metadata key {key} is {value}, which is unknown and might change the model{switch(key)}")
     warn_unknown(header.path, (f"{name}.{key}" for key in left))
     return config
 
@@ -191,12 +191,14 @@ def _layer_parts(
 
 
 def _order(rows: int, heads: int) -> np.ndarray:
-    """Returns which stored row is each row of a Hugging Face tensor of rotated heads.
+    """Returns which stored row is each row of a Hugging Face tensor of rotated attention heads.
 
-    llama.cpp rotates neighbouring entries, Hugging Face rotates halves of a head.
+    llama.cpp rotates neighbouring entries, Hugging Face rotates halves of an attention head.
     """
     if rows % (2 * heads):
-        raise ValueError(f"a query or key projection has {rows} rows, which {heads} heads cannot share; download again")
+        raise ValueError(
+            f"a query or key projection has {rows} rows, which {heads} attention heads cannot share; download again"
+        )
     return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
@@ -210,7 +212,7 @@ def _architecture(header: Header) -> tuple[str, Architecture]:
         )
     found = ARCHITECTURES[name]
     # llama.cpp calls Mixtral a Llama with experts.
-    return name, MIXTRAL if name == "llama" and header.metadata.get("llama.expert_count", 0) else found
+    return name, MIXTRAL if name == "llama" and _one_for_all(header.metadata.get("llama.expert_count", 0)) else found
 
 
 def _one_for_all(value: Any) -> Any:
@@ -221,7 +223,7 @@ def _one_for_all(value: Any) -> Any:
 
 
 def _heads(keys: Keys) -> dict[str, Any]:
-    """Returns the width of heads, if the metadata name one."""
+    """Returns the width of attention heads, if the metadata name one."""
     width = keys.integer("attention.key_length", None, most=MAX_HEAD, optional=True)
     if width is None:
         keys.only("attention.value_length", None)
@@ -234,9 +236,9 @@ def _heads(keys: Keys) -> dict[str, Any]:
 # Rotary positions.
 
 
-def _rope(file: Reading) -> dict[str, Any]:
+def _rope(reading: Reading) -> dict[str, Any]:
     """Returns the keys of rotary positions."""
-    keys, config = file.keys, file.config
+    keys, config = reading.keys, reading.config
     width = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
     rotated = keys.integer("rope.dimension_count", width)
     keys.only("rope.dimension_count_swa", rotated)
@@ -244,35 +246,44 @@ def _rope(file: Reading) -> dict[str, Any]:
     if config["model_type"] == "phi3":
         rope["partial_rotary_factor"] = rotated / width
     elif rotated != width:
-        raise ValueError(f"rope.dimension_count is {rotated}, and heads are {width} wide; supported: the same")
-    return rope | _scaling(file)
+        raise ValueError(
+            f"rope.dimension_count is {rotated}, and attention heads are {width} wide; supported: the same"
+        )
+    return rope | _scaling(reading)
 
 
-def _scaling(file: Reading) -> dict[str, Any]:
+def _scaling(reading: Reading) -> dict[str, Any]:
     """Returns the keys of the scaling of rotary positions; none, if there is no scaling."""
     # 1. What the metadata and tables say.
-    keys, longest = file.keys, file.config["max_position_embeddings"]
-    kind = keys.take("rope.scaling.type", "none")
+    keys, longest = reading.keys, reading.config["max_position_embeddings"]
+    kind = keys.take("rope.scaling.type", "linear")
     linear = keys.number("rope.scale_linear", 1.0)  # the older key
     factor = keys.number("rope.scaling.factor", linear)
     original = keys.integer("rope.scaling.original_context_length", longest)
-    short, long, divisors = (values(file.header, f"rope_{name}.weight") for name in _ROPE_TABLES)
+    tables = {name: values(reading.header, f"rope_{name}.weight") for name in _ROPE_TABLES}
+    tables = {name: table.tolist() for name, table in tables.items() if table is not None}
     # 2. Tables. Of Llama 3's scaling the file keeps the result: any divisors of frequencies are a LongRoPE whose two
     # tables are the same, so that no text is too long for the first. The scale of Phi-3's follows from the lengths.
-    if divisors is not None:
+    if list(tables) == ["freqs"]:
         if kind != "none" and factor != 1:
             raise ValueError(
                 f"rope.scaling.type is {kind!r}, next to a table rope_freqs.weight; supported: one of them"
             )
-        factors = divisors.tolist()
-        both = {"short_factor": factors, "long_factor": factors, "attention_factor": 1.0}
+        both = {"short_factor": tables["freqs"], "long_factor": tables["freqs"], "attention_factor": 1.0}
         return {"rope_scaling": {"rope_type": "longrope", **both, "original_max_position_embeddings": longest}}
-    if short is not None and long is not None:
+    if list(tables) == ["factors_short", "factors_long"]:
         keys.ignore("rope.scaling.attn_factor")
-        tables = {"type": "longrope", "short_factor": short.tolist(), "long_factor": long.tolist()}
-        return {"rope_scaling": tables, "original_max_position_embeddings": original}
+        both = {"short_factor": tables["factors_short"], "long_factor": tables["factors_long"]}
+        return {"rope_scaling": {"type": "longrope", **both}, "original_max_position_embeddings": original}
+    if tables:
+        raise ValueError(
+            f"the tables of rotary positions are {', '.join(f'rope_{name}.weight' for name in tables)}; supported: "
+            "rope_freqs.weight, or rope_factors_short.weight and rope_factors_long.weight: download again"
+        )
     # 3. Formulas.
-    if kind in ("none", "linear"):
+    if kind == "none":
+        return {}
+    if kind == "linear":
         return {} if factor == 1 else {"rope_scaling": {"rope_type": "linear", "factor": factor}}
     if kind != "yarn":
         raise ValueError(f"rope.scaling.type is {kind!r}; supported: none, linear, yarn, longrope with its tables")
@@ -280,7 +291,10 @@ def _scaling(file: Reading) -> dict[str, Any]:
     for name in ("beta_fast", "beta_slow"):
         if (value := keys.number(f"rope.scaling.yarn_{name}", None, optional=True)) is not None:
             scaling[name] = value
-    if (scale := keys.number("rope.scaling.attn_factor", None, optional=True)) is not None:
+    # The first key is the model's own. The second is a part of the scale, next to the part that YaRN computes.
+    if (scale := keys.number("rope.scaling.yarn_attn_factor", None, optional=True)) is not None:
+        scaling["attention_factor"] = scale
+    elif (scale := keys.number("rope.scaling.attn_factor", None, optional=True)) is not None:
         scaling["attention_factor"] = scale * (1 + 0.1 * math.log(factor))
     return {"rope_scaling": scaling}
 
@@ -288,79 +302,98 @@ def _scaling(file: Reading) -> dict[str, Any]:
 # The families' own keys.
 
 
-def _llama(file: Reading) -> dict[str, Any]:
+def _llama(reading: Reading) -> dict[str, Any]:
     return {
-        "attention_bias": "blk.0.attn_q.bias" in file.header.tensors,
-        "mlp_bias": "blk.0.ffn_up.bias" in file.header.tensors,
+        "attention_bias": "blk.0.attn_q.bias" in reading.header.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in reading.header.tensors,
     }
 
 
-def _qwen(file: Reading) -> dict[str, Any]:
-    del file
+def _qwen(reading: Reading) -> dict[str, Any]:
+    del reading
     return {"use_sliding_window": False}
 
 
-def _mixtral(file: Reading) -> dict[str, Any]:
+def _mixtral(reading: Reading) -> dict[str, Any]:
     return {
-        "num_local_experts": _num_experts(file),
-        "num_experts_per_tok": file.keys.integer("expert_used_count"),
+        "num_local_experts": _num_experts(reading),
+        "num_experts_per_tok": reading.keys.integer("expert_used_count"),
         "sliding_window": None,
     }
 
 
-def _qwen3_moe(file: Reading) -> dict[str, Any]:
+def _qwen3_moe(reading: Reading) -> dict[str, Any]:
     return {
-        "num_experts": _num_experts(file),
-        "num_experts_per_tok": file.keys.integer("expert_used_count"),
-        "moe_intermediate_size": file.keys.integer("expert_feed_forward_length"),
+        "num_experts": _num_experts(reading),
+        "num_experts_per_tok": reading.keys.integer("expert_used_count"),
+        "moe_intermediate_size": reading.keys.integer("expert_feed_forward_length"),
         "norm_topk_prob": True,  # llama.cpp always does, and transformers only if the config says so
         "use_sliding_window": False,
     }
 
 
-def _num_experts(file: Reading) -> int:
+def _num_experts(reading: Reading) -> int:
     """Takes the number of experts, which must be that of the router."""
-    count, router = file.keys.integer("expert_count"), file.header.tensors.get("blk.0.ffn_gate_inp.weight")
+    count, router = reading.keys.integer("expert_count"), reading.header.tensors.get("blk.0.ffn_gate_inp.weight")
     if router is None or router.shape[0] != count:
         held = "is not there" if router is None else f"is for {router.shape[0]}"
         raise ValueError(f"expert_count is {count}, and the router 'blk.0.ffn_gate_inp.weight' {held}")
     return count
 
 
-def _gemma2(file: Reading) -> dict[str, Any]:
+def _gemma2(reading: Reading) -> dict[str, Any]:
     return {
-        **_gemma_scale(file, 46),
-        "sliding_window": file.keys.integer("attention.sliding_window", 4096),
-        "attn_logit_softcapping": file.keys.number("attn_logit_softcapping", 50.0),
-        "final_logit_softcapping": file.keys.number("final_logit_softcapping", 30.0),
+        **_gemma_heads(reading, 46),
+        "sliding_window": reading.keys.integer("attention.sliding_window", 4096),
+        "attn_logit_softcapping": reading.keys.number("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": reading.keys.number("final_logit_softcapping", 30.0),
     }
 
 
-def _gemma3(file: Reading) -> dict[str, Any]:
+def _gemma3(reading: Reading) -> dict[str, Any]:
+    # The converter leaves the window out if no layer has one.
+    window = reading.keys.integer("attention.sliding_window", 0, least=0)
+    pattern = reading.keys.integer("attention.sliding_window_pattern", 6)
     return {
-        **_gemma_scale(file, 62),
-        "sliding_window": file.keys.integer("attention.sliding_window"),
-        "sliding_window_pattern": file.keys.integer("attention.sliding_window_pattern", 6),
-        "rope_local_base_freq": file.keys.number("rope.freq_base_swa", 10000.0),
-        "final_logit_softcapping": file.keys.number("final_logit_softcapping", None, optional=True),
+        **_gemma_heads(reading, 62),
+        "sliding_window": window or None,
+        "sliding_window_pattern": pattern if window else 1,
+        "rope_local_base_freq": reading.keys.number("rope.freq_base_swa", 10000.0),
+        "final_logit_softcapping": reading.keys.number("final_logit_softcapping", None, optional=True),
     }
 
 
-def _gemma_scale(file: Reading, layers_of_27b: int) -> dict[str, Any]:
-    """Returns the scale of attention, which the metadata leave out.
+def _gemma_heads(reading: Reading, layers_of_27b: int) -> dict[str, Any]:
+    """Returns the width of attention heads, and the scale of attention, which the metadata leave out.
 
-    As in llama.cpp: it follows from the width of heads, but in the models of 27 billion parameters, which are known by
-    their number of layers, from the model's width by the number of heads. transformers has 256 for all.
+    As in llama.cpp, the scale follows from the width of attention heads. The models of 27 billion parameters are known
+    by their number of layers. Their scale follows from the model's width by the number of attention heads.
+    transformers has 256 for all.
     """
-    width = file.config.setdefault("head_dim", 256)
-    if file.config["num_hidden_layers"] == layers_of_27b:
-        width = file.config["hidden_size"] // file.config["num_attention_heads"]
-    return {"query_pre_attn_scalar": width}
+    config, width = reading.config, reading.config.get("head_dim", 256)
+    large = config["num_hidden_layers"] == layers_of_27b
+    scale = config["hidden_size"] // config["num_attention_heads"] if large else width
+    return {"head_dim": width, "query_pre_attn_scalar": scale}
 
 
-def _phi3(file: Reading) -> dict[str, Any]:
-    window = file.keys.integer("attention.sliding_window", 0, least=0)
+def _phi3(reading: Reading) -> dict[str, Any]:
+    key, known = "attention.sliding_window", _window_of_phi3(reading.config)
+    keys = reading.keys
+    window = keys.integer(key, least=0) if known is None else keys.integer(key, known, least=0)
     return {"sliding_window": window or None}
+
+
+def _window_of_phi3(config: dict[str, Any]) -> int | None:
+    """Returns the window of the models that had files before 2024-08, which lack the key; None for others.
+
+    llama.cpp knew the models by these sizes: mini and medium with 4096 tokens, mini with 131072, medium with 131072.
+    """
+    layers, length = config["num_hidden_layers"], config["max_position_embeddings"]
+    if layers in (32, 40) and length == 4096:
+        return 2047
+    if layers == 32 and config["num_key_value_heads"] == 32 and length == 131072:
+        return 262144
+    return 131072 if layers == 40 and length == 131072 else None
 
 
 MIXTRAL = Architecture("mixtral", _mixtral, _LLAMA, permuted=True, block="block_sparse_moe", experts=_MIXTRAL_EXPERTS)

@@ -119,8 +119,8 @@ def open_header(path: Path) -> Header:
         files; or the path is not the first one's.
     """
     header = _open_one(path)
-    count, number = (header.metadata.get(f"split.{key}", default) for key, default in (("count", 1), ("no", 0)))
-    if count in (0, 1):
+    count, number = _split_number(header, "count", 1), _split_number(header, "no", 0)
+    if count < 2:
         return header
     # 1. The names of parts are part of the format: the header says only how many there are.
     named = _PART.fullmatch(path.name)
@@ -138,10 +138,18 @@ def open_header(path: Path) -> Header:
         if twice := sorted(tensors.keys() & other.tensors.keys()):
             raise damage(part, f"tensor {show(twice[0])} is in an earlier part as well")
         tensors |= other.tensors
-    expected = header.metadata.get("split.tensors.count", len(tensors))
+    expected = _split_number(header, "tensors.count", len(tensors))
     if len(tensors) != expected:
         raise ValueError(f"{path}: the parts hold {len(tensors)} tensors and should {expected}; download all again")
     return Header(path, header.metadata, tensors)
+
+
+def _split_number(header: Header, key: str, default: int) -> int:
+    """Returns a number of the metadata about parts."""
+    value = header.metadata.get(f"split.{key}", default)
+    if type(value) is not int or value < 0:
+        raise damage(header.path, f"split.{key} is {show(value)} and must be a whole number")
+    return value
 
 
 def _open_one(path: Path) -> Header:

@@ -1,9 +1,9 @@
 # ruff: noqa: RUF001 (letters of other scripts are meant)
 """How byte-level tokenizers cut a text into words before they merge: the names that GGUF files have for it.
 
-A GGUF file names a way to cut (``tokenizer.ggml.pre``) and does not describe it. The names and their groups are those
-of llama.cpp (``src/llama-vocab.cpp``). The expressions are those of the models' own ``tokenizer.json``, which
-llama.cpp's restate for an engine without case-insensitive groups.
+A GGUF file names a way to cut (``tokenizer.ggml.pre``) and does not describe the way. llama.cpp has these names and
+groups (``src/llama-vocab.cpp``). The models' own ``tokenizer.json`` have these expressions. llama.cpp restates the
+expressions for an engine without case-insensitive groups.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ _PUNCTUATED = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Letters that have cases, but for those of blocks that are missing from DeepSeek's list of letters.
+# Letters that have cases. DeepSeek's list of letters lacks some blocks, so these are left out.
 _CASED = (
     r"[\p{Lu}\p{Ll}\p{Lt}&&[^\x{2d00}-\x{2d2d}\x{a790}-\x{a7fa}\x{ab30}-\x{ab68}\x{10570}-\x{105bc}"
     r"\x{16e40}-\x{16e7f}\x{1d400}-\x{1d7cb}\x{1df00}-\x{1df1e}]]"

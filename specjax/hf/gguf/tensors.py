@@ -1,8 +1,8 @@
 """The tensors of a GGUF file under the names and in the layouts of Hugging Face folders.
 
-Plain numbers are read like those of safetensors files. Rows of quantised numbers are dequantised as they are read, by
-the package ``gguf``. What llama.cpp's converter changed is undone: the order of rows (``order``), and norms that were
-stored with 1 added (``shift``).
+Plain tensors are read as from safetensors files. The package ``gguf`` dequantises the rows of other tensors as they are
+read. Two changes of llama.cpp's converter are undone: the order of rows (``order``), and 1 that was added to norms
+(``shift``).
 """
 
 import dataclasses

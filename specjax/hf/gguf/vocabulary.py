@@ -4,9 +4,8 @@ Two kinds are read (``tokenizer.ggml.model``): "gpt2", byte-level BPE with its m
 whose merges follow from the tokens' scores.
 """
 
-import json
 from collections import Counter
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,22 +13,24 @@ from tokenizers import Tokenizer
 
 from specjax.hf.gguf.file import Header
 from specjax.hf.gguf.splits import SPLITS, Split
-from specjax.hf.keys import read_json
 from specjax.hf.safetensors import show
 
 _PREFIX = "tokenizer.ggml."
 # Types of tokens.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
 _NAMED = {"bos": "bos", "eos": "eos", "unknown": "unk", "seperator": "sep", "padding": "pad", "mask": "mask"}  # sic
-_ENDS = ("eos", "eot", "eom")
-# Control tokens that end a turn or a text, whether the metadata name them or not: those of llama.cpp. Models end their
-# turns with another token than their texts, and older files name only one.
+_STOP_KEYS = ("eos", "eot", "eom")
+# Ids of special tokens of SentencePiece, if the metadata name none or one past the vocabulary. llama.cpp has the same.
+_USUAL = {"unknown": 0, "bos": 1, "eos": 2}
+# Tokens that end a turn or a text, whether the metadata name them or not. Models end their turns with another token
+# than their texts, and older files name only one. llama.cpp has these, too, and knows them by their text alone.
 _END_TEXTS = (
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>"),
-    *("<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<｜end▁of▁sentence｜>"),  # noqa: RUF001
+    *("</s>", "<eos>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>"),
+    "<｜end▁of▁sentence｜>",  # noqa: RUF001
 )
 _HARMONY = {"<|return|>", "<|call|>"}  # with these two, "<|end|>" ends a message and not the turn
-_BESIDE = "put the model's tokenizer.json into the folder of the GGUF file"
+BESIDE = "put the model's tokenizer.json into the folder of the GGUF file"
 
 
 class Vocabulary:
@@ -41,29 +42,27 @@ class Vocabulary:
         Raises:
           ValueError: they do not.
         """
-        self._path, self._metadata = header.path, header.metadata
+        self._metadata = header.metadata
+        self._sentencepiece = self._metadata.get(f"{_PREFIX}model") == "llama"
         self._tokens = self._list("tokens", str)
         types = self._metadata.get(f"{_PREFIX}token_type")
         types = [_NORMAL] * len(self._tokens) if types is None else self._list("token_type", int)
         if len(types) != len(self._tokens):
             raise ValueError(f"there are {len(self._tokens)} tokens and {len(types)} types of tokens; download again")
-        self._types = types
+        # Converters left the types of some of these tokens as they were in the model's own vocabulary.
+        self._types = [
+            _CONTROL if token in _END_TEXTS and kind in (_NORMAL, _USER_DEFINED) else kind
+            for token, kind in zip(self._tokens, types, strict=True)
+        ]
 
-    def tokenizer(self) -> Tokenizer | None:
-        """Returns the tokenizer, or None if the file has no vocabulary.
-
-        A ``tokenizer.json`` next to the file is the model's own, so it is used instead, if its tokens are the file's.
-
-        Raises:
-          ValueError: the metadata do not describe a tokenizer, or one of a kind that is not read; or the
-            ``tokenizer.json`` is another model's.
-        """
-        beside = self._path.parent / "tokenizer.json"
-        if beside.is_file():
-            return self._checked(beside, _made(str(beside), read_json(beside)))
-        if not self._tokens:
-            return None
-        return _made("the tokenizer of the metadata", self._described())
+    def check(self, file: Path, tokenizer: Tokenizer) -> None:
+        """Raises ValueError unless the tokenizer of a ``tokenizer.json`` has the ordinary tokens of the metadata."""
+        for i, token in enumerate(self._tokens):
+            if self._types[i] == _NORMAL and token and tokenizer.id_to_token(i) != token:
+                raise ValueError(
+                    f"{file} has {tokenizer.id_to_token(i)!r} as token {i}, and the GGUF file {token!r}; it is another "
+                    "model's: move one of the two"
+                )
 
     def named(self) -> dict[str, str]:
         """Returns special tokens by the names that chat templates use."""
@@ -72,7 +71,7 @@ class Vocabulary:
 
     def stop_tokens(self) -> tuple[int, ...]:
         """Returns the ids of the tokens that end a text: those that the metadata name, then others by their text."""
-        named = [i for i in map(self._id, _ENDS) if i is not None]
+        named = [i for i in map(self._id, _STOP_KEYS) if i is not None]
         control = {token: i for i, token in enumerate(self._tokens) if self._types[i] == _CONTROL}
         ends = [token for token in _END_TEXTS if not (token == "<|end|>" and control.keys() >= _HARMONY)]
         return tuple(dict.fromkeys([*named, *(control[token] for token in ends if token in control)]))
@@ -99,18 +98,26 @@ class Vocabulary:
 
     # The tokenizer.
 
-    def _described(self) -> dict[str, Any]:
-        """Returns the content of a ``tokenizer.json``."""
-        for token, count in Counter(self._tokens).most_common(1):
+    def described(self) -> dict[str, Any] | None:
+        """Returns the content of a ``tokenizer.json``, or None if the file has no vocabulary.
+
+        Raises:
+          ValueError: the metadata do not describe a tokenizer, or one of a kind that is not read.
+        """
+        if not self._tokens:
+            return None
+        spelled = [self._spelled(i) for i in range(len(self._tokens))]
+        for token, count in Counter(spelled).most_common(1):
             if count > 1:
-                raise ValueError(f"token {show(token)} has {count} ids; {_BESIDE}")
+                raise ValueError(f"token {show(token)} has {count} ids; {BESIDE}")
+        ids = {token: i for i, token in enumerate(spelled)}
         kind = self._metadata.get(f"{_PREFIX}model")
-        if kind == "gpt2":
-            steps, begins = self._byte_level()
-        elif kind == "llama":
-            steps, begins = self._sentencepiece(), True
+        if self._sentencepiece:
+            steps, begins = self._of_sentencepiece(ids), True
+        elif kind == "gpt2":
+            steps, begins = self._of_byte_level(ids)
         else:
-            raise ValueError(f"{_PREFIX}model is {show(kind)}; supported: 'gpt2', 'llama': {_BESIDE}")
+            raise ValueError(f"{_PREFIX}model is {show(kind)}; supported: 'gpt2', 'llama': {BESIDE}")
         return {
             "version": "1.0",
             "truncation": None,
@@ -120,14 +127,14 @@ class Vocabulary:
             **steps,
         }
 
-    def _byte_level(self) -> tuple[dict[str, Any], bool]:
+    def _of_byte_level(self, ids: dict[str, int]) -> tuple[dict[str, Any], bool]:
         """Returns the steps of byte-level BPE, and whether a text begins with a token for it by default."""
         name = self._metadata.get(f"{_PREFIX}pre")
         split: Split | None = SPLITS.get(name) if isinstance(name, str) else None
         if split is None:
             what = "missing: the file was made before 2024-05" if name is None else show(name)
             raise ValueError(
-                f"{_PREFIX}pre, which names how words are cut, is {what}; known: {', '.join(sorted(SPLITS))}: {_BESIDE}"
+                f"{_PREFIX}pre, which names how words are cut, is {what}; known: {', '.join(sorted(SPLITS))}: {BESIDE}"
             )
         merges = [merge.split(" ", 1) for merge in self._list("merges", str)]
         byte_level = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -139,10 +146,10 @@ class Vocabulary:
             "normalizer": {"type": "NFC"} if split.composed else None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*cuts, {"type": "ByteLevel", **byte_level}]},
             "decoder": {"type": "ByteLevel", **byte_level},
-            "model": self._bpe(merges, ignore_merges=split.whole_first),
+            "model": _bpe(ids, merges, ignore_merges=split.whole_first),
         }, split.begins
 
-    def _sentencepiece(self) -> dict[str, Any]:
+    def _of_sentencepiece(self, ids: dict[str, int]) -> dict[str, Any]:
         """Returns the steps of SentencePiece's BPE.
 
         A space is put before each piece of text, whether the text begins with one or not: so do SentencePiece, the
@@ -163,51 +170,47 @@ class Vocabulary:
                 "type": "Sequence",
                 "decoders": [marks, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip],
             },
-            "model": self._bpe(self._merges(), byte_fallback=True, fuse_unk=True, unk_token=self._unknown()),
+            "model": _bpe(ids, self._merges(ids), byte_fallback=True, fuse_unk=True, unk_token=self._unknown()),
         }
 
-    def _bpe(self, merges: list[list[str]], **settings: Any) -> dict[str, Any]:
-        vocabulary = {self._spelled(i): i for i in range(len(self._tokens))}
-        for merge in merges:
-            if len(merge) != 2 or not vocabulary.keys() >= {*merge, "".join(merge)}:
-                raise ValueError(f"the merge {show(merge)} is not of two tokens into a third; {_BESIDE}")
-        usual = {"dropout": None, "unk_token": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
-        return {"type": "BPE", **usual, **settings, "vocab": vocabulary, "merges": merges}
-
-    def _merges(self) -> list[list[str]]:
+    def _merges(self, ids: dict[str, int]) -> list[list[str]]:
         """Returns all pairs of tokens that are a token together, the best first.
 
-        The order is that of scores. Of Gemma it is that of ids: its scores are not in the order of its merges.
+        Merges are ordered by score. Gemma's merges are ordered by id: its scores are in another order. As in
+        SentencePiece, no merge makes a control token, an unknown token or a byte.
         """
         scores = self._list("scores", float)
         if len(scores) != len(self._tokens):
             raise ValueError(f"there are {len(self._tokens)} tokens and {len(scores)} scores; download the file again")
         by_id = str(self._metadata.get("general.architecture")).startswith("gemma")
-        vocabulary = {self._spelled(i): i for i in range(len(self._tokens))}
         found = []
-        for token, i in vocabulary.items():
+        for token, i in ids.items():
+            if self._types[i] not in (_NORMAL, _USER_DEFINED, _UNUSED):
+                continue
             for cut in range(1, len(token)):
-                left, right = vocabulary.get(token[:cut]), vocabulary.get(token[cut:])
+                left, right = ids.get(token[:cut]), ids.get(token[cut:])
                 if left is not None and right is not None:
                     # Pairs of one token are in the order in which transformers has them: short right parts first.
                     found.append((i if by_id else -scores[i], -cut, left, right))
-        tokens = list(vocabulary)
+        tokens = list(ids)
         return [[tokens[left], tokens[right]] for *_, left, right in sorted(found)]
 
     def _spelled(self, i: int) -> str:
-        """Returns a token as the model of the tokenizer spells it: converters write runs of spaces as they read."""
+        """Returns a token as the model of the tokenizer spells it.
+
+        Converters write runs of spaces as they read. Empty tokens have the name that llama.cpp gives them.
+        """
         token = self._tokens[i]
-        sentencepiece = self._metadata.get(f"{_PREFIX}model") == "llama"
-        spaces = sentencepiece and self._types[i] == _USER_DEFINED and not token.strip(" ")
+        if not token:
+            return f"[EMPTY_{i}]"
+        spaces = self._sentencepiece and self._types[i] == _USER_DEFINED and not token.strip(" ")
         return "▁" * len(token) if spaces else token
 
     def _added(self) -> list[dict[str, Any]]:
         """Returns the tokens that are found in a text before it is cut."""
-        # Phi-3's own tokenizer drops white space after these tokens, and its template has a newline after each.
-        sentencepiece, phi3 = (
-            self._metadata.get(key) == value
-            for key, value in ((f"{_PREFIX}model", "llama"), ("general.architecture", "phi3"))
-        )
+        # Phi-3's own tokenizer drops white space after all but three of these tokens, and its template has a newline
+        # after each.
+        phi3 = self._sentencepiece and self._metadata.get("general.architecture") == "phi3"
         kept = ("<unk>", "<s>", "<|endoftext|>")
         return [
             {
@@ -215,12 +218,12 @@ class Vocabulary:
                 "content": token,
                 "single_word": False,
                 "lstrip": False,
-                "rstrip": sentencepiece and phi3 and kind == _CONTROL and token not in kept,
+                "rstrip": phi3 and token not in kept,
                 "normalized": False,
                 "special": kind != _USER_DEFINED,
             }
             for i, (token, kind) in enumerate(zip(self._tokens, self._types, strict=True))
-            if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED) and token and self._spelled(i) == token
+            if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED) and self._spelled(i) == token
         ]
 
     def _ends_of_texts(self, begins: bool) -> dict[str, Any] | None:
@@ -248,16 +251,6 @@ class Vocabulary:
             "special_tokens": special,
         }
 
-    def _checked(self, file: Any, tokenizer: Tokenizer) -> Tokenizer:
-        """Returns the tokenizer of a ``tokenizer.json`` if the ordinary tokens of the metadata are in it."""
-        for i, token in enumerate(self._tokens):
-            if self._types[i] == _NORMAL and tokenizer.id_to_token(i) != token:
-                raise ValueError(
-                    f"{file} has {tokenizer.id_to_token(i)!r} as token {i}, and the GGUF file {token!r}; it is another "
-                    "model's: move one of the two"
-                )
-        return tokenizer
-
     # Values of the metadata.
 
     def _list(self, key: str, kind: type) -> list[Any]:
@@ -276,24 +269,22 @@ class Vocabulary:
         return value
 
     def _id(self, name: str) -> int | None:
-        """Returns the id of a special token, or None if the file names none or, as some do, one past the vocabulary."""
+        """Returns the id of a special token, or None if there is none. Some files name one past the vocabulary."""
         value = self._metadata.get(f"{_PREFIX}{name}_token_id")
         if value is not None and type(value) is not int:
             raise ValueError(f"{_PREFIX}{name}_token_id is {show(value)}; it must be an id; download again")
-        return value if value is not None and 0 <= value < len(self._tokens) else None
+        usual = _USUAL.get(name) if self._sentencepiece else None
+        return next((i for i in (value, usual) if i is not None and 0 <= i < len(self._tokens)), None)
 
     def _unknown(self) -> str | None:
         i = self._id("unknown")
-        i = next((i for i, kind in enumerate(self._types) if kind == _UNKNOWN), None) if i is None else i
-        return None if i is None else self._tokens[i]
+        return None if i is None else self._spelled(i)
 
 
-def _made(what: str, described: Mapping[str, Any]) -> Tokenizer:
-    """Returns the tokenizer of the content of a ``tokenizer.json``, without truncation and padding."""
-    try:
-        tokenizer = Tokenizer.from_str(json.dumps(described))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise ValueError(f"{what} is not one that tokenizers reads ({error}); {_BESIDE}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+def _bpe(ids: dict[str, int], merges: list[list[str]], **settings: Any) -> dict[str, Any]:
+    """Returns the model of a tokenizer."""
+    for merge in merges:
+        if len(merge) != 2 or not ids.keys() >= {*merge, "".join(merge)}:
+            raise ValueError(f"the merge {show(merge)} is not of two tokens into a third; {BESIDE}")
+    usual = {"dropout": None, "unk_token": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
+    return {"type": "BPE", **usual, **settings, "vocab": ids, "merges": merges}
