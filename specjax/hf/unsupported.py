@@ -16,7 +16,7 @@ _INDEXED = (
 )
 _LEFT_OUT = NO_EFFECT | {"auto_map", "quantization_config"}
 # Keys of older configs, which transformers 5 writes as one.
-_OLD = dict.fromkeys(("rope_theta", "rope_scaling"), "rope_parameters")
+_OLD: dict[str, str] = dict.fromkeys(("rope_theta", "rope_scaling"), "rope_parameters")
 _RECURRENT = "it has recurrent layers without MLPs"
 
 # What a model computes that the decoder does not, and the supported model_type that is nearest to it.
