@@ -27,7 +27,7 @@ from specjax.types import Drafter, Generation, Stats, VerifyRule
 # Rounds between two searches of the text for stop strings. Each search returns to the host. Until the next search, a
 # row that met a stop string runs on.
 _ROUNDS_PER_LOOK = 4
-_COUNTS = ("rounds", "drafted", "accepted")
+_COUNTS = ("rounds", "drafted", "accepted", "drafted_at", "accepted_at")
 _CONVERSATION_SLOTS = 2048  # of the caches of a conversation, unless the first turn needs more than half of them
 _SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
 
@@ -48,6 +48,8 @@ class Completion:
       rounds: how many rounds ran; each has one pass of the target.
       drafted: how many tokens were drafted.
       accepted: how many drafted tokens were accepted.
+      drafted_at: for each place in a round's draft, how many rounds drafted a token there.
+      accepted_at: for each place, in how many rounds that token was accepted.
     """
 
     text: str
@@ -57,6 +59,8 @@ class Completion:
     rounds: int
     drafted: int
     accepted: int
+    drafted_at: list[int]
+    accepted_at: list[int]
 
     def __str__(self) -> str:
         return self.text
@@ -388,7 +392,7 @@ class _Row:
         self._tokens: list[int] = []
         self._texts: list[str] = []
         self._reason: str | None = None
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, Any] = {}
 
     @property
     def ended(self) -> bool:
@@ -421,7 +425,7 @@ class _Row:
         # 3. Counts of this turn alone: those of a row that goes on include the earlier turns.
         for name in _COUNTS:
             earlier = 0 if self._before is None else getattr(self._before, name)[row]
-            self._counts[name] = int(getattr(generation.stats, name)[row] - earlier)
+            self._counts[name] = (getattr(generation.stats, name)[row] - earlier).tolist()
         return piece
 
     def result(self) -> Completion:

@@ -199,6 +199,8 @@ def test_turns_read_only_what_is_new_and_say_what_a_fresh_session_says(spec, ope
         fresh = specjax.Session(opened, spec, 2, slots=SLOTS, fixed=True).chat(messages, 12, **GREEDY)
         assert (result.text, result.tokens) == (fresh.text, fresh.tokens)
         assert result.rounds <= 12 and result.accepted <= result.drafted
+        assert (sum(result.drafted_at), sum(result.accepted_at)) == (result.drafted, result.accepted)
+        assert len(result.drafted_at) == len(result.accepted_at) == (0 if spec is None else 2)
         messages.append(result.message)
         read = tokens + 12
 
