@@ -27,6 +27,7 @@ from specjax.commands import (
     machine,
     measure,
     models,
+    passes,
     peers,
     rollback,
     sweep,
@@ -198,64 +199,6 @@ def check_mesh(mesh: Mesh | None, chosen: Collection[str], batches: list[int]) -
         )
 
 
-def bench_width(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Times target passes by width, at 300 tokens of context."""
-    start_b = jnp.asarray([300], jnp.int32)
-    cache = args.model.init_cache(1, 512)
-    widths = range(1, 10)
-    calls = {str(t): functools.partial(measure.target_passes, args.model, start_b, width=t) for t in widths}
-    seconds = measure.medians(calls, args.repeats, dict.fromkeys(calls, cache))
-    return print_table(
-        "Target pass by width",
-        [
-            {"tokens": t, "ms": seconds[str(t)] / measure.LOOP * 1e3, "ratio": seconds[str(t)] / seconds["1"]}
-            for t in widths
-        ],
-    )
-
-
-def bench_round(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Times a round against its parts."""
-    rows, prompt = [], models.prompts(args, 200, 1)
-    for g, drafter in args.drafts.items():
-        for temperature in (0.0, 1.0):
-            state = measure.ready(args, drafter, temperature, prompt, 512)
-            calls = {
-                "round": functools.partial(measure.rounds, args.model, drafter),
-                "drafter": functools.partial(measure.parts, args.model, drafter, with_target=False),
-                "target": functools.partial(measure.target_passes, args.model, state.length_b - 1, width=g + 1),
-                "in turn": functools.partial(measure.parts, args.model, drafter, with_target=True),
-            }
-            inputs = dict.fromkeys(calls, state) | {"target": state.cache}
-            milliseconds = {k: v / measure.LOOP * 1e3 for k, v in measure.medians(calls, args.repeats, inputs).items()}
-            rows.append(
-                {"num_draft": g, "temperature": temperature}
-                | {f"{name} ms": value for name, value in milliseconds.items()}
-                | {
-                    "round / (drafter + target)": milliseconds["round"]
-                    / (milliseconds["drafter"] + milliseconds["target"]),
-                    "round / in turn": milliseconds["round"] / milliseconds["in turn"],
-                }
-            )
-    return print_table("A round against its parts", rows)
-
-
-def bench_slots(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Times a step by slots allocated, with 300 tokens in use."""
-    rows, prompt = [], models.prompts(args, 300, 1)
-    for name, drafter in {"plain": None, **{f"g = {g}": d for g, d in args.drafts.items()}}.items():
-        states = {str(slots): measure.ready(args, drafter, 0.0, prompt, slots) for slots in (512, 4096)}
-        seconds = measure.medians(
-            dict.fromkeys(states, functools.partial(measure.rounds, args.model, drafter)), args.repeats, states
-        )
-        rows.append(
-            {"drafter": name}
-            | {f"{slots} slots, ms": value / measure.LOOP * 1e3 for slots, value in seconds.items()}
-            | {"ratio": seconds["4096"] / seconds["512"]}
-        )
-    return print_table("300 slots in use, by slots allocated", rows)
-
-
 def bench_speed(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Times speculative against plain decoding."""
     rows = []
@@ -372,9 +315,9 @@ def speed(args: argparse.Namespace, drafter: Any, temperature: float, prompts: n
 
 
 BENCHMARKS = {
-    "width": bench_width,
-    "round": bench_round,
-    "slots": bench_slots,
+    "width": passes.bench_width,
+    "round": passes.bench_round,
+    "slots": passes.bench_slots,
     "speed": bench_speed,
     "drafters": bench_drafters,
     "sweep": sweep.bench_sweep,
