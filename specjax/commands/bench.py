@@ -2,9 +2,9 @@
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import json
+import math
 import os
 import sys
 import warnings
@@ -29,11 +29,12 @@ from specjax.commands import (
     models,
     passes,
     peers,
+    prompt_files,
     rollback,
     sweep,
 )
 from specjax.commands.console import add_quantize, print_table
-from specjax.commands.drafter_spec import named_drafter
+from specjax.commands.prompts import bench_prompts
 
 # Drafters of the shipped target. The target's folder replaces {0}.
 SHIPPED = (
@@ -67,6 +68,9 @@ These run when they are named:
   rollback    of a target with recurrent layers: the target's pass with and without rollback,
               and the memory that a round keeps for it
   peer        other libraries with the same weights and prompts in the same run; needs --peer
+  prompts     the prompts of --prompts FILE ..., laid out by the target's chat template and answered turn by turn:
+              acceptance, tokens per second and speed-up of each drafter, by category, also beside --peer transformers.
+              Each prompt is answered once by each drafter and by plain decoding, in turn; compilation does not count
 
 speed also runs over a mesh, on one host or several (docs/distributed.md). The others run on one device.
 """
@@ -79,7 +83,7 @@ def main(argv: list[str] | None = None, prog: str = "bench.py") -> int:
     args = parser.parse_args(argv)
     compilation_cache.set_up(args)
     # Benchmarks take what they need from args, so that each is one function of one argument.
-    args.prog = prog
+    args.prog, args.notes = prog, []
     warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # timed parts return less than they get
     with contextlib.ExitStack() as stack:
         try:
@@ -90,10 +94,15 @@ def main(argv: list[str] | None = None, prog: str = "bench.py") -> int:
             parts = 1 if mesh is None else mesh.shape["data"]
             args.speed_batch = args.batch or [batch for batch in (1, 4, 8) if batch % parts == 0] or [parts]
             check_mesh(mesh, chosen, args.speed_batch)
+            if args.peer:
+                peers.check_device()
+            if "prompts" in chosen:
+                args.file_prompts = prompt_files.read(args.files, args.limit)
             models.open_all(args, chosen, mesh)
             if "rollback" in chosen:
                 rollback.check(args.model)
-            args.drafters = args.drafters or [spec.format(args.target) for spec in SHIPPED]
+            shipped = [spec.format(args.target) for spec in SHIPPED]
+            args.drafters = args.drafters or (shipped if Path(f"{args.target}-draft").is_dir() else ["ngram"])
         except ValueError as error:
             parser.error(hosts.describe(error))
         facts = machine.facts()
@@ -102,7 +111,7 @@ def main(argv: list[str] | None = None, prog: str = "bench.py") -> int:
         found = {what: BENCHMARKS[what](args) for what in chosen}
         if "sweep" in found:
             facts |= machine.roof()
-        if "peer" in found:
+        if args.notes:
             facts["peers"] = args.notes
         if hosts.is_first():
             _write(args, {"machine": facts, **found})
@@ -129,18 +138,28 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         metavar="R",
         help="accept drafts at these rates, whatever they are (specjax.testing.ForcedAcceptance, vLLM's synthetic "
         "acceptance): the probability of each draft, given that the drafts before it were accepted. One number counts "
-        "for all. For speed, drafters, sweep, startup and acceptance; the text has no meaning then",
+        "for all. For speed, drafters, sweep, startup, acceptance and prompts; the text has no meaning then",
     )
     add("--batch", type=_count, nargs="+", metavar="B", help="default: 1 4 8 for speed, 1 to 64 for sweep, else 1")
     add("--context", type=_count, nargs="+", default=[256], metavar="T", help="for sweep and startup: prompt tokens")
-    add("--prompts", type=_count, default=8, metavar="N", help="for speed and peer; rounded up to whole batches")
-    add("--new-tokens", type=_count, default=192, metavar="N", help="tokens that each row emits")
+    add(
+        "--prompts",
+        type=_prompts,
+        nargs="+",
+        default=[],
+        metavar="N|FILE",
+        help="for prompts: JSONL files with turns, messages, prompt or question in each line (docs/performance.md). "
+        "For the others: how many excerpts, rounded up to whole batches; default: 8",
+    )
+    add("--limit", type=_count, metavar="N", help="for prompts: at most N of each category of a file, evenly spread")
+    add("--temperature", type=_temperature, nargs="+", default=[0.0, 1.0], metavar="T", help="default: 0 1")
+    add("--new-tokens", type=_count, default=192, metavar="N", help="tokens that each row emits, at most")
     add("--repeats", type=_count, default=15, metavar="N", help="number of timings of each median")
     add("--peer", choices=peers.PEERS, nargs="+", default=[], help="for peer")
     add("--torch-threads", type=_count, default=os.cpu_count() or 1, metavar="N", help="for peer; default: all cores")
     add("--json", type=Path, metavar="FILE", help="also write the figures there")
     add("--html", type=Path, metavar="FILE", help="also write a page with plots there")
-    add("--drafters", nargs="+", metavar="SPEC", help="as for generate; default: all shipped ones")
+    add("--drafters", nargs="+", metavar="SPEC", help="as for generate; default: all shipped ones, or ngram")
     compilation_cache.add_options(parser)
     hosts.add_mesh_options(parser)
     return parser
@@ -153,10 +172,33 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _prompts(text: str) -> int | Path:
+    """Reads a number of prompts, or the path of a file; a type of ``argparse``."""
+    return _count(text) if text.isdecimal() else Path(text)
+
+
+def _temperature(text: str) -> float:
+    """Reads a temperature; a type of ``argparse``."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give a number of at least 0")
+
+
 def _check(args: argparse.Namespace) -> None:
     """Raises ValueError if options do not fit each other."""
     if unknown := set(args.what) - BENCHMARKS.keys():
         raise ValueError(f"unknown benchmark {', '.join(sorted(unknown))}; choose from {', '.join(BENCHMARKS)}")
+    args.files = [each for each in args.prompts if isinstance(each, Path)]
+    args.prompts = next((each for each in args.prompts if isinstance(each, int)), 8)
+    if args.files and args.what and "prompts" not in args.what:
+        raise ValueError(f"--prompts {args.files[0]} is for the benchmark prompts; name it, or give a number")
+    if "prompts" in args.what and not args.files:
+        raise ValueError("prompts is asked for without files; give --prompts FILE.jsonl")
+    if args.files and set(args.peer) - {"transformers"}:
+        raise ValueError("prompts compares with transformers alone; leave out the other --peer")
+    if args.files and args.peer and 0 not in args.temperature:
+        raise ValueError("prompts compares greedy answers with --peer; give --temperature 0, too")
     if "peer" in args.what and not args.peer:
         raise ValueError(f"peer is asked for without --peer; give --peer with one of {', '.join(peers.PEERS)}")
     if args.peer and args.forced_acceptance:
@@ -172,7 +214,9 @@ def _check(args: argparse.Namespace) -> None:
 def _chosen(args: argparse.Namespace, mesh: Mesh | None) -> list[str]:
     """Returns the benchmarks to run, in order."""
     if args.what:
-        return [*args.what, *(["peer"] if args.peer and "peer" not in args.what else [])]
+        return [*args.what, *(["peer"] if args.peer and not {"peer", "prompts"}.intersection(args.what) else [])]
+    if args.files:
+        return ["prompts"]
     if args.peer:
         return ["peer"]
     return list(DEFAULT) if mesh is None else ["speed"]
@@ -205,28 +249,22 @@ def bench_speed(args: argparse.Namespace) -> list[dict[str, Any]]:
     for batch in args.speed_batch:
         count = -(-args.prompts // batch)
         prompts = models.prompts(args, 64, count * batch).reshape(count, batch, 64)
-        for temperature in (0.0, 1.0):
+        for temperature in args.temperature:
             rows += [speed(args, drafter, temperature, prompts) for drafter in args.drafts.values()]
     return print_table("Speed-up over plain decoding on held-out modules", rows)
 
 
 def bench_drafters(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measures every drafter: acceptance, costs, the speed-up that these allow, and the measured speed-up."""
-    target = dataclasses.replace(specjax.open(args.target), model=args.model)
-    tokenizer = target.need_tokenizer()
     prompts = models.prompts(args, 64, args.prompts)[:, None]
     # All drafters are opened first, so that a wrong spec is an error before the first measurement.
     try:
-        opened = [
-            (spec, named_drafter(spec, target, tokenizer, g, quantize=args.quantize_draft))
-            for spec in args.drafters
-            for g in args.num_draft
-        ]
+        opened = models.named_drafters(args)
     except ValueError as error:
         sys.exit(f"{args.prog}: error: {error}")
     rows = []
     for spec, drafter in tqdm(opened, unit="drafter"):
-        for temperature in (0.0, 1.0):
+        for temperature in args.temperature:
             found = speed(args, drafter, temperature, prompts)
             c, w = costs(args, drafter, temperature)
             rows.append(
@@ -242,7 +280,7 @@ def bench_acceptance(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Counts drafts and acceptance, with all drafts in every round, by vLLM's definitions."""
     prompts, rows = models.prompts(args, 64, args.prompts), []
     for g, drafter in args.drafts.items():
-        for temperature in (0.0, 1.0):
+        for temperature in args.temperature:
             generation = specjax.generate(
                 args.model,
                 prompts,
@@ -325,4 +363,5 @@ BENCHMARKS = {
     "acceptance": bench_acceptance,
     "rollback": rollback.bench_rollback,
     "peer": peers.bench_peer,
+    "prompts": bench_prompts,
 }

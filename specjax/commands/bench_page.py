@@ -18,6 +18,7 @@ TITLES = {
     "acceptance": "Acceptance by vLLM's definitions",
     "rollback": "The target's pass with and without rollback",
     "peer": "Beside other libraries",
+    "prompts": "Prompts of files",
 }
 MODES = ("fixed", "adaptive")
 
@@ -61,16 +62,19 @@ def _plots(what: str, rows: Rows, machine: Mapping[str, Any]) -> str:
     elif what == "speed":
         made = {"Speed-up by batch": _speed_by_batch(rows)}
     elif what == "acceptance":
-        made = {"Acceptance rate by position of the draft": _by_position(rows)}
+        named = {f"g = {row['num_draft']}, temperature {row['temperature']:g}": row for row in rows}
+        made = {"Acceptance rate by position of the draft": _by_position(named)}
     elif what == "width":
         points = [(row["tokens"], row["ms"]) for row in rows]
         made = {"Milliseconds by tokens of a pass": plots.lines("tokens", "ms", {"target pass": points})}
     elif what == "peer":
         rates = {f"{row['library']}: {row['decoding']}": row["tokens/s"] for row in rows if row["tokens/s"]}
         made = {"Tokens per second": plots.bars(rates, "tokens/s")}
+    elif what == "prompts":
+        made = _by_category(rows)
     else:
         return ""
-    figures = (f"<figure><figcaption>{name}</figcaption>{plot}</figure>" for name, plot in made.items())
+    figures = (f"<figure><figcaption>{escape(name)}</figcaption>{plot}</figure>" for name, plot in made.items())
     return f'<div class="plots">{"".join(figures)}</div>'
 
 
@@ -138,12 +142,25 @@ def _roofline(rows: Rows, machine: Mapping[str, Any]) -> str:
     return plots.lines("FLOP per byte", "GFLOP/s", series, log_x=True, log_y=True, guides=bound)
 
 
-def _by_position(rows: Rows) -> str:
-    series = {}
-    for row in rows:
-        rates = map(float, row["per-position acceptance rate"].split())
-        series[f"g = {row['num_draft']}, temperature {row['temperature']:g}"] = list(enumerate(rates, 1))
+def _by_position(named: Mapping[str, dict[str, Any]]) -> str:
+    series = {
+        name: list(enumerate(map(float, row["per-position acceptance rate"].split()), 1)) for name, row in named.items()
+    }
     return plots.lines("position", "acceptance rate", series)
+
+
+def _by_category(rows: Rows) -> dict[str, str]:
+    """Returns the speed-ups of each way to decode by category, and the acceptance of drafters over all of them."""
+    speed_ups: dict[str, dict[str, float]] = {}
+    last: dict[str, dict[str, Any]] = {}  # the last category is all of them
+    for row in rows:
+        name = f"{row['decoding']}, temperature {row['temperature']:g}"
+        if row["decoding"] != "plain":
+            speed_ups.setdefault(name, {})[row["category"]] = row["speed-up"]
+        if row["per-position acceptance rate"] is not None:
+            last[name] = row
+    made = {f"Speed-up over plain decoding: {name}": plots.bars(each, "") for name, each in speed_ups.items()}
+    return made | {"Acceptance rate by position of the draft": _by_position(last)}
 
 
 def _table(rows: Rows) -> str:

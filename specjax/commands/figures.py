@@ -9,6 +9,14 @@ import specjax
 from specjax.checkpoint.spec import short_name
 from specjax.commands.transcript import COUNTS, Transcript
 
+ACCEPTANCE = (
+    "draft acceptance rate",
+    "mean acceptance length",
+    "drafts",
+    "draft tokens",
+    "accepted tokens",
+    "per-position acceptance rate",
+)
 COMPARED_RUNS = 5  # timed runs of --compare, with the drafter and without
 # Sampling parameters, and their defaults, which have no effect.
 IDLE = {
@@ -88,14 +96,9 @@ def acceptance(stats: specjax.Stats) -> dict[str, Any]:
     """
     drafts, accepted_at = int(stats.drafted_at[:, 0].sum()), stats.accepted_at.sum(0)
     drafted, accepted = int(stats.drafted.sum()), int(stats.accepted.sum())
-    return {
-        "draft acceptance rate": accepted / max(drafted, 1),
-        "mean acceptance length": 1 + accepted / max(drafts, 1),
-        "drafts": drafts,
-        "draft tokens": drafted,
-        "accepted tokens": accepted,
-        "per-position acceptance rate": " ".join(f"{count / max(drafts, 1):.3f}" for count in accepted_at),
-    }
+    rate, length = accepted / max(drafted, 1), 1 + accepted / max(drafts, 1)
+    by_position = " ".join(f"{count / max(drafts, 1):.3f}" for count in accepted_at)
+    return dict(zip(ACCEPTANCE, (rate, length, drafts, drafted, accepted, by_position), strict=True))
 
 
 def settings(args: argparse.Namespace, spec: str, mesh: Mesh | None) -> dict[str, str]:

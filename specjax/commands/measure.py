@@ -1,11 +1,12 @@
 """Parts of the benchmarks: medians of calls in turn, compiled loops of passes and rounds, excerpts of text."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,22 @@ def medians(calls: dict[str, Callable[[], Any]], repeats: int, inputs: Any = Non
             if run:  # the first compiles
                 times[name].append(time.perf_counter() - begin)
     return {name: float(np.median(values)) for name, values in times.items()}
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Collects the names of JAX's events meanwhile that belong to tracing, lowering and compiling."""
+    found: list[str] = []
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @functools.partial(jax.jit, static_argnames=("width", "rollback"), donate_argnames="cache")

@@ -13,12 +13,13 @@ from specjax.aot.programs import draft_config
 from specjax.checkpoint.fetched import config_path
 from specjax.commands import hosts, measure
 from specjax.commands.accelerator.speed import random_model
+from specjax.commands.drafter_spec import named_drafter
 from specjax.commands.places import folder_or_shipped
 from specjax.hf.config import read_config
 from specjax.hf.gguf import is_gguf
 from specjax.transformer import DecoderConfig
 
-DRAFTLESS = {"width", "rollback"}  # benchmarks of the target alone, for which no draft is opened
+DRAFTLESS = {"width", "rollback", "prompts"}  # benchmarks for which no --draft is opened
 SPARE = 64  # positions past prompt and new tokens, for the drafts of the last round
 
 
@@ -44,26 +45,32 @@ def rule(args: argparse.Namespace, num_draft: int) -> Any:
 def open_all(args: argparse.Namespace, chosen: list[str], mesh: Mesh | None) -> None:
     """Opens target and draft, once for all benchmarks, and writes them into ``args``: ``model`` and ``drafts``.
 
-    Benchmarks of the target alone need no draft.
+    ``opened`` is the target with its tokenizer, unless weights are random. Not all benchmarks need a draft.
 
     Raises:
       ValueError: a folder or config is missing or wrong, or does not fit the benchmarks.
     """
     given = args.target
     if args.draft is not None and DRAFTLESS.issuperset(chosen):
-        raise ValueError(f"--draft is given, and {' and '.join(chosen)} read the target alone; leave it out")
+        cure = "give --drafters model:DIR" if "prompts" in chosen else "leave it out"
+        raise ValueError(f"--draft is given, and {' and '.join(chosen)} do not read it; {cure}")
     args.target = folder_or_shipped(given)
     args.random_weights = args.random_weights or (args.target.is_file() and not is_gguf(args.target))
     if args.random_weights:
         _check_random(args, chosen, mesh)
         _draw_all(args, given)
         return
-    if DRAFTLESS.issuperset(chosen):
-        args.model = specjax.load(args.target, quantize=args.quantize)
-        return
-    args.draft = folder_or_shipped(args.draft, "py-14m-draft", "--draft")
-    hosts.check_same_folders(args.target, args.draft)
-    args.model = specjax.load(args.target, mesh=mesh, quantize=args.quantize)
+    if not DRAFTLESS.issuperset(chosen):
+        args.draft = folder_or_shipped(args.draft, "py-14m-draft", "--draft")
+        hosts.check_same_folders(args.target, args.draft)
+    args.opened = specjax.open(args.target, mesh=mesh, quantize=args.quantize)
+    args.model = args.opened.model
+    if not DRAFTLESS.issuperset(chosen):
+        _open_draft(args, mesh)
+        _check_positions(args, chosen)
+
+
+def _open_draft(args: argparse.Namespace, mesh: Mesh | None) -> None:
     # The draft is small, so it is whole on each device.
     args.drafts = {
         g: specjax.load_drafter(f"model:{args.draft}", args.model, g, mesh=mesh, quantize=args.quantize_draft)
@@ -71,13 +78,12 @@ def open_all(args: argparse.Namespace, chosen: list[str], mesh: Mesh | None) -> 
     }
     args.config = read_config(config_path(args.target))[0]
     args.draft_config = read_config(config_path(args.draft))[0]
-    _check_positions(args, chosen)
 
 
 def _check_random(args: argparse.Namespace, chosen: list[str], mesh: Mesh | None) -> None:
     if mesh is not None:
         raise ValueError("random weights are made on one device; leave out --mesh and --distributed")
-    if trained := [what for what in chosen if what in ("drafters", "peer")]:
+    if trained := [what for what in chosen if what in ("drafters", "peer", "prompts")]:
         raise ValueError(f"{trained[0]} needs trained weights; give --target DIR without --random-weights")
 
 
@@ -122,6 +128,20 @@ def _longer(args: argparse.Namespace, config: DecoderConfig) -> DecoderConfig:
     """Returns the config with at least as many positions as the contexts need."""
     positions = max(config.max_position_embeddings, max(args.context) + args.new_tokens + SPARE)
     return dataclasses.replace(config, max_position_embeddings=positions)
+
+
+def named_drafters(args: argparse.Namespace) -> list[tuple[str, Any]]:
+    """Opens the drafters of ``--drafters`` and returns them with their specs, one for each ``--num-draft``.
+
+    Raises:
+      ValueError: as for ``specjax.load_drafter``.
+    """
+    tokenizer, quantize = args.opened.need_tokenizer(), args.quantize_draft
+    return [
+        (spec, named_drafter(spec, args.opened, tokenizer, g, quantize=quantize))
+        for spec in args.drafters
+        for g in args.num_draft
+    ]
 
 
 def prompts(args: argparse.Namespace, length: int, count: int) -> np.ndarray:

@@ -30,7 +30,7 @@ def bench_round(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Times a round against its parts."""
     rows, prompt = [], models.prompts(args, 200, 1)
     for g, drafter in args.drafts.items():
-        for temperature in (0.0, 1.0):
+        for temperature in args.temperature:
             state = measure.ready(args, drafter, temperature, prompt, 512)
             calls = {
                 "round": functools.partial(measure.rounds, args.model, drafter),

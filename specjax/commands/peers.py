@@ -26,6 +26,12 @@ CURES = {
 }
 
 
+def check_device() -> None:
+    """Raises ValueError unless specjax runs on the CPU."""
+    if jax.default_backend() != "cpu":
+        raise ValueError("--peer compares on the CPU; set JAX_PLATFORMS=cpu")
+
+
 def check(name: str) -> None:
     """Raises ValueError if a peer is not installed."""
     for module in PEERS[name]:
@@ -35,11 +41,9 @@ def check(name: str) -> None:
 
 def bench_peer(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Times greedy decoding of one row beside other libraries, and compares the texts token by token."""
-    if jax.default_backend() != "cpu":
-        raise SystemExit(f"{args.prog}: error: --peer compares on the CPU; set JAX_PLATFORMS=cpu")
     prompts = models.prompts(args, PROMPT, args.prompts)
-    ways, notes = own_ways(args), []
-    with exported(args) as (target, draft):
+    ways = own_ways(args)
+    with exported(args.target, args.draft) as (target, draft):
         for name in args.peer:
             sizes = {"num_draft": args.num_draft[0], "new_tokens": args.new_tokens}
             try:
@@ -50,24 +54,26 @@ def bench_peer(args: argparse.Namespace) -> list[dict[str, Any]]:
             except ValueError as error:
                 raise SystemExit(f"{args.prog}: error: {error}") from error
             ways += found
-            notes.append(note)
+            args.notes.append(note)
         seconds, texts = timed(ways, prompts, args.repeats)
     rows = table(ways, seconds, texts, args.new_tokens * len(prompts))
     print_table("Beside other libraries: greedy, float32, one row of text at a time", rows)
-    print("\n".join(notes) + "\n")
-    args.notes = notes
+    print("\n".join(args.notes) + "\n")
     return rows
 
 
 @contextlib.contextmanager
-def exported(args: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
-    """Yields Hugging Face folders of target and draft in float32, in a temporary folder."""
+def exported(*sources: Path) -> Iterator[list[Path]]:
+    """Yields Hugging Face folders of models in float32, in a temporary folder."""
     with tempfile.TemporaryDirectory() as place:
         folders = []
-        for name, source in (("target", args.target), ("draft", args.draft)):
-            specjax.export_hf(source, Path(place, name), "float32")
-            folders.append(Path(place, name))
-        yield folders[0], folders[1]
+        for number, source in enumerate(sources):
+            folders.append(Path(place, str(number)))
+            if not (source / "params").is_dir():  # what transformers opens, and as what, need not be what specjax does
+                specjax.convert_hf(source, Path(place, f"{number}-checkpoint"), "float32")
+                source = Path(place, f"{number}-checkpoint")
+            specjax.export_hf(source, folders[-1], "float32")
+        yield folders
 
 
 def own_ways(args: argparse.Namespace) -> list[Way]:
