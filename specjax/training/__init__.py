@@ -1,5 +1,7 @@
 """Training of targets and drafters: recipes, text, losses, and a loop that resumes exactly."""
 
+from specjax.training.corpus import OwnText as OwnText
+from specjax.training.corpus import encode_files as encode_files
 from specjax.training.data import END_OF_TEXT as END_OF_TEXT
 from specjax.training.data import Windows as Windows
 from specjax.training.data import encode_texts as encode_texts
@@ -9,6 +11,9 @@ from specjax.training.loop import split_rows as split_rows
 from specjax.training.objectives import head_objective as head_objective
 from specjax.training.objectives import make_objective as make_objective
 from specjax.training.objectives import medusa_objective as medusa_objective
+from specjax.training.own_text import Openings as Openings
+from specjax.training.own_text import openings_of as openings_of
+from specjax.training.own_text import write_documents as write_documents
 from specjax.training.recipe import Recipe as Recipe
 from specjax.training.recipe import Stage as Stage
 from specjax.training.recipe import read_recipe as read_recipe
