@@ -101,16 +101,17 @@ def test_commands_name_scripts_and_options_that_there_are(page):
     """A script's options are those of the command that it runs."""
     sources = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "specjax" / "commands").glob("*.py")}
     runs = {
-        path.name: re.findall(r'run\("(\w+)"\)', path.read_text(encoding="utf-8"))[0]
+        path.name: re.findall(r'run\("([\w-]+)"\)', path.read_text(encoding="utf-8"))[0]
         for path in (ROOT / "scripts").glob("*.py")
     }
     text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", "")
     commands = re.findall(r"python scripts/(\w+\.py)((?: [^`|#\n]*)?)", text)
-    commands += re.findall(r"(?<![\w./-])specjax (\w+)((?: [^`|#\n]*--[^`|#\n]*)?)`", text)
+    commands += re.findall(r"(?<![\w./-])specjax (\w[\w-]*)((?: [^`|#\n]*--[^`|#\n]*)?)`", text)
     for script, arguments in commands:
         command = runs[script] if script.endswith(".py") else script
         assert command in runs.values()
         shared = {"hosts": "add_mesh_options", "compilation_cache": "compilation_cache.add_options"}
+        command = command.replace("-", "_")
         known = sources[command] + "".join(sources[name] for name, adds in shared.items() if adds in sources[command])
         for option in re.findall(r"(?<= )--[a-z][a-z-]*", arguments):
             assert f'"{option}"' in known, (script, option)

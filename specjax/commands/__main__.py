@@ -13,6 +13,7 @@ from specjax.commands import streams
 COMMANDS = {
     "generate": "continue prompts, or answer messages, by speculative decoding",
     "train": "train the model or draft head of a recipe",
+    "train-draft": "train a draft for any target, on text that the target writes",
     "fetch": "download a small chat model, which then has a name",
     "convert": "convert a Hugging Face folder or GGUF file to a checkpoint folder",
     "export": "export a checkpoint folder to a Hugging Face folder",
@@ -22,7 +23,7 @@ COMMANDS = {
 }
 CLEANS_UP = ("fetch", "convert", "export")  # a signal must not leave a half-made folder
 GARBAGE = 100_000  # new objects between two collections; with Python's 700, a tenth of a cold start is collections
-RESUMES = ("train",)  # after Ctrl-C, a message says how to go on
+RESUMES = ("train", "train-draft")  # after Ctrl-C, a message says how to go on
 ABOUT = """Exact speculative decoding for JAX.
 
 {}
@@ -64,7 +65,7 @@ def run(command: str, argv: list[str] | None = None, prog: str | None = None) ->
     gc.set_threshold(GARBAGE)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character shows its code
-    module = importlib.import_module(f"specjax.commands.{command}")
+    module = importlib.import_module(f"specjax.commands.{command.replace('-', '_')}")
     try:
         status = module.main(argv) if prog is None else module.main(argv, prog)
     except SystemExit as error:

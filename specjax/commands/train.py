@@ -109,7 +109,8 @@ def train(
         teacher, tokenizer = opened.model, opened.need_tokenizer()
     corpus, held_out = training.encode_texts(tokenizer, kept), training.encode_texts(tokenizer, held)
     # A run may only go on with the recipe, text and target that it began with.
-    start_run(run, recipe, teacher, corpus)
+    digest = digest_of(corpus, None if teacher is None else teacher.params)
+    start_run(run, {"recipe": recipe.digest, "text and target": digest})
     hosts.exchange("the first process has written what the run is of")
     hosts.check_same_folders(run)
     print(f"{len(kept)} modules, {len(corpus):,} tokens; held out: {len(held)} modules, {len(held_out):,} tokens")
@@ -132,28 +133,9 @@ def train(
         if stage.text == "on_policy":
             draft: Any = trainee.drafter(params, 1)  # a ModelDrafter: recipes allow this text only for draft models
             texts["on_policy"] = draw_samples(draft.model, corpus, recipe, run / f"on-policy-{number}.npy")
-        with tqdm(
-            total=stage.steps,
-            desc=f"stage {number}: {stage.loss} on {stage.text}",
-            unit="step",
-            disable=not hosts.is_first(),
-        ) as bar:
-
-            def on_step(done: int, loss: float, bar: tqdm = bar) -> None:
-                bar.update(done - bar.n)
-                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-
-            params, losses = training.fit(
-                trainee.objective(stage.loss),
-                params,
-                stage,
-                batches(stage, texts, recipe.seed + number),
-                run / f"stage-{number}",
-                teacher=teacher,
-                on_step=on_step,
-                save_every=save_every,
-            )
-        history.append({**dataclasses.asdict(stage), "losses": [round(loss, 4) for loss in losses]})
+        batch, place = batches(stage, texts, recipe.seed + number), run / f"stage-{number}"
+        params, losses = train_stage(number, stage, trainee, params, batch, place, teacher, save_every)
+        history.append({**dataclasses.asdict(stage), "losses": losses})
 
     # Parameters are stored in bfloat16, half the size. The figures are those of the stored parameters.
     stored = halved(params)
@@ -183,17 +165,69 @@ def halved(params: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
 
 
-def start_run(run: Path, recipe: training.Recipe, teacher: specjax.LanguageModel | None, corpus: np.ndarray) -> None:
+def train_stage(
+    number: int,
+    stage: training.Stage,
+    trainee: training.Trainee,
+    params: Any,
+    batch: Callable[[int], np.ndarray],
+    folder: Path,
+    teacher: specjax.LanguageModel | None,
+    save_every: int,
+    measure: Callable[[Any], dict[str, str]] = lambda params: {},
+) -> tuple[Any, list[float]]:
+    """Runs a stage with a progress bar; returns the parameters and the losses, rounded.
+
+    Args:
+      number: the stage's, for the bar.
+      stage, params, batch, folder, teacher, save_every: as for ``training.fit``.
+      trainee: what is trained.
+      measure: ``measure(params)`` returns figures for the bar, and is called at each save.
+    """
+    shown: dict[str, str] = {}
+    with tqdm(
+        total=stage.steps,
+        desc=f"stage {number}: {stage.loss} on {stage.text}",
+        unit="step",
+        disable=not hosts.is_first(),
+    ) as bar:
+
+        def on_step(done: int, loss: float) -> None:
+            bar.update(done - bar.n)
+            bar.set_postfix({"loss": f"{loss:.3f}", **shown}, refresh=False)
+
+        params, losses = training.fit(
+            trainee.objective(stage.loss),
+            params,
+            stage,
+            batch,
+            folder,
+            teacher=teacher,
+            on_step=on_step,
+            on_save=lambda done, params: shown.update(measure(params)),
+            save_every=save_every,
+        )
+    return params, [round(loss, 4) for loss in losses]
+
+
+def digest_of(*trees: Any) -> str:
+    """Returns a short digest of all arrays of some trees."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(trees):
+        digest.update(specjax.sharding.gathered(leaf).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def start_run(run: Path, origin: dict[str, str]) -> None:
     """Writes the origin of a run into its folder, or compares it with the origin that is there.
 
+    Args:
+      run: the run's folder.
+      origin: what the run is of, by names for messages. All processes must have the same.
+
     Raises:
-      ValueError: the folder is a run of another recipe, text or target, or no run.
+      ValueError: the folder is a run of another origin, or no run.
     """
-    # All processes compute the digests: they hold parts of the target, and must agree.
-    digest = hashlib.sha256(corpus.tobytes())
-    for leaf in jax.tree.leaves(None if teacher is None else teacher.params):
-        digest.update(specjax.sharding.gathered(leaf).tobytes())
-    origin = {"recipe": recipe.digest, "text and target": digest.hexdigest()[:16]}
     hosts.check_same({f"the digest of {name}": value for name, value in origin.items()})
     if not hosts.is_first():
         return
@@ -300,13 +334,18 @@ def held_out_acceptance(
         options = {"sampling": sampling, "max_new_tokens": room, "fixed": True}
         generation = specjax.generate(target, prompts, drafter=drafter, **options)
         stats = jax.tree.map(lambda x: x[:HELD_OUT_PROMPTS], specjax.sharding.gathered(generation.stats))
-        by_position = stats.accepted_at.sum(0) / stats.drafted_at.sum(0)
-        figures[f"temperature {temperature:g}"] = {
-            "num_draft": drafter.num_draft,
-            "by_position": [round(float(x), 4) for x in by_position],
-            "emitted_per_round": round(float(stats.emitted.sum() / stats.rounds.sum()), 4),
-        }
+        figures[f"temperature {temperature:g}"] = acceptance(stats)
     return figures
+
+
+def acceptance(stats: specjax.Stats) -> dict[str, Any]:
+    """Returns acceptance rates by position and tokens per round, over all rows."""
+    by_position = np.asarray(stats.accepted_at).sum(0) / np.maximum(np.asarray(stats.drafted_at).sum(0), 1)
+    return {
+        "num_draft": len(by_position),
+        "by_position": [round(float(x), 4) for x in by_position],
+        "emitted_per_round": round(float(stats.tokens_per_round), 4),
+    }
 
 
 def plot(stages: list[dict], file: Path) -> None:

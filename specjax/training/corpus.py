@@ -1,6 +1,7 @@
 """The corpus of a draft: shards of its target's own text, which are written once, and texts of the user's own."""
 
 import json
+import os
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,15 +14,15 @@ from specjax.text.files import read_text
 from specjax.training.data import encode_texts
 from specjax.training.own_text import Document, cut_loop
 
-HELD_OUT_EVERY = 16  # every 16th document is held out, the first one included
+HELD_OUT_EVERY, HELD_OUT = 8, 64  # every 8th document is held out from the first one on, until there are 64
 
 
 class OwnText:
     """Documents that a target wrote, in a folder of shards.
 
-    A shard is a function of its number, and appears whole. So a sampling that was stopped goes on with the first shard
-    that is missing, and ends with the same bits. Loops are cut (``cut_loop``), and documents that are equal to an
-    earlier one do not count.
+    A shard is a function of its number, appears whole, and is written once. So a sampling that was stopped goes on with
+    the first shard that is missing, and ends with the same bits. Loops are cut (``cut_loop``), and documents that are
+    equal to an earlier one do not count.
 
     Args:
       folder: the shards' folder, ``shard-00000.npz`` and so on: ``tokens`` ``[n]`` of uint16 or uint32, and the
@@ -29,8 +30,9 @@ class OwnText:
       write: ``write(number)`` returns the documents of a shard.
       vocab_size: of the target.
 
-    Raises:
-      ValueError: a shard is damaged.
+    Attributes:
+      documents: those of the shards that were taken so far, each text once.
+      shards: how many were taken.
     """
 
     def __init__(self, folder: Path, write: Callable[[int], list[Document]], vocab_size: int):
@@ -39,17 +41,28 @@ class OwnText:
         self._seen: set[bytes] = set()
         self.documents: list[Document] = []
         self.shards = 0
-        while (file := self._file(self.shards)).is_file():
-            self._add(_read_shard(file))
 
-    def _file(self, number: int) -> Path:
-        return self._folder / f"shard-{number:05}.npz"
+    @property
+    def _file(self) -> Path:
+        return self._folder / f"shard-{self.shards:05}.npz"
 
-    def _add(self, documents: list[Document]) -> int:
-        """Adds a shard's documents that are new, and returns how many tokens they have."""
+    @property
+    def is_there(self) -> bool:
+        """Whether the next shard was written before."""
+        return self._file.is_file()
+
+    def take(self) -> int:
+        """Takes the next shard, which is written unless it is there, and returns how many tokens it adds.
+
+        Raises:
+          ValueError: the shard is damaged.
+        """
+        file = self._file
+        if not self.is_there:
+            self._sample(file)
         new = []
-        for document in documents:
-            key = document.tokens.astype(np.int32).tobytes()
+        for document in _read_shard(file):
+            key = document.tokens.tobytes()
             if key not in self._seen:
                 self._seen.add(key)
                 new.append(document)
@@ -57,13 +70,11 @@ class OwnText:
         self.shards += 1
         return sum(len(document.tokens) for document in new)
 
-    def sample(self) -> int:
-        """Writes the next shard, and returns how many tokens it adds."""
+    def _sample(self, file: Path) -> None:
         documents = [Document(cut_loop(tokens), start) for tokens, start in self._write(self.shards)]
         documents = [each for each in documents if len(each.tokens) > each.start]
-        file = self._file(self.shards)
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
+        partial = file.with_suffix(f".{os.getpid()}.partial")
         tokens = [document.tokens for document in documents]
         with partial.open("wb") as stream:
             np.savez(
@@ -73,7 +84,6 @@ class OwnText:
                 starts=np.asarray([document.start for document in documents], np.uint32),
             )
         partial.replace(file)
-        return self._add(documents)
 
     @property
     def tokens(self) -> int:
@@ -83,12 +93,13 @@ class OwnText:
     @property
     def held_out(self) -> list[Document]:
         """The documents that are not trained on."""
-        return self.documents[::HELD_OUT_EVERY]
+        return self.documents[: HELD_OUT_EVERY * HELD_OUT : HELD_OUT_EVERY]
 
     @property
     def trained(self) -> np.ndarray:
         """int32 ``[n]``, the tokens of all other documents, one after the other."""
-        kept = [each.tokens for i, each in enumerate(self.documents) if i % HELD_OUT_EVERY]
+        first = HELD_OUT_EVERY * HELD_OUT
+        kept = [each.tokens for i, each in enumerate(self.documents) if i % HELD_OUT_EVERY or i >= first]
         return np.concatenate([np.zeros(0, np.int32), *kept]).astype(np.int32)
 
 

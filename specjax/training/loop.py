@@ -74,6 +74,7 @@ def fit(
     *,
     teacher: LanguageModel | None = None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
+    on_save: Callable[[int, Any], None] = lambda step, params: None,
     save_every: int = 100,
 ) -> tuple[Any, list[float]]:
     """Runs one stage, from the newest checkpoint in ``folder`` if there is one.
@@ -94,6 +95,7 @@ def fit(
       folder: the folder of this stage's checkpoints. All processes must see the same folder.
       teacher: the model to imitate, if the objective needs one; on the same mesh as the parameters.
       on_step: ``on_step(steps_done, loss)`` is called for each step, also for steps of an earlier run.
+      on_save: ``on_save(steps_done, params)`` is called after each save. The next step donates the parameters.
       save_every: steps between checkpoints.
 
     Returns:
@@ -161,6 +163,7 @@ def fit(
                         history=ocp.args.JsonSave({"losses": history}),
                     ),
                 )
+                on_save(step + 1, params)
     return params, history
 
 

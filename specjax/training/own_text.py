@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +136,7 @@ def write_documents(
     seed: int,
     rows: int,
     length: int,
-    on_tokens: Callable[[int], None] = lambda count: None,
+    on_tokens: Callable[[int], Any] = lambda count: None,
 ) -> list[Document]:
     """Returns documents of a target, in the order of their numbers.
 

@@ -119,7 +119,7 @@ class _Model:
 
     def write(self, folder: Path, params: Any, tokenizer: Tokenizer, metrics: dict[str, Any]) -> None:
         stop, dtype = tokenizer.token_to_id(END_OF_TEXT), str(jax.tree.leaves(params)[0].dtype)
-        config = self.recipe.architecture | {"eos_token_id": stop, "torch_dtype": dtype}
+        config = {"eos_token_id": stop} | self.recipe.architecture | {"torch_dtype": dtype}
         save(folder, config, params, tokenizer, metrics)
 
 
