@@ -195,3 +195,14 @@ def test_a_target_that_repeats_itself_ends_the_sampling(script, folder, monkeypa
     monkeypatch.setattr(training, "write_documents", lambda *args, **options: same)
     assert run(script, folder, "medusa", runs="repeats") == 2
     assert "96 documents of the target are empty or repeat earlier ones, after 5 tokens" in capsys.readouterr().err
+
+
+def test_an_eagle_head_starts_with_the_output_head_of_its_target(folder):
+    """Column by column of the draft vocabulary, each dimension times the size of the target's states there."""
+    target = specjax.open(folder / "tiny").model
+    text = np.repeat(np.arange(target.vocab_size), np.arange(target.vocab_size) + 1)[::-1]
+    fresh = {"lm_head": {"kernel": np.zeros((16, 20), np.float32)}, "norm": 1}
+    started = training.with_targets_head(fresh, target, text)
+    ratio_du = started["lm_head"]["kernel"] / target.params["lm_head"]["kernel"][:, -20:]
+    assert started["norm"] == 1 and (ratio_du > 0).all()
+    np.testing.assert_allclose(ratio_du, np.broadcast_to(ratio_du[:, :1], (16, 20)), rtol=1e-4)

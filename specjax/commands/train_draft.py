@@ -316,6 +316,8 @@ def train(job: Job, text: np.ndarray, measured: Callable[..., dict[str, Any]]) -
     recipe = functools.partial(job.recipe, text, rows=rows, sequence=sequence)
     trainee = training.make_trainee(recipe(steps=1), target, text)
     params = trainee.init(jax.random.key(args.seed))
+    if args.kind == "eagle":
+        params = training.with_targets_head(params, target, text)
     batch, passes = training.Windows(text, sequence, rows, args.seed).batch, len(text) / (rows * sequence)
 
     def steps() -> int:

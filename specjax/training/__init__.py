@@ -22,3 +22,4 @@ from specjax.training.sizes import KINDS as KINDS
 from specjax.training.sizes import draft_recipe as draft_recipe
 from specjax.training.trainees import Trainee as Trainee
 from specjax.training.trainees import make_trainee as make_trainee
+from specjax.training.trainees import with_targets_head as with_targets_head

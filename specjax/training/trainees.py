@@ -29,7 +29,9 @@ from specjax.training.objectives import Objective, head_objective, make_objectiv
 from specjax.training.recipe import Recipe
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import abstract_params, decoder_model, init_params
-from specjax.types import Drafter, LanguageModel
+from specjax.types import Drafter, LanguageModel, whole_feed
+
+_SCALED = 512  # tokens over which states are measured
 
 
 class Trainee(Protocol):
@@ -91,6 +93,14 @@ def make_trainee(recipe: Recipe, teacher: LanguageModel | None, tokens: np.ndarr
     if recipe.head == "eagle":
         return _eagle(recipe, teacher, tokens)
     return _medusa(recipe, teacher)
+
+
+def _unembedded(teacher: LanguageModel, scale: float) -> Array:
+    """Returns the logits of unit vectors times ``scale``: the output head's kernel, unless the logits are capped."""
+    assert teacher.unembed is not None
+    one_dd = scale * jnp.eye(teacher.embedding_spec.shape[-1], dtype=jnp.float32)[None]
+    with jax.default_matmul_precision("highest"):
+        return teacher.unembed(teacher.params, one_dd)[0]
 
 
 def _init_at(places: Any, init: Callable[[Array], Any], source: Array) -> Any:
@@ -183,11 +193,7 @@ class _MedusaHeads:
 
     def init(self, key: Array, places: Any = None) -> Any:
         del key  # nothing is drawn
-        assert self.teacher.unembed is not None
-        # Unembedded unit vectors are the rows of the output head's kernel, unless the logits are not linear.
-        one_dd = jnp.eye(self.teacher.embedding_spec.shape[-1], dtype=jnp.float32)[None]
-        with jax.default_matmul_precision("highest"):
-            kernel_dv, twice_dv = (self.teacher.unembed(self.teacher.params, x)[0] for x in (one_dd, 2 * one_dd))
+        kernel_dv, twice_dv = (_unembedded(self.teacher, scale) for scale in (1, 2))
         if not jnp.allclose(2 * kernel_dv, twice_dv, rtol=1e-3):
             raise ValueError(
                 f"the logits of {self.recipe.drafts_for} are capped, but Medusa heads start as linear ones; train "
@@ -250,6 +256,27 @@ def _eagle(recipe: Recipe, teacher: LanguageModel, tokens: np.ndarray) -> _Chain
     if head.draft_vocab_size is not None:
         constants = {"draft_of_v": most_frequent(tokens, head.draft_vocab_size, head.vocab_size)}
     return _ChainHead(recipe, teacher, head, head.init_params, recipe.architecture, constants)
+
+
+def with_targets_head(params: dict[str, Any], teacher: LanguageModel, tokens: np.ndarray) -> dict[str, Any]:
+    """Returns fresh parameters of an EAGLE head as wide as its target, with the target's output head.
+
+    The output head is scaled by the size of each dimension of the target's last states, since the draft head's own norm
+    starts as ones.
+
+    Args:
+      params: of an EAGLE head with an output head.
+      teacher: the target, on one device.
+      tokens: integers ``[n]``, the text that the draft vocabulary was made of.
+    """
+    size = params["lm_head"]["kernel"].shape[1]
+    chosen_u = np.flatnonzero(np.asarray(most_frequent(tokens, size, teacher.vocab_size)) >= 0)
+    text_bt = jnp.asarray(tokens[None, : min(_SCALED, teacher.max_positions or _SCALED)], jnp.int32)
+    cache = teacher.init_cache(*text_bt.shape)
+    (state_btd,) = teacher.forward(teacher.params, whole_feed(text_bt), cache, (-1,)).features
+    size_d = jnp.sqrt(jnp.mean(jnp.square(state_btd.astype(jnp.float32)), axis=(0, 1)))
+    kernel_du = size_d[:, None] * _unembedded(teacher, 1).astype(jnp.float32)[:, chosen_u]
+    return params | {"lm_head": {"kernel": kernel_du}}
 
 
 def _medusa(recipe: Recipe, teacher: LanguageModel) -> _MedusaHeads:
