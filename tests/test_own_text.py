@@ -49,12 +49,12 @@ def test_a_chat_is_a_users_turn_and_an_answer(opened):
             opened.model, [prompt], sampling=sampling, max_new_tokens=LENGTH - len(prompt), **options
         ).rows()[0]
         found = [document for document in documents if document.tokens[: document.start].tolist() == prompt]
-        assert rest.tolist() in [document.tokens.tolist() for document in found]
+        assert own_text.cut_loop(rest).tolist() in [own_text.cut_loop(document.tokens).tolist() for document in found]
         temperatures.add(temperature)
     assert len(temperatures) > 2
     for tokens, start in documents:
         assert tokens[0] == user and tokens[start - 2 : start].tolist() == [end, assistant] and len(tokens) <= LENGTH
-        assert len(tokens) == LENGTH or tokens[-1] == end
+        assert len(tokens) == LENGTH or tokens[-1] == end or len(own_text.cut_loop(tokens)) < len(tokens)
 
 
 def test_documents_are_a_function_of_their_numbers_and_the_seed(opened):
@@ -121,6 +121,17 @@ def test_loops_are_cut_to_two_rounds():
     assert own_text.cut_loop(random) is random
     left = np.asarray([1, 2] * 50 + [7])  # the loop ended
     assert own_text.cut_loop(left) is left
+
+
+def test_a_row_in_a_loop_is_ended_and_replaced(opened, monkeypatch):
+    """Any text of more than 20 tokens is taken for a loop here."""
+    openings = own_text.openings_of(opened)
+    whole = write(opened, openings)
+    monkeypatch.setattr(own_text, "cut_loop", lambda tokens: tokens[:20])
+    cut = {document.tokens[:12].tobytes(): document for document in write(opened, openings)}
+    pairs = [(each, cut.get(each.tokens[:12].tobytes())) for each in whole]
+    assert all(twin is not None and len(twin.tokens) <= len(each.tokens) for each, twin in pairs if each.start < 12)
+    assert max(len(each.tokens) for each in cut.values()) < LENGTH == max(len(each.tokens) for each in whole)
 
 
 # Shards.

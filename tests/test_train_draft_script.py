@@ -194,7 +194,7 @@ def test_a_target_that_repeats_itself_ends_the_sampling(script, folder, monkeypa
     same = [training.Document(np.asarray([1, 2, 0, 2, 5], np.int32), 4)]
     monkeypatch.setattr(training, "write_documents", lambda *args, **options: same)
     assert run(script, folder, "medusa", runs="repeats") == 2
-    assert "96 documents of the target are empty or repeat earlier ones, after 5 tokens" in capsys.readouterr().err
+    assert "48 documents of the target are empty or repeat earlier ones, after 5 tokens" in capsys.readouterr().err
 
 
 def test_an_eagle_head_starts_with_the_output_head_of_its_target(folder):

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from specjax.checkpoint.opened import Opened
 from specjax.engine.loop import prefill, run
-from specjax.engine.state import State, insert
+from specjax.engine.state import State, insert, stop
 from specjax.sampling import Sampling
 from specjax.text.chat import ChatTemplate
 from specjax.training.data import END_OF_TEXT
@@ -140,7 +140,8 @@ def write_documents(
 ) -> list[Document]:
     """Returns documents of a target, in the order of their numbers.
 
-    The result is a function of the arguments alone. Rows that end are replaced by the next prompts.
+    The result is a function of the arguments alone. Rows that end, or fall into a loop (``cut_loop``), are replaced by
+    the next prompts.
 
     Args:
       model: the target.
@@ -168,12 +169,13 @@ def write_documents(
     while True:
         state = run(model, state, rounds=ROUNDS)
         done_b, length_b = np.asarray(state.done_b), np.asarray(state.length_b)
-        # 2. What ended: an opening goes to the end of the queue as the prompt of the rest.
-        ended = [row for row in range(rows) if done_b[row] and running[row] is not None]
-        tokens_bs = np.asarray(state.tokens_bs) if ended else None
-        for row in ended:
+        tokens_bs = np.asarray(state.tokens_bs)
+        looped_b = np.asarray([len(cut_loop(row[:end])) < end for row, end in zip(tokens_bs, length_b, strict=True)])
+        state = stop(state, looped_b)
+        # 2. What ended, or fell into a loop: an opening goes to the end of the queue as the prompt of the rest.
+        for row in np.flatnonzero(done_b | looped_b):
             part, running[row] = running[row], None
-            if part is None or tokens_bs is None or part.number is None:
+            if part is None or part.number is None:
                 continue
             tokens = tokens_bs[row, : length_b[row]]
             on_tokens(len(tokens) - len(part.prompt))
