@@ -74,7 +74,8 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
         "--minutes",
         type=float,
         metavar="M",
-        help="write text for half of M minutes and train for the rest; the measurement at the end comes on top",
+        help="write text for half of M minutes, one shard at least, and train for the rest; opening and measuring "
+        "come on top",
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: checkpoints/TARGET-KIND")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="resumable state; default: %(default)s")
@@ -324,7 +325,9 @@ def train(job: Job, text: np.ndarray, measured: Callable[..., dict[str, Any]]) -
         if args.minutes is None:
             return max(1, round(PASSES * passes))
         seconds, first = step_seconds(trainee, params, recipe(steps=PROBED).stages[0], batch, target, job.run.folder)
-        left = 60 * args.minutes - job.run.get(SAMPLING, 0.0) - 2 * first  # the probe and the stage compile
+        # A shard may have taken longer than the time for text, but the training has its own. Probe and stage compile.
+        sampled = min(job.run.get(SAMPLING, 0.0), 60 * SAMPLING_SHARE * args.minutes)
+        left = 60 * args.minutes - sampled - 2 * first
         return max(1, min(int(left / seconds), round(MOST_PASSES * passes)))
 
     number_of_steps = job.run.once("steps", steps)
