@@ -260,6 +260,7 @@ def sample(job: Job) -> tuple[training.Openings, training.OwnText]:
     args, target = job.args, job.opened.model
     # What the platform, the day or a later version may change is kept with the text.
     rows = job.text.once("rows", lambda: ON_CPU[0] if jax.default_backend() == "cpu" else ELSEWHERE[0])
+    count = job.text.once("documents of a shard", lambda: SHARD * rows)
     length = job.text.once("length", lambda: min(DOCUMENT, target.max_positions or DOCUMENT))
     found = job.text.once("openings", lambda: dataclasses.asdict(training.openings_of(job.opened)))
     tokens = (tuple(found[name]) for name in ("before", "between", "ends", "starts"))
@@ -271,7 +272,7 @@ def sample(job: Job) -> tuple[training.Openings, training.OwnText]:
     with tqdm(total=args.tokens, desc="text", unit="token") as bar:
 
         def write(number: int) -> list[training.Document]:
-            begun, numbers = time.monotonic(), range(number * SHARD * rows, (number + 1) * SHARD * rows)
+            begun, numbers = time.monotonic(), range(number * count, (number + 1) * count)
             shape: dict[str, Any] = {"seed": args.seed, "rows": rows, "length": length}
             documents = training.write_documents(target, openings, numbers, **shape, on_tokens=bar.update)
             for kept in (job.text, job.run):
@@ -295,7 +296,7 @@ def sample(job: Job) -> tuple[training.Openings, training.OwnText]:
             bar.refresh()
             if idle == IDLE_SHARDS:
                 raise ValueError(
-                    f"the last {IDLE_SHARDS * SHARD * rows} documents of the target are empty or repeat earlier ones, "
+                    f"the last {IDLE_SHARDS * count} documents of the target are empty or repeat earlier ones, "
                     f"after {own.tokens} tokens; give a lower --tokens"
                 )
     job.run.once("shards", lambda: own.shards)
