@@ -118,7 +118,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(script, folder):
     assert weights[0] == weights[1]
 
 
-def test_own_texts_and_a_time_are_taken(script, folder, monkeypatch):
+def test_own_texts_and_a_time_are_taken(script, folder, monkeypatch, capsys):
     """What the time allows is decided once. A folder of another run is not replaced."""
     (folder / "data.txt").write_text("abc xyz " * 200)
     (folder / "data.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "hello"}]}))
@@ -128,6 +128,7 @@ def test_own_texts_and_a_time_are_taken(script, folder, monkeypatch):
     monkeypatch.setattr(script, "SAMPLING_SHARE", 1e-9)
     output = folder / "outputs" / "timed"
     assert run(script, folder, "medusa", *options, output=output) == 0
+    assert "1 minutes leave time for" in capsys.readouterr().out
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["data_tokens"] == 1600 + 7 and metrics["train_tokens"] > metrics["data_tokens"]
     kept = json.loads((folder / "runs" / "timed" / "kept.json").read_text())

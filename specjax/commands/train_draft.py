@@ -36,6 +36,7 @@ ON_CPU, ELSEWHERE = (16, 4), (128, 16)  # documents written at once, and windows
 SHARD = 2  # documents of a shard for each row: a stop loses one shard at most
 IDLE_SHARDS = 3  # in a row that add no text end the sampling
 PROBED = 4  # steps whose time is measured
+FEW_STEPS = 100  # fewer in the time that is given are worth a word
 NUM_DRAFT = 4
 MEASURED, NEW_TOKENS = 20, 128  # held-out prompts at the end, and the text after each
 GLANCE, GLANCE_TOKENS = 4, 32  # the same at each save
@@ -332,6 +333,11 @@ def train(job: Job, text: np.ndarray, measured: Callable[..., dict[str, Any]]) -
         return max(1, min(int(left / seconds), round(MOST_PASSES * passes)))
 
     number_of_steps = job.run.once("steps", steps)
+    if number_of_steps < FEW_STEPS and args.minutes is not None:
+        print(
+            f"{args.minutes:g} minutes leave time for {number_of_steps} steps on this machine, which teach a draft "
+            "little; give more --minutes"
+        )
     mark, history = [time.monotonic()], []
 
     def glance(params: Any) -> dict[str, str]:
