@@ -131,7 +131,7 @@ def test_own_texts_and_a_time_are_taken(script, folder, monkeypatch, capsys):
     assert "1 minutes leave time for" in capsys.readouterr().out
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["data_tokens"] == 1600 + 7 and metrics["train_tokens"] > metrics["data_tokens"]
-    kept = json.loads((folder / "runs" / "timed" / "kept.json").read_text())
+    kept = json.loads((folder / "runs" / "timed" / "state.json").read_text())
     assert kept["shards"] >= 1 and kept["steps"] == sum(len(stage["losses"]) for stage in metrics["stages"]) > 1
     monkeypatch.setattr(script, "step_seconds", None)  # nothing is measured again
     assert run(script, folder, "medusa", *options, output=output) == 0

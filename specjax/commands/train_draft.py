@@ -25,7 +25,7 @@ from specjax.checkpoint.fetched import PUBLISHED, model_path
 from specjax.commands import compilation_cache, hosts
 from specjax.commands.console import Parser, add_ignored_keys, write_whole
 from specjax.commands.draft_card import card, measure, show
-from specjax.commands.kept import Kept
+from specjax.commands.run_state import RunState
 from specjax.commands.train import digest_of, halved, plot, start_run, train_stage
 
 TOKENS = 250_000  # of text, unless tokens or minutes are given
@@ -133,8 +133,8 @@ class Job:
     opened: specjax.Opened
     target_name: str
     output: Path
-    run: Kept
-    text: Kept
+    run: RunState
+    text: RunState
 
     def recipe(self, tokens: np.ndarray, steps: int, rows: int, sequence: int) -> training.Recipe:
         """Returns the recipe that follows from the target, the text and the amounts."""
@@ -162,7 +162,7 @@ def train_draft(args: argparse.Namespace, command: str) -> None:
     named = str(args.target) in PUBLISHED
     target_name = str(args.target) if named else model_path(args.target).resolve().name.removesuffix(".gguf")
     output = args.output or Path("checkpoints") / f"{target_name}-{args.kind}"
-    folders = Kept(args.runs / output.resolve().name), Kept(args.runs / f"{target_name}-text")
+    folders = RunState(args.runs / output.resolve().name), RunState(args.runs / f"{target_name}-text")
     job = Job(args, opened, target_name, output, *folders)
     data = training.encode_files(args.data, opened)
     origin = check(job, data)

@@ -8,8 +8,8 @@ from typing import Any
 from specjax.commands.console import write_whole
 
 
-class Kept:
-    """Values by name in ``kept.json`` of a run's folder. So a run that goes on is the same run.
+class RunState:
+    """Values by name in ``state.json`` of a run's folder. So a run that goes on is the same run.
 
     Args:
       folder: the run's. It must exist when something is kept.
@@ -19,7 +19,7 @@ class Kept:
     """
 
     def __init__(self, folder: Path):
-        self.folder, self._file = folder, folder / "kept.json"
+        self.folder, self._file = folder, folder / "state.json"
         self._values: dict[str, Any] = {}
         if self._file.is_file():
             try:
