@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from specjax.text.files import check_characters, read_text
+from specjax.text.files import check_characters, read_lines
 
 # The first that a line has counts.
 KEYS = ("turns", "messages", "prompt", "question")
@@ -49,11 +49,10 @@ def read(files: Sequence[Path], limit: int | None = None) -> list[Prompt]:
     """
     prompts = []
     for file in files:
-        # Not splitlines: JSON texts may hold other separators of lines.
-        lines = [(number, line) for number, line in enumerate(read_text(file).split("\n"), 1) if line.strip()]
+        lines = read_lines(file)
         if not lines:
             raise ValueError(f"{file} has no prompts; give a file with one JSON object in each line")
-        prompts += [_prompt(file.stem, f"{file}, line {number}", line) for number, line in lines]
+        prompts += [_prompt(file.stem, place, line) for place, line in lines]
     categories: dict[tuple[str, str], list[Prompt]] = {}
     for prompt in prompts:
         categories.setdefault((prompt.source, prompt.category), []).append(prompt)

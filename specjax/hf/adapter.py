@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from specjax.checks import check_integer, check_positive
+from specjax.checks import check_integer, check_positive, errors_name
 from specjax.hf.computed import Computed, Readable, Rows, rows_of
 from specjax.hf.formats.parts import FLOATS
 from specjax.hf.keys import Keys, read_json, warn_unknown
@@ -93,10 +93,8 @@ def open_adapter(folder: Path) -> Adapter:
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} has no {CONFIG}; give the folder of an adapter, as peft writes it")
     raw = read_json(folder / CONFIG)
-    try:
+    with errors_name(folder / CONFIG):
         scale, use_dora = _read_config(raw)
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG}: {error}") from None
     if not (folder / WEIGHTS).is_file():
         raise ValueError(
             f"{folder / WEIGHTS} does not exist; load the adapter with peft and save it again with save_pretrained, "
@@ -200,7 +198,7 @@ def merge(
         _LOG.warning("%s changes %s; the change is left out", adapter.path / WEIGHTS, reason)
     # 3. Trained tensors take the place of the model's; modules are merged after that.
     merged = dict(tensors)
-    try:
+    with errors_name(adapter.path / WEIGHTS):
         for name, tensor in whole.items():
             if name not in left_out:
                 merged[known[name]] = _trained(known[name], tensor, merged)
@@ -209,8 +207,6 @@ def merge(
             if weights[module] in left_out:
                 continue
             merged |= _merged(module, name, parts, merged, adapter, name in transposed)
-    except ValueError as error:
-        raise ValueError(f"{adapter.path / WEIGHTS}: {error}") from None
     return merged
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from specjax.checks import errors_name
 from specjax.hf.adapter import base_model, merge, open_adapter
 from specjax.hf.computed import Readable
 from specjax.hf.config import config_of_gguf, read_config
@@ -129,10 +130,8 @@ def open_weights(folder: Path, ignore_config_keys: Iterable[str] = (), adapter: 
         wanted = sources(raw["model_type"], config)
         transposed = [name for name, source in wanted.items() if source.pieces[0].layout == CONV1D]
         tensors = merge(open_adapter(adapter), _with_both_tables(config, raw, tensors), names, transposed)
-    try:
+    with errors_name(folder):
         return _with_head(config, raw, tensors, form, words)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
 
 
 def _open_folder(
@@ -159,10 +158,8 @@ def _open_folder(
     # 2. The config says which tensors the model needs, and the table of its family how they are called.
     config, raw = read_config(folder / "config.json", ignore_config_keys)
     wanted = sources(raw["model_type"], config)
-    try:
+    with errors_name(folder):
         return config, raw, *plain_tensors(raw, found, wanted, functools.partial(table_names, raw["model_type"]))
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
 
 
 def _with_both_tables(

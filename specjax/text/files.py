@@ -17,6 +17,17 @@ def read_text(file: Path) -> str:
         raise ValueError(f"{file} cannot be read as UTF-8 text ({error}); copy it again") from None
 
 
+def read_lines(file: Path) -> list[tuple[str, str]]:
+    """Returns the lines of a JSONL file that are not blank, each after what messages call it: "FILE, line 3".
+
+    Raises:
+      ValueError: as for ``read_text``.
+    """
+    # Not splitlines: JSON texts may hold other separators of lines.
+    lines = enumerate(read_text(file).split("\n"), 1)
+    return [(f"{file}, line {number}", line) for number, line in lines if line.strip()]
+
+
 def check_characters(name: str, text: str) -> None:
     """Raises ValueError if a text holds half of a surrogate pair, which is no character and which no tokenizer reads.
 

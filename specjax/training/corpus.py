@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from specjax.checkpoint.opened import Opened
-from specjax.text.files import read_text
+from specjax.text.files import read_lines, read_text
 from specjax.training.data import encode_texts
 from specjax.training.own_text import Document, cut_loop
 
@@ -125,18 +125,15 @@ def encode_files(files: Iterable[Path], opened: Opened) -> np.ndarray:
     """
     tokenizer, pieces = opened.need_tokenizer(), []
     for file in files:
-        text = read_text(file)
-        if not text.strip():
+        jsonl = file.suffix.lower() == ".jsonl"
+        lines = read_lines(file) if jsonl else [(str(file), read_text(file))]
+        if not any(line.strip() for _, line in lines):
             raise ValueError(f"{file} is empty; give a file with text")
-        if file.suffix.lower() != ".jsonl":
-            pieces.append(encode_texts(tokenizer, [text]))
-            continue
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    pieces.append(_encode_line(json.loads(line), opened))
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{file}, line {number}: {error}") from None
+        for place, line in lines:
+            try:
+                pieces.append(_encode_line(json.loads(line), opened) if jsonl else encode_texts(tokenizer, [line]))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{place}: {error}") from None
     return np.concatenate([np.zeros(0, np.int32), *pieces])
 
 
