@@ -145,7 +145,9 @@ def test_timed_rounds_of_hybrid_targets_are_traced(folder):
 
 
 def test_startup(run, folder):
+    before = jax.config.jax_enable_compilation_cache
     found, _ = run("startup", "--target", folder / "target", "--draft", folder / "draft", "--context", 16)
+    assert jax.config.jax_enable_compilation_cache == before
     rows = found["startup"]
     assert [row["decoding"] for row in rows] == ["plain", "fixed", "adaptive"]
     assert finite(rows) and all(row["compile s"] > 0 and row["peak memory MB"] > 0 for row in rows)

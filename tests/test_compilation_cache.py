@@ -31,6 +31,7 @@ def settings():
 def fresh(tmp_path, monkeypatch):
     """JAX without a folder, and an empty place for the default one; both as before afterwards."""
     before = settings()
+    jax.config.update("jax_enable_compilation_cache", True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     jax.config.update("jax_compilation_cache_dir", None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
