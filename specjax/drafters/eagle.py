@@ -11,6 +11,7 @@ from jax import Array
 
 from specjax.cache import KVCache, Stored
 from specjax.checks import check_integer
+from specjax.drafters.feature import tokens_of_draft
 from specjax.drafters.fields import check_unset
 from specjax.transformer.config import DecoderConfig, LayerConfig
 from specjax.transformer.decoder import DecoderLayer, empty_cache, run_layers
@@ -214,6 +215,23 @@ class EagleHead:
 
     def logits(self, params: Any, target: LanguageModel, states_bd: Array) -> Array:
         """Returns float32 logits ``[b, v]`` of states ``[b, d]``. Tokens that are never drafted have -inf."""
+        logits, draft_of_v = self._output(params, target, states_bd), self.draft_of_v(params)
+        if draft_of_v is None:
+            return logits
+        # Tokens outside of the draft vocabulary look up entry 0 and are masked.
+        logits = logits[:, jnp.maximum(draft_of_v, 0)] if self.own_head else logits
+        return jnp.where((draft_of_v >= 0)[None], logits, -jnp.inf)
+
+    def draft_logits(self, params: Any, target: LanguageModel, states_bd: Array) -> Array:
+        """Returns float32 logits ``[b, u]`` of states ``[b, d]``, those of the draft vocabulary's tokens."""
+        logits, draft_of_v = self._output(params, target, states_bd), self.draft_of_v(params)
+        if draft_of_v is None or self.own_head:
+            return logits
+        assert self.draft_vocab_size is not None
+        return logits[:, tokens_of_draft(draft_of_v, self.draft_vocab_size)]
+
+    def _output(self, params: Any, target: LanguageModel, states_bd: Array) -> Array:
+        """Returns the logits of the output head: of the draft vocabulary if it is the draft head's own, else of all."""
 
         def unembed(x_bd: Array) -> Array:
             assert target.unembed is not None
@@ -221,6 +239,10 @@ class EagleHead:
             return target.unembed(target.params, x_bd[:, None])[:, 0].astype(jnp.float32)
 
         return self._bind(params).logits(states_bd, unembed)
+
+    def draft_of_v(self, params: Any) -> Array | None:
+        """Returns int32 ``[v]``, the draft's id of each of the target's tokens, or -1; None if all are drafted."""
+        return None if self.draft_vocab_size is None else params["draft_of_v"]
 
     def _bind(self, params: Any) -> "_Eagle1 | _Eagle3":
         return _EAGLE.bind(self, params, _dtype_of(params))
@@ -341,13 +363,7 @@ class _Eagle3(nnx.Module):
     def logits(self, x_bd: Array, unembed: Callable[[Array], Array]) -> Array:
         if self.head.norm_logits and not self.head.norm_output:
             x_bd = self.norm(x_bd)
-        logits = unembed(x_bd) if self.lm_head is None else self.lm_head.logits(x_bd)
-        if self.head.draft_vocab_size is None:
-            return logits
-        # From the draft's ids to the target's. Tokens outside of the draft vocabulary look up entry 0 and are masked.
-        draft_of_v = self.draft_of_v[...]
-        logits_bv = logits if self.lm_head is None else logits[:, jnp.maximum(draft_of_v, 0)]
-        return jnp.where((draft_of_v >= 0)[None], logits_bv, -jnp.inf)
+        return unembed(x_bd) if self.lm_head is None else self.lm_head.logits(x_bd)
 
 
 def _module(head: EagleHead, dtype: jnp.dtype, rngs: nnx.Rngs) -> _Eagle1 | _Eagle3:

@@ -69,6 +69,23 @@ class Head(Protocol):
         """Returns ``[b, v]`` logits from states that ``run`` returned, -inf for tokens that are never drafted."""
         ...
 
+    def draft_logits(self, params: Any, target: LanguageModel, states_bd: Array) -> Array:
+        """Returns ``[b, u]``, the logits of the draft vocabulary's u tokens, in its own order; for training."""
+        ...
+
+    def draft_of_v(self, params: Any) -> Array | None:
+        """Returns int32 ``[v]``, the draft's id of each of the target's tokens, -1 for tokens that are never drafted.
+
+        None: all tokens are drafted, by the target's ids.
+        """
+        ...
+
+
+def tokens_of_draft(draft_of_v: Array, size: int) -> Array:
+    """Returns int32 ``[size]``, the target's ids of a draft vocabulary's tokens, from ``Head.draft_of_v``."""
+    token_v = jnp.arange(draft_of_v.shape[0], dtype=jnp.int32)
+    return jnp.zeros((size,), jnp.int32).at[jnp.where(draft_of_v >= 0, draft_of_v, size)].set(token_v, mode="drop")
+
 
 @struct.dataclass
 class FeatureState:

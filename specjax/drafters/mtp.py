@@ -236,6 +236,12 @@ class MTPHead:
         """Returns ``[b, v]`` logits of states ``[b, d]`` that ``run`` returned."""
         return _bind(self.config, params)[0].logits(target, states_bd)
 
+    draft_logits = logits
+
+    def draft_of_v(self, params: Any) -> None:
+        """Returns None: all tokens are drafted."""
+        del params
+
 
 @struct.dataclass
 class MTPState:

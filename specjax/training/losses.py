@@ -1,9 +1,13 @@
 """Losses of language models and of drafters that imitate one. Each loss is a mean over positions."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+
+from specjax.drafters.feature import tokens_of_draft
 
 
 def next_token(logits_btv: Array, tokens_bt: Array) -> Array:
@@ -68,8 +72,24 @@ LOSSES = ("next_token", *IMITATIONS)
 """The names of all losses."""
 
 
-def draft(loss: str, draft_btv: Array, target_btv: Array, tokens_bt: Array) -> Array:
-    """Loss of a draft head that may have a reduced draft vocabulary; logits of all other tokens are -inf.
+class Lesson(NamedTuple):
+    """What a draft head should answer at some positions, in the ids of its draft vocabulary of u tokens.
+
+    Attributes:
+      logits_btu: float32, the target's logits of the tokens that can be drafted.
+      wanted_bt: int32, the draft's id of the wanted token, or -1 if that token cannot be drafted.
+    """
+
+    logits_btu: Array
+    wanted_bt: Array
+
+    def part(self, first: int, last: int | None = None) -> "Lesson":
+        """Returns the lesson of positions ``first`` to before ``last``, as slices do."""
+        return Lesson(self.logits_btu[:, first:last], self.wanted_bt[:, first:last])
+
+
+def lesson(loss: str, target_btv: Array, tokens_bt: Array, draft_of_v: Array | None = None, size: int = 0) -> Lesson:
+    """Returns what a draft head should answer.
 
     The target's distribution is restricted to the draft vocabulary. A position counts only if its wanted token can be
     drafted: for "next_token" the token of the text, for the other losses the target's most likely token. The published
@@ -77,20 +97,31 @@ def draft(loss: str, draft_btv: Array, target_btv: Array, tokens_bt: Array) -> A
 
     Args:
       loss: one of ``LOSSES``.
-      draft_btv: float32, the draft head's logits.
-      target_btv: float32, the target's logits for the same positions.
-      tokens_bt: int32, the tokens of the text at these positions.
+      target_btv: float32, the target's logits.
+      tokens_bt: int32, the tokens of the text at the positions of which the logits speak.
+      draft_of_v: int32, the draft's id of each token, -1 for tokens that are never drafted; None: all are, by their
+        own ids.
+      size: u, if ``draft_of_v`` is given.
+    """
+    wanted_bt = tokens_bt if loss == "next_token" else jnp.argmax(target_btv, axis=-1).astype(jnp.int32)
+    if draft_of_v is None:
+        return Lesson(target_btv, wanted_bt)
+    return Lesson(target_btv[..., tokens_of_draft(draft_of_v, size)], draft_of_v[wanted_bt])
+
+
+def draft(loss: str, draft_btu: Array, wanted: Lesson) -> Array:
+    """Loss of a draft head against a lesson.
+
+    Args:
+      loss: one of ``LOSSES``, that of the lesson.
+      draft_btu: float32, the draft head's logits for the positions of the lesson.
+      wanted: the lesson.
 
     Returns:
       The mean over the positions that count, a float32 scalar; 0 if no position counts.
     """
-    drafted_btv = jnp.isfinite(draft_btv)
-    q = jnp.where(drafted_btv, draft_btv, _NEVER)
-    wanted_bt = tokens_bt if loss == "next_token" else jnp.argmax(target_btv, axis=-1)
-    counts_bt = jnp.take_along_axis(drafted_btv, wanted_bt[..., None], axis=-1)[..., 0]
+    counts_bt = wanted.wanted_bt >= 0
     if loss == "next_token":
-        return _mean(optax.softmax_cross_entropy_with_integer_labels(q, tokens_bt), counts_bt)
-    return IMITATIONS[loss](q, jnp.where(drafted_btv, target_btv, _NEVER), counts_bt)
-
-
-_NEVER = -1e9  # the logit of a token without probability; unlike -inf, it gives finite gradients
+        labels_bt = jnp.maximum(wanted.wanted_bt, 0)
+        return _mean(optax.softmax_cross_entropy_with_integer_labels(draft_btu, labels_bt), counts_bt)
+    return IMITATIONS[loss](draft_btu, wanted.logits_btu, counts_bt)

@@ -74,12 +74,14 @@ def head_objective(loss: str, head: Head, steps: int) -> Objective:
         cache = teacher.init_cache(*tokens_bt.shape)
         taught = teacher.forward(teacher.params, whole_feed(tokens_bt), cache, head.capture)
         drafts = chain_logits(head, params, teacher, tokens_bt, taught.features, steps)
+        # In the draft vocabulary, which may be a sixth of the target's: logits of all tokens would take most of a step.
+        size = drafts[0].shape[-1]
+        wanted = losses.lesson(loss, taught.logits_btv[:, :-1], tokens_bt[:, 1:], head.draft_of_v(params), size)
         total = jnp.float32(0)
-        for j, draft_btv in enumerate(drafts):
+        for j, draft_btu in enumerate(drafts):
             # Slot i predicts token i + 2, like the teacher at position i + 1. Example: slot 3 has read the state at
             # position 3 and token 4, and drafts token 5. No chain of j steps ends at a slot below j.
-            value = losses.draft(loss, draft_btv[:, j:-1], taught.logits_btv[:, j + 1 : -1], tokens_bt[:, j + 2 :])
-            total += DECAY**j * value
+            total += DECAY**j * losses.draft(loss, draft_btu[:, j:-1], wanted.part(j + 1))
         return total / sum(DECAY**j for j in range(steps))
 
     return objective
@@ -103,8 +105,8 @@ def chain_logits(
       steps: length of the chains, at least 1.
 
     Returns:
-      Logits ``[b, t - 1, v]`` for each step j. Slot i holds the logits for token i + 2, drafted by the chain that
-      started at slot i - j.
+      Logits ``[b, t - 1, u]`` over the draft vocabulary for each step j. Slot i holds the logits for token i + 2,
+      drafted by the chain that started at slot i - j.
     """
     # Slot i joins the state at position i with token i + 1, so the last state has no partner.
     rows = tokens_bt.shape[0]
@@ -115,7 +117,7 @@ def chain_logits(
     logits = []
     for _ in range(steps):
         states_btd, cache = head.run(params, teacher, feed, states_btd, cache)
-        flat = head.logits(params, teacher, states_btd.reshape(-1, states_btd.shape[-1]))
+        flat = head.draft_logits(params, teacher, states_btd.reshape(-1, states_btd.shape[-1]))
         logits.append(flat.reshape(rows, -1, flat.shape[-1]))
         states_btd = jnp.pad(states_btd[:, :-1], ((0, 0), (1, 0), (0, 0)))  # step j + 1 is one slot later
     return logits
@@ -143,8 +145,8 @@ def medusa_objective(loss: str, num_heads: int) -> Objective:
             # Head i at position s predicts token s + 2 + i, like the teacher at position s + 1 + i. Example: head 0 at
             # position 3 drafts token 5; token 4 is the target's own.
             draft_btv = head_logits(params[i], taught.features[0][:, : length - 2 - i])
-            value = losses.draft(loss, draft_btv, taught.logits_btv[:, i + 1 : -1], tokens_bt[:, i + 2 :])
-            total += DECAY**i * value
+            wanted = losses.lesson(loss, taught.logits_btv[:, i + 1 : -1], tokens_bt[:, i + 2 :])
+            total += DECAY**i * losses.draft(loss, draft_btv, wanted)
         return total / sum(DECAY**i for i in range(num_heads))
 
     return objective
