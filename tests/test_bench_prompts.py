@@ -67,7 +67,12 @@ def rows_of(found, decoding):
     return {(row["category"], row["temperature"]): row for row in found[0]["prompts"] if row["decoding"] == decoding}
 
 
-OWN = ["plain", "ngram, 2 drafts", "ngram, 2 drafts or fewer"]
+FACTS = {
+    "plain": (None, 0, None),
+    "ngram, 2 drafts": ("ngram", 2, True),
+    "ngram, 2 drafts or fewer": ("ngram", 2, False),
+}
+OWN = list(FACTS)
 # Prompts and turns of each: the second turn of the third prompt and all of the fourth do not fit.
 CATEGORIES = {"mt: writing": (1, 2), "mt: math": (2, 2), "mt": (3, 4), "human": (2, 2), "gsm": (2, 2)}
 CATEGORIES["overall"] = (7, 8)
@@ -91,6 +96,9 @@ def test_each_category_and_all_have_a_row(found, decoding):
     for name in counts:
         assert rows["overall", 0.0][name] == sum(rows[part, 0.0][name] for part in ("mt", "human", "gsm"))
     assert (rows["overall", 0.0]["drafts"] is None) == (decoding == "plain")
+    drafter, num_draft, fixed = FACTS[decoding]
+    for row in rows.values():
+        assert (row["drafter"], row["num_draft"], row["fixed"]) == (drafter, num_draft, fixed)
 
 
 def test_counts_are_those_of_a_session(found, place):

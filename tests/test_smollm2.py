@@ -15,8 +15,15 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.skipif(not is_whole("smollm2"), reason="smollm2 was not fetched: specjax fetch smollm2")
-PROMPTS = ["def mean(numbers):\n", "The capital of France is", "Once upon a time, in a small village,"]
 NEW_TOKENS = 24
+GREEDY = specjax.Sampling(temperature=0.0)
+PROMPTS = {
+    "code": ["def mean(numbers):\n", "SELECT name, age FROM users WHERE", '{"name": "Ada", "born": 1815, "died":'],
+    "prose": ["The capital of France is", "Once upon a time, in a small village,"],
+    "chat": ["Why is the sky blue?", "Give me a recipe for pancakes.", "Translate to French: Good morning."],
+    "numbers": ["1, 2, 3, 5, 8, 13,", "3 apples and 4 pears cost 3 * 2 + 4 * 3 ="],
+    "scripts": ["Привет, как дела?", "你好 🙂 Émile said:"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +31,23 @@ def opened():
     return specjax.open("smollm2", "float32")
 
 
-def test_greedy_text_is_that_of_transformers(opened):
-    theirs = their_reading(opened.path).eval()
-    prompts = [opened.tokenizer.encode(text).ids for text in PROMPTS]
+@pytest.fixture(scope="module")
+def theirs(opened):
+    return their_reading(opened.path).eval()
+
+
+def tokens_of(opened, kind, text):
+    if kind == "chat":
+        return opened.chat_template.encode(opened.tokenizer, [{"role": "user", "content": text}])
+    return opened.tokenizer.encode(text).ids
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_greedy_text_is_that_of_transformers(kind, opened, theirs):
+    prompts = [tokens_of(opened, kind, text) for text in PROMPTS[kind]]
     drafter = specjax.NGramDrafter(num_draft=3, min_n=1)
-    greedy = specjax.Sampling(temperature=0.0)
     made = specjax.generate(
-        opened.model, prompts, drafter=drafter, fixed=True, sampling=greedy, max_new_tokens=NEW_TOKENS
+        opened.model, prompts, drafter=drafter, fixed=True, sampling=GREEDY, max_new_tokens=NEW_TOKENS
     )
     for prompt, ours in zip(prompts, made.rows(), strict=True):
         with torch.no_grad():
@@ -42,6 +59,27 @@ def test_a_chat_ends_with_the_end_of_turn(opened):
     answer = specjax.Session(opened).chat([{"role": "user", "content": "Say hello."}], max_new_tokens=60, temperature=0)
     assert answer.finish_reason == "stop token" and opened.tokenizer.token_to_id("<|im_end|>") == answer.tokens[-1]
     assert "<|im_end|>" not in str(answer)
+
+
+def test_a_stream_never_cuts_a_letter(opened):
+    """Most emoji are several tokens of SmolLM2's; a piece of a stream ends with a whole letter."""
+    text = "🙂🚀🌍🎉 " * 3
+    assert len(opened.tokenizer.encode("🚀").ids) > 1
+    session = specjax.Session(opened, specjax.NGramDrafter(num_draft=3, min_n=1), fixed=True)
+    pieces = list(session.stream(text, 40, temperature=0))
+    whole = str(session.complete(text, 40, temperature=0))
+    assert "".join(pieces) == whole and any(ord(letter) > 0xFFFF for letter in whole)
+    assert len(pieces) > 4 and not any("\ufffd" in piece for piece in pieces)
+
+
+def test_copies_are_drafted(opened):
+    """Of a text that repeats itself, most n-gram drafts are accepted; the text is that without drafts."""
+    prompt = opened.tokenizer.encode("The quick brown fox jumps over the lazy dog near the river bank. " * 5).ids
+    options = {"sampling": GREEDY, "max_new_tokens": 48}
+    plain = specjax.generate(opened.model, [prompt], **options)
+    drafted = specjax.generate(opened.model, [prompt], drafter=specjax.NGramDrafter(num_draft=5), fixed=True, **options)
+    np.testing.assert_array_equal(drafted.rows()[0], plain.rows()[0])
+    assert float(drafted.stats.tokens_per_round) > 4
 
 
 def test_tokens_are_those_of_transformers(opened):

@@ -195,6 +195,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--prompts {args.files[0]} is for the benchmark prompts; name it, or give a number")
     if "prompts" in args.what and not args.files:
         raise ValueError("prompts is asked for without files; give --prompts FILE.jsonl")
+    if args.batch and (args.what or ["prompts"] if args.files else []) == ["prompts"]:
+        raise ValueError("prompts answers one prompt at a time; leave out --batch")
     if args.files and set(args.peer) - {"transformers"}:
         raise ValueError("prompts compares with transformers alone; leave out the other --peer")
     if args.files and args.peer and 0 not in args.temperature:

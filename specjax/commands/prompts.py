@@ -20,6 +20,7 @@ from specjax.commands.prompt_files import Message, Prompt
 PLAIN = "plain"
 TRIES = 3  # of a prompt, until nothing compiles; the next one counts, whatever compiles
 COUNTS = ("rounds", "drafted", "accepted", "drafted_at", "accepted_at")
+FACTS = ("drafter", "num_draft", "fixed")  # of specjax's ways, in each row
 COLUMNS = (
     "category",
     "temperature",
@@ -62,10 +63,11 @@ def bench_prompts(args: argparse.Namespace) -> list[dict[str, Any]]:
             opened = models.named_drafters(args)
             prompts, limit = _fitting(args, [drafter for _, drafter in opened])
             others = _peer_ways(args, opened, stack) if args.peer else []
-            found = _answer(args, prompts, limit, _sessions(args, opened), others)
+            ways = _ways(args, opened)
+            found = _answer(args, prompts, limit, {name: way.session for name, way in ways.items()}, others)
         except ValueError as error:
             sys.exit(f"{args.prog}: error: {error}")
-    rows = table(prompts, found)
+    rows = table(prompts, found, ways)
     print_table(f"Prompts of files, one at a time, at most {args.new_tokens} new tokens", rows, COLUMNS)
     answered = min(_turns(answers) for answers in found.values())
     if left := sum(len(prompt.turns) for prompt in prompts) - answered:
@@ -75,7 +77,7 @@ def bench_prompts(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def table(prompts: list[Prompt], found: Found) -> list[dict[str, Any]]:
+def table(prompts: list[Prompt], found: Found, ways: dict[str, "Way"]) -> list[dict[str, Any]]:
     """Returns the rows: counts and seconds are added over prompts before they are divided."""
     rows = []
     for category, places in prompt_files.groups(prompts).items():
@@ -85,6 +87,7 @@ def table(prompts: list[Prompt], found: Found) -> list[dict[str, Any]]:
             equal = [ours.texts == theirs.texts for ours, theirs in zip(answers, plain, strict=True)]
             rows.append(
                 {"category": category, "temperature": temperature, "decoding": decoding}
+                | (ways[decoding].facts if decoding in ways else dict.fromkeys(FACTS))
                 | {"prompts": len(answers), "turns": _turns(answers), "tokens": _tokens(answers)}
                 | _acceptance(answers)
                 | {
@@ -120,17 +123,39 @@ def _acceptance(answers: list[Answers]) -> dict[str, Any]:
     return figures.acceptance(specjax.Stats(emitted=emitted, **counts))
 
 
-def _sessions(args: argparse.Namespace, opened: list[tuple[str, Any]]) -> dict[str, specjax.Session]:
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One of specjax's ways to decode.
+
+    Attributes:
+      session: decodes so.
+      drafter: its name, or None.
+      fixed: whether each round takes all drafts.
+    """
+
+    session: specjax.Session
+    drafter: str | None = None
+    fixed: bool | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a row says of the way beside its name."""
+        drafter = self.session.drafter
+        num_draft = 0 if drafter is None else drafter.num_draft
+        return dict(zip(FACTS, (self.drafter, num_draft, self.fixed), strict=True))
+
+
+def _ways(args: argparse.Namespace, opened: list[tuple[str, Any]]) -> dict[str, Way]:
     """Returns specjax's ways to decode: plain, and each drafter with all drafts and with as many as pay."""
-    sessions = {PLAIN: specjax.Session(args.opened)}
+    ways = {PLAIN: Way(specjax.Session(args.opened))}
     for spec, drafter in opened:
         g, name = drafter.num_draft, short_name(spec)
         if any(short_name(other) == name for other, _ in opened if other != spec):
             name = spec
         for fixed, how in ((True, "drafts"), (False, "drafts or fewer")):
             options: dict[str, Any] = {"verify": models.rule(args, g), "fixed": fixed}
-            sessions[f"{name}, {g} {how}"] = specjax.Session(args.opened, drafter, **options)
-    return sessions
+            ways[f"{name}, {g} {how}"] = Way(specjax.Session(args.opened, drafter, **options), name, fixed)
+    return ways
 
 
 def _fitting(args: argparse.Namespace, drafters: list[Any]) -> tuple[list[Prompt], int | None]:

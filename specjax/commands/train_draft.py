@@ -29,10 +29,10 @@ from specjax.commands.run_state import RunState
 from specjax.commands.train import digest_of, halved, plot, start_run, train_stage
 
 TOKENS = 250_000  # of text, unless tokens or minutes are given
-PASSES, MOST_PASSES = 4, 10  # over the text; with --minutes, at most the second
+PASSES, MOST_PASSES = 3, 10  # over the text; with --minutes, at most the second
 SAMPLING_SHARE = 0.5  # of --minutes
 DOCUMENT, WINDOW, SHORTEST_WINDOW = 511, 512, 16  # tokens; a document of 511 takes 512 slots
-ON_CPU, ELSEWHERE = (16, 4), (128, 16)  # documents written at once, and windows in a batch
+ON_CPU, ELSEWHERE = (64, 4), (128, 16)  # documents written at once, and windows in a batch
 SHARD = 2  # documents of a shard for each row: a stop loses one shard at most
 IDLE_SHARDS = 3  # in a row that add no text end the sampling
 PROBED = 4  # steps whose time is measured

@@ -261,8 +261,10 @@ def _eagle(recipe: Recipe, teacher: LanguageModel, tokens: np.ndarray) -> _Chain
 def with_targets_head(params: dict[str, Any], teacher: LanguageModel, tokens: np.ndarray) -> dict[str, Any]:
     """Returns fresh parameters of an EAGLE head as wide as its target, with the target's output head.
 
-    The output head is scaled by the size of each dimension of the target's last states, since the draft head's own norm
-    starts as ones.
+    The draft head's own norm has other weights than the target's. So the output head is scaled by the size of each
+    dimension of the target's last states. What all tokens have in common is subtracted, which changes no law. The norm
+    starts so low that the logits of untrained states have a standard deviation of 1: larger ones are confident errors,
+    which take longer to unlearn than random parameters.
 
     Args:
       params: of an EAGLE head with an output head.
@@ -276,7 +278,10 @@ def with_targets_head(params: dict[str, Any], teacher: LanguageModel, tokens: np
     (state_btd,) = teacher.forward(teacher.params, whole_feed(text_bt), cache, (-1,)).features
     size_d = jnp.sqrt(jnp.mean(jnp.square(state_btd.astype(jnp.float32)), axis=(0, 1)))
     kernel_du = size_d[:, None] * _unembedded(teacher, 1).astype(jnp.float32)[:, chosen_u]
-    return params | {"lm_head": {"kernel": kernel_du}}
+    kernel_du = kernel_du - jnp.mean(kernel_du, axis=1, keepdims=True)
+    spread = jnp.sqrt(jnp.mean(jnp.sum(jnp.square(kernel_du), axis=0)))
+    norm = jax.tree.map(lambda weight: weight / jnp.maximum(spread, 1), params["norm"])
+    return params | {"lm_head": {"kernel": kernel_du}, "norm": norm}
 
 
 def _medusa(recipe: Recipe, teacher: LanguageModel) -> _MedusaHeads:
