@@ -198,12 +198,22 @@ def test_a_target_that_repeats_itself_ends_the_sampling(script, folder, monkeypa
     assert "48 documents of the target are empty or repeat earlier ones, after 5 tokens" in capsys.readouterr().err
 
 
-def test_an_eagle_head_starts_with_the_output_head_of_its_target(folder):
-    """Column by column of the draft vocabulary, each dimension times the size of the target's states there."""
+@pytest.mark.parametrize("size", [1, 100])
+def test_an_eagle_head_starts_with_the_output_head_of_its_target(folder, size):
+    """Less what all tokens have in common, each dimension times the size of the target's states there.
+
+    The norm makes logits smaller than that, to a standard deviation of 1, and never larger.
+    """
     target = specjax.open(folder / "tiny").model
+    own = size * target.params["lm_head"]["kernel"]
+    target = dataclasses.replace(target, params=target.params | {"lm_head": {"kernel": own}})
     text = np.repeat(np.arange(target.vocab_size), np.arange(target.vocab_size) + 1)[::-1]
-    fresh = {"lm_head": {"kernel": np.zeros((16, 20), np.float32)}, "norm": 1}
+    fresh = {"lm_head": {"kernel": np.zeros((16, 20), np.float32)}, "norm": {"weight": np.full(16, 8.0)}}
     started = training.with_targets_head(fresh, target, text)
-    ratio_du = started["lm_head"]["kernel"] / target.params["lm_head"]["kernel"][:, -20:]
-    assert started["norm"] == 1 and (ratio_du > 0).all()
-    np.testing.assert_allclose(ratio_du, np.broadcast_to(ratio_du[:, :1], (16, 20)), rtol=1e-4)
+    kernel_du, own_du = np.asarray(started["lm_head"]["kernel"]), np.asarray(own[:, -20:])
+    ratio_du = kernel_du / (own_du - own_du.mean(1, keepdims=True))
+    assert (ratio_du > 0).all()
+    np.testing.assert_allclose(ratio_du, np.broadcast_to(ratio_du[:, :1], (16, 20)), rtol=1e-3)
+    spread = np.sqrt(np.square(kernel_du).sum(0).mean())  # of logits, where the states' entries have size 1
+    assert (spread > 1) == (size == 100)
+    np.testing.assert_allclose(started["norm"]["weight"], np.full(16, 8 / max(spread, 1)), rtol=1e-5)
