@@ -7,6 +7,7 @@ Rows come first: every array leaf of a model's cache and of a drafter's state ha
 relies on it to replace rows (``specjax.insert``) and to split rows over devices.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -241,31 +242,48 @@ class Event:
 
 @struct.dataclass
 class Proposal:
-    """What a drafter proposes for the next g positions.
+    """What a drafter proposes to follow each row: a chain of g tokens, or a tree of g tokens.
+
+    In a tree every draft follows the row's last token, the root, or an earlier draft: ``parents_bg[i, j] < j``. Drafts
+    with the same parent are siblings. Example: parents (-1, -1, 0, 0, 1) are drafts 0 and 1 after the root, drafts 2
+    and 3 after draft 0, and draft 4 after draft 1. Siblings stand in the order in which they were drawn. Deterministic
+    siblings are different tokens.
 
     Attributes:
       tokens_bg: int32 draft tokens.
       probs_bgv: the distribution each token was really drawn from (as returned by ``draw``), or None when the
-        tokens are a deterministic function of the context: then q is one-hot.
+        tokens are a deterministic function of the context: then q is one-hot. In a tree, for each draft the
+        distribution that the first of its siblings was drawn from.
       length_b: int32, how many of the g tokens row i proposes; the rest are ignored.
       cache: only for drafters that run the target's own layers: the target's cache with what the drafter wrote past
         each row's end. The target's pass starts from it and overwrites those slots. None: the drafter did not touch
         the cache.
+      parents_bg: int32, for trees: the draft that each draft follows, -1 for the root. None is a chain: draft j follows
+        draft j - 1.
+      replacement: static, for trees: whether siblings were drawn independently of each other. False: each was drawn
+        from ``probs_bgv`` without its elder siblings' tokens, renormalised. Without meaning for chains and for
+        deterministic drafts.
     """
 
     tokens_bg: Array
     probs_bgv: Array | None
     length_b: Array
     cache: Cache = None
+    parents_bg: Array | None = None
+    replacement: bool = struct.field(pytree_node=False, default=True)
 
     def first(self, width: int) -> "Proposal":
         """Returns the proposal without drafts past the first ``width``."""
-        probs_bgv = self.probs_bgv
-        return Proposal(
+
+        def cut(array: Array | None) -> Array | None:
+            return None if array is None else array[:, :width]
+
+        return dataclasses.replace(
+            self,
             tokens_bg=self.tokens_bg[:, :width],
-            probs_bgv=None if probs_bgv is None else probs_bgv[:, :width],
+            probs_bgv=cut(self.probs_bgv),
             length_b=jnp.minimum(self.length_b, width),
-            cache=self.cache,
+            parents_bg=cut(self.parents_bg),
         )
 
     def q(self, vocab_size: int) -> Array:
@@ -280,19 +298,22 @@ class Verdict:
     """What verification decided.
 
     Attributes:
-      num_accepted_b: int32, draft tokens kept, 0 .. length_b.
+      num_accepted_b: int32, draft tokens kept, 0 .. length_b; of a tree at most its depth.
       next_b: int32, the token emitted after them.
+      path_bd: int32 ``[b, depth]``, for trees: the drafts that were kept, from the root on. The first
+        ``num_accepted_b[i]`` entries count, and the others are 0. None is a chain: entry j is draft j.
     """
 
     num_accepted_b: Array
     next_b: Array
+    path_bd: Array | None = None
 
 
 class Draws(Protocol):
     """The random choices of one round, keyed per row; made by the engine."""
 
     def uniforms(self, count: int) -> Array:
-        """Returns ``[b, count]`` in [0, 1), one for each draft position."""
+        """Returns ``[b, count]`` in [0, 1), one for each draft."""
         ...
 
     def emit(self, weights_bv: Array, offset_b: Array) -> Array:
@@ -304,7 +325,10 @@ class Draws(Protocol):
 class VerifyRule(Protocol):
     """Decides which draft tokens stay: ``rule(proposal, target_btv, draws) -> Verdict``.
 
-    ``target_btv`` holds the target's g+1 warped distributions. A rule is hashable, being a static argument.
+    ``target_btv`` holds the target's g+1 warped distributions: place 0 is the law after the row's last token, place
+    j + 1 the law after draft j. A rule is hashable, being a static argument.
+
+    Optional: ``trees``, static, true where the rule takes proposals with ``parents_bg``. Other rules take chains only.
 
     Attributes:
       shares_noise: whether drafts are drawn with the noise that ``emit`` uses at their position.
