@@ -1,12 +1,8 @@
-"""Verification rules: which draft tokens are accepted, and which token is emitted after them.
+"""Rules over one chain of drafts that compare uniforms with thresholds: ``token`` and ``block``.
 
-Each rule keeps the target's distribution exactly, for any drafter. Rules are array functions and know no model. p is
-the target's distribution, q the distribution that a draft was drawn from. A rule over one chain has two parts. The
-first is a pure function from (drafts, p, q) to acceptance thresholds and residual scales; tests enumerate this part.
-The second compares the thresholds with uniforms.
-
-At temperature 0 the engine's distributions are one-hot. Then every rule here is greedy verification: drafts are
-accepted while they are the target's argmax, and the target's argmax is emitted after them.
+p is the target's distribution, q the distribution that a draft was drawn from. A rule has two parts. The first is a
+pure function from (drafts, p, q) to acceptance thresholds and residual scales; tests enumerate this part. The second
+compares the thresholds with uniforms.
 """
 
 import dataclasses
@@ -117,13 +113,23 @@ class ChainRule:
       thresholds: ``thresholds(tokens_bg, p_btv, q_bgv, length_b) -> Thresholds``.
       keep: ``keep(success_bg) -> num_accepted_b``.
       shares_noise: False, see ``VerifyRule``.
+      trees: False, see ``VerifyRule``.
+
+    Raises:
+      ValueError: the proposal is a tree.
     """
 
     thresholds: Callable[[Array, Array, Array, Array], Thresholds]
     keep: Callable[[Array], Array]
     shares_noise: bool = dataclasses.field(default=False, init=False)
+    trees: bool = dataclasses.field(default=False, init=False)
 
     def __call__(self, proposal: Proposal, target_btv: Array, draws: Draws) -> Verdict:
+        if proposal.parents_bg is not None:
+            raise ValueError(
+                "the proposal is a tree (it has parents_bg), and this rule verifies chains; give a rule for trees, such as "
+                "verify=specjax.verify.traversal"
+            )
         rows, g = proposal.tokens_bg.shape
         chex.assert_shape(target_btv, (rows, g + 1, None))
         q_bgv = proposal.q(target_btv.shape[-1])
@@ -141,33 +147,8 @@ class ChainRule:
         return Verdict(accepted_b, draws.emit(weights_bv, accepted_b))
 
 
-@dataclasses.dataclass(frozen=True)
-class CoupledRule:
-    """Draft and target sample with the same noise. Drafts are accepted while the two samples agree.
-
-    Attributes:
-      shares_noise: True, see ``VerifyRule``.
-    """
-
-    shares_noise: bool = dataclasses.field(default=True, init=False)
-
-    def __call__(self, proposal: Proposal, target_btv: Array, draws: Draws) -> Verdict:
-        # The target's own samples at all g + 1 positions. The first that differs from the draft is emitted.
-        rows, g = proposal.tokens_bg.shape
-        chex.assert_shape(target_btv, (rows, g + 1, None))
-        offsets = [jnp.full((rows,), j, jnp.int32) for j in range(g + 1)]
-        own_bt = jnp.stack([draws.emit(target_btv[:, j], offsets[j]) for j in range(g + 1)], axis=1)
-        proposed_bg = jnp.arange(g, dtype=jnp.int32)[None] < proposal.length_b[:, None]
-        accepted_b = leading_successes((proposal.tokens_bg == own_bt[:, :g]) & proposed_bg)
-        return Verdict(accepted_b, own_bt[jnp.arange(rows), accepted_b])
-
-
 token = ChainRule(token_thresholds, leading_successes)
 """Token-by-token rejection sampling (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318)."""
 
 block = ChainRule(block_thresholds, last_success)
 """Block verification (Sun et al. 2025, arXiv 2403.10444). Its mean accepted length is never below that of ``token``."""
-
-coupled = CoupledRule()
-"""Drafter-invariant sampling (Daliri, Musco, Suresh 2024, arXiv 2408.07978). A seed gives the same text with any
-drafter, with any number of drafts, and without a drafter."""
