@@ -13,7 +13,6 @@ once for each draft.
 
 import dataclasses
 import itertools
-import math
 from collections import defaultdict
 
 
@@ -70,12 +69,19 @@ def law_of(child, law, vocab):
     return one_hot(token, vocab) if law is None or not law[token] else law
 
 
-def walk(node, sample):
-    """Follows the target's own samples: ``sample(depth, weights) -> token``. Returns the last node and the next token.
+def walk(node, target, decide, replacement):
+    """The target samples; a child that is the sample is kept. It has the chance that its token has in p.
 
-    ``sample`` is asked for the token after each kept node, once for each depth.
+    To draw from p is to accept each child in turn with the chance that it has, given that no child before it was drawn.
     """
-    raise NotImplementedError
+    del replacement
+    left = target(node.tokens)
+    for child in node.children:
+        token = child.tokens[-1]
+        if decide(child.index, left[token]):
+            return walk(child, target, decide, True)
+        left = normalised([0 if x == token else weight for x, weight in enumerate(left)], left)
+    return node, left
 
 
 def recursive(node, target, decide, replacement):
@@ -90,6 +96,11 @@ def recursive(node, target, decide, replacement):
     return node, residual
 
 
+def reach_after(reach, total, _q, _token):
+    """Returns the chance to stay at or below a node, after a child's subtree failed that left ``total``."""
+    return total / (total + 1 - reach) if total + 1 - reach > 0 else 1
+
+
 def traversal(node, target, decide, replacement, reach=1):
     """The first node in post-order that is kept, each with its chance. None if no node at or below this one is."""
     residual, law = target(node.tokens), node.law
@@ -99,9 +110,7 @@ def traversal(node, target, decide, replacement, reach=1):
         if kept is not None:
             return kept
         left = subtract(reach, residual, q)
-        total = sum(left)
-        residual = normalised(left, residual)
-        reach = total / (total + 1 - reach) if total + 1 - reach > 0 else 1
+        residual, reach = normalised(left, residual), reach_after(reach, sum(left), q, token)
         law = law if replacement or law is None else without(law, token)
     return (node, residual) if node.index < 0 or decide(node.index, reach) else None
 
@@ -129,7 +138,7 @@ def law_of_best(p, q, count, worse):
 def multipath(node, target, decide, replacement):
     """The best-ranked path among independent ones, verified by block verification against the law of the choice."""
     assert replacement
-    live, worse, chain, laws = [node], 0, [node], []
+    live, worse, laws = [node], 0, []
     counts = depths(node)
     while any(other.children for other in live):
         p = target(live[0].tokens)
@@ -164,23 +173,27 @@ def follows(node, other):
     return node is other or any(follows(node, child) for child in other.children)
 
 
-def block(chain, laws, target, decide):
-    """Block verification of a chain of nodes, root first, drawn from the laws."""
-    reach, kept = 1, (chain[0], None)
+def stops_of_block(chain, laws, target):
+    """Yields for each node of a chain, root first, the chance of block verification and the weights after it."""
+    reach = 1
     for i, node in enumerate(chain):
         p = target(node.tokens)
         if i:
-            token = node.tokens[-1]
-            above = target(chain[i - 1].tokens)
+            token, above = node.tokens[-1], target(chain[i - 1].tokens)
             reach = min(1, reach * above[token] / laws[i - 1][token]) if laws[i - 1][token] else 0
         if i == len(laws):
-            chance, residual = reach, p
+            yield reach, p
         else:
             left = subtract(reach, p, laws[i])
-            over = sum(left) + 1 - reach
-            chance, residual = sum(left) / over if over > 0 else 1, normalised(left, p)
-        if i == 0 or decide(node.index, chance):
-            kept = node, residual
+            yield reach_after(reach, sum(left), None, None), normalised(left, p)
+
+
+def block(chain, laws, target, decide):
+    """Block verification of a chain of nodes that was drawn from the laws: the last success counts."""
+    kept = None
+    for node, (chance, weights) in zip(chain, stops_of_block(chain, laws, target), strict=True):
+        if node.index < 0 or decide(node.index, chance):
+            kept = node, weights
     return kept
 
 
@@ -218,20 +231,27 @@ def outcomes(procedure):
     """Yields (mass, result) for every sequence of decisions of ``procedure(decide) -> result``."""
     scripts = [()]
     while scripts:
-        script, taken, masses = scripts.pop(), [], []
-
-        def decide(_index, chance):
-            if chance <= 0 or chance >= 1:
-                return chance > 0
-            if len(taken) >= len(script):
-                scripts.append((*taken, False))
-            yes = script[len(taken)] if len(taken) < len(script) else True
-            taken.append(yes)
-            masses.append(chance if yes else 1 - chance)
-            return yes
-
+        decide = Script(scripts.pop(), scripts)
         result = procedure(decide)
-        yield math.prod(masses), result
+        yield decide.mass, result
+
+
+class Script:
+    """Decides as the script says, and then True; adds to ``others`` the scripts that decide otherwise after its end."""
+
+    def __init__(self, script, others):
+        self.script, self.others, self.taken, self.mass = script, others, (), 1
+
+    def __call__(self, _index, chance):
+        if chance <= 0 or chance >= 1:
+            return chance > 0
+        step = len(self.taken)
+        if step >= len(self.script):
+            self.others.append((*self.taken, False))
+        yes = self.script[step] if step < len(self.script) else True
+        self.taken += (yes,)
+        self.mass *= chance if yes else 1 - chance
+        return yes
 
 
 def complete(law, tokens, mass, target, count):
@@ -242,6 +262,23 @@ def complete(law, tokens, mass, target, count):
     for x, chance in enumerate(target(tokens)):
         if chance:
             complete(law, (*tokens, x), mass * chance, target, count)
+
+
+def merged(root):
+    """Gives the children of a draft to its elder sibling of the same token, if there is one. The draft stays, a leaf.
+
+    Parents then no longer follow from the drawing alone: they follow from tokens of earlier drafts.
+    """
+    first = {}
+    for child in root.children:
+        elder = first.setdefault(child.tokens[-1], child)
+        if elder is not child:
+            elder.children.extend(child.children)
+            child.children = []
+    for child in root.children:
+        child.children.sort(key=lambda draft: draft.index)
+        merged(child)
+    return root
 
 
 def joint(target, count):

@@ -22,8 +22,10 @@ from specjax.verify.trees import TreeRule as TreeRule
 from specjax.verify.trees import TreeThresholds as TreeThresholds
 from specjax.verify.trees import multipath as multipath
 from specjax.verify.trees import multipath_thresholds as multipath_thresholds
+from specjax.verify.trees import own_success as own_success
 from specjax.verify.trees import recursive as recursive
 from specjax.verify.trees import recursive_thresholds as recursive_thresholds
+from specjax.verify.trees import success_below as success_below
 from specjax.verify.trees import traversal as traversal
 from specjax.verify.trees import traversal_thresholds as traversal_thresholds
 from specjax.verify.walks import WalkRule as WalkRule

@@ -127,8 +127,8 @@ class ChainRule:
     def __call__(self, proposal: Proposal, target_btv: Array, draws: Draws) -> Verdict:
         if proposal.parents_bg is not None:
             raise ValueError(
-                "the proposal is a tree (it has parents_bg), and this rule verifies chains; give a rule for trees, such as "
-                "verify=specjax.verify.traversal"
+                "the proposal is a tree (it has parents_bg), and this rule verifies chains; give a rule for trees, "
+                "such as verify=specjax.verify.traversal"
             )
         rows, g = proposal.tokens_bg.shape
         chex.assert_shape(target_btv, (rows, g + 1, None))
