@@ -165,8 +165,9 @@ def run(rule, proposal, p_btv, uniforms_bg, dtype=np.float64):
     """Returns the chances, the verdict and the weights of the next token; rows in chunks of one size."""
     proposal = jax.tree.map(lambda x: x.astype(dtype) if x.dtype.kind == "f" else x.astype(np.int32), proposal)
     rows, results = len(p_btv), []
-    for start in range(0, rows, CHUNK):
-        index = np.minimum(np.arange(start, start + CHUNK), rows - 1)
+    size = CHUNK if p_btv.shape[-1] == VOCAB else rows
+    for start in range(0, rows, size):
+        index = np.minimum(np.arange(start, start + size), rows - 1)
         with precision(dtype):
             part = (jax.tree.map(lambda x: x[index], proposal), p_btv.astype(dtype)[index])  # noqa: B023
             results.append(jax.device_get(_run(rule, *part, uniforms_bg.astype(dtype)[index])))
@@ -555,6 +556,27 @@ def test_chains_are_trees(name, chain):
     kept = np.arange(G) < verdict.num_accepted_b[:, None]
     np.testing.assert_array_equal(verdict.path_bd, np.where(kept, np.arange(G), 0))
     assert set(verdict.num_accepted_b) == set(range(G + 1))
+
+
+def test_multipath_ranks_a_larger_vocabulary():
+    """Of 300 tokens, the upper bits of p / q rank them as p / q does: chances and residual of the first level."""
+    rng, vocab, rows = np.random.default_rng(16), 300, 8
+    p, q = (normalised(rng.gamma(0.7, size=(rows, vocab)) + 1e-3) for _ in range(2))
+    q[:, 200:] = 0
+    q = normalised(q)
+    tokens = np.stack([rng.choice(vocab, size=4, p=law) for law in q])
+    parents = np.full((rows, 4), -1)
+    proposal = Proposal(tokens, np.repeat(q[:, None], 4, axis=1), np.full(rows, 4), parents_bg=parents)
+    chance, verdict, weights = run(verify.multipath, proposal, np.repeat(p[:, None], 5, axis=1), np.full((rows, 4), NO))
+    np.testing.assert_array_equal(verdict.num_accepted_b, 0)
+    for row in range(rows):
+        asked = {}
+        note = lambda index, chance, asked=asked: asked.update({index: chance})
+        laws = [lambda _, law=law[row]: law.tolist() for law in (p, q)]
+        root = twin.grow(parents[row], tokens[row].tolist(), laws[1])
+        _, wanted = twin.multipath(root, laws[0], note, True)
+        np.testing.assert_allclose(chance[row], [asked.get(j, 0) for j in range(4)], atol=TOLERANCE, rtol=0)
+        np.testing.assert_allclose(normalised(weights[row]), wanted, atol=TOLERANCE, rtol=0)
 
 
 # Temperature 0.

@@ -53,10 +53,12 @@ def recursive_thresholds(proposal: Proposal, p_btv: Array) -> TreeThresholds:
         chance_bg, left_btv = carry
         place_b, token_b = parents_bg[:, j] + 1, proposal.tokens_bg[:, j]
         left_bv, q_bv = left_btv[row_b, place_b], _drawn_from(proposal, parents_bg, p_btv, j)
-        chance_bg = chance_bg.at[:, j].set(left_bv[row_b, token_b] / q_bv[row_b, token_b])
-        fails_bv = residual(left_bv, q_bv, jnp.ones_like(left_bv[:, 0]))
+        chance_b = left_bv[row_b, token_b] / q_bv[row_b, token_b]
+        fails_bv = residual(left_bv, q_bv, jnp.ones_like(chance_b))
         fails_bv = fails_bv / fails_bv.sum(-1, keepdims=True)
-        return chance_bg, left_btv.at[row_b, place_b].set(jnp.where(proposed_bg[:, j, None], fails_bv, left_bv))
+        counts_b = _counts(proposed_bg[:, j], chance_b)
+        left_btv = left_btv.at[row_b, place_b].set(jnp.where(counts_b[:, None], fails_bv, left_bv))
+        return chance_bg.at[:, j].set(chance_b), left_btv
 
     start = (jnp.zeros((rows, g), p_btv.dtype), p_btv)
     return TreeThresholds(*lax.fori_loop(jnp.int32(0), jnp.int32(g), child, start))
@@ -80,7 +82,7 @@ def traversal_thresholds(proposal: Proposal, p_btv: Array) -> TreeThresholds:
         # What the child starts with, and what its failure leaves to the parent.
         child_b = jnp.minimum(1, reach_b * left_bv[row_b, token_b] / q_bv[row_b, token_b])
         after_b, fails_b, fails_bv = _after_failure(reach_b, miss_b, left_bv, q_bv)
-        counts_b = proposed_bg[:, j]
+        counts_b = _counts(proposed_bg[:, j], child_b)
         reach_bt = reach_bt.at[row_b, place_b].set(jnp.where(counts_b, after_b, reach_b)).at[:, j + 1].set(child_b)
         miss_bt = miss_bt.at[row_b, place_b].set(jnp.where(counts_b, fails_b, miss_b)).at[:, j + 1].set(1 - child_b)
         return reach_bt, miss_bt, left_btv.at[row_b, place_b].set(jnp.where(counts_b[:, None], fails_bv, left_bv))
@@ -88,6 +90,15 @@ def traversal_thresholds(proposal: Proposal, p_btv: Array) -> TreeThresholds:
     start = (jnp.ones((rows, g + 1), p_btv.dtype), jnp.zeros((rows, g + 1), p_btv.dtype), p_btv)
     reach_bt, _, left_btv = lax.fori_loop(jnp.int32(0), jnp.int32(g), child, start)
     return TreeThresholds(reach_bt[:, 1:], left_btv)
+
+
+def _counts(proposed_b: Array, chance_b: Array) -> Array:
+    """Returns ``proposed_b``. By way of a chance, which is never negative, a write depends on all reads before it.
+
+    Otherwise XLA may order a read after the write. Then XLA copies all places for each draft, which takes many times as
+    long.
+    """
+    return proposed_b & (chance_b >= 0)
 
 
 def _drawn_from(proposal: Proposal, parents_bg: Array, p_btv: Array, j: Array) -> Array:
@@ -212,14 +223,13 @@ def _best(
     q_bv = proposal.probs_bgv[row_b, jnp.argmax(child_bg, axis=-1)]
 
     # Rank all tokens by p / q, and sum q over the tokens after each. The same ranks choose the draft.
-    ratio_bv = jnp.where(q_bv > 0, p_bv / jnp.where(q_bv > 0, q_bv, 1), -1)
-    index_bv = jnp.broadcast_to(jnp.arange(vocab, dtype=jnp.int32)[None], (rows, vocab))
-    _, order_bv, sorted_bv = lax.sort((-ratio_bv, index_bv, q_bv), num_keys=1, is_stable=True)
-    rank_bv = jnp.zeros_like(index_bv).at[row_b[:, None], order_bv].set(index_bv)
-    after_bv = lax.cumsum(sorted_bv, axis=1, reverse=True)
-    after_bv = jnp.take_along_axis(jnp.pad(after_bv[:, 1:], ((0, 0), (0, 1))), rank_bv, axis=1)
-    rank_bg = jnp.where(child_bg, rank_bv[row_b[:, None], proposal.tokens_bg], vocab)
-    token_b = proposal.tokens_bg[row_b, jnp.argmin(rank_bg, axis=-1)]
+    key_bv, token_mask = _ranks(p_bv, q_bv)
+    order_bv = (jnp.sort(key_bv, axis=-1, stable=False) & token_mask).astype(jnp.int32)
+    after_bv = lax.cumsum(jnp.take_along_axis(q_bv, order_bv, axis=-1), axis=1, reverse=True)
+    after_bv = jnp.pad(after_bv[:, 1:], ((0, 0), (0, 1)))
+    after_bv = jnp.zeros_like(q_bv).at[row_b[:, None], order_bv].set(after_bv, unique_indices=True)
+    key_bg = jnp.where(child_bg, key_bv[row_b[:, None], proposal.tokens_bg], jnp.uint32(0xFFFFFFFF))
+    token_b = jnp.minimum((key_bg.min(-1) & token_mask).astype(jnp.int32), vocab - 1)
 
     # ((R_x + q)^K - R_x^K) / ((R + 1)^K - R^K) without differences of powers; all is divided by R + 1.
     count_b1 = jnp.maximum(count_b, 1).astype(p_bv.dtype)[:, None]
@@ -233,6 +243,21 @@ def _best(
     at_b = upto_bv[row_b, token_b]
     at_b = jnp.where(at_b > 0, at_b, 1)
     return token_b, law_bv, below_bv[row_b, token_b] / at_b, taken_bv[row_b, token_b] / at_b
+
+
+def _ranks(p_bv: Array, q_bv: Array) -> tuple[Array, Array]:
+    """Returns a uint32 key for each token, smaller for a higher p / q, and the mask of its bits that hold the token.
+
+    A sort of keys alone is about 20 times as fast on a CPU as a sort of ratios with their tokens. The upper bits are
+    those of the ratio, as many as fit: with 2^16 tokens the ratio is known to 1 part in 256. Any ranking that follows
+    from p and q keeps the law exact, and nearly equal ratios keep nearly as many drafts in any order.
+    """
+    rows, vocab = p_bv.shape
+    token_bits = max(vocab - 1, 1).bit_length()
+    ratio_bv = jnp.where(q_bv > 0, p_bv / jnp.where(q_bv > 0, q_bv, 1), 0).astype(jnp.float32)
+    descending_bv = ~(lax.bitcast_convert_type(ratio_bv, jnp.uint32) << 1)  # no ratio has a sign
+    token_bv = lax.broadcasted_iota(jnp.uint32, (rows, vocab), 1)
+    return descending_bv >> token_bits << token_bits | token_bv, jnp.uint32((1 << token_bits) - 1)
 
 
 def own_success(success_bg: Array, line_bgg: Array) -> Array:
