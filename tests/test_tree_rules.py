@@ -836,6 +836,18 @@ def test_rounds_without_drafts(rule):
     np.testing.assert_array_equal(draws.weights_bv, p[:, 0])
 
 
+@pytest.mark.parametrize("rule", [*RULES.values(), verify.walk], ids=[*RULES, "walk"])
+def test_verdict_is_int32_under_x64(rule):
+    """The counts are part of the loop's carry, whose types do not change with the caller's settings."""
+    p, parents = jnp.full((1, 3, 2), 0.5, jnp.float32), jnp.array([[-1, -1]], jnp.int32)
+    length = jnp.array([2], jnp.int32)
+    proposal = Proposal(jnp.array([[0, 1]], jnp.int32), p[:, :2], length, parents_bg=parents)
+    with jax.enable_x64(True):
+        verdict = rule(proposal, p, Given(jnp.zeros((1, 2), jnp.float32)))
+    for counts in (verdict.num_accepted_b, verdict.next_b, verdict.path_bd):
+        assert counts.dtype == jnp.int32
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_impossible_tokens_fail_even_at_zero(name):
     """p = 0 fails at u = 0; q = 0 makes no nan."""
