@@ -311,8 +311,8 @@ recursive = TreeRule(recursive_thresholds, own_success)
 is ``token``."""
 
 traversal = TreeRule(traversal_thresholds, success_below)
-"""Leaves first, then their parents (Weng et al. 2025, arXiv 2505.12398). On every enumerated tree it keeps at least as
-many drafts on average as ``recursive``. On a chain it is ``block``."""
+"""Leaves first, then their parents (Weng et al. 2025, arXiv 2505.12398). It mostly keeps more drafts on average than
+``recursive``, but not on every tree. On a chain it is ``block``."""
 
 multipath = TreeRule(multipath_thresholds, success_below)
 """The best of several independent paths, verified as a block (Thomas and Pal 2026, arXiv 2602.16961). On a chain it is
