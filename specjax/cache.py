@@ -80,6 +80,18 @@ def update(stored: LayerCache | None, new: LayerCache, start_b: Array) -> LayerC
     return by_platform(stored, new, start_b, cuda=scattered, rocm=scattered, tpu=on_tpu, default=row_by_row)
 
 
+def gather_slots(stored: LayerCache, start_b: Array, path_bt: Array) -> LayerCache:
+    """Returns the layer's arrays with the entries of slots ``start_b[i] + path_bt[i, j]`` moved to ``start_b[i] + j``.
+
+    Args:
+      stored: arrays ``[b, k, s, h]``.
+      start_b: int32.
+      path_bt: int32, at least 0. The caller guarantees that all these slots exist.
+    """
+    slot_b1t1 = (start_b[:, None] + path_bt)[:, None, :, None]
+    return update(stored, tuple(jnp.take_along_axis(array, slot_b1t1, axis=2) for array in stored), start_b)
+
+
 def scattered(stored: LayerCache, new: LayerCache, start_b: Array) -> LayerCache:
     """Writes all rows by one scatter per array. Arguments and result are those of ``update``, as of ``row_by_row``."""
     rows, _, width, _ = new[0].shape

@@ -153,7 +153,12 @@ def count_tokens(tokens_bs: Array, prompt_length_b: Array, length_b: Array, voca
 
 
 def penalize(
-    logits_btv: Array, sampling: Sampling, counts: Counts | None, drafts_bg: Array, first: int | Array = 0
+    logits_btv: Array,
+    sampling: Sampling,
+    counts: Counts | None,
+    drafts_bg: Array,
+    first: int | Array = 0,
+    before_btg: Array | None = None,
 ) -> Array:
     """Returns float32 logits ``[b, t, v]`` with the bias added and the penalties applied.
 
@@ -165,6 +170,8 @@ def penalize(
       counts: counts of the tokens emitted before this round; None if the penalties are None.
       drafts_bg: int32, the round's drafts. Position j ignores drafts j and later.
       first: position of the first logits, 0 .. g + 1 - t. Example, g = 3: verification has t = 4 and ``first`` 0.
+      before_btg: bool, for trees: which drafts count as emitted at each of the t places; ``first`` is ignored. None is
+        a chain.
     """
     t, vocab = logits_btv.shape[1:]
     if sampling.logit_bias is not None:
@@ -173,7 +180,11 @@ def penalize(
         return logits_btv
     repetition, presence, frequency = (_column(getattr(sampling, name)) for name in PENALTIES)
     # Drafts before a position count as output there.
-    drafted_btv = lax.dynamic_slice_in_dim(_prefix_counts(drafts_bg, vocab), first, t, axis=1)
+    if before_btg is None:
+        drafted_btv = lax.dynamic_slice_in_dim(_prefix_counts(drafts_bg, vocab), first, t, axis=1)
+    else:
+        one_hot_bgv = jax.nn.one_hot(drafts_bg, vocab, dtype=jnp.float32)
+        drafted_btv = jnp.einsum("btg,bgv->btv", before_btg.astype(jnp.float32), one_hot_bgv).astype(jnp.int32)
     output_btv = counts.output_bv[:, None] + drafted_btv
     occurs_btv = (output_btv > 0).astype(jnp.float32)
     seen_btv = (counts.prompt_bv[:, None] + output_btv) > 0

@@ -17,7 +17,19 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
 
-from specjax.types import Context, Drafter, Draw, Draws, Event, LanguageModel, Output, Proposal, Verdict, VerifyRule
+from specjax.types import (
+    Context,
+    Drafter,
+    Draw,
+    Draws,
+    Event,
+    Feed,
+    LanguageModel,
+    Output,
+    Proposal,
+    Verdict,
+    VerifyRule,
+)
 
 
 # Cached, so that all models of one order have the same static functions and share compilations.
@@ -29,12 +41,19 @@ def _functions(order: int):
     def forward(params, feed, cache, capture=()):
         write = jax.vmap(lambda row, new, at: lax.dynamic_update_slice(row, new, (at,)))
         cache = write(cache, feed.tokens_bt, feed.start_b)
-        logits_btv = table_logits(params, cache, feed.position_bt, order)
+        if feed.parents_bt is None:
+            logits_btv = table_logits(params, cache, feed.position_bt, order)
+        else:
+            logits_btv = _tree_logits(params, cache, feed, order)
         # Hidden states carry nothing here; drafters that capture them get the right shape.
         features = tuple(jnp.zeros((*feed.tokens_bt.shape, 1), jnp.float32) for _ in capture)
         return Output(logits_btv, features, cache)
 
-    return init_cache, forward
+    def gather(cache, feed, path_bt):
+        kept_bt = jnp.take_along_axis(cache, feed.start_b[:, None] + path_bt, axis=1)
+        return jax.vmap(lambda row, new, at: lax.dynamic_update_slice(row, new, (at,)))(cache, kept_bt, feed.start_b)
+
+    return init_cache, forward, gather
 
 
 def table_logits(table: Array, cache: Array, position_bt: Array, order: int) -> Array:
@@ -60,6 +79,19 @@ def table_logits(table: Array, cache: Array, position_bt: Array, order: int) -> 
     return table[tuple(index)]
 
 
+def _tree_logits(table: Array, cache: Array, feed: Feed, order: int) -> Array:
+    """Returns as ``table_logits`` does the logits after each place of a tree, ``[b, t, v]``."""
+    start_b1, t = feed.start_b[:, None], feed.tokens_bt.shape[1]
+    slot_bt = start_b1 + jnp.arange(t, dtype=jnp.int32)[None]
+    index = []
+    for _ in range(order):
+        index.insert(0, jnp.where(slot_bt >= 0, jnp.take_along_axis(cache, jnp.maximum(slot_bt, 0), axis=1), 0))
+        parent_bt = jnp.take_along_axis(feed.parents_bt, jnp.clip(slot_bt - start_b1, 0, t - 1), axis=1)
+        # The slot before a place is its parent's; before the feed, the text is a chain.
+        slot_bt = jnp.where(slot_bt >= start_b1, start_b1 + jnp.maximum(parent_bt, -1), slot_bt - 1)
+    return table[tuple(index)]
+
+
 def table_model(logits: Array) -> LanguageModel:
     """Returns a model whose next token depends on the last k tokens by ``logits``.
 
@@ -68,8 +100,10 @@ def table_model(logits: Array) -> LanguageModel:
         tokens a and b, for k = 2.
     """
     logits = jnp.asarray(logits, jnp.float32)
-    init_cache, forward = _functions(logits.ndim - 1)
-    return LanguageModel(params=logits, forward=forward, init_cache=init_cache, vocab_size=logits.shape[-1])
+    init_cache, forward, gather = _functions(logits.ndim - 1)
+    return LanguageModel(
+        params=logits, forward=forward, init_cache=init_cache, vocab_size=logits.shape[-1], gather=gather
+    )
 
 
 @dataclasses.dataclass(frozen=True)

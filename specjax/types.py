@@ -28,14 +28,17 @@ Axis = str | tuple[str, int] | None
 class Feed:
     """The input of one pass: t places per row, of which the first ``count_b[i]`` are real.
 
-    Place j of row i is written at slot ``start_b[i] + j``, which is also its position. A model keeps nothing of a place
-    that is not real: no later pass may depend on it. Such a place may still be computed, and its logits mean nothing.
+    Place j of row i is written at slot ``start_b[i] + j``. In a chain the slot is also the position; in a tree the
+    position follows the depth (``position_bt``). A model keeps nothing of a place that is not real: no later pass may
+    depend on it. Such a place may still be computed, and its logits mean nothing.
 
     Attributes:
       tokens_bt: int32; past ``count_b``, any valid ids.
       start_b: int32, the first slot of each row. ``start_b + t`` is at most the number of slots.
       count_b: int32, 0 .. t, how many places are real; 0 is a row that rests.
-      parents_bt: int32, for trees: the place that each place follows. None is a chain: place j follows place j - 1.
+      parents_bt: int32, for trees: the place that each place follows, an earlier one; below 0, it follows the slots
+        before the feed. A place sees those slots, itself and what it follows, and no other place. None is a chain:
+        place j follows place j - 1. Only models with ``gather`` are fed trees.
     """
 
     tokens_bt: Array
@@ -45,13 +48,30 @@ class Feed:
 
     @property
     def position_bt(self) -> Array:
-        """int32, the position of each place."""
+        """int32, the position of each place. Siblings of a tree share theirs."""
+        if self.parents_bt is not None:
+            return self.start_b[:, None] + jnp.sum(ancestors(self.parents_bt), axis=-1, dtype=jnp.int32) - 1
         return self.start_b[:, None] + jnp.arange(self.tokens_bt.shape[1], dtype=jnp.int32)[None]
 
     @property
     def real_bt(self) -> Array:
         """bool, whether each place is real."""
         return jnp.arange(self.tokens_bt.shape[1], dtype=jnp.int32)[None] < self.count_b[:, None]
+
+
+def ancestors(parents_bt: Array) -> Array:
+    """Returns bool ``[b, t, t]``: whether place i of a tree is place j or follows it, directly or through others.
+
+    Args:
+      parents_bt: int32, as of ``Feed``.
+    """
+    t = parents_bt.shape[1]
+    place_t = jnp.arange(t, dtype=jnp.int32)
+    seen_btt = jnp.eye(t, dtype=bool)[None] | (parents_bt[:, :, None] == place_t[None, None])
+    for _ in range((t - 1).bit_length()):  # each product doubles how far back the mask reaches
+        steps_btt = seen_btt.astype(jnp.float32)
+        seen_btt = jnp.einsum("bij,bjk->bik", steps_btt, steps_btt) > 0
+    return seen_btt
 
 
 def whole_feed(tokens_bt: Array, start_b: Array | None = None) -> Feed:
@@ -94,6 +114,12 @@ class CommitCache(Protocol):
     def __call__(self, cache: Cache, feed: Feed, kept_b: Array) -> Cache: ...
 
 
+class GatherCache(Protocol):
+    """Keeps the places ``path_bt`` of a tree that was fed; see ``LanguageModel.gather``."""
+
+    def __call__(self, cache: Cache, feed: Feed, path_bt: Array) -> Cache: ...
+
+
 class EarlyExit(Protocol):
     """Feeds tokens through the first ``depth`` layers; see ``LanguageModel.early_exit``."""
 
@@ -120,6 +146,11 @@ class LanguageModel:
         ``Output.cache``: the first ``kept_b[i]`` places stay, 0 .. ``count_b[i]``, and the others are forgotten.
         None if there is nothing to forget, as in attention caches: what lies past a row's end is never seen. Only
         such a model may be fed the same slots several times.
+      gather: ``gather(cache, feed, path_bt) -> cache``, called after each pass over a tree: what place
+        ``path_bt[i, j]`` of the feed wrote moves to slot ``start_b[i] + j``. ``path_bt`` is int32 ``[b, d]``. Its first
+        place is 0, and past the kept places it holds any places. Example: a row of n = 10 tokens is fed its last token
+        and two drafts that follow it, at slots 9, 10 and 11. The path (0, 2) moves slot 11 to slot 10. None if the
+        model cannot be fed trees; a model with ``commit`` has none.
       max_positions: the longest sequence the model can represent, or None.
       embed: ``embed(params, tokens_bt) -> [b, t, d]``, the tokens' embeddings as the first layer gets them, for draft
         heads that share them; None if the model does not say.
@@ -139,6 +170,7 @@ class LanguageModel:
     init_cache: InitCache = struct.field(pytree_node=False)
     vocab_size: int = struct.field(pytree_node=False)
     commit: CommitCache | None = struct.field(pytree_node=False, default=None)
+    gather: GatherCache | None = struct.field(pytree_node=False, default=None)
     max_positions: int | None = struct.field(pytree_node=False, default=None)
     embed: Callable[[Any, Array], Array] | None = struct.field(pytree_node=False, default=None)
     unembed: Callable[[Any, Array], Array] | None = struct.field(pytree_node=False, default=None)
@@ -223,7 +255,8 @@ class Event:
     """Tokens that became true: a chunk of a prompt, or what verification kept of a round.
 
     Attributes:
-      feed: what the target was fed. In a round: [last token, g drafts].
+      feed: what the target was fed. In a round: [last token, g drafts]. After a tree it is a chain all the same: the
+        last token and the path that was kept, ``tree_depth`` + 1 places.
       features: the target's states ``[b, t, d]`` over the feed, one per index of the drafter's ``capture``.
       kept_b: int32, how many of the feed's places are now true; 0 for a row that rests, whose state stays.
       drafted: static, whether ``propose`` or ``follow`` ran since the event before.
@@ -366,6 +399,9 @@ class Drafter(Protocol):
     Optional: ``sparse``, static, true where whole rounds come without a proposal, as of n-grams. Such a round then
     costs what a plain one does, and rounds take all drafts or none.
 
+    Optional: ``tree_depth``, static, for drafters of trees: the most drafts on one path from the root. All their
+    proposals have ``parents_bg``, and ``num_draft`` counts the drafts of the whole tree. None is a drafter of chains.
+
     Optional: ``follow(state, context, tokens_bg) -> state``. It replaces ``propose`` in rounds where every row uses
     another drafter's ``tokens_bg``, and must return the state that ``propose`` would have returned had it drawn those
     tokens. ``observe`` comes next as usual.
@@ -413,11 +449,12 @@ class Stats:
 
     Attributes:
       rounds: ``[rows]``, target passes in which the row was still running.
-      drafted: ``[rows]``, draft tokens proposed.
+      drafted: ``[rows]``, draft tokens proposed; of a tree, all of them.
       accepted: ``[rows]``, draft tokens that verification kept, those after a stop token included.
       emitted: ``[rows]``, tokens emitted, the token after the accepted drafts included.
-      drafted_at: ``[rows, g]``, rounds that proposed a token at draft position j.
-      accepted_at: ``[rows, g]``, rounds that kept it.
+      drafted_at: ``[rows, g]``, rounds that proposed a token at draft position j; of trees ``[rows, depth]``, rounds
+        whose tree had a draft at depth j + 1.
+      accepted_at: ``[rows, g]``, rounds that kept it, or a draft at this depth.
     """
 
     rounds: Array

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from specjax.engine.tree import depth_of, longest_path
 from specjax.types import Drafter, Verdict
 
 PRIOR = 0.8
@@ -38,10 +39,16 @@ def widths_of(drafter: Drafter) -> tuple[int, ...]:
     """Returns the widths of rounds that are compiled: none, half and all of the drafts. Example: (0, 2, 4).
 
     A drafter that is ``sparse`` drafts all or none. Its rounds have a second pass for where nothing is proposed, so
-    each width compiles for twice as long.
+    each width compiles for twice as long. A tree is drafted whole or not at all.
     """
     g = drafter.num_draft
-    return (0, g) if getattr(drafter, "sparse", False) else tuple(sorted({0, (g + 1) // 2, g}))
+    whole = getattr(drafter, "sparse", False) or depth_of(drafter) is not None
+    return (0, g) if whole else tuple(sorted({0, (g + 1) // 2, g}))
+
+
+def kept_by(drafter: Drafter) -> tuple[int, ...]:
+    """Returns the most drafts that a round of each width keeps: the width itself, or the depth of a tree."""
+    return widths_of(drafter) if depth_of(drafter) is None else (0, longest_path(drafter))
 
 
 @struct.dataclass
@@ -60,7 +67,7 @@ class Adapt:
       features: what plain rounds kept for the drafter: ``[b, UNOBSERVED, d]``, one per index of its ``capture``.
       unobserved_b: int32, how many tokens of plain rounds the drafter has not seen; at most ``UNOBSERVED`` if it
         captures features.
-      widths: of the rounds that are compiled, from ``widths_of``.
+      widths: of the rounds that are compiled, from ``kept_by``. Drafts of a tree count by depth, here and above.
     """
 
     tried_bg: Array
@@ -81,7 +88,7 @@ class Adapt:
 
         Args:
           cost_bw: float32, the time of a round of each width, over that of a plain one; the same in all rows.
-          widths: from ``widths_of``.
+          widths: from ``kept_by``.
           features: shapes ``[1, 1, d]`` and dtypes of the states that the drafter captures.
         """
         rows = cost_bw.shape[0]
@@ -115,7 +122,7 @@ class Adapt:
           cost_bw: as for ``start``.
           running_b: bool, the rows that ran.
           room_b: int32, how many drafts each could use.
-          length_b: int32, how many drafts each row proposed.
+          length_b: int32, how many drafts each row proposed; of a tree, its depth.
           verdict: what became of them.
           wide: whether the target's pass had room for drafts; not in a round without proposals.
         """

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from specjax.engine.adapt import UNOBSERVED
 from specjax.engine.costs import assumed
+from specjax.engine.tree import check_tree, depth_of
 from specjax.sampling import PENALTIES, Sampling, is_key
 from specjax.types import Drafter, LanguageModel
 
@@ -191,10 +192,20 @@ def check_model(name: str, model: Any) -> None:
         raise TypeError(f"{name} is a {type(model).__name__}; give a specjax.LanguageModel, as specjax.load returns it")
 
 
-def check_rule(verify: Any) -> None:
-    """Raises TypeError unless ``verify`` is a verification rule."""
+def check_rule(verify: Any, drafter: Drafter | None) -> None:
+    """Checks a verification rule.
+
+    Raises:
+      TypeError: ``verify`` is no rule.
+      ValueError: the drafter proposes trees, and the rule takes chains only.
+    """
     if isinstance(verify, type) or not (callable(verify) and hasattr(verify, "shares_noise")):
         raise TypeError(f"verify is {verify!r}; give a rule, such as specjax.verify.block")
+    if depth_of(drafter) is not None and not getattr(verify, "trees", False):
+        raise ValueError(
+            f"the drafter proposes trees and verify is {verify!r}, a rule for chains; give a rule for trees, or a "
+            "drafter of chains"
+        )
 
 
 _DRAFTER = ("num_draft", "capture", "vocab_size", "max_positions", "init", "observe", "propose")
@@ -227,6 +238,7 @@ def check_drafter(target: LanguageModel, drafter: Drafter | None) -> int:
             f"the drafter reads the target's hidden states {drafter.capture} and the target has {layers} layers: 0 is "
             f"the embedding, {layers} the last layer's output, -1 that of the final norm; use a drafter made for it"
         )
+    check_tree(target, drafter)
     return g
 
 

@@ -47,7 +47,7 @@ def measured(
     Args:
       key: differs where programs do, in this process.
       lasting_key: ``key_of`` what is run, for the file.
-      widths: of rounds, 0 first (``adapt.widths_of``).
+      widths: the most drafts that rounds keep, 0 first (``adapt.kept_by``).
       find_room: returns the most tokens that a run may emit. If they are too few to measure, costs are assumed.
       run: runs the program.
     """

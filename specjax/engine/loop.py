@@ -87,7 +87,7 @@ def generate(
       ValueError, TypeError: before anything compiles. The message says which argument is wrong, what is allowed, and
         what to do.
     """
-    check_rule(verify)
+    check_rule(verify, drafter)
     prompt_bs, request, static = lay_out(
         target, drafter, prompts, lengths, sampling, max_new_tokens, stop_tokens, slots, logprobs, top_logprobs,
         fixed, costs,
@@ -141,7 +141,7 @@ def step(
     Raises:
       ValueError, TypeError: the drafter is not the state's, or a model, drafter or rule breaks its contract.
     """
-    check_rule(verify)
+    check_rule(verify, drafter)
 
     def one(target: LanguageModel, state: State, drafter: Drafter | None) -> State:
         if state.adapt is None:
@@ -169,7 +169,7 @@ def run(
     Raises:
       ValueError, TypeError: as for ``step``, or ``rounds`` is no integer of at least 1.
     """
-    check_rule(verify)
+    check_rule(verify, drafter)
     if rounds is not None:
         _check_rounds(rounds)
     # The limit is traced: of numbers that 4 divides each has the same program, and of the others; None has a third.
@@ -245,7 +245,7 @@ def stream(
       ValueError, TypeError: as for ``generate``, when it is called rather than at the first yield.
     """
     _check_rounds(rounds)
-    check_rule(verify)
+    check_rule(verify, drafter)
     state = prefill(target, prompts, lengths, drafter=drafter, **options)
     return _stream(target, state, drafter, verify, rounds)
 
@@ -280,7 +280,7 @@ def lower(
     Raises:
       ValueError, TypeError: as for ``generate``.
     """
-    check_rule(verify)
+    check_rule(verify, drafter)
     prompt_bs, request, static = lay_out(target, drafter, prompts, None, sampling, max_new_tokens, (), slots)
     place = NamedSharding(mesh, WHOLE)
     abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)

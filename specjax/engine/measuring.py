@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from specjax.engine.adapt import places_past, widths_of
+from specjax.engine.adapt import kept_by, places_past
 from specjax.engine.costs import key_of, measured
 from specjax.engine.programs import generate_program, rounds_program
 from specjax.engine.request import Request
@@ -43,7 +43,7 @@ def _program(classes: int, verify: VerifyRule, rows: int, *models: Any) -> Hasha
 
 def costs_of_generate(target, prompt_bs, request, drafter, static) -> np.ndarray:
     """Returns the costs of rounds, measured by runs of the very program that is asked for, so nothing else compiles."""
-    slots, widths = prompt_bs.shape[1], widths_of(drafter)
+    slots, widths = prompt_bs.shape[1], kept_by(drafter)
     # Of a long prompt a part is enough: the program reads as many chunks as there are.
     length_b = np.minimum(gathered(request.prompt_length_b), _MEASURED_PROMPT)
     same_bs = _filled(prompt_bs, 1)  # n-grams find a copy in each round
@@ -59,7 +59,7 @@ def costs_of_generate(target, prompt_bs, request, drafter, static) -> np.ndarray
         stats = gathered(generate_program(target, same_bs, asked, drafter, **static).stats)
         return time.perf_counter() - start, int(stats.rounds.max())
 
-    room = slots - int(length_b.max()) - places_past(widths[-1], True) - 1
+    room = slots - int(length_b.max()) - places_past(drafter.num_draft, True) - 1
     trees = target, drafter, request.prompt_length_b  # times hardly depend on the slots
     program = _program(static["classes"], static["verify"], prompt_bs.shape[0], target, drafter)
     return measured(program, lambda: key_of(widths, *trees), widths, lambda: room, run)
@@ -67,11 +67,11 @@ def costs_of_generate(target, prompt_bs, request, drafter, static) -> np.ndarray
 
 def costs_of_run(target, state, drafter, limit, options) -> np.ndarray:
     """Returns the costs of rounds, measured by the program that is asked for, on a copy of the state."""
-    widths = widths_of(drafter)
+    widths = kept_by(drafter)
 
     def find_room() -> int:
         slots, longest = state.tokens_bs.shape[1], int(gathered(state.length_b).max())
-        return slots - longest - places_past(widths[-1], True) - 1
+        return slots - longest - places_past(drafter.num_draft, True) - 1
 
     def run(cost_w: np.ndarray, new: int) -> tuple[float, int]:
         copy = _restarted(state)

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from specjax import sampling as sampling_lib
-from specjax.engine.adapt import Adapt, widths_of
+from specjax.engine.adapt import Adapt, kept_by
 from specjax.engine.request import CHUNK, Request
 from specjax.engine.round import NoDrafter, context_of, observe_plain
 from specjax.engine.state import Logprobs, State
+from specjax.engine.tree import longest_path
 from specjax.rows import append, text_at
 from specjax.types import Cache, Drafter, Event, Feed, LanguageModel, Stats
 
@@ -32,7 +33,7 @@ def start(
     length_b = request.prompt_length_b
     tokens_bs = jnp.where(jnp.arange(slots, dtype=jnp.int32)[None] < length_b[:, None], prompt_bs, 0)
     zero_b = jnp.zeros((rows,), jnp.int32)
-    zero_bg = jnp.zeros((rows, drafter.num_draft), jnp.int32)
+    zero_bg = jnp.zeros((rows, longest_path(drafter)), jnp.int32)
     state = State(
         tokens_bs=tokens_bs,
         length_b=length_b,
@@ -54,7 +55,7 @@ def _adapt(cost_bw: Array | None, target: LanguageModel, drafter: Drafter) -> Ad
     if cost_bw is None:
         return None
     specs = target.state_specs(drafter.capture) if drafter.capture else ()
-    return Adapt.start(cost_bw, widths_of(drafter), specs)
+    return Adapt.start(cost_bw, kept_by(drafter), specs)
 
 
 def extend(

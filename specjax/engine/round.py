@@ -12,10 +12,22 @@ from jax import Array, lax
 from specjax import sampling as sampling_lib
 from specjax.engine.adapt import UNOBSERVED
 from specjax.engine.state import Logprobs, State
+from specjax.engine.tree import KeptPath, deepest, depth_of, longest_path
 from specjax.platforms import by_platform
 from specjax.rows import append, text_at
 from specjax.sampling import Counts, RoundDraws, Sampling
-from specjax.types import Context, Drafter, Draw, Event, Feed, LanguageModel, Proposal, Stats, VerifyRule
+from specjax.types import (
+    Context,
+    Drafter,
+    Draw,
+    Event,
+    Feed,
+    LanguageModel,
+    Proposal,
+    Stats,
+    VerifyRule,
+    ancestors,
+)
 
 
 @struct.dataclass
@@ -67,13 +79,16 @@ def one_round(
         proposal, _ = NoDrafter().propose(None, context_of(target, state), None)
         return _finish(target, state, drafter, verify, laws, proposal, drafted=False)
 
-    # 1. Draft. A row uses no more drafts than it has room for.
+    # 1. Draft. A row uses no more drafts than it has room for; of a tree, what is kept is cut later.
     context = dataclasses.replace(context_of(target, state), width=width)
     proposal, draft = drafter.propose(state.draft, context, laws.draw(verify.shares_noise))
     width = context.drafts(drafter.num_draft)
-    _check_proposal(proposal, width, state, target)
+    _check_proposal(proposal, width, state, target, drafter)
     proposal = proposal.first(width)
-    length_b = jnp.clip(proposal.length_b, 0, jnp.maximum(context.room_b, 0))
+    if proposal.parents_bg is None:
+        length_b = jnp.clip(proposal.length_b, 0, jnp.maximum(context.room_b, 0))
+    else:
+        length_b = jnp.where(context.room_b > 0, jnp.maximum(proposal.length_b, 0), 0)
     proposal = dataclasses.replace(proposal, length_b=length_b)
     state = dataclasses.replace(state, draft=draft)
 
@@ -90,7 +105,8 @@ def one_round(
         turns = (jnp.any(length_b > 0) | jnp.isinf(cost_bw[0, 0])).astype(jnp.int32)
         state = lax.fori_loop(jnp.int32(0), turns, lambda _, state: wide(state), state)
         narrow = functools.partial(_finish, target, drafter=drafter, verify=verify, laws=laws, drafted=True)
-        return lax.fori_loop(0, 1 - turns, lambda _, state: narrow(state, proposal=proposal.first(0)), state)
+        nothing = dataclasses.replace(proposal.first(0), parents_bg=None)
+        return lax.fori_loop(0, 1 - turns, lambda _, state: narrow(state, proposal=nothing), state)
 
     if state.adapt is None or not getattr(drafter, "sparse", False):
         return wide(state)
@@ -113,19 +129,28 @@ def _finish(
     start_b = state.length_b - 1
     last_b1 = jnp.take_along_axis(state.tokens_bs, start_b[:, None], axis=1)
     count_b = jnp.where(state.done_b, 0, proposal.length_b + 1)
-    feed = Feed(jnp.concatenate([last_b1, proposal.tokens_bg], axis=1), start_b, count_b)
+    feed = Feed(jnp.concatenate([last_b1, proposal.tokens_bg], axis=1), start_b, count_b, _parents(proposal))
     cache = state.cache if proposal.cache is None else proposal.cache
     output = target.forward(target.params, feed, cache, drafter.capture)
     _check("the target's logits_btv", output.logits_btv, (*feed.tokens_bt.shape, target.vocab_size))
 
-    # 3. Verify, and cut what is emitted at the first stop token.
-    target_btv = laws.distributions(output.logits_btv, proposal.tokens_bg)
+    # 3. Verify. From here on the path of a tree that was kept is a chain, and nothing later knows of the tree.
+    target_btv = laws.distributions(output.logits_btv, proposal.tokens_bg, parents_bt=feed.parents_bt)
     verdict = verify(dataclasses.replace(proposal, cache=None), target_btv, laws.draws)
-    emitted_bt = _emitted(proposal.tokens_bg, verdict.num_accepted_b, verdict.next_b)
-    count_b, stopped_b = _cut(emitted_bt, verdict.num_accepted_b + 1, request.stop_tokens_bk)
+    drafts_bg, path, depth_b = proposal.tokens_bg, None, None
+    if feed.parents_bt is not None:
+        path, depth_b = KeptPath.of(verdict, longest_path(drafter), running_b), deepest(feed)
+        output, target_btv = path.gather(target, output, feed), path.along(target_btv)
+        feed = path.feed(feed)
+        drafts_bg = feed.tokens_bt[:, 1:]
+
+    # 4. Cut what is emitted at the first stop token.
+    emitted_bt = _emitted(drafts_bg, verdict.num_accepted_b, verdict.next_b)
+    most_b = verdict.num_accepted_b + 1 if path is None else path.emits(verdict, room_b)
+    count_b, stopped_b = _cut(emitted_bt, most_b, request.stop_tokens_bk)
     count_b = jnp.where(state.done_b, 0, count_b)
 
-    # 4. Write. The last token that is emitted is fed by the next round, so as many places are kept as were emitted.
+    # 5. Write. The last token that is emitted is fed by the next round, so as many places are kept as were emitted.
     length_b = state.length_b + count_b
     logprobs, adapt = state.logprobs, state.adapt
     if logprobs is not None:
@@ -133,7 +158,8 @@ def _finish(
     wide = proposal.tokens_bg.shape[1] > 0
     if adapt is not None and request.cost_bw is not None:
         if drafted:
-            adapt = adapt.after_drafts(request.cost_bw, running_b, room_b, proposal.length_b, verdict, wide)
+            drafted_b = proposal.length_b if depth_b is None else depth_b
+            adapt = adapt.after_drafts(request.cost_bw, running_b, room_b, drafted_b, verdict, wide)
         else:
             adapt = adapt.after_plain(request.cost_bw, running_b, output.features)
     state = dataclasses.replace(
@@ -142,12 +168,12 @@ def _finish(
         length_b=length_b,
         done_b=state.done_b | stopped_b | (length_b >= request.limit_b),
         cache=target.keep(output.cache, feed, count_b),
-        stats=_tally(state.stats, running_b, proposal.length_b, verdict.num_accepted_b, count_b),
+        stats=_tally(state.stats, running_b, proposal.length_b, depth_b, verdict.num_accepted_b, count_b),
         logprobs=logprobs,
         adapt=adapt,
     )
 
-    # 5. Tell the drafter.
+    # 6. Tell the drafter.
     if not drafted:
         return state
     event = Event(feed, output.features, count_b, drafted=True)
@@ -194,10 +220,14 @@ class _Laws:
         sampled = jnp.any(jnp.asarray(sampling.temperature) > 0)
         return cls(sampling, counts, RoundDraws(state.keys_b, state.length_b, sampled))
 
-    def distributions(self, logits_btv: Array, drafts_bg: Array, first: int | Array = 0) -> Array:
+    def distributions(
+        self, logits_btv: Array, drafts_bg: Array, first: int | Array = 0, parents_bt: Array | None = None
+    ) -> Array:
         """Returns the distributions that are sampled, as ``sampling.warp`` does, of penalised logits."""
         logits_btv = logits_btv.astype(jnp.float32)
-        logits_btv = sampling_lib.penalize(logits_btv, self.sampling, self.counts, drafts_bg, first)
+        # In a tree, the drafts that a place follows count, and the draft of that place.
+        before_btg = None if parents_bt is None else ancestors(parents_bt)[:, :, 1:]
+        logits_btv = sampling_lib.penalize(logits_btv, self.sampling, self.counts, drafts_bg, first, before_btg)
         return sampling_lib.warp(logits_btv, self.sampling)
 
     def draw(self, shares_noise: bool) -> Draw:
@@ -217,14 +247,30 @@ def context_of(target: LanguageModel, state: State) -> Context:
     return Context(target, state.cache, state.tokens_bs, state.length_b, _room(state))
 
 
-def _check_proposal(proposal: Proposal, width: int, state: State, target: LanguageModel) -> None:
-    rows, g = state.stats.drafted_at.shape
+def _parents(proposal: Proposal) -> Array | None:
+    """Returns the parents of the feed's places, int32 ``[b, g + 1]``, or None for a chain."""
+    return (
+        None if proposal.parents_bg is None else jnp.pad(proposal.parents_bg + 1, ((0, 0), (1, 0)), constant_values=-1)
+    )
+
+
+def _check_proposal(proposal: Proposal, width: int, state: State, target: LanguageModel, drafter: Drafter) -> None:
+    rows, g = state.length_b.shape[0], drafter.num_draft
     if proposal.tokens_bg.shape[-1] == width:  # other drafters propose all that they have, whatever the width
         g = width
     _check("the drafter's tokens_bg", proposal.tokens_bg, (rows, g), jnp.int32)
     _check("the drafter's length_b", proposal.length_b, (rows,), jnp.int32)
     if proposal.probs_bgv is not None:
         _check("the drafter's probs_bgv", proposal.probs_bgv, (rows, g, target.vocab_size), jnp.float32)
+    depth = depth_of(drafter)
+    if (proposal.parents_bg is None) != (depth is None):
+        given = "no parents_bg" if proposal.parents_bg is None else "parents_bg"
+        raise ValueError(
+            f"the drafter's tree_depth is {depth} and its proposal has {given}; a drafter of trees has a depth, "
+            "and all its proposals have parents"
+        )
+    if proposal.parents_bg is not None:
+        _check("the drafter's parents_bg", proposal.parents_bg, (rows, g), jnp.int32)
 
 
 def _check(name: str, array: Array, shape: tuple[int, ...], dtype: Any = None) -> None:
@@ -276,9 +322,13 @@ def _log(
     )
 
 
-def _tally(stats: Stats, running_b: Array, drafted_b: Array, accepted_b: Array, emitted_b: Array) -> Stats:
+def _tally(
+    stats: Stats, running_b: Array, drafted_b: Array, depth_b: Array | None, accepted_b: Array, emitted_b: Array
+) -> Stats:
+    """Returns the counts after a round; ``depth_b`` is the depth of a tree, or None after a chain."""
     running_b = running_b.astype(jnp.int32)
     drafted_b, accepted_b = drafted_b * running_b, accepted_b * running_b
+    depth_b = drafted_b if depth_b is None else depth_b * running_b
     place_g = jnp.arange(stats.drafted_at.shape[1], dtype=jnp.int32)[None]
 
     def reached(count_b: Array) -> Array:
@@ -289,6 +339,6 @@ def _tally(stats: Stats, running_b: Array, drafted_b: Array, accepted_b: Array, 
         drafted=stats.drafted + drafted_b,
         accepted=stats.accepted + accepted_b,
         emitted=stats.emitted + emitted_b,
-        drafted_at=stats.drafted_at + reached(drafted_b),
+        drafted_at=stats.drafted_at + reached(depth_b),
         accepted_at=stats.accepted_at + reached(accepted_b),
     )

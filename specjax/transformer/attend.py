@@ -11,7 +11,7 @@ from specjax.cache import LayerCache, Stored, update
 from specjax.platforms import by_platform
 from specjax.transformer import flash
 from specjax.transformer.layers import softcap, softmax
-from specjax.types import Feed
+from specjax.types import Feed, ancestors
 
 SMALLEST_WINDOW = 256
 
@@ -153,12 +153,7 @@ def places_seen(feed: Feed) -> Array:
     t = feed.tokens_bt.shape[1]
     if feed.parents_bt is None:
         return jnp.tril(jnp.ones((1, t, t), bool))
-    place_t = jnp.arange(t, dtype=jnp.int32)
-    seen_btt = jnp.eye(t, dtype=bool)[None] | (feed.parents_bt[:, :, None] == place_t[None, None])
-    for _ in range((t - 1).bit_length()):  # each product doubles how far back the mask reaches
-        steps_btt = seen_btt.astype(jnp.float32)
-        seen_btt = jnp.einsum("bij,bjk->bik", steps_btt, steps_btt) > 0
-    return seen_btt
+    return ancestors(feed.parents_bt)
 
 
 def _depths(seen_btt: Array) -> Array:

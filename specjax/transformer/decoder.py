@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from specjax.cache import KVCache, allocate
+from specjax.cache import KVCache, allocate, gather_slots
 from specjax.transformer.attend import attention_form
 from specjax.transformer.attention import Attention, LatentAttention
 from specjax.transformer.config import EXTERNAL, DecoderConfig, DeltaConfig, LayerConfig
@@ -29,7 +29,7 @@ from specjax.transformer.mamba import Mamba
 from specjax.transformer.moe import MoE, MoEBeside
 from specjax.transformer.per_layer import PerLayerBlock, PerLayerEmbedding
 from specjax.transformer.recurrent import RecurrentPass, empty_state
-from specjax.types import CommitCache, EarlyExit, Feed, Forward, InitCache, LanguageModel, Output
+from specjax.types import CommitCache, EarlyExit, Feed, Forward, GatherCache, InitCache, LanguageModel, Output
 
 LayerStored = Any
 """A layer's part of the cache: ``Stored``, or a ``RecurrentState`` and after a pass a ``RecurrentPass``; or None."""
@@ -298,6 +298,7 @@ class _Functions(NamedTuple):
     early_exit: EarlyExit | None
     axes: Callable[[], Any]
     commit: CommitCache | None
+    gather: GatherCache | None
 
 
 @functools.cache
@@ -326,10 +327,14 @@ def _functions(config: DecoderConfig, dtype: jnp.dtype) -> _Functions:
         layers = (stored.keep(kept_b) if isinstance(stored, RecurrentPass) else stored for stored in cache.layers)
         return KVCache(tuple(layers))
 
+    def gather(cache, feed, path_bt):
+        return KVCache(tuple(gather_slots(stored, feed.start_b, path_bt) for stored in cache.layers))
+
     if not any(layer.recurrent for layer in config.each_layer):
-        return _Functions(forward, init_cache, embed, unembed, early_exit, axes, None)
-    # A state cannot take tokens back that another pass fed, so no layers are run ahead of the others.
-    return _Functions(forward, init_cache, embed, unembed, None, axes, commit)
+        return _Functions(forward, init_cache, embed, unembed, early_exit, axes, None, gather)
+    # A state cannot take tokens back that another pass fed, so no layers are run ahead of the others. It has no entries
+    # of places that a path could choose from either.
+    return _Functions(forward, init_cache, embed, unembed, None, axes, commit, None)
 
 
 def decoder_model(config: DecoderConfig, params: Any) -> LanguageModel:
