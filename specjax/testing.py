@@ -81,6 +81,7 @@ def table_logits(table: Array, cache: Array, position_bt: Array, order: int) -> 
 
 def _tree_logits(table: Array, cache: Array, feed: Feed, order: int) -> Array:
     """Returns as ``table_logits`` does the logits after each place of a tree, ``[b, t, v]``."""
+    assert feed.parents_bt is not None
     start_b1, t = feed.start_b[:, None], feed.tokens_bt.shape[1]
     slot_bt = start_b1 + jnp.arange(t, dtype=jnp.int32)[None]
     index = []

@@ -96,6 +96,39 @@ class TreeDrafter(Stateless):
         return proposal, state
 
 
+@struct.dataclass
+class Oracle(Stateless):
+    """A tree with a known text on the path to one draft, which changes from round to round, and other tokens beside it.
+
+    Attributes:
+      text_bs: int32, the text of each row, its prompt included.
+      vocab_size: v.
+      parents: of the drafts.
+    """
+
+    text_bs: jax.Array
+    vocab_size: int = struct.field(pytree_node=False)
+    parents: tuple = struct.field(pytree_node=False, default=BUSHY)
+
+    @property
+    def num_draft(self):
+        return len(self.parents)
+
+    @property
+    def tree_depth(self):
+        return max(depths(self.parents))
+
+    def propose(self, state, context, draw):
+        rows, g = context.length_b.shape[0], self.num_draft
+        ranks = jnp.asarray([ranks_along(self.parents, leaf) for leaf in range(g)], jnp.int32)
+        rank_bg = ranks[context.length_b % g]
+        at_bg = context.length_b[:, None] + jnp.asarray(depths(self.parents), jnp.int32)[None] - 1
+        text_bg = jnp.take_along_axis(self.text_bs, jnp.minimum(at_bg, self.text_bs.shape[1] - 1), axis=1)
+        parents_bg = jnp.broadcast_to(jnp.asarray(self.parents, jnp.int32), (rows, g))
+        tokens_bg = (text_bg + rank_bg) % self.vocab_size
+        return Proposal(tokens_bg, None, jnp.full((rows,), g, jnp.int32), parents_bg=parents_bg), state
+
+
 @dataclasses.dataclass(frozen=True)
 class Walk:
     """Follows the target's own samples through a tree, each drawn with the noise of its position."""
@@ -113,9 +146,8 @@ class Walk:
         own, depth, walked = [draws.emit(target_btv[:, 0], zero_b)], [zero_b], [zero_b == 0]
         for draft in range(g):
             parent_b = proposal.parents_bg[:, draft] + 1
-            on_b = jnp.stack(walked)[parent_b, row_b] & (
-                jnp.stack(own)[parent_b, row_b] == proposal.tokens_bg[:, draft]
-            )
+            drawn_b = jnp.stack(own)[parent_b, row_b]
+            on_b = jnp.stack(walked)[parent_b, row_b] & (drawn_b == proposal.tokens_bg[:, draft])
             depth.append(jnp.stack(depth)[parent_b, row_b] + 1)
             # Of siblings that are the same token, the eldest is taken: no draft as deep as this one is on the path yet.
             free_b = ~(jnp.stack(walked) & (jnp.stack(depth[:-1]) == depth[-1][None])).any(0)

@@ -12,8 +12,8 @@ import numpy as np
 from flax import struct
 from jax import Array, lax
 
-from specjax.checking.model import default_tolerance
 from specjax.checking.shapes import check_rows_first, check_same_tree
+from specjax.checking.tolerances import default_tolerance
 from specjax.checks import check_integer, check_positive
 from specjax.types import Cache, Context, Drafter, Draw, Event, Feed, LanguageModel, Proposal
 

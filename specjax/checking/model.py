@@ -4,6 +4,7 @@ Random texts are fed in many ways, and every logit is compared with one pass ove
 simple to hard, so that the first one that fails names the cause.
 """
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,13 +14,12 @@ import numpy as np
 from jax import Array
 
 from specjax.checking.shapes import BLOCK, broken_model, check_same_tree, check_shapes, states_to_compare
+from specjax.checking.tolerances import default_tolerance, finite, spread
 from specjax.checks import check_integer, check_positive
 from specjax.types import Cache, Feed, LanguageModel, whole_feed
 
 Block = tuple[int, Any, Any]
 """A pass over so many places: how many of each row are real, and how many of these stay."""
-
-_TOLERANCES = {"float64": 1e-4, "float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
 
 
 def check_model(
@@ -60,26 +60,6 @@ def check_model(
         checker.check_extras()
 
 
-def default_tolerance(tree: Any) -> float:
-    """Returns how much logits may differ, by the narrowest floating dtype of a tree."""
-    dtypes = {str(x.dtype) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)}
-    return max(_TOLERANCES.get(dtype, 0.1) for dtype in dtypes)
-
-
-def spread(x: Any) -> float:
-    """Returns the size of what distinguishes the numbers: a median, so that banned tokens do not change it."""
-    finite = x[np.isfinite(x)]
-    if not finite.size:
-        return 1.0
-    deviation = 1.5 * np.median(np.abs(finite - np.median(finite)))
-    return float(max(deviation, 0.1 * np.median(np.abs(finite)))) or 1.0
-
-
-def _finite(arrays: Iterable[Any]) -> bool:
-    """Whether no number is NaN or positive infinity; banned tokens may have -inf."""
-    return not any(np.isnan(x).any() or np.isposinf(x).any() for x in arrays)
-
-
 class _Checker:
     """A text, what one pass over it gives, and the ways to feed it that must give the same."""
 
@@ -102,9 +82,9 @@ class _Checker:
 
         self._pass = jax.jit(run)
         self.want = self._whole(self.tokens_bs)
-        if not _finite(self.want):
+        if not finite(self.want):
             reason = ""
-            if _finite(self._whole(self.tokens_bs[:, :BLOCK])):
+            if finite(self._whole(self.tokens_bs[:, :BLOCK])):
                 reason = f", and one over {BLOCK} does not: a ring may be too short for the pass (ring overwritten)"
             raise broken_model(f"a pass over {slots} places gives logits or states that are NaN or infinite{reason}")
         self.spreads = [spread(x) for x in self.want]
@@ -132,6 +112,10 @@ class _Checker:
                 error = np.where(x == y, 0, np.abs(x - y)) / scale  # banned tokens may have -inf
             errors.append(np.where(np.isnan(error), np.inf, error).max(axis=-1))
         return np.max(errors, axis=0)
+
+    def _wanted(self, place_bt: Any) -> list[Any]:
+        """Returns logits and states of one pass over the whole text, at these places."""
+        return [np.take_along_axis(x, place_bt[..., None], axis=1) for x in self.want]
 
     def _expect(self, clause: str, errors_bt: Any, place_bt: Any = None, lost: str = "") -> None:
         """Raises with the clause, and the first place that is wrong; with ``lost`` if all early places are right."""
@@ -303,7 +287,7 @@ class _Checker:
             feed = Feed(jnp.asarray(tokens_bt), jnp.asarray(start_b), jnp.asarray(count_b))
             # 2. Their logits and states must be those of one pass over the text.
             values, cache = self._pass(self.target.params, feed, cache, jnp.asarray(kept_b))
-            want = [np.take_along_axis(x, place_bt[..., None], axis=1) for x in self.want]
+            want = self._wanted(place_bt)
             self._expect(clause, np.where(stays_bt, self._errors(_host(values), want), 0), place_bt, lost)
             start_b = start_b + kept_b
 
@@ -326,6 +310,8 @@ class _Checker:
             )
         if target.early_exit is not None:
             self._check_early_exit()
+        if target.gather is not None:
+            self._check_gather()
 
     def _logit_errors(self, got_btv: Any) -> Any:
         """Returns the errors of logits alone."""
@@ -344,8 +330,7 @@ class _Checker:
         # What it writes past a row's end is overwritten by the next pass.
         start = self.slots - 2 * BLOCK
         at_b = np.full((self.rows,), start, np.int32)
-        _, feed, cache, _ = self._arguments(self.tokens_bs)
-        cache = self._pass(params, Feed(feed.tokens_bt, feed.start_b, jnp.asarray(at_b)), cache, jnp.asarray(at_b))[1]
+        cache = self._read(at_b)
         drafts = whole_feed(jnp.asarray(self._random(self.rows, BLOCK)), jnp.asarray(at_b))
         output = exit_early(params, drafts, cache, 1)
         check_same_tree("early_exit returned a cache", output.cache, "the one it was given", cache, broken_model)
@@ -354,6 +339,51 @@ class _Checker:
         got, _ = self._pass(params, block, output.cache, block.count_b)
         errors_bt = self._errors(_host(got), [x[:, start : start + BLOCK] for x in self.want])
         self._expect("what early_exit wrote past a row's end changes the next pass over these slots", errors_bt)
+
+    def _read(self, at_b: Any) -> Cache:
+        """Returns the cache after the first ``at_b[i]`` tokens of each row."""
+        params, feed, cache, _ = self._arguments(self.tokens_bs)
+        return self._pass(params, Feed(feed.tokens_bt, feed.start_b, jnp.asarray(at_b)), cache, jnp.asarray(at_b))[1]
+
+    def _check_gather(self) -> None:
+        """Feeds trees with the text on one path and other tokens beside it, and goes on after the path."""
+        target, row_b = self.target, np.arange(self.rows, dtype=np.int32)
+        assert target.gather is not None
+        if target.commit is not None:
+            raise broken_model("it has both commit and gather; give one of the two")
+        # Place 1 is followed by place 4, and place 2 by place 3. Rows have different starts and paths.
+        start_b = self.slots - 2 * BLOCK - row_b % 2
+        path_bt = np.stack([np.asarray(((0, 2, 3), (0, 1, 4))[row % 2], np.int32) for row in row_b])
+        true_bt = np.take_along_axis(self.tokens_bs, start_b[:, None] + np.arange(3), axis=1)
+        tree_bt = (self.tokens_bs[:, :BLOCK] + 1) % target.vocab_size
+        np.put_along_axis(tree_bt, path_bt, true_bt, axis=1)
+        tree_bt[row_b, 3 - path_bt[:, 1]] = (true_bt[:, 1] + 1) % target.vocab_size
+        parents_bt = jnp.broadcast_to(jnp.asarray((-1, 0, 0, 2, 1), jnp.int32), (self.rows, BLOCK))
+        feed = dataclasses.replace(whole_feed(jnp.asarray(tree_bt), jnp.asarray(start_b)), parents_bt=parents_bt)
+        output = jax.jit(target.forward, static_argnums=3)(target.params, feed, self._read(start_b), self.capture)
+        got = [np.take_along_axis(x, path_bt[..., None], axis=1) for x in _host((output.logits_btv, *output.features))]
+        place_bt = start_b[:, None] + np.arange(BLOCK)
+        want = self._wanted(place_bt)
+        self._expect(
+            "a tree (Feed.parents_bt) gives other logits than its path alone: a place sees itself, the places that it "
+            "follows and the slots before the feed, and its position is Feed.position_bt",
+            self._errors(got, [x[:, :3] for x in want]),
+            place_bt[:, :3],
+        )
+        cache = target.gather(output.cache, feed, jnp.asarray(path_bt))
+        check_same_tree("gather returned a cache", cache, "forward's", output.cache, broken_model)
+        # What follows the path is fed at the slots after it.
+        after_b = start_b + 3
+        place_bt = after_b[:, None] + np.arange(BLOCK)
+        block = whole_feed(jnp.asarray(np.take_along_axis(self.tokens_bs, place_bt, axis=1)), jnp.asarray(after_b))
+        values, _ = self._pass(target.params, block, cache, block.count_b)
+        want = self._wanted(place_bt)
+        self._expect(
+            "after a tree, gather must move what place path_bt[i, j] wrote to slot start_b[i] + j: the next pass gives "
+            "other logits",
+            self._errors(_host(values), want),
+            place_bt,
+        )
 
 
 def _host(tree: Any) -> Any:

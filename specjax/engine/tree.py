@@ -89,7 +89,8 @@ class KeptPath:
         """Returns the target's output as a pass over the path alone would have given it."""
         assert target.gather is not None
         cache = target.gather(output.cache, feed, self.place_bt)
-        return Output(*self.along((output.logits_btv, output.features)), cache)
+        logits_btv, features = self.along((output.logits_btv, output.features))
+        return Output(logits_btv, features, cache)
 
     def emits(self, verdict: Verdict, room_b: Array) -> Array:
         """Returns how many tokens each row emits, int32 ``[b]``, before stop tokens are looked for.
