@@ -380,9 +380,15 @@ class Draw(Protocol):
     round, a Python integer or a traced int32 scalar from 0. So a drafter may draw in a loop on the device.
     ``drafts_bg`` holds the drafts before it in its first ``index`` places, for penalties; the other places are ignored.
     ``probs_bv`` is the very distribution that was sampled.
+
+    In a tree, ``draw(logits_bv, drafts_bg, index, before_bg)`` draws draft ``index``, whatever its place in the tree.
+    ``before_bg`` is bool and says which drafts it follows; without it they are those of a chain. Siblings have
+    different indices, and so noise of their own.
     """
 
-    def __call__(self, logits_bv: Array, drafts_bg: Array, index: int | Array) -> tuple[Array, Array]: ...
+    def __call__(
+        self, logits_bv: Array, drafts_bg: Array, index: int | Array, before_bg: Array | None = None
+    ) -> tuple[Array, Array]: ...
 
 
 class Drafter(Protocol):

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import struct
-from trees import BUSHY, Oracle, Walk
+from trees import BUSHY, Oracle
 
 import specjax
-from specjax import Sampling
+from specjax import Sampling, verify
 from specjax.transformer.config import DecoderConfig, LatentConfig, LayerConfig, plain_rope
 from specjax.transformer.decoder import decoder_model, init_params
 from specjax.types import Feed, whole_feed
@@ -47,7 +47,7 @@ SAMPLING = Sampling(temperature=np.float32([0, 1, 0.7, 0]), top_k=np.int32([0, 0
 
 def generate(target, drafter, **settings):
     settings = {
-        "verify": Walk(),
+        "verify": verify.walk,
         "fixed": True,
         "sampling": SAMPLING,
         "max_new_tokens": NEW,
@@ -154,7 +154,7 @@ def test_recurrent_layers_refuse_trees_before_anything_compiles():
     target = hybrid.model("mamba")
     assert target.gather is None
     drafter = Oracle(jnp.zeros((4, 8), jnp.int32), VOCAB)
-    walking = [functools.partial(call, verify=Walk()) for call in (specjax.generate, specjax.stream)]
+    walking = [functools.partial(call, verify=verify.walk) for call in (specjax.generate, specjax.stream)]
     for call in (*walking, specjax.prefill):
         with pytest.raises(ValueError, match="the target has no gather, as models with recurrent layers have none"):
             call(target, PROMPTS, drafter=drafter, max_new_tokens=4)

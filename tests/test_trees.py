@@ -1,6 +1,6 @@
 """Trees in the loop: the text, statistics, log-probabilities and caches of rounds that keep one path of several.
 
-``Walk`` emits the target's own sample at each place, with the noise of its position. So with any tree a seed gives the
+``walk`` emits the target's own sample at each place, with the noise of its position. So with any tree a seed gives the
 text of plain decoding, at every temperature, and most tests compare whole texts.
 """
 
@@ -15,11 +15,12 @@ from every_rule import EveryRule
 from flax import struct
 from forced_width import force
 from jitted import jit
-from trees import BUSHY, SHAPES, TreeDrafter, Walk, depths, path_to, ranks_along
+from trees import BUSHY, SHAPES, TreeDrafter, depths, path_to, ranks_along
 
 import specjax
 from specjax import Sampling, verify
 from specjax.testing import table_model
+from specjax.verify.walks import WalkRule
 
 VOCAB, NEW = 5, 12
 PROMPTS = ([3], [2, 3, 2, 3], [4, 0], [0, 1, 2, 0, 1, 2, 0])
@@ -57,7 +58,7 @@ every_sampling = pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=5), 
 
 def run(drafter=None, sampling=GREEDY, prompt=PROMPT, length=LENGTH, target=TARGET, **settings):
     """Returns the generation as NumPy arrays."""
-    settings = {"max_new_tokens": NEW, "verify": Walk(), "fixed": True} | settings
+    settings = {"max_new_tokens": NEW, "verify": verify.walk, "fixed": True} | settings
     return jax.device_get(specjax.generate(target, prompt, length, drafter=drafter, sampling=sampling, **settings))
 
 
@@ -97,7 +98,7 @@ def test_statistics_are_by_depth():
     drafter = TreeDrafter(NEAR, ranks=ranks_along(BUSHY, 5), ragged=True)
     prompts = [[3], [2, 1], [4, 0], [4]]
     state = specjax.prefill(TARGET, prompts, drafter=drafter, sampling=GREEDY, max_new_tokens=NEW, fixed=True)
-    after = jit(functools.partial(specjax.step, verify=Walk()))(TARGET, state, drafter=drafter)
+    after = jit(functools.partial(specjax.step, verify=verify.walk))(TARGET, state, drafter=drafter)
     proposed_b = [prompt[-1] for prompt in prompts]
     deep_b = [max(depths(BUSHY)[:n], default=0) for n in proposed_b]
     assert deep_b == [2, 1, 0, 2]
@@ -139,10 +140,10 @@ def test_a_row_does_not_depend_on_its_neighbours(drafter):
 def test_streams_and_steps_give_the_same_text(sampling):
     drafter, wanted = DRAFTERS["chosen"], texts(run(DRAFTERS["chosen"], sampling))
     options = {"drafter": drafter, "sampling": sampling, "max_new_tokens": NEW, "fixed": True}
-    *_, last = specjax.stream(TARGET, PROMPT, LENGTH, verify=Walk(), rounds=2, **options)
+    *_, last = specjax.stream(TARGET, PROMPT, LENGTH, verify=verify.walk, rounds=2, **options)
     assert texts(last) == wanted
     state = specjax.prefill(TARGET, PROMPT, LENGTH, **options)
-    one = jit(functools.partial(specjax.step, verify=Walk()))
+    one = jit(functools.partial(specjax.step, verify=verify.walk))
     while not state.done_b.all():
         state = one(TARGET, state, drafter=drafter)
     assert texts(jax.device_get(state.generation)) == wanted
@@ -153,10 +154,10 @@ def test_rows_that_are_extended_go_on_as_without_drafts(sampling):
     def talk(drafter):
         options = {"drafter": drafter, "sampling": sampling, "fixed": True}
         state = specjax.prefill(TARGET, PROMPT, LENGTH, max_new_tokens=[5, 6, 7, 8], slots=64, **options)
-        state = specjax.run(TARGET, state, drafter=drafter, verify=Walk())
+        state = specjax.run(TARGET, state, drafter=drafter, verify=verify.walk)
         turn = [[1, 2], [], [4], [0, 0, 3]]
         state = specjax.extend(TARGET, state, turn, drafter=drafter, max_new_tokens=9)
-        state = specjax.run(TARGET, state, drafter=drafter, verify=Walk())
+        state = specjax.run(TARGET, state, drafter=drafter, verify=verify.walk)
         return texts(jax.device_get(state.generation))
 
     assert talk(DRAFTERS["chosen"]) == talk(None)
@@ -166,11 +167,11 @@ def test_rows_that_are_inserted_give_their_own_text():
     drafter = DRAFTERS["chosen"]
     options = {"drafter": drafter, "fixed": True, "slots": 64}
     state = specjax.prefill(TARGET, PROMPT, LENGTH, sampling=Sampling(seed=5), max_new_tokens=[3, 20, 3, 20], **options)
-    one = jit(functools.partial(specjax.step, verify=Walk()))
+    one = jit(functools.partial(specjax.step, verify=verify.walk))
     while not (state.done_b[0] and state.done_b[2]):
         state = one(TARGET, state, drafter=drafter)
     other = specjax.prefill(TARGET, [[1, 1], [2]], sampling=Sampling(seed=70), max_new_tokens=10, **options)
-    state = specjax.run(TARGET, specjax.insert(state, [2, 0], other), drafter=drafter, verify=Walk())
+    state = specjax.run(TARGET, specjax.insert(state, [2, 0], other), drafter=drafter, verify=verify.walk)
     out = texts(jax.device_get(state.generation))
     news = texts(run(None, Sampling(seed=70), *specjax.pad_prompts([[1, 1], [2]]), max_new_tokens=10))
     olds = texts(run(None, Sampling(seed=5), max_new_tokens=20))
@@ -189,7 +190,7 @@ def test_rounds_that_adapt_draft_the_tree_or_nothing(number):
     state = specjax.prefill(
         TARGET, PROMPT, LENGTH, drafter=drafter, sampling=sampling, max_new_tokens=40, costs=[1.0, 1.5]
     )
-    state = specjax.run(TARGET, force(state, number), drafter=drafter, verify=Walk(), rounds=3)
+    state = specjax.run(TARGET, force(state, number), drafter=drafter, verify=verify.walk, rounds=3)
     np.testing.assert_array_equal(state.stats.drafted, 3 * number * len(BUSHY))
     tried_b = np.asarray(state.adapt.tried_bg[:, 0])
     assert state.adapt.widths == (0, 3)
@@ -219,7 +220,7 @@ def test_fault_changes_the_text(target):
 
 
 @dataclasses.dataclass(frozen=True)
-class NoPath(Walk):
+class NoPath(WalkRule):
     def __call__(self, proposal, target_btv, draws):
         return super().__call__(proposal, target_btv, draws).replace(path_bd=None)
 
@@ -240,7 +241,7 @@ def test_bad_input_names_the_cure():
         (drafter, {"target": TARGET.replace(gather=None)}, "has no gather"),
         (drafter, {"verify": verify.block}, "a rule for chains; give a rule for trees"),
         (drafter, {"verify": EveryRule()}, "a rule for chains"),
-        (drafter, {"verify": NoPath()}, "path_bd is None after a tree"),
+        (drafter, {"verify": NoPath(False)}, "path_bd is None after a tree"),
         (WrongDepth(NEAR), {}, "tree_depth is 8; give an integer from 1 to num_draft, 7"),
         (NoDepth(NEAR), {}, "tree_depth is None and its proposal has parents_bg"),
         (drafter, {"slots": 20}, "slots is 20; the prompt"),

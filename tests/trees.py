@@ -1,13 +1,11 @@
-"""Trees for tests: drafters that propose them, and a rule that walks them."""
-
-import dataclasses
+"""Drafters of trees for tests."""
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from stateless import Stateless
 
-from specjax import Proposal, Verdict
+from specjax import Proposal
 
 # Two children of the root, three of the first of them, and a path of three: draft 5 follows draft 3.
 BUSHY = (-1, -1, 0, 0, 0, 3, 1)
@@ -55,12 +53,15 @@ class TreeDrafter(Stateless):
       parents: of the drafts.
       ranks: a draft is the token of this rank after its parent. None: drafts are drawn, siblings independently.
       ragged: a row proposes fewer drafts, as its last token says.
+      replacement: whether siblings may be drawn several times. Else their logits are masked, which is right without
+        filters alone.
     """
 
     table: jax.Array
     parents: tuple = struct.field(pytree_node=False, default=BUSHY)
     ranks: tuple | None = struct.field(pytree_node=False, default=None)
     ragged: bool = struct.field(pytree_node=False, default=False)
+    replacement: bool = struct.field(pytree_node=False, default=True)
 
     @property
     def num_draft(self):
@@ -74,24 +75,29 @@ class TreeDrafter(Stateless):
         rows, last_b = context.length_b.shape[0], context.length_b - 1
         row_b, slots = jnp.arange(rows), context.tokens_bs
         root = (jnp.where(last_b > 0, slots[row_b, jnp.maximum(last_b - 1, 0)], 0), slots[row_b, last_b])
-        after, probs = [], []
-        none_bg = jnp.zeros((rows, self.num_draft), jnp.int32)
+        after, probs, tokens_bg = [], [], jnp.zeros((rows, self.num_draft), jnp.int32)
         for draft, parent in enumerate(self.parents):
             before_b, token_b = after[parent] if parent >= 0 else root
             logits_bv = self.table[before_b, token_b]
+            elder = [other for other in range(draft) if self.parents[other] == parent]
             if self.ranks is None:
-                drawn_b, probs_bv = draw(logits_bv, none_bg, draft)
-                probs.append(probs_bv)
+                for other in [] if self.replacement else elder:
+                    logits_bv = logits_bv.at[row_b, tokens_bg[:, other]].set(-jnp.inf)
+                path = jnp.asarray([other in path_to(self.parents, parent) for other in range(self.num_draft)])
+                drawn_b, probs_bv = draw(logits_bv, tokens_bg, draft, jnp.broadcast_to(path, tokens_bg.shape))
+                probs.append(probs[elder[0]] if elder else probs_bv)
             else:
                 drawn_b = jnp.argsort(-logits_bv, axis=-1)[:, self.ranks[draft]].astype(jnp.int32)
+            tokens_bg = tokens_bg.at[:, draft].set(drawn_b)
             after.append((token_b, drawn_b))
         length_b = jnp.full((rows,), self.num_draft, jnp.int32)
         length_b = root[1] % (self.num_draft + 1) if self.ragged else length_b
         proposal = Proposal(
-            tokens_bg=jnp.stack([token_b for _, token_b in after], axis=1),
+            tokens_bg=tokens_bg,
             probs_bgv=jnp.stack(probs, axis=1) if probs else None,
             length_b=length_b,
             parents_bg=jnp.broadcast_to(jnp.asarray(self.parents, jnp.int32), (rows, self.num_draft)),
+            replacement=self.replacement,
         )
         return proposal, state
 
@@ -127,35 +133,3 @@ class Oracle(Stateless):
         parents_bg = jnp.broadcast_to(jnp.asarray(self.parents, jnp.int32), (rows, g))
         tokens_bg = (text_bg + rank_bg) % self.vocab_size
         return Proposal(tokens_bg, None, jnp.full((rows,), g, jnp.int32), parents_bg=parents_bg), state
-
-
-@dataclasses.dataclass(frozen=True)
-class Walk:
-    """Follows the target's own samples through a tree, each drawn with the noise of its position."""
-
-    shares_noise = False
-    trees = True
-
-    def __call__(self, proposal, target_btv, draws):
-        rows, g = proposal.tokens_bg.shape
-        row_b = jnp.arange(rows)
-        if proposal.parents_bg is None:
-            chain = jnp.arange(-1, g - 1, dtype=jnp.int32)
-            proposal = proposal.replace(parents_bg=jnp.broadcast_to(chain, (rows, g)))
-        zero_b = jnp.zeros((rows,), jnp.int32)
-        own, depth, walked = [draws.emit(target_btv[:, 0], zero_b)], [zero_b], [zero_b == 0]
-        for draft in range(g):
-            parent_b = proposal.parents_bg[:, draft] + 1
-            drawn_b = jnp.stack(own)[parent_b, row_b]
-            on_b = jnp.stack(walked)[parent_b, row_b] & (drawn_b == proposal.tokens_bg[:, draft])
-            depth.append(jnp.stack(depth)[parent_b, row_b] + 1)
-            # Of siblings that are the same token, the eldest is taken: no draft as deep as this one is on the path yet.
-            free_b = ~(jnp.stack(walked) & (jnp.stack(depth[:-1]) == depth[-1][None])).any(0)
-            walked.append(on_b & free_b & (draft < proposal.length_b))
-            own.append(draws.emit(target_btv[:, draft + 1], depth[-1]))
-        walked_bt = jnp.stack(walked, axis=1)
-        accepted_b = walked_bt[:, 1:].sum(-1, dtype=jnp.int32)
-        last_b = jnp.max(jnp.where(walked_bt, jnp.arange(g + 1, dtype=jnp.int32)[None], 0), axis=1)
-        path_bg = jnp.argsort(~walked_bt[:, 1:], axis=1, stable=True).astype(jnp.int32)
-        kept_bg = jnp.arange(g)[None] < accepted_b[:, None]
-        return Verdict(accepted_b, jnp.stack(own)[last_b, row_b], jnp.where(kept_bg, path_bg, 0))

@@ -320,11 +320,14 @@ def _make_draw(noise_bgv: Any, known: bool) -> Draw:
     So rounding does not change a token. The probabilities are the noise itself if ``known``, else those of the logits.
     """
 
-    def draw(logits_bv: Array, drafts_bg: Array, index: int | Array) -> tuple[Array, Array]:
+    def draw(
+        logits_bv: Array, drafts_bg: Array, index: int | Array, before_bg: Array | None = None
+    ) -> tuple[Array, Array]:
         noise_bv = lax.dynamic_index_in_dim(jnp.asarray(noise_bgv), index, axis=1, keepdims=False)
         allowed_bv = logits_bv > -jnp.inf
-        before_bg = jnp.where(jnp.arange(drafts_bg.shape[1], dtype=jnp.int32)[None] < index, drafts_bg, 0)
-        shift_b = before_bg.sum(axis=1)
+        if before_bg is None:
+            before_bg = jnp.arange(drafts_bg.shape[1], dtype=jnp.int32)[None] < index
+        shift_b = jnp.where(before_bg, drafts_bg, 0).sum(axis=1)
         id_bv = (jnp.arange(noise_bv.shape[1], dtype=jnp.int32)[None] + shift_b[:, None]) % noise_bv.shape[1]
         turned_bv = jnp.take_along_axis(noise_bv, id_bv, axis=1)
         token_b = jnp.argmax(jnp.where(allowed_bv, turned_bv, -1), axis=1).astype(jnp.int32)

@@ -46,11 +46,13 @@ class Cascade:
 
         Raises:
           TypeError: one of the two is not a drafter.
-          ValueError: the two draft different numbers of tokens, or the second is a ``Cascade``.
+          ValueError: the two draft different numbers of tokens, the second is a ``Cascade``, or one proposes trees.
         """
         for name, part in (("first", self.first), ("second", self.second)):
             if isinstance(part, type) or not hasattr(part, "propose"):
                 raise TypeError(f"the cascade's {name} drafter is {part!r}; give two drafters")
+            if getattr(part, "tree_depth", None) is not None:
+                raise ValueError(f"the cascade's {name} drafter proposes trees; give two drafters of chains")
         if isinstance(self.second, Cascade):
             raise ValueError("the cascade's second drafter is a Cascade; nest on the left: Cascade(Cascade(a, b), c)")
         first, second = self.first.num_draft, self.second.num_draft
@@ -100,8 +102,10 @@ class Cascade:
         taken_b = first.length_b > 0
 
         # The noise of `draw` is used in all rows, so other rows get the same drafts with and without a cascade.
-        def draw_first(logits_bv: Array, drafts_bg: Array, index: int | Array) -> tuple[Array, Array]:
-            token_b, probs_bv = draw(logits_bv, drafts_bg, index)
+        def draw_first(
+            logits_bv: Array, drafts_bg: Array, index: int | Array, before_bg: Array | None = None
+        ) -> tuple[Array, Array]:
+            token_b, probs_bv = draw(logits_bv, drafts_bg, index, before_bg)
             first_b = lax.dynamic_index_in_dim(first.tokens_bg, index, axis=1, keepdims=False)
             return jnp.where(taken_b, first_b, token_b), probs_bv
 

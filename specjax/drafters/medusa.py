@@ -5,9 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import Array
+from jax import Array, lax
 
 from specjax.drafters.chain import Chain, place
+from specjax.drafters.trees import Path, check_static_tree, in_order, parents_of
 from specjax.transformer.products import product
 from specjax.types import Context, Draw, Event, LanguageModel, Proposal
 
@@ -63,7 +64,8 @@ def init_medusa_params(kernel_dv: Array, num_heads: int, num_blocks: int = 1) ->
 
 @struct.dataclass
 class MedusaDrafter:
-    """Drafts a chain with Medusa heads (Cai et al. 2024, arXiv 2401.10774), each token drawn from its head's law.
+    """Drafts with Medusa heads (Cai et al. 2024, arXiv 2401.10774): a chain, each token drawn from its head's law; or a
+    static tree of the heads' likeliest tokens (section 2.1.2).
 
     The last state that is known of a row of n tokens is that at position n - 2. The target's own head gave token
     n - 1 from it, and head i gives token n + i. No head sees the drafts before its own, so nothing is fed and there is
@@ -73,10 +75,15 @@ class MedusaDrafter:
       params: ``{i: params}`` of at least ``num_draft`` heads, each as ``head_logits`` takes them. Heads without
         ``lm_head`` share that of head 0, and all heads share the ``draft_of_v`` of head 0.
       num_draft: g, tokens proposed per round.
+      tree: for trees: drafts by the ranks of their tokens, of which the first ``num_draft`` are proposed. Example:
+        ((0,), (1,), (0, 0)) has the two likeliest tokens of head 0, and after the first of them the likeliest of head
+        1. Logits are ranked as they are, without penalties or bias. None drafts a chain. ``drafters.trees`` has
+        published ones.
     """
 
     params: Any
     num_draft: int = struct.field(pytree_node=False, default=4)
+    tree: tuple[Path, ...] | None = struct.field(pytree_node=False, default=None)
 
     capture = (-1,)
     max_positions = None
@@ -85,6 +92,10 @@ class MedusaDrafter:
     def vocab_size(self) -> int:
         first = self.params[0]
         return first["draft_of_v"].shape[0] if "draft_of_v" in first else first["lm_head"]["kernel"].shape[1]
+
+    @property
+    def tree_depth(self) -> int | None:
+        return None if self.tree is None else max(map(len, self.tree[: self.num_draft]))
 
     def axes(self) -> Any:
         """Returns what each parameter's dimensions stand for, in a tree like ``params``."""
@@ -103,11 +114,19 @@ class MedusaDrafter:
         """Returns ``[b, d]`` in the target's dtype, for the last state known of each row.
 
         Raises:
-          ValueError: there are fewer heads than drafts, or they are of another width than the target.
+          ValueError: there are fewer heads than drafts of a path, or they are of another width than the target; or the
+            tree is none.
         """
         del slots
         (spec,) = target.state_specs(self.capture)
-        check_medusa_fit(self.params, self.num_draft, spec.shape[-1])
+        if self.tree is not None:
+            check_static_tree(self.tree, self.num_draft)
+            widest = 1 + max(path[-1] for path in self.tree[: self.num_draft])
+            if widest > self.vocab_size:
+                raise ValueError(
+                    f"the tree has rank {widest - 1} and there are {self.vocab_size} tokens; give lower ranks"
+                )
+        check_medusa_fit(self.params, self.tree_depth or self.num_draft, spec.shape[-1])
         return jnp.zeros((rows, spec.shape[-1]), spec.dtype)
 
     def observe(self, state: Array, context: Context, event: Event) -> Array:
@@ -117,7 +136,9 @@ class MedusaDrafter:
         return jnp.where(event.kept_b[:, None] > 0, last_bd, state)
 
     def propose(self, state: Array, context: Context, draw: Draw) -> tuple[Proposal, Array]:
-        """Samples one token from each of the first ``num_draft`` heads."""
+        """Samples one token from each of the first ``num_draft`` heads, or takes the likeliest ones for a tree."""
+        if self.tree is not None:
+            return self._grow(in_order(self.tree[: self.num_draft]), state, context), state
         g = context.drafts(self.num_draft)
         chain = Chain.empty(state.shape[0], g, context.target.vocab_size)
         shared = {name: part for name, part in self.params[0].items() if name != "blocks"}
@@ -129,6 +150,17 @@ class MedusaDrafter:
             drafted_b = drafted_b + drafting_b.astype(jnp.int32)
         return chain.propose(drafted_b), state
 
+    def _grow(self, tree: tuple[Path, ...], state: Array, context: Context) -> Proposal:
+        shared = {name: part for name, part in self.params[0].items() if name != "blocks"}
+        tops = []
+        for i in range(max(map(len, tree))):
+            most = 1 + max(path[i] for path in tree if len(path) == i + 1)
+            tops.append(lax.top_k(head_logits(shared | self.params[i], state), most)[1].astype(jnp.int32))
+        tokens_bg = jnp.stack([tops[len(path) - 1][:, path[-1]] for path in tree], axis=1)
+        rows, g = tokens_bg.shape
+        length_b = jnp.where(context.length_b >= 2, jnp.int32(g), 0)
+        return Proposal(tokens_bg, None, length_b, parents_bg=parents_of(tree, rows))
+
     def follow(self, state: Array, context: Context, tokens_bg: Array) -> Array:
         """Nothing to do: the next state comes from the target, whoever drafted."""
         del context, tokens_bg
@@ -136,7 +168,10 @@ class MedusaDrafter:
 
 
 def check_medusa_fit(params: Any, num_draft: int, width: int) -> None:
-    """Raises ValueError unless there is a head for each draft, for states of that width; the leaves have shapes."""
+    """Raises ValueError unless there is a head for each draft of a path, for states of that width.
+
+    The leaves have shapes.
+    """
     if num_draft > len(params):
         raise ValueError(f"num_draft is {num_draft} and there are {len(params)} Medusa heads; draft at most that many")
     own = params[0]["lm_head"]["kernel"].shape[0]

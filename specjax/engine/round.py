@@ -135,7 +135,9 @@ def _finish(
     _check("the target's logits_btv", output.logits_btv, (*feed.tokens_bt.shape, target.vocab_size))
 
     # 3. Verify. From here on the path of a tree that was kept is a chain, and nothing later knows of the tree.
-    target_btv = laws.distributions(output.logits_btv, proposal.tokens_bg, parents_bt=feed.parents_bt)
+    # Penalties at a place count the drafts that it follows, and its own.
+    before_btg = None if feed.parents_bt is None else ancestors(feed.parents_bt)[:, :, 1:]
+    target_btv = laws.distributions(output.logits_btv, proposal.tokens_bg, before_btg=before_btg)
     verdict = verify(dataclasses.replace(proposal, cache=None), target_btv, laws.draws)
     drafts_bg, path, depth_b = proposal.tokens_bg, None, None
     if feed.parents_bt is not None:
@@ -221,22 +223,24 @@ class _Laws:
         return cls(sampling, counts, RoundDraws(state.keys_b, state.length_b, sampled))
 
     def distributions(
-        self, logits_btv: Array, drafts_bg: Array, first: int | Array = 0, parents_bt: Array | None = None
+        self, logits_btv: Array, drafts_bg: Array, first: int | Array = 0, before_btg: Array | None = None
     ) -> Array:
         """Returns the distributions that are sampled, as ``sampling.warp`` does, of penalised logits."""
         logits_btv = logits_btv.astype(jnp.float32)
-        # In a tree, the drafts that a place follows count, and the draft of that place.
-        before_btg = None if parents_bt is None else ancestors(parents_bt)[:, :, 1:]
         logits_btv = sampling_lib.penalize(logits_btv, self.sampling, self.counts, drafts_bg, first, before_btg)
         return sampling_lib.warp(logits_btv, self.sampling)
 
     def draw(self, shares_noise: bool) -> Draw:
         """Returns ``draw`` for drafters (``types.Draw``)."""
 
-        def draw(logits_bv: Array, drafts_bg: Array, index: int | Array) -> tuple[Array, Array]:
-            probs_bv = self.distributions(logits_bv[:, None], drafts_bg, index)[:, 0]
+        def draw(
+            logits_bv: Array, drafts_bg: Array, index: int | Array, before_bg: Array | None = None
+        ) -> tuple[Array, Array]:
+            before_btg = None if before_bg is None else before_bg[:, None]
+            probs_bv = self.distributions(logits_bv[:, None], drafts_bg, index, before_btg)[:, 0]
             if shares_noise:
-                return self.draws.emit(probs_bv, jnp.asarray(index, jnp.int32)), probs_bv
+                depth = jnp.asarray(index, jnp.int32) if before_bg is None else before_bg.sum(-1, dtype=jnp.int32)
+                return self.draws.emit(probs_bv, depth), probs_bv
             return self.draws.draft(probs_bv, index), probs_bv
 
         return draw
