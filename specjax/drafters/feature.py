@@ -5,9 +5,10 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import Array
+from jax import Array, lax
 
 from specjax.drafters.chain import Chain, place, repeat
+from specjax.drafters.trees import Candidates
 from specjax.rows import text_at
 from specjax.types import Cache, Context, Draw, Event, Feed, LanguageModel, Proposal
 
@@ -103,24 +104,35 @@ class FeatureState:
 @struct.dataclass
 class FeatureDrafter:
     """Drafts a chain with a head: after the first draft, the head goes on from its own states (Li et al. 2024, EAGLE,
-    arXiv 2401.15077, section 4.1; with MTP modules, DeepSeek-V3, section 2.2, of which one is reused).
+    arXiv 2401.15077, section 4.1; with MTP modules, DeepSeek-V3, section 2.2, of which one is reused). Or a tree that
+    grows where the head is sure (Li et al. 2024, EAGLE-2, arXiv 2406.16858, section 4).
 
     After each round, ``observe`` overwrites what the chain wrote into the head's cache, from the target's true states.
     Example, a row of n = 10 tokens: the target's states are known up to position 8. Slot 8 takes token 9 and state 8,
     and predicts token 10, the first draft. Slot 9 takes that draft and the head's own state of slot 8. A row of one
     token drafts nothing: no state of the target is known yet.
 
+    A tree grows by one depth at a time. The score of a draft is the sum of log-probabilities along its path, at
+    temperature 1 without penalties or bias. After the ``top_k`` likeliest first drafts, the ``top_k`` drafts of the
+    highest scores at each depth get ``top_k`` children each. Of all drafts, the ``num_draft`` of the highest scores are
+    proposed. Each step feeds the head all drafts with children again, so a tree of depth 6 and ``top_k`` 10 takes
+    passes over 10, 20, .., 50 places.
+
     Attributes:
       params: the head's parameters.
       head: the head.
       num_draft: g, tokens proposed per round.
-      unrolled: as for ``ModelDrafter``.
+      unrolled: as for ``ModelDrafter``; trees are always unrolled.
+      tree_depth: for trees: the most drafts on a path. None drafts a chain.
+      top_k: for trees: see above.
     """
 
     params: Any
     head: Head = struct.field(pytree_node=False)
     num_draft: int = struct.field(pytree_node=False, default=4)
     unrolled: bool = struct.field(pytree_node=False, default=True)
+    tree_depth: int | None = struct.field(pytree_node=False, default=None)
+    top_k: int = struct.field(pytree_node=False, default=10)
 
     max_positions = None
 
@@ -140,11 +152,16 @@ class FeatureDrafter:
         """Returns an empty cache.
 
         Raises:
-          ValueError: the head was made for a target of another width, or needs more of the target.
+          ValueError: the head was made for a target of another width, or needs more of the target; or it cannot draft
+            such a tree.
         """
         specs = target.state_specs(self.capture)
         self.head.check_fit(target, specs[0].shape[-1])
         spec = jax.eval_shape(self.head.fuse, self.params, specs)
+        if self.tree_depth is not None:
+            self._check_tree(self.tree_depth)
+            # The head is fed more drafts than are proposed.
+            slots += max((self.tree_depth - 1) * self.top_k - self.num_draft, 0)
         cache = self.head.init_cache(self.params, rows, slots)
         return FeatureState(cache, jnp.zeros((rows, spec.shape[-1]), spec.dtype))
 
@@ -158,7 +175,9 @@ class FeatureDrafter:
         return FeatureState(cache, jnp.where(event.kept_b[:, None] > 0, last_bd, state.state_bd))
 
     def propose(self, state: FeatureState, context: Context, draw: Draw) -> tuple[Proposal, FeatureState]:
-        """Samples a chain of ``num_draft`` tokens; the head goes on from its own states."""
+        """Samples a chain of ``num_draft`` tokens, or grows a tree; the head goes on from its own states."""
+        if self.tree_depth is not None:
+            return self._grow(state, context, self.tree_depth)
         target, length_b, g = context.target, context.length_b, context.drafts(self.num_draft)
         running_b = context.running_b.astype(jnp.int32)
 
@@ -180,6 +199,61 @@ class FeatureDrafter:
         carry = (chain, drafting_b, drafting_b.astype(jnp.int32), token_b, state.state_bd, state.cache)
         chain, _, drafted_b, _, _, cache = repeat(1, g, advance, carry, self.unrolled)
         return chain.propose(drafted_b), FeatureState(cache, state.state_bd)
+
+    def _check_tree(self, depth: int) -> None:
+        k, most = self.top_k, self.top_k + (depth - 1) * self.top_k**2
+        if not 1 <= k <= self.vocab_size:
+            raise ValueError(f"top_k is {k!r}; give an integer from 1 to {self.vocab_size}, the size of the vocabulary")
+        if self.num_draft > most:
+            raise ValueError(
+                f"num_draft is {self.num_draft} and a tree of depth {depth} with top_k {k} has {most} drafts; draft at "
+                "most that many"
+            )
+        if self.head.at_draft(1) != self.head:
+            raise ValueError(
+                "the head's windows stay where they are for the first draft, which it computes for chains alone; give "
+                "window=slides or drop the tree"
+            )
+
+    def _grow(self, state: FeatureState, context: Context, depth: int) -> tuple[Proposal, FeatureState]:
+        """Returns the likeliest drafts of a tree (EAGLE-2, section 4.1 expansion, 4.2 reranking)."""
+        target, length_b, k, cache = context.target, context.length_b, self.top_k, state.cache
+        rows = length_b.shape[0]
+
+        def log_probs(states_bkd: Array) -> Array:
+            logits = self.head.logits(self.params, target, states_bkd.reshape(-1, states_bkd.shape[-1]))
+            return jax.nn.log_softmax(logits.astype(jnp.float32)).reshape(rows, -1, logits.shape[-1])
+
+        def pick(x: Array, index_bk: Array) -> Array:
+            return jnp.take_along_axis(x, index_bk.reshape(rows, k, *(1 for _ in x.shape[2:])), axis=1)
+
+        # 1. The first drafts. All of them get children.
+        root = jnp.full((rows, 1), -1, jnp.int32)
+        found = Candidates.after(log_probs(state.state_bd[:, None]), jnp.zeros((rows, 1), jnp.float32), root, k)
+        index_bk = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32)[None], (rows, k))
+        score_bk, parent_bm = found.scores_bc, jnp.full((rows, k), -1, jnp.int32)
+        token_bm, state_bmd = found.tokens_bc, jnp.repeat(state.state_bd[:, None], k, axis=1)
+
+        # 2. A depth more in each step. Fed are the m drafts with children, each with its parent's state.
+        for _ in range(depth - 1):
+            m = token_bm.shape[1]
+            feed = Feed(token_bm, length_b - 1, jnp.where(context.running_b, jnp.int32(m), 0), parent_bm)
+            out_bmd, cache = self.head.run(self.params, target, feed, state_bmd, cache)
+            out_bkd = out_bmd[:, m - k :]
+            grown = Candidates.after(log_probs(out_bkd), score_bk, index_bk, k)
+            score_bk, best_bk = lax.top_k(grown.scores_bc, k)
+            index_bk = found.tokens_bc.shape[1] + best_bk
+            token_bm = jnp.concatenate([token_bm, pick(grown.tokens_bc, best_bk)], axis=1)
+            parent_bm = jnp.concatenate([parent_bm, m - k + best_bk // k], axis=1)
+            state_bmd = jnp.concatenate([state_bmd, pick(out_bkd, best_bk // k)], axis=1)
+            found = found + grown
+
+        # 3. The drafts of the highest scores, whoever got children.
+        index_bg, parents_bg = found.best(self.num_draft)
+        tokens_bg = jnp.take_along_axis(found.tokens_bc, index_bg, axis=1)
+        drafted_b = jnp.where(length_b >= 2, jnp.int32(self.num_draft), 0)
+        proposal = Proposal(tokens_bg, None, drafted_b, parents_bg=parents_bg)
+        return proposal, FeatureState(cache, state.state_bd)
 
     def follow(self, state: FeatureState, context: Context, tokens_bg: Array) -> FeatureState:
         """Nothing to do: ``observe`` writes the true states, whoever drafted."""
