@@ -1,5 +1,6 @@
 """Opening any drafter by a text that names its kind and folder, and writing draft heads."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Iterable, Mapping
@@ -39,6 +40,7 @@ from specjax.drafters.model import ModelDrafter
 from specjax.drafters.mtp import MTPDrafter, MTPHead
 from specjax.drafters.ngram import NGramDrafter
 from specjax.drafters.shared_vocabulary import shared_vocabulary_drafter
+from specjax.drafters.trees import MEDUSA_CHOICES
 from specjax.hf.keys import key_names
 from specjax.quantized import Kind, check_kind
 from specjax.sharding import Rules, gathered, shard
@@ -63,6 +65,7 @@ def load_drafter(
     zero_first: bool = False,
     ignore_config_keys: Iterable[str] = (),
     quantize: Kind | None = None,
+    tree: int | None = None,
 ) -> Drafter:
     """Opens the drafter that a text names, for one target. docs/drafters.md compares the kinds.
 
@@ -85,7 +88,7 @@ def load_drafter(
     Args:
       spec: kind, folder and options, as above. In a cascade, folders have no comma in their names.
       target: the model to draft for, or the result of ``specjax.open``.
-      num_draft: g, tokens proposed per round.
+      num_draft: g, tokens proposed per round; with ``tree``, the most on one path.
       dtype: dtype of parameters and computation; None means ``specjax.default_dtype()``.
       tokenizer: the target's tokenizer; None takes the tokenizer of an ``Opened`` target. With a tokenizer, a draft
         model of another vocabulary becomes a ``SharedVocabularyDrafter``. Without a tokenizer, the draft model must
@@ -98,6 +101,8 @@ def load_drafter(
       zero_first: likewise: the embedding at position 0 is zero, as in vLLM. Other engines differ.
       ignore_config_keys: as for ``specjax.load``, for the config of a draft model or draft head.
       quantize: as for ``specjax.load``, for the drafter's own parameters. What it uses of the target stays as it is.
+      tree: for eagle, chained mtp and medusa: drafts of a tree. Medusa heads draft the first of ``MEDUSA_CHOICES`` of
+        ``specjax.drafters.trees``, the others grow trees (``FeatureDrafter``). None drafts chains.
 
     Returns:
       The drafter, whose parameters are read.
@@ -105,17 +110,21 @@ def load_drafter(
     Raises:
       ValueError: the text names no drafter, or an unknown option; ``num_draft`` is below 1, or is more than the draft
         heads can draft; a file of the folder is missing, damaged or pickled; the folder holds something else than the
-        text says; the drafter does not fit the target; or as for ``specjax.load``.
+        text says; the drafter does not fit the target; it drafts no such tree; or as for ``specjax.load``.
       TypeError: ``spec`` is not a string; or as for ``specjax.shard``.
     """
     # 1. What the text says. An ``Opened`` target knows the tokenizer, so that the caller need not.
     check_integer("num_draft", num_draft, 1)
     if quantize is not None:
         check_kind(quantize)
+    if tree is not None:
+        check_integer("tree", tree, 1)
     named = parse(spec)
     kind, value, opened = named.kind, named.value, target
     if isinstance(target, Opened):
         target, tokenizer = target.model, tokenizer or target.tokenizer
+    if tree is not None and kind not in ("eagle", "mtp", "medusa"):
+        raise ValueError(f"tree is {tree} and {spec} drafts chains; give eagle:DIR, mtp:DIR or medusa:DIR for a tree")
     # 2. Kinds without a folder of their own.
     if kind == "cascade":
         options = {"chained": chained, "zero_first": zero_first, "ignore_config_keys": key_names(ignore_config_keys)}
@@ -150,8 +159,27 @@ def load_drafter(
             drafter, params = open_assistant(path, target, num_draft, dtype, ignore_config_keys)
         else:
             drafter, params = open_medusa(path, target, num_draft, dtype, ignore_config_keys)
+    drafter = drafter if tree is None else _with_tree(drafter, tree)
     with errors_name(path):
         return read_onto(mesh, rules, drafter, params, quantize)
+
+
+def _with_tree(drafter: Drafter, nodes: int) -> Drafter:
+    """Returns a drafter of chains as one of trees, whose paths are at most as long as its chains."""
+    if isinstance(drafter, FeatureDrafter):
+        return dataclasses.replace(drafter, num_draft=nodes, tree_depth=drafter.num_draft)
+    if not isinstance(drafter, MedusaDrafter):
+        raise ValueError(
+            f"tree is {nodes} and each of the modules drafts one token of a chain; give chained=True to draft with the "
+            "first alone"
+        )
+    tree = tuple(path for path in MEDUSA_CHOICES if len(path) <= drafter.num_draft)
+    if nodes > len(tree):
+        raise ValueError(
+            f"tree is {nodes} and Medusa's choices for {drafter.num_draft} heads are {len(tree)} drafts; give at most "
+            "that many, a higher num_draft, or MedusaDrafter(tree=...)"
+        )
+    return dataclasses.replace(drafter, num_draft=nodes, tree=tree)
 
 
 def _eagle_options(named: Spec, target: LanguageModel | Opened) -> dict[str, Any]:

@@ -19,6 +19,7 @@ def named_drafter(
     rules: specjax.sharding.Rules = specjax.sharding.RULES,
     ignore_config_keys: Sequence[str] = (),
     quantize: Kind | None = None,
+    tree: int | None = None,
 ) -> Any:
     """Opens a drafter, and notes facts about it that a user may not expect on standard error.
 
@@ -36,6 +37,7 @@ def named_drafter(
         rules=rules,
         ignore_config_keys=ignore_config_keys,
         quantize=quantize,
+        tree=tree,
     )
     # A draft head's config may leave open which of the target's states it reads. A draft of another tokenizer can
     # draft only some tokens. Both may explain a low acceptance rate.

@@ -105,7 +105,8 @@ def settings(args: argparse.Namespace, spec: str, mesh: Mesh | None) -> dict[str
     """Returns the settings of the text by name, without sampling parameters that have no effect."""
     chosen = {"target": args.target.resolve().name, "drafter": short_name(spec)}
     if spec != "none":
-        drafts = str(args.num_draft) if args.fixed else f"at most {args.num_draft}"
+        drafts = str(args.num_draft) if args.tree is None else f"{args.tree} in a tree of depth {args.num_draft}"
+        drafts = drafts if args.fixed else f"at most {drafts}"
         chosen |= {"drafts per round": drafts, "verify": args.verify}
     for name in ("quantize", "quantize_draft"):
         if getattr(args, name) is not None:

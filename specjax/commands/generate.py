@@ -33,6 +33,12 @@ PROMPT = '''class Stack:
 
     def __init__(self, items=()):'''
 VERIFY = {"token": specjax.verify.token, "block": specjax.verify.block, "coupled": specjax.verify.coupled}
+TREE_RULES = {
+    "walk": specjax.verify.walk,
+    "recursive": specjax.verify.recursive,
+    "traversal": specjax.verify.traversal,
+    "multipath": specjax.verify.multipath,
+}
 TEMPERATURE = 0.8  # unless another is given
 STDIN_WAIT_S = 3.0  # a pipe that nobody writes to must not hold up a call without arguments
 
@@ -120,6 +126,13 @@ def parse(argv: list[str] | None, prog: str) -> tuple[Parser, argparse.Namespace
     add_quantize(models)
     models.add_argument("--num-draft", type=int, default=4, metavar="N", help="tokens drafted per round (default: 4)")
     models.add_argument(
+        "--tree",
+        type=int,
+        metavar="NODES",
+        help="draft a tree of so many tokens, in which --num-draft is the longest path; for eagle, mtp and medusa",
+    )
+    models.add_argument("--tree-rule", choices=TREE_RULES, help="how trees are verified (default: walk)")
+    models.add_argument(
         "--fixed",
         action="store_true",
         help="draft N tokens in every round (default: as many as pay, up to N)",
@@ -129,7 +142,7 @@ def parse(argv: list[str] | None, prog: str) -> tuple[Parser, argparse.Namespace
         action="store_true",
         help="over a mesh, split the drafter like the target (default: it is whole)",
     )
-    models.add_argument("--verify", choices=VERIFY, default="block", help="how drafts are verified (default: block)")
+    models.add_argument("--verify", choices=VERIFY, help="how chains are verified (default: block)")
     draws = parser.add_argument_group("sampling")
     draws.add_argument("--temperature", type=float, metavar="T", help=f"0 is greedy (default: {TEMPERATURE})")
     draws.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest tokens; 0 keeps all")
@@ -241,7 +254,7 @@ def request_for(
     return {
         "target": target,
         "prompts": prompts + prompts[:1] * added,
-        "verify": VERIFY[args.verify],
+        "verify": (VERIFY | TREE_RULES)[args.verify],
         "sampling": specjax.Sampling(
             temperature=args.temperature,
             seed=args.seed,
@@ -259,6 +272,19 @@ def fill_sampling(args: argparse.Namespace) -> None:
     for name, value in ({"temperature": TEMPERATURE} | figures.IDLE | said).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+
+
+def fill_rule(args: argparse.Namespace) -> None:
+    """Sets ``verify`` to the name of the rule: of trees with ``--tree``, else of chains.
+
+    Raises:
+      ValueError: a rule of the other kind is given.
+    """
+    if args.tree is None and args.tree_rule is not None:
+        raise ValueError(f"--tree-rule is {args.tree_rule} and there is no --tree; give both, or --verify")
+    if args.tree is not None and args.verify is not None:
+        raise ValueError(f"--verify is {args.verify}, a rule for chains, and --tree is given; give --tree-rule")
+    args.verify = args.verify or "block" if args.tree is None else args.tree_rule or "walk"
 
 
 def default_drafter(target: Path) -> str:
@@ -282,6 +308,7 @@ def main(argv: list[str] | None = None, prog: str = "generate.py") -> None:
                 check_outputs(args)
             prompts = prompts_of(args)
             fill_sampling(args)
+            fill_rule(args)
             spec = default_drafter(args.target) if args.drafter is None else args.drafter
             adapters = [] if args.adapter is None else [args.adapter]
             hosts.check_same_folders(args.target, *adapters, *folders_of(spec))
@@ -294,8 +321,10 @@ def main(argv: list[str] | None = None, prog: str = "generate.py") -> None:
             drafter = None
             if spec != "none":
                 drafter = named_drafter(
-                    spec, opened, tokenizer, args.num_draft, mesh, rules, ignored, args.quantize_draft
+                    spec, opened, tokenizer, args.num_draft, mesh, rules, ignored, args.quantize_draft, args.tree
                 )
+            elif args.tree is not None:
+                raise ValueError(f"--tree is {args.tree} and --drafter is none; give eagle:DIR, mtp:DIR or medusa:DIR")
             if args.compare and drafter is None:
                 raise ValueError("--compare needs a drafter to compare with plain decoding; --drafter is none")
             for name in ("system", "chat_template", "sanitize_control_tokens"):

@@ -82,7 +82,9 @@ class Transcript:
             return
         # Statistics are sums over all rounds, so the round's figures are differences.
         before, self.counts = self.counts, counts_of(generation.stats, row)
-        drafted, accepted = (self.counts[name] - before[name] for name in ("drafted", "accepted"))
+        accepted = self.counts["accepted"] - before["accepted"]
+        # Of a tree, its depth: as many drafts as could have been accepted.
+        drafted = sum(self.counts["drafted_at"]) - sum(before.get("drafted_at", []))
         length = len(self.prompt_ids) + len(self.ids)
         new = generation.tokens[row, length : generation.lengths[row]].tolist()
         own = "target" if not drafted else "bonus" if accepted == drafted else "corrected"

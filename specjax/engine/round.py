@@ -105,8 +105,7 @@ def one_round(
         turns = (jnp.any(length_b > 0) | jnp.isinf(cost_bw[0, 0])).astype(jnp.int32)
         state = lax.fori_loop(jnp.int32(0), turns, lambda _, state: wide(state), state)
         narrow = functools.partial(_finish, target, drafter=drafter, verify=verify, laws=laws, drafted=True)
-        nothing = dataclasses.replace(proposal.first(0), parents_bg=None)
-        return lax.fori_loop(0, 1 - turns, lambda _, state: narrow(state, proposal=nothing), state)
+        return lax.fori_loop(0, 1 - turns, lambda _, state: narrow(state, proposal=_without_drafts(proposal)), state)
 
     if state.adapt is None or not getattr(drafter, "sparse", False):
         return wide(state)
@@ -249,6 +248,11 @@ class _Laws:
 def context_of(target: LanguageModel, state: State) -> Context:
     """Returns what a drafter is told of a state."""
     return Context(target, state.cache, state.tokens_bs, state.length_b, _room(state))
+
+
+def _without_drafts(proposal: Proposal) -> Proposal:
+    """Returns a chain of no drafts."""
+    return dataclasses.replace(proposal.first(0), parents_bg=None)
 
 
 def _parents(proposal: Proposal) -> Array | None:
