@@ -2,13 +2,16 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 from heads_observing import context_of
 from jitted import jit
+from stateless import Stateless
 from test_conformance import EAGLE_1, EAGLE_3, MEDUSA, MTP, TARGET, VOCAB, WIDTH, eagle
 from test_medusa import affine, perfect, walk
 from trees import path_to
@@ -228,3 +231,54 @@ def _windowed(decoder):
     return dataclasses.replace(
         decoder, layers=tuple(dataclasses.replace(layer, window=4) for layer in decoder.each_layer)
     )
+
+
+@pytest.mark.parametrize("name", ["medusa", "eagle-3"])
+def test_right_drafters_pass_the_check(name):
+    specjax.check_drafter(DRAFTERS[name], TARGET)
+
+
+def test_wrong_trees_are_named():
+    for wrong, message in [
+        (Lies(TARGET.vocab_size, (-1, 1)), "a draft follows an earlier one"),
+        (Lies(TARGET.vocab_size, (-1, 0)), "a path has 2 drafts and tree_depth is 1"),
+        (Lies(TARGET.vocab_size, (-1, -1)), "siblings without probs_bgv are the same token"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            specjax.check_drafter(wrong, TARGET)
+
+
+@struct.dataclass
+class Lies(Stateless):
+    """Two drafts of one token, in whatever tree."""
+
+    vocab_size: int = struct.field(pytree_node=False)
+    parents: tuple = struct.field(pytree_node=False)
+
+    num_draft = 2
+    tree_depth = 1
+
+    def propose(self, state, context, draw):
+        rows = context.length_b.shape[0]
+        parents_bg = jnp.broadcast_to(jnp.asarray(self.parents, jnp.int32), (rows, 2))
+        tokens_bg, length_b = jnp.zeros((rows, 2), jnp.int32), jnp.full((rows,), 2, jnp.int32)
+        return specjax.Proposal(tokens_bg, None, length_b, parents_bg=parents_bg), state
+
+
+# From folders.
+
+
+def test_a_folder_of_draft_heads_opens_as_a_tree():
+    root = Path(__file__).parents[1] / "checkpoints"
+    target = specjax.load(root / "py-14m")
+    medusa = specjax.load_drafter(f"medusa:{root / 'py-14m-medusa'}", target, 3, tree=20)
+    assert (medusa.num_draft, medusa.tree_depth, len(medusa.params)) == (20, 3, 3)
+    eagle = specjax.load_drafter(f"eagle:{root / 'py-14m-eagle'}", target, 5, tree=32)
+    assert (eagle.num_draft, eagle.tree_depth) == (32, 5)
+    for spec, tree, message in [
+        (f"medusa:{root / 'py-14m-medusa'}", 64, "tree is 64 and Medusa's choices for 3 heads are 61 drafts"),
+        ("ngram", 8, "tree is 8 and ngram drafts chains"),
+        (f"eagle:{root / 'py-14m-eagle'}", 0, "tree must be an integer of at least 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            specjax.load_drafter(spec, target, 3, tree=tree)

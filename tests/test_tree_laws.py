@@ -17,7 +17,7 @@ from test_laws import (
     p_value,
     random_table,
 )
-from trees import BUSHY, TreeDrafter, ranks_along
+from trees import BUSHY, STAR, TreeDrafter, ranks_along
 
 from specjax import verify
 
@@ -82,7 +82,11 @@ says_independent.shares_noise, says_independent.trees = False, True
 FAULTS = {
     "a tree is read as a chain": (TARGET.replace(forward=without_mask), DRAWN, verify.recursive),
     "a path that is not gathered": (TARGET.replace(gather=lambda cache, feed, path_bt: cache), DRAWN, verify.walk),
-    "siblings that differ, as if independent": (TARGET, WITHOUT, says_independent),
+    "siblings that differ, as if independent": (
+        TARGET,
+        TreeDrafter(jnp.asarray(AGAINST), STAR, replacement=False),
+        says_independent,
+    ),
 }
 
 

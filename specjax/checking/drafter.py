@@ -15,7 +15,7 @@ from jax import Array, lax
 from specjax.checking.shapes import check_rows_first, check_same_tree
 from specjax.checking.tolerances import default_tolerance
 from specjax.checks import check_integer, check_positive
-from specjax.types import Cache, Context, Drafter, Draw, Event, Feed, LanguageModel, Proposal
+from specjax.types import Cache, Context, Drafter, Draw, Event, Feed, LanguageModel, Proposal, ancestors
 
 PROMPT = 16
 """The most tokens of a prompt, and so the widest chunk."""
@@ -86,6 +86,11 @@ def _check_statics(drafter: Drafter, target: LanguageModel) -> None:
 
 def _check_sizes(drafter: Drafter, target: LanguageModel) -> None:
     check_integer("the drafter's num_draft", drafter.num_draft, 1)
+    depth = getattr(drafter, "tree_depth", None)
+    if depth is not None:
+        check_integer("the drafter's tree_depth", depth, 1, drafter.num_draft)
+        if target.gather is None:
+            raise ValueError("the drafter proposes trees and the target has no gather; check it with a target that has")
     capture, vocab, positions = drafter.capture, drafter.vocab_size, drafter.max_positions
     if not isinstance(capture, tuple) or any(isinstance(i, bool) or not isinstance(i, int) for i in capture):
         raise _broken(f"capture is {capture!r}; give a tuple of integers")
@@ -111,6 +116,7 @@ class _Checker:
     def __init__(self, drafter: Drafter, target: LanguageModel, rows: int, seed: int, tolerance: float):
         self.drafter, self.target, self.rows, self.tolerance = drafter, target, rows, tolerance
         self.rng, self.g = np.random.default_rng(seed), drafter.num_draft
+        self.depth = getattr(drafter, "tree_depth", None)
         self.slots = PROMPT + 4 * (self.g + 1) + 1
         # Few tokens, so that a drafter that looks for repeats finds some.
         self.ids = self.rng.permutation(target.vocab_size)[:4].astype(np.int32)
@@ -154,6 +160,12 @@ class _Checker:
         arrays = [("tokens_bg", (rows, g), jnp.int32), ("length_b", (rows,), jnp.int32)]
         if proposal.probs_bgv is not None:
             arrays.append(("probs_bgv", (rows, g, vocab), jnp.float32))
+        if (proposal.parents_bg is None) != (self.depth is None):
+            raise _broken(
+                "a drafter of trees has tree_depth, and all its proposals have parents_bg; give both or neither"
+            )
+        if proposal.parents_bg is not None:
+            arrays.append(("parents_bg", (rows, g), jnp.int32))
         for name, shape, dtype in arrays:
             array = getattr(proposal, name)
             if (array.shape, array.dtype) != (shape, dtype):
@@ -171,22 +183,35 @@ class _Checker:
         return draft
 
     def _round(self, state: _State, proposal: Proposal, draft: Any, kept_b: Any, next_b: Any, running_b: Any) -> _State:
-        """Feeds the target [last token, drafts] and keeps ``kept_b`` places, of which the first is the last token."""
+        """Feeds the target [last token, drafts] and keeps ``kept_b`` places, of which the first is the last token.
+
+        Of a tree these are places of the path to its deepest draft.
+        """
         start_b = state.length_b - 1
         last_b1 = jnp.take_along_axis(state.tokens_bs, start_b[:, None], axis=1)
         count_b = jnp.where(running_b, proposal.length_b + 1, 0)
         feed = Feed(jnp.concatenate([last_b1, proposal.tokens_bg], axis=1), start_b, count_b)
         cache = state.cache if proposal.cache is None else proposal.cache
+        parents_bg = proposal.parents_bg
+        if parents_bg is not None:
+            feed = dataclasses.replace(feed, parents_bt=jnp.pad(parents_bg + 1, ((0, 0), (1, 0)), constant_values=-1))
         output = self.target.forward(self.target.params, feed, cache, self.drafter.capture)
+        drafts_bg, features, cache = proposal.tokens_bg, output.features, output.cache
+        if parents_bg is not None and self.target.gather is not None:
+            path_bt = jnp.minimum(jnp.pad(_deepest_path(proposal)[:, : self.depth] + 1, ((0, 0), (1, 0))), self.g)
+            cache = self.target.gather(cache, feed, path_bt)
+            features = tuple(jnp.take_along_axis(x, path_bt[..., None], axis=1) for x in features)
+            feed = Feed(jnp.take_along_axis(feed.tokens_bt, path_bt, axis=1), start_b, kept_b)
+            drafts_bg = feed.tokens_bt[:, 1:]
         # Emitted are the drafts that stay, and the next token after them.
         place_bs = jnp.arange(self.slots, dtype=jnp.int32)[None] - state.length_b[:, None]
-        drafts_bs = jnp.take_along_axis(proposal.tokens_bg, jnp.clip(place_bs, 0, self.g - 1), axis=1)
+        drafts_bs = jnp.take_along_axis(drafts_bg, jnp.clip(place_bs, 0, drafts_bg.shape[1] - 1), axis=1)
         drafts_bs = jnp.where(place_bs == kept_b[:, None] - 1, next_b[:, None], drafts_bs)
         tokens_bs = jnp.where((place_bs >= 0) & (place_bs < kept_b[:, None]), drafts_bs, state.tokens_bs)
-        cache = self.target.keep(output.cache, feed, kept_b)
+        cache = self.target.keep(cache, feed, kept_b)
         state = _State(tokens_bs, state.length_b + kept_b, cache, draft)
         context = self._context(state, jnp.where(running_b, jnp.int32(self.g + 1), jnp.int32(-1)))
-        after = self._observe(draft, context, Event(feed, output.features, kept_b, drafted=True))
+        after = self._observe(draft, context, Event(feed, features, kept_b, drafted=True))
         return dataclasses.replace(state, draft=after)
 
     def _prompt(self, tokens_bs: Any = None, width: int = PROMPT) -> _State:
@@ -220,8 +245,10 @@ class _Checker:
         real_bg = np.arange(self.g) < proposal.length_b[:, None]
         if ((proposal.tokens_bg < 0) | (proposal.tokens_bg >= vocab))[real_bg].any():
             raise _broken(f"the proposal has the tokens {proposal.tokens_bg}; the target's ids are 0 to {vocab - 1}")
-        if proposal.probs_bgv is None:
-            return
+        if proposal.parents_bg is not None:
+            self._check_parents(proposal, real_bg)
+        if proposal.probs_bgv is None or proposal.parents_bg is not None:
+            return  # of a tree, siblings may be drawn from what is left of the distribution
         for row, place in np.argwhere(real_bg):
             token, probs_v = proposal.tokens_bg[row, place], proposal.probs_bgv[row, place]
             if probs_v[token] == 1:
@@ -240,6 +267,23 @@ class _Checker:
                     f"tokens_bg at row {row}, draft {place} is {token} and draw returned {drawn}: return its tokens, "
                     "and give it the drafts before as drafts_bg and the number of the draft as index"
                 )
+
+    def _check_parents(self, proposal: Proposal, real_bg: Any) -> None:
+        """Checks that the drafts of each row are a tree of the drafter's depth."""
+        parents_bg, tokens_bg = np.asarray(proposal.parents_bg), np.asarray(proposal.tokens_bg)
+        if ((parents_bg < -1) | (parents_bg >= np.arange(self.g)))[real_bg].any():
+            raise _broken(f"parents_bg is {parents_bg}; a draft follows an earlier one, or -1, the row's last token")
+        depth = int(np.asarray(ancestors(jnp.asarray(parents_bg))).sum(-1)[real_bg].max(initial=0))
+        if self.depth is not None and depth > self.depth:
+            raise _broken(
+                f"a path has {depth} drafts and tree_depth is {self.depth}; give the most that a path may have"
+            )
+        pairs = [
+            list(zip(parents[real], tokens[real], strict=True))
+            for parents, tokens, real in zip(parents_bg, tokens_bg, real_bg, strict=True)
+        ]
+        if proposal.probs_bgv is None and any(len(set(row)) < len(row) for row in pairs):
+            raise _broken("siblings without probs_bgv are the same token; propose each token once after one parent")
 
     def check_reading(self) -> None:
         """Checks that a row's proposal depends on its own text alone, however that was read."""
@@ -269,7 +313,10 @@ class _Checker:
         noises = self.noises[0], np.where(same_bg1, self.noises[0], self.noises[1])
         proposed = [self._propose(state, noise_bgv, self.run_b) for noise_bgv in noises]
         short_b = np.minimum(*(np.asarray(proposal.length_b) for proposal, _ in proposed))
-        kept_b = jnp.asarray(1 + np.minimum(same_b, short_b), jnp.int32)
+        kept_b = np.minimum(same_b, short_b)
+        if self.depth is not None:
+            kept_b = np.asarray(_deepest_path(proposed[0][0]) < kept_b[:, None]).sum(1)
+        kept_b = jnp.asarray(1 + kept_b, jnp.int32)
         after = [self._round(state, *pair, kept_b, last, every_b) for pair in proposed]
         want = self._proposal(after[0])
         self._expect(
@@ -312,6 +359,16 @@ class _Checker:
                 same = np.abs(got.probs_bgv[i, :length] - want.probs_bgv[i, :length]).max(initial=0) <= self.tolerance
             if not same:
                 raise _broken(f"{clause} (row {i})")
+
+
+def _deepest_path(proposal: Proposal) -> Array:
+    """Returns the drafts on the path to each row's first deepest draft, int32 ``[b, g]``, and then g."""
+    assert proposal.parents_bg is not None
+    g = proposal.parents_bg.shape[1]
+    line_bgg = ancestors(proposal.parents_bg)
+    last_b = jnp.argmax(line_bgg.sum(-1), axis=1)
+    on_bg = jnp.take_along_axis(line_bgg, last_b[:, None, None], axis=1)[:, 0]
+    return jnp.sort(jnp.where(on_bg, jnp.arange(g, dtype=jnp.int32)[None], g), axis=1)
 
 
 def _make_draw(noise_bgv: Any, known: bool) -> Draw:
