@@ -35,7 +35,7 @@ CASES = {
     "chosen, walk": (dataclasses.replace(DRAWN, ranks=ranks_along(BUSHY, 6)), verify.walk),
     "paths, multipath": (dataclasses.replace(DRAWN, parents=PATHS), verify.multipath),
 }
-SETTINGS = {name: PLAIN for name in CASES} | {
+SETTINGS = dict.fromkeys(CASES, PLAIN) | {
     "drawn, ragged, traversal": FILTERED,
     "drawn, recursive": PENALIZED,
     "chosen, walk": PENALIZED,
