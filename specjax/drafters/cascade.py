@@ -105,7 +105,8 @@ class Cascade:
         def draw_first(
             logits_bv: Array, drafts_bg: Array, index: int | Array, before_bg: Array | None = None
         ) -> tuple[Array, Array]:
-            token_b, probs_bv = draw(logits_bv, drafts_bg, index, before_bg)
+            del before_bg  # both draft chains
+            token_b, probs_bv = draw(logits_bv, drafts_bg, index)
             first_b = lax.dynamic_index_in_dim(first.tokens_bg, index, axis=1, keepdims=False)
             return jnp.where(taken_b, first_b, token_b), probs_bv
 
