@@ -1,5 +1,6 @@
 """scripts/generate.py, run in this process on a tiny random pair: figures, text, trace page, errors."""
 
+import argparse
 import contextlib
 import html.parser
 import importlib
@@ -696,3 +697,34 @@ def test_command_line_ends_quietly_when_its_reader_leaves(pair):
     child.stdout.close()
     err = child.stderr.read()
     assert (child.wait(), err) == (-signal.SIGPIPE, b"")
+
+
+@pytest.mark.parametrize(
+    ("tree", "tree_rule", "verify", "wanted"),
+    [
+        (None, None, None, "block"),
+        (None, None, "token", "token"),
+        (8, None, None, "walk"),
+        (8, "traversal", None, "traversal"),
+        (None, "walk", None, "--tree-rule is walk and there is no --tree"),
+        (8, None, "token", "--verify is token, a rule for chains"),
+    ],
+)
+def test_trees_and_chains_have_rules_of_their_own(script, tree, tree_rule, verify, wanted):
+    args = argparse.Namespace(tree=tree, tree_rule=tree_rule, verify=verify)
+    if wanted.startswith("--"):
+        with pytest.raises(ValueError, match=wanted):
+            script.fill_rule(args)
+    else:
+        script.fill_rule(args)
+        assert args.verify == wanted
+
+
+def test_a_tree_needs_a_drafter_that_has_one(script, pair, capsys):
+    for spec, message in (
+        ("none", "--tree is 8 and --drafter is none"),
+        ("ngram", "tree is 8 and ngram drafts chains"),
+    ):
+        with pytest.raises(SystemExit):
+            script.main(["--target", str(pair / "target"), "--drafter", spec, "--tree", "8", "--prompt", "x"])
+        assert message in capsys.readouterr().err
