@@ -32,6 +32,7 @@ from specjax.checkpoint.models import save as save
 from specjax.checkpoint.opened import Opened as Opened
 from specjax.checkpoint.opened import open as open
 from specjax.drafters.assistant import AssistantDrafter as AssistantDrafter
+from specjax.drafters.block import BlockDrafter as BlockDrafter
 from specjax.drafters.cascade import Cascade as Cascade
 from specjax.drafters.early_exit import EarlyExitDrafter as EarlyExitDrafter
 from specjax.drafters.feature import FeatureDrafter as FeatureDrafter
@@ -72,6 +73,7 @@ from specjax.types import Verdict as Verdict
 
 __all__ = [
     "AssistantDrafter",
+    "BlockDrafter",
     "Cascade",
     "Completion",
     "Context",

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from specjax.checkpoint.assistant import open_assistant
+from specjax.checkpoint.block import fill_block, open_block
 from specjax.checkpoint.eagle import fill_eagle, open_eagle
 from specjax.checkpoint.fetched import model_path
 from specjax.checkpoint.folder_kinds import opened_as
@@ -31,7 +32,9 @@ from specjax.checkpoint.shared import read_onto
 from specjax.checkpoint.spec import Spec, parse
 from specjax.checkpoint.text_parts import open_text_parts
 from specjax.checks import check_integer, errors_name
+from specjax.drafters.block import BlockDrafter
 from specjax.drafters.cascade import Cascade
+from specjax.drafters.dflash import DFlashHead
 from specjax.drafters.eagle import EagleHead
 from specjax.drafters.early_exit import EarlyExitDrafter
 from specjax.drafters.feature import FeatureDrafter
@@ -74,6 +77,7 @@ def load_drafter(
     ================== ==================================================================================
     model:DIR          a language model, in a folder that ``specjax.load`` opens
     eagle:DIR          an EAGLE-1, EAGLE-2 or EAGLE-3 head
+    block:DIR          a DFlash or DSpark head, which drafts a block in one pass
     mtp:DIR            multi-token prediction modules, alone or in the folder of their model
     medusa:DIR         Medusa heads, alone or in the folder of their model
     assistant:DIR      an assistant of Gemma 4, which reads the target's cache
@@ -155,6 +159,9 @@ def load_drafter(
         elif kind == "eagle":
             options = _eagle_options(named, opened)
             drafter, params = open_eagle(path, target, num_draft, dtype, ignore_config_keys, **options)
+        elif kind == "block":
+            options = {"window_stays": named.choice("window") == "stays", "argmax": named.flag("argmax")}
+            drafter, params = open_block(path, target, num_draft, dtype, ignore_config_keys, **options)
         elif kind == "assistant":
             drafter, params = open_assistant(path, target, num_draft, dtype, ignore_config_keys)
         else:
@@ -241,7 +248,7 @@ def _agree(one: Mapping[str, int], other: Mapping[str, int]) -> bool:
 
 def save_drafter(
     path: str | os.PathLike,
-    drafter: FeatureDrafter | MTPDrafter | MedusaDrafter,
+    drafter: FeatureDrafter | BlockDrafter | MTPDrafter | MedusaDrafter,
     target: LanguageModel | Opened,
     config: Mapping[str, Any] | None = None,
     *,
@@ -250,15 +257,18 @@ def save_drafter(
 ) -> None:
     """Writes a draft head in its published layout, for ``load_drafter`` and for other engines.
 
-    EAGLE heads are written in speculators' layout, MTP modules in the layout of the target's family, and Medusa heads
-    in the layout of FasterDecoding/Medusa. Draft models are written by ``specjax.save`` instead. In a job of several
-    processes, all processes call this function, with one folder that all see.
+    EAGLE heads are written in speculators' layout, DFlash and DSpark heads in the layout of ``config``, MTP modules in
+    the layout of the target's family, and Medusa heads in the layout of FasterDecoding/Medusa. Draft models are written
+    by ``specjax.save`` instead. In a job of several processes, all processes call this function, with one folder that
+    all see.
 
     Args:
       path: the folder to make or to replace.
-      drafter: the draft head as a drafter: a ``FeatureDrafter``, an ``MTPDrafter`` or a ``MedusaDrafter``.
+      drafter: the draft head as a drafter: a ``FeatureDrafter``, a ``BlockDrafter``, an ``MTPDrafter`` or a
+        ``MedusaDrafter``.
       target: the model that the head drafts for, or the result of ``specjax.open``.
-      config: describes the draft head. EAGLE: the keys of any layout that ``load_drafter`` reads. MTP: the target's
+      config: describes the draft head. EAGLE, DFlash, DSpark: the keys of any layout that ``load_drafter`` reads.
+        MTP: the target's
         Hugging Face config, or a config with layers of other sizes. Medusa: None, since the parameters say all.
       target_name: the target's name or path, for other engines.
       metrics: the content of ``metrics.json``; None writes no such file.
@@ -270,11 +280,11 @@ def save_drafter(
       OSError: the folder cannot be written. A folder that was there before stays.
     """
     # 1. Say what is wrong before anything is gathered or written.
-    head = drafter.head if isinstance(drafter, FeatureDrafter) else drafter
-    if not isinstance(head, (EagleHead, MTPHead, MTPDrafter, MedusaDrafter)):
+    head = drafter.head if isinstance(drafter, FeatureDrafter | BlockDrafter) else drafter
+    if not isinstance(head, (EagleHead, DFlashHead, MTPHead, MTPDrafter, MedusaDrafter)):
         raise TypeError(
-            f"drafter is a {type(drafter).__name__}; give an EAGLE head, MTP modules or Medusa heads (specjax.save "
-            "writes a draft model)"
+            f"drafter is a {type(drafter).__name__}; give an EAGLE, DFlash or DSpark head, MTP modules or Medusa heads "
+            "(specjax.save writes a draft model)"
         )
     if (config is None) != isinstance(head, MedusaDrafter):
         wanted = (
@@ -290,6 +300,8 @@ def save_drafter(
     with new_folder(path) as folder:
         if isinstance(head, EagleHead):
             fill_eagle(folder, config or {}, params, model, target_name, drafter.num_draft, bool(head.own_head))
+        elif isinstance(head, DFlashHead):
+            fill_block(folder, config or {}, params, model, target_name, drafter.num_draft)
         elif isinstance(head, MedusaDrafter):
             fill_medusa(folder, params, target_name)
         else:

@@ -7,23 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from specjax.checkpoint.models import check_params
 from specjax.checkpoint.new_folder import write_json
-from specjax.checkpoint.shared import is_targets_embedding, is_targets_head
+from specjax.checkpoint.shared import check_draft_ids, is_targets_embedding, is_targets_head, speculators_about
 from specjax.checks import errors_name
 from specjax.drafters.eagle import EagleHead, check_fit
 from specjax.drafters.feature import FeatureDrafter
 from specjax.hf.config import decoder_config
-from specjax.hf.eagle import (
-    draft_vocabulary,
-    eagle_fields,
-    eagle_parameters,
-    eagle_tensors,
-    speculators_config,
-    tensors_of_eagle,
-)
+from specjax.hf.draft_head import draft_vocabulary, head_parameters
+from specjax.hf.eagle import eagle_fields, eagle_tensors, speculators_config, tensors_of_eagle
 from specjax.hf.keys import read_json, without_keys
 from specjax.hf.names import LINEAR, Piece, Source
 from specjax.hf.safetensors import Tensor, open_tensors, write_tensors
@@ -93,7 +86,7 @@ def open_eagle(
         targets = tensors.pop(_HEAD, None) if fields["version"] == 1 else None
         own = {"own_embedding": "embed_tokens.weight" in tensors, "own_head": _HEAD in tensors}
         head = _head(fields, target, **own, mapped=draft_of_v is not None)
-        params = eagle_parameters(tensors, draft_of_v, head.abstract_params())
+        params = head_parameters(tensors, draft_of_v, head.abstract_params())
         if targets is not None:
             _check_targets_head(targets, target)
         if head.own_embedding and is_targets_embedding(params["embed_tokens"]["weight"], target):
@@ -166,7 +159,8 @@ def fill_eagle(
     config, fields = _describe(config, target)
     own = {"own_embedding": "embed_tokens" in params, "own_head": own_head}
     head = _head(fields, target, **own, mapped="draft_of_v" in params)
-    _check_params(params, head)
+    check_params(params, head.abstract_params())
+    check_draft_ids(params, head.draft_vocab_size)
     # 2. What speculators asks for beyond the draft head itself: the target, and how to draft.
     kind = config["speculators_model_type"]
     about = {
@@ -175,13 +169,7 @@ def fill_eagle(
         "tie_word_embeddings": False,
     }
     if target_name is not None or "speculators_config" not in config:
-        proposal = {"proposal_type": "greedy", "speculative_tokens": num_draft}
-        about["speculators_config"] = {
-            "algorithm": kind,
-            "default_proposal_method": "greedy",
-            "proposal_methods": [proposal | {"verifier_accept_k": 1, "accept_tolerance": 0.0}],
-            "verifier": {"name_or_path": target_name, "architectures": []},
-        }
+        about["speculators_config"] = speculators_about(kind, num_draft, target_name)
     write_json(folder / "config.json", config | about)
     write_tensors(folder, tensors_of_eagle(kind, params))
 
@@ -228,12 +216,3 @@ def _head(
     head = EagleHead(**fields, own_embedding=own_embedding, own_head=own_head)
     check_fit(head, target)
     return head
-
-
-def _check_params(params: Any, head: EagleHead) -> None:
-    """Raises ValueError unless the parameters have the head's shapes, and the draft ids are complete."""
-    check_params(params, head.abstract_params())
-    if "draft_of_v" in params:
-        draft_of_v, count = np.asarray(params["draft_of_v"]), head.draft_vocab_size or 0
-        if not np.array_equal(np.sort(draft_of_v[draft_of_v >= 0]), np.arange(count)):
-            raise ValueError(f"draft_of_v must hold each draft id from 0 to {count - 1} once, and -1 elsewhere")

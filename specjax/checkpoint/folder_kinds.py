@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from specjax.hf.block import is_block
 from specjax.hf.contents import kinds_of_tensors
 from specjax.hf.gguf import is_gguf
 from specjax.hf.keys import read_json
@@ -16,12 +17,13 @@ from specjax.hf.safetensors import open_tensors
 _HOLDS = {
     "model": ("a language model", "give it as the target, or as the drafter model:{}"),
     "eagle": ("an EAGLE head", "give the drafter eagle:{}"),
+    "block": ("a draft head of blocks", "give the drafter block:{}"),
     "mtp": ("MTP modules", "give the drafter mtp:{}"),
     "medusa": ("Medusa heads", "give the drafter medusa:{}"),
     "assistant": ("an assistant", "give the drafter assistant:{}"),
     "adapter": ("an adapter of a model", "open the folder of its base model, with adapter={!r}"),
 }
-_SPECULATORS = {"eagle": "eagle", "eagle3": "eagle", "mtp": "mtp"}
+_SPECULATORS = {"eagle": "eagle", "eagle3": "eagle", "mtp": "mtp", "dflash": "block", "dspark": "block"}
 
 
 @contextlib.contextmanager
@@ -45,9 +47,9 @@ def opened_as(kind: str, path: Path) -> Iterator[None]:
 
 
 def kinds_of(path: Path) -> list[str]:
-    """Returns what a folder holds: "adapter", or some of "eagle", "mtp", "medusa", "assistant" and "model", or the name
-    of another kind of draft head. A model's folder may hold draft heads, too; "model" comes last. Empty if nothing is
-    known.
+    """Returns what a folder holds: "adapter", or some of "eagle", "block", "mtp", "medusa", "assistant" and "model", or
+    the name of another kind of draft head. A model's folder may hold draft heads, too; "model" comes last. Empty if
+    nothing is known.
     """
     if path.is_file() and is_gguf(path):
         return ["model"]
@@ -72,6 +74,8 @@ def _by_config(raw: Mapping[str, Any]) -> list[str]:
         return [_SPECULATORS.get(kind, kind)]
     architectures = raw.get("architectures")
     name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    if is_block(raw):
+        return ["block"]
     for kind in ("eagle", "medusa"):
         if kind in name.lower() or raw.get("model_type") == kind or f"{kind}_config" in raw:
             return [kind]

@@ -1,4 +1,4 @@
-"""What the folders of all draft heads share: reading parameters, and finding copies of the target's own tables."""
+"""What the folders of all draft heads share: parameters are read and checked, copies of the target's tables found."""
 
 import dataclasses
 from collections.abc import Callable
@@ -62,6 +62,31 @@ def is_targets_head(kernel_dv: Parameter, target: LanguageModel) -> bool:
             return unembed(target.params, unit_bd[None])[0].astype(like.dtype)
 
     return _equal(kernel_dv, rows)
+
+
+def check_draft_ids(params: Any, draft_vocab_size: int | None) -> None:
+    """Raises ValueError unless ``draft_of_v``, if it is there, holds each of ``draft_vocab_size`` draft ids once."""
+    if "draft_of_v" in params:
+        draft_of_v, count = np.asarray(params["draft_of_v"]), draft_vocab_size or 0
+        if not np.array_equal(np.sort(draft_of_v[draft_of_v >= 0]), np.arange(count)):
+            raise ValueError(f"draft_of_v must hold each draft id from 0 to {count - 1} once, and -1 elsewhere")
+
+
+def speculators_about(kind: str, num_draft: int, target_name: str | None) -> dict[str, Any]:
+    """Returns ``speculators_config``, which names the target and says how to draft.
+
+    Args:
+      kind: ``speculators_model_type``.
+      num_draft: tokens per round.
+      target_name: the target's name or path; None if it is not known.
+    """
+    proposal = {"proposal_type": "greedy", "speculative_tokens": num_draft}
+    return {
+        "algorithm": kind,
+        "default_proposal_method": "greedy",
+        "proposal_methods": [proposal | {"verifier_accept_k": 1, "accept_tolerance": 0.0}],
+        "verifier": {"name_or_path": target_name, "architectures": []},
+    }
 
 
 def _equal(parameter: Parameter, rows: Callable[[int, int], jax.Array]) -> bool:

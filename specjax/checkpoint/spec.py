@@ -7,17 +7,18 @@ from pathlib import Path
 
 from specjax.checkpoint.fetched import model_path
 
-_FOLDERS = ("model", "eagle", "mtp", "medusa", "assistant")
+_FOLDERS = ("model", "eagle", "block", "mtp", "medusa", "assistant")
 _FLAG = ("false", "true")
 OPTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "eagle": {"rope": ("own", "target"), "norm_output": ("states", "logits"), "window": ("slides", "stays")},
+    "block": {"argmax": _FLAG, "window": ("slides", "stays")},
     "mtp": {"chained": _FLAG, "zero_first": _FLAG, "chain_states": ("normed", "unnormed")},
 }
 """What the folders of draft heads leave open and engines answer differently: the answers, the default first."""
 
 _ALLOWED = (
-    "model:DIR, eagle:DIR, mtp:DIR, medusa:DIR, assistant:DIR, ngram, early-exit:LAYERS, or cascade:A,B of these, "
-    "where B drafts the rows in which A has nothing"
+    "model:DIR, eagle:DIR, block:DIR, mtp:DIR, medusa:DIR, assistant:DIR, ngram, early-exit:LAYERS, or cascade:A,B of "
+    "these, where B drafts the rows in which A has nothing"
 )
 
 
@@ -61,8 +62,8 @@ def parse(spec: str) -> Spec:
     # A folder alone is the likeliest slip, so its message says how to name the kind.
     if os.path.isdir(spec):
         raise ValueError(
-            f"spec is {spec!r}, a folder without its kind; give model:{spec} for a language model, or eagle:, mtp:, "
-            "medusa: or assistant: and the folder for draft heads"
+            f"spec is {spec!r}, a folder without its kind; give model:{spec} for a language model, or eagle:, block:, "
+            "mtp:, medusa: or assistant: and the folder for draft heads"
         )
     raise ValueError(f"spec is {spec!r}; give {_ALLOWED}")
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 # Names that only one kind of draft head has, without the prefix "model.". The kinds are those of ``load_drafter``.
 _HEADS = {
+    "block": re.compile(r"hidden_norm\.weight"),
     "eagle": re.compile(r"(fc|fusion_fc)\.weight"),
     "mtp": re.compile(r"(layers\.\d+\.eh_proj|mtp\.fc|mtp_layers\.\d+\.input_proj)\.weight"),
     "assistant": re.compile(r"pre_projection\.weight"),
@@ -17,8 +18,9 @@ def kinds_of_tensors(names: Iterable[str]) -> list[str]:
     """Returns the kinds of draft heads among tensors, and "model" if a model's first layer is there, too."""
     known = [name.removeprefix("model.") for name in names]
     found = [kind for kind, pattern in _HEADS.items() if any(map(pattern.fullmatch, known))]
-    # The layers of EAGLE heads and assistants are named like a model's.
+    # Heads of blocks have the layer that only EAGLE heads have otherwise.
+    found = [kind for kind in found if kind != "eagle" or "block" not in found]
+    # The layers of EAGLE heads, heads of blocks and assistants are named like a model's.
     own = [name for name in known if not name.startswith(("mtp.", "mtp_layers.", "medusa_head", "blocks."))]
-    return (
-        found if {"eagle", "assistant"} & {*found} or not any(map(_FIRST_LAYER.fullmatch, own)) else [*found, "model"]
-    )
+    has_layers = any(map(_FIRST_LAYER.fullmatch, own))
+    return [*found, "model"] if has_layers and not {"eagle", "block", "assistant"} & {*found} else found

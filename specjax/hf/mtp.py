@@ -12,7 +12,7 @@ from typing import Any
 
 from specjax.checks import check_integer
 from specjax.hf.config import read_keys
-from specjax.hf.eagle import SPECULATORS_KEYS
+from specjax.hf.draft_head import SPECULATORS_KEYS
 from specjax.hf.families import FAMILIES
 from specjax.hf.keys import Keys, warn_unknown
 from specjax.hf.names import LINEAR, SAME, Layout, Table, sources_of

@@ -1,0 +1,88 @@
+"""Layers whose places see keys and values that are kept of a text, and each other, in both directions."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from specjax.cache import LayerCache
+from specjax.transformer.attend import attention_windows
+from specjax.transformer.decoder import DecoderLayer
+from specjax.transformer.layers import rotate, softmax
+
+Tables = tuple[Array, Array] | None
+"""What ``rotary_tables`` returns."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """What the places of a block see.
+
+    Attributes:
+      end_b: int32, how many slots of the text are kept.
+      first_bt: int32, the first slot of the text that each place sees; None for all.
+      own_tt: bool, whether place i sees place j.
+      used_b: int32, ``end_b`` of rows that run, 0 of rows that rest.
+    """
+
+    end_b: Array
+    first_bt: Array | None
+    own_tt: Array
+    used_b: Array
+
+
+class BlockLayer(DecoderLayer):
+    """A layer over the places of a block, which see kept keys and values of the text and each other."""
+
+    def keys_values(self, x_btd: Array, tables: Tables) -> LayerCache:
+        """Returns keys and values ``[b, k, t, h]``."""
+        own = self.self_attn
+        return rotate(_heads(own.k_proj(x_btd), own.k, own.k_norm), tables), _heads(own.v_proj(x_btd), own.k)
+
+    def run(self, x_btd: Array, stored: LayerCache, sight: Sight, tables: Tables) -> Array:
+        """Returns the residual stream ``[b, t, d]`` after the layer."""
+        normed_btd, own = self.input_layernorm(x_btd), self.self_attn  # type: ignore[misc]
+        query_bnth = rotate(_heads(own.q_proj(normed_btd), own.n, own.q_norm), tables)
+        out_bnth = attend(query_bnth, stored, self.keys_values(normed_btd, tables), sight, own.scale)
+        b, _, t, _ = out_bnth.shape
+        return self.add(x_btd, normed_btd, own.o_proj(out_bnth.transpose(0, 2, 1, 3).reshape(b, t, -1)))
+
+
+def _heads(x: Array, count: int, norm: Any = None) -> Array:
+    b, t, _ = x.shape
+    x = x.reshape(b, t, count, -1)
+    return (x if norm is None else norm(x)).transpose(0, 2, 1, 3)
+
+
+def attend(query_bnth: Array, stored: LayerCache, own: LayerCache, sight: Sight, scale: float) -> Array:
+    """Attends to the kept slots and to the block in one softmax; returns ``[b, n, t, h]``.
+
+    The cost follows the slots in use, as in ``specjax.transformer.attend``.
+    """
+    (b, n, t, h), k = query_bnth.shape, own[0].shape[1]
+    query_bkqh = query_bnth.reshape(b, k, n // k * t, h) * jnp.asarray(scale, query_bnth.dtype)
+
+    def over(
+        used: int, query: Array, stored: LayerCache, own: LayerCache, end_b: Array, first_bt: Array | None
+    ) -> Array:
+        def scores(keys_bksh: Array, seen_bts: Array) -> Array:
+            found = jnp.einsum("bkqh,bksh->bkqs", query, keys_bksh, preferred_element_type=jnp.float32)
+            found = found.reshape(b, n, t, keys_bksh.shape[2])
+            return jnp.where(seen_bts[:, None], found, -jnp.inf)
+
+        slot_11s = jnp.arange(used, dtype=jnp.int32)[None, None]
+        seen_bts = jnp.broadcast_to(slot_11s < end_b[:, None, None], (b, t, used))
+        seen_bts = seen_bts if first_bt is None else seen_bts & (slot_11s >= first_bt[:, :, None])
+        both = [scores(stored[0][:, :, :used], seen_bts), scores(own[0], sight.own_tt[None])]
+        weights = softmax(jnp.concatenate(both, axis=-1)).astype(own[1].dtype).reshape(b, k, -1, used + t)
+        text = jnp.einsum("bkqs,bksh->bkqh", weights[..., :used], stored[1][:, :, :used])
+        return text + jnp.einsum("bkqs,bksh->bkqh", weights[..., used:], own[1])
+
+    # One branch for each window, chosen on the device: the length of the text is not known when this compiles.
+    windows = attention_windows(stored[0].shape[2])
+    index = jnp.sum(jnp.max(sight.used_b) > jnp.asarray(windows[:-1], jnp.int32))
+    branches = [functools.partial(over, used) for used in windows]
+    out = lax.switch(index, branches, query_bkqh, stored, own, sight.end_b, sight.first_bt)
+    return out.reshape(b, n, t, h)

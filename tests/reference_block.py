@@ -1,0 +1,133 @@
+"""Slow twin of heads that draft blocks: NumPy and Python loops over one row, in float64, from tensors as published.
+
+Written from DFlash (arXiv 2602.06036), DSpark (arXiv 2607.05147, section 3) and what the layouts say of themselves. A
+``config`` holds a layer's Hugging Face keys, and beside them:
+
+- ``block_size``, ``mask_token_id``; ``from_anchor``: the anchor's place predicts, too.
+- ``causal``: for each layer, whether places of the block see only earlier ones; ``windows``: its window, or None;
+  ``window_stays``: the window is the anchor's for all places, and not of the block.
+- ``markov_head_type``: "vanilla", "gated", "rnn" or None.
+"""
+
+import numpy as np
+from reference_model import rms_norm, rotated
+
+
+def weight(tensors, name):
+    return np.asarray(tensors[name], np.float64)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def silu(x):
+    return x * sigmoid(x)
+
+
+def contexts(config, tensors, features):
+    """Returns ``[t, d]``: what the target's states ``[t, target's d]`` become, side by side."""
+    x = np.concatenate([np.asarray(x, np.float64) for x in features], axis=-1) @ weight(tensors, "fc.weight").T
+    return rms_norm(x, weight(tensors, "hidden_norm.weight"), config["rms_norm_eps"])
+
+
+def block(config, tensors, table, features, anchor):
+    """Returns the normed states ``[block_size, d]`` of a block.
+
+    Args:
+      config: see above.
+      tensors: the published tensors.
+      table: the embeddings ``[v, d]``.
+      features: the target's states before the anchor, ``[n - 1, d]`` each.
+      anchor: the row's last token, at position n - 1.
+    """
+    context = contexts(config, tensors, features)
+    table = np.asarray(table, np.float64)
+    x = np.array([table[anchor]] + [table[config["mask_token_id"]]] * (config["block_size"] - 1))
+    for layer in range(config["num_hidden_layers"]):
+        x = x + attention(config, tensors, layer, x, context)
+        y = rms_norm(x, weight(tensors, f"layers.{layer}.post_attention_layernorm.weight"), config["rms_norm_eps"])
+        gate, up = (y @ weight(tensors, f"layers.{layer}.mlp.{name}_proj.weight").T for name in ("gate", "up"))
+        x = x + (silu(gate) * up) @ weight(tensors, f"layers.{layer}.mlp.down_proj.weight").T
+    return rms_norm(x, weight(tensors, "norm.weight"), config["rms_norm_eps"])
+
+
+def attention(config, tensors, layer, x, context):
+    """Query by query and head by head: the text before the anchor, whose c get no norm, and the block."""
+    heads, kv_heads, width = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+    name, eps, theta = f"layers.{layer}.self_attn", config["rms_norm_eps"], config.get("rope_theta", 10000.0)
+    normed = rms_norm(x, weight(tensors, f"layers.{layer}.input_layernorm.weight"), eps)
+    both = np.concatenate([context, normed], axis=0)
+    query = (normed @ weight(tensors, f"{name}.q_proj.weight").T).reshape(len(x), heads, width)
+    key = (both @ weight(tensors, f"{name}.k_proj.weight").T).reshape(len(both), kv_heads, width)
+    value = (both @ weight(tensors, f"{name}.v_proj.weight").T).reshape(len(both), kv_heads, width)
+    query = rms_norm(query, weight(tensors, f"{name}.q_norm.weight"), eps)
+    key = rms_norm(key, weight(tensors, f"{name}.k_norm.weight"), eps)
+    start = len(context)
+    out = np.zeros((len(x), heads, width))
+    for i in range(len(x)):
+        seen = [p for p in range(len(both)) if sees(config, layer, start, start + i, p)]
+        for n in range(heads):
+            k = n // (heads // kv_heads)
+            turned = rotated(query[i, n], start + i, theta)
+            scores = np.array([turned @ rotated(key[p, k], p, theta) for p in seen]) * width**-0.5
+            weights = np.exp(scores - scores.max())
+            out[i, n] = weights / weights.sum() @ value[seen, k]
+    return out.reshape(len(x), -1) @ weight(tensors, f"{name}.o_proj.weight").T
+
+
+def sees(config, layer, anchor, own, other):
+    """Whether the place at position ``own`` of a block that starts at ``anchor`` sees the position ``other``."""
+    window = config["windows"][layer]
+    if other >= anchor and config["causal"][layer] and other > own:
+        return False
+    if window is None:
+        return True
+    if config.get("window_stays"):
+        return other >= anchor - window
+    return abs(own - other) < window
+
+
+def unary(config, tensors, states, target_head):
+    """Returns the logits of each draft over the draft vocabulary, before the Markov head."""
+    states = states if config["from_anchor"] else states[1:]
+    head = tensors.get("lm_head.weight", target_head)
+    return states, states @ np.asarray(head, np.float64).T
+
+
+def drafts(config, tensors, states, target_head, anchor, drafted):
+    """Returns the logits ``[g, v]`` of drafts after tokens that were drafted, -inf outside the draft vocabulary."""
+    states, logits = unary(config, tensors, states, target_head)
+    out, recurrent = np.full((len(drafted), config["vocab_size"]), -np.inf), None
+    for i, before in enumerate([anchor, *drafted[:-1]]):
+        bias, recurrent = markov(config, tensors, states[i], before, recurrent)
+        for u, logit in enumerate(logits[i] + bias):
+            out[i, u + int(tensors["d2t"][u]) if "d2t" in tensors else u] = logit
+    return out
+
+
+def markov(config, tensors, state, before, recurrent):
+    """Returns the bias of a draft after a token, and the recurrent state."""
+    kind = config.get("markov_head_type")
+    if kind is None:
+        return 0.0, None
+    row, out = weight(tensors, "markov_head.markov_w1.weight")[before], weight(tensors, "markov_head.markov_w2.weight")
+    if kind == "vanilla":
+        return out @ row, None
+    name = "gate_proj" if kind == "gated" else "joint_proj"
+    recurrent = np.zeros(len(row)) if recurrent is None else recurrent
+    read = np.concatenate([state, row] if kind == "gated" else [recurrent, row, state])
+    made = weight(tensors, f"markov_head.{name}.weight") @ read + weight(tensors, f"markov_head.{name}.bias")
+    if kind == "gated":
+        return out @ (sigmoid(made) * row), None
+    gate, candidate, last = np.split(made, 3)
+    return out @ np.tanh(last), sigmoid(gate) * recurrent + (1 - sigmoid(gate)) * np.tanh(candidate)
+
+
+def confidence(config, tensors, state, before):
+    """Returns the probability that a draft is accepted, as the confidence head estimates it."""
+    row = weight(tensors, "markov_head.markov_w1.weight")[before] if config["confidence_head_with_markov"] else []
+    return sigmoid(
+        weight(tensors, "confidence_head.proj.weight")[0] @ np.concatenate([state, row])
+        + weight(tensors, "confidence_head.proj.bias")[0]
+    )
