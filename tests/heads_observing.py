@@ -28,7 +28,7 @@ def assert_chunks_are_as_one_pass(target, drafter):
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, target.vocab_size, length).tolist() for length in _CHUNKED]
     state = specjax.prefill(target, prompts, drafter=drafter, fixed=True, max_new_tokens=20)
-    _assert_drafts_as_if_read_anew(target, state, drafter)
+    assert_drafts_as_if_read_anew(target, state, drafter)
 
 
 def assert_rounds_alone_are_as_one_pass(target, drafter):
@@ -48,13 +48,13 @@ def assert_rounds_alone_are_as_one_pass(target, drafter):
             next_b = rng.integers(0, target.vocab_size, len(prompts)).astype(np.int32)
             next_b[2], next_b[3 + number % 2] = -1, -1
             state = _round_alone(type(drafter), target, state, drafter, next_b)
-            _assert_drafts_as_if_read_anew(target, state, drafter)
+            assert_drafts_as_if_read_anew(target, state, drafter)
         state = specjax.run(target, state, drafter=drafter, rounds=1)
-        _assert_drafts_as_if_read_anew(target, state, drafter)
+        assert_drafts_as_if_read_anew(target, state, drafter)
         assert not state.done_b.any()
 
 
-def _assert_drafts_as_if_read_anew(target, state, drafter):
+def assert_drafts_as_if_read_anew(target, state, drafter):
     """The likeliest drafts, and what each is drawn from, are those of a drafter that reads every row in one pass."""
     found, wanted = _proposed(type(drafter), target, state, drafter)
     np.testing.assert_array_equal(found.length_b, wanted.length_b)

@@ -46,7 +46,18 @@ FOLDERS = {
         {"speculators_model_type": "mtp", "transformer_layer_config": LAYER},
         ["mtp_layers.0.input_proj.weight", "mtp_layers.0.self_attn.q_proj.weight"],
     ),
-    "another head of speculators": (["dflash"], {"speculators_model_type": "dflash"}, ["layer.weight"]),
+    "another head of speculators": (["xpress"], {"speculators_model_type": "xpress"}, ["layer.weight"]),
+    "DFlash": (
+        ["block"],
+        {"architectures": ["DFlashDraftModel"], "model_type": "qwen3", **LAYER, "dflash_config": {}},
+        ["fc.weight", "hidden_norm.weight", "layers.0.self_attn.q_proj.weight", "norm.weight"],
+    ),
+    "speculators' DSpark": (
+        ["block"],
+        {"speculators_model_type": "dspark"},
+        ["hidden_norm.weight", "markov_head.markov_w1.weight"],
+    ),
+    "DFlash, pickled": (["block"], {"architectures": ["DFlashDraftModel"]}, ["/pytorch_model.bin"]),
     "MTP": (
         ["mtp"],
         {"model_type": "llama", **LAYER, "num_nextn_predict_layers": 1},
@@ -64,10 +75,10 @@ FOLDERS = {
     "nothing": ([], None, []),
 }
 CURES = {
-    **{kind: f"give the drafter {kind}:" for kind in ("eagle", "mtp", "medusa")},
+    **{kind: f"give the drafter {kind}:" for kind in ("eagle", "block", "mtp", "medusa")},
     "model": "give it as the target, or as the drafter model:",
     "adapter": "open the folder of its base model, with adapter=",
-    "dflash": "a draft head of kind 'dflash'",
+    "xpress": "a draft head of kind 'xpress'",
 }
 
 
@@ -90,7 +101,7 @@ def test_a_folder_of_another_kind_is_named_with_the_way_to_open_it(folder):
     path, kinds = folder
     assert kinds_of(path) == kinds
     target = table_model(jnp.zeros((8, 8)))
-    for kind in ("eagle", "mtp", "medusa"):
+    for kind in ("eagle", "block", "mtp", "medusa"):
         with pytest.raises(ValueError) as error:
             specjax.load_drafter(f"{kind}:{path}", target, 1)
         named = (
@@ -103,7 +114,7 @@ def test_a_folder_of_another_kind_is_named_with_the_way_to_open_it(folder):
         assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["eagle", "mtp", "medusa", "assistant"])
+@pytest.mark.parametrize("kind", ["eagle", "block", "mtp", "medusa", "assistant"])
 def test_a_draft_head_in_no_folder(kind, tmp_path):
     (tmp_path / "file").write_text("")
     for name in ("missing", "file"):
@@ -112,7 +123,9 @@ def test_a_draft_head_in_no_folder(kind, tmp_path):
             specjax.load_drafter(spec, table_model(jnp.zeros((8, 8))), 1)
 
 
-@pytest.mark.parametrize("name", [name for name in FOLDERS if FOLDERS[name][0][:1] in (["eagle"], ["mtp"], ["medusa"])])
+@pytest.mark.parametrize(
+    "name", [name for name in FOLDERS if FOLDERS[name][0][:1] in (["eagle"], ["block"], ["mtp"], ["medusa"])]
+)
 def test_a_draft_head_is_no_target(name, tmp_path):
     kinds, config, names = FOLDERS[name]
     if "model" in kinds or names[0][0] == "/":

@@ -112,7 +112,7 @@ def _of_others(raw: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
         options.only(name, plain, *([1] if plain else [0, 0.0]))
     options.only("attention_mode", "gqa", "mha")
     modes = options.take("attention_modes", None)
-    if modes is not None and (not isinstance(modes, list) or set(map(str, modes)) > {"gqa", "mha"}):
+    if modes is not None and (not isinstance(modes, list) or not set(map(str, modes)) <= {"gqa", "mha"}):
         raise ValueError(f"attention_modes is {modes!r}; a block draft head computes only 'gqa' and 'mha'")
     others = {key: inner[key] for key in inner if key not in (*_OPTIONS, *_DSPARK, *_SCALES, *_TRAINING)}
     unknown = Keys(others, "dflash_config").switched_off()
