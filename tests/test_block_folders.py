@@ -43,7 +43,8 @@ def test_a_head_says_what_it_reads(tmp_path, caplog):
         head = opened(CASES["DSpark, speculators"], tmp_path / "head").head
     assert head.describe() == (
         "DSpark head, 2 layers of width 16, rnn Markov head of rank 5, confidence head: 4 drafts in a block of 4, "
-        "reads the target's hidden states 2, 4, 5 (0 the embedding output, i the output of layer i), drafts 11 of 40 tokens"
+        "reads the target's hidden states 2, 4, 5 (0 the embedding output, i the output of layer i), drafts 11 of 40 "
+        "tokens"
     )
     assert head.describe() in caplog.text
     assert opened(CASES["DFlash, z-lab"], tmp_path / "plain").head.describe() == (

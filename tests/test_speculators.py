@@ -1,7 +1,8 @@
 """Draft heads that the package speculators made, against the package's own forward passes.
 
 The tests of a version that is not installed are skipped, so continuous integration runs none. Version 0.9.0 has MTP
-modules. It asks for an older transformers than specjax's extra ``parity``, but runs with this one:
+modules, DFlash and DSpark heads. It asks for an older transformers than specjax's extra ``parity``, but runs with this
+one:
 
     pip install --no-deps --target /tmp/speculators speculators==0.9.0 hs-connectors==0.9.0 openai sniffio datasets \\
         dill multiprocess pandas pyarrow xxhash loguru pydantic-settings
@@ -124,3 +125,89 @@ def test_mtp_modules_equal_their_own_forward(kind, tmp_path, monkeypatch):
     opened = specjax.open(tmp_path / "target", "float32")
     given = forced(f"mtp:{tmp_path / 'head'}", opened, states[:, :-1])
     np.testing.assert_allclose(given[:, : wanted.shape[1]], wanted, atol=1e-4, rtol=1e-4)
+
+
+BLOCKS = {
+    "DFlash": ("dflash", {"block_size": 4}),
+    "DFlash from the anchor": ("dflash", {"block_size": 3, "sample_from_anchor": True}),
+    "DFlash with causal windows": ("dflash", {"block_size": 4, "sliding": True}),
+    "DFlash with windows": ("dflash", {"block_size": 4, "sliding": True, "sliding_window_non_causal": True}),
+    "DSpark, vanilla": ("dspark", {"block_size": 4, "markov_head_type": "vanilla"}),
+    "DSpark, gated": ("dspark", {"block_size": 3, "markov_head_type": "gated", "confidence_head_with_markov": False}),
+    "DSpark, rnn, a smaller vocabulary": ("dspark", {"block_size": 4, "markov_head_type": "rnn", "drafted": 11}),
+}
+
+
+@pytest.mark.parametrize("case", BLOCKS)
+def test_a_block_equals_its_own_forward(case, tmp_path, monkeypatch):
+    """Anchors at all places of a text but the last few, where the package takes none."""
+    monkeypatch.setattr(torch, "compile", lambda function=None, **options: function or (lambda given: given))
+    kind, options = BLOCKS[case]
+    verifier = saved(tmp_path / "target", transformers.LlamaConfig(**SIZES))
+    head = block_head(kind, verifier, tmp_path, **options)
+    block = options["block_size"]
+    with torch.no_grad():
+        features = [verifier.model(torch.tensor(TOKENS), output_hidden_states=True).hidden_states[i] for i in (1, 2)]
+        states, logits, trusted = own_blocks(head, torch.tensor(TOKENS), features, block)
+    # The same anchors, one in each row.
+    opened = specjax.open(tmp_path / "target", "float32")
+    drafter = specjax.load_drafter(f"block:{tmp_path / 'head'}@window=stays", opened, 2, "float32")
+    own, params, rows = drafter.head, drafter.params, 12 - block
+    assert own.capture == (1, 2)
+    length_b, tokens_bs = np.arange(1, rows + 1, dtype=np.int32), np.repeat(TOKENS, rows, axis=0).astype(np.int32)
+    event = specjax.Event(whole_feed(tokens_bs), tuple(np.repeat(x.numpy(), rows, axis=0) for x in features), length_b)
+    context = specjax.Context(opened.model, None, tokens_bs, length_b, np.full(rows, 9, np.int32))
+    cache = own.observe(params, own.init(params, opened.model, rows, 12), context, event)
+    found, _ = own.block(params, cache, context, own.most_drafts)
+    first, carry = block - own.most_drafts, own.start(params, rows)
+    np.testing.assert_allclose(found.states_bgd, states[:, first:], atol=1e-4, rtol=1e-4)
+    drafted = slice(None) if head.t2d is None else np.flatnonzero(head.t2d)
+    for i in range(own.most_drafts):
+        state_bd, before_b = found.states_bgd[:, i], tokens_bs[np.arange(rows), np.arange(rows) + i]
+        if own.confidence:
+            np.testing.assert_allclose(own.confidence_of(params, state_bd, before_b), trusted[:, i], atol=1e-4)
+        corrected, carry = own.step(params, carry, found.logits_bgu[:, i], state_bd, before_b)
+        np.testing.assert_allclose(np.asarray(corrected)[:, drafted], logits[:, first + i], atol=1e-4, rtol=1e-4)
+
+
+def block_head(kind, verifier, folder, sliding=False, drafted=37, **options):
+    """Writes a head of blocks of random weights into ``folder / "head"``, and returns it."""
+    module = pytest.importorskip(f"speculators.models.{kind}")
+    windows = {"sliding_window": 3, "use_sliding_window": True} if sliding else {}
+    kinds = ["full_attention", "sliding_attention" if sliding else "full_attention"]
+    layer = transformers.Qwen3Config(**SIZES | {"num_hidden_layers": 2, "layer_types": kinds, **windows})
+    layer._attn_implementation = "eager"
+    name = {"dflash": "DFlash", "dspark": "DSpark"}[kind]
+    config = getattr(module, f"{name}SpeculatorConfig")(
+        transformer_layer_config=layer,
+        speculators_config=about("LlamaForCausalLM", kind, folder / "target"),
+        draft_vocab_size=drafted,
+        aux_hidden_state_layer_ids=[1, 2],
+        mask_token_id=36,
+        **options | ({"markov_rank": 5} if kind == "dspark" else {}),
+    )
+    head = drawn(getattr(module, f"{name}DraftModel")(config).eval())
+    if drafted != 37:
+        token_u = 3 * torch.arange(drafted) + 1
+        head.load_vocab_mappings(torch.isin(torch.arange(37), token_u), token_u - torch.arange(drafted))
+    head.save_pretrained(folder / "head")
+    head.embed_tokens.weight.data = verifier.model.embed_tokens.weight.data
+    if drafted == 37:
+        head.lm_head.weight.data = verifier.lm_head.weight.data
+    return head
+
+
+def own_blocks(head, tokens, features, block):
+    """Returns the package's states, logits and confidences for blocks at all anchors of a text that it takes."""
+    rows = 12 - block
+    states, logits, *_ = head._backbone_forward(
+        *(torch.cat(features, dim=-1), tokens, torch.ones(1, 12), features[0], torch.zeros(1, 12, dtype=torch.long)),
+        max_anchors=rows,
+    )
+    states, logits = states.reshape(rows, block, -1), logits.reshape(rows, block, -1)
+    if not hasattr(head, "markov_head"):
+        return states, logits, None
+    given = torch.stack([tokens[0, anchor : anchor + block] for anchor in range(rows)])
+    read = [states, head.markov_head.prev_embeddings(given)]
+    trusted = head.confidence_head(torch.cat(read[: 1 + head.config.confidence_head_with_markov], dim=-1)).sigmoid()
+    return states, logits + head.markov_head.block_bias(prev_token_ids=given, hidden_states=states), trusted

@@ -29,10 +29,17 @@ SPECULATORS = ("dflash", "dspark")
 _ARCHITECTURES = {"DFlashDraftModel": "dflash", "DSparkDraftModel": "dspark", "Qwen3DSparkModel": "dspark"}
 _IDS, _OURS = "target_layer_ids", "aux_hidden_state_layer_ids"
 # Keys that these layouts have in ``dflash_config`` or at the top level.
-_OPTIONS = ("block_size", "mask_token_id", _IDS, "projector_type", "causal", "attention_mode", "attention_modes")
+_OPTIONS = ("block_size", "mask_token_id", _IDS, "projector_type", "causal", "attention_modes")
 _DSPARK = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov")
-_TRAINING = ("num_anchors", "confidence_head_alpha", "use_aux_hidden_state")
-_SCALES = ("input_embedding_scale", "output_multiplier", "final_logit_softcapping")
+_TRAINING = ("num_anchors", "confidence_head_alpha", "use_aux_hidden_state", "auto_map")
+_OWN = ("num_target_layers", "draft_vocab_size", "is_causal")  # at the top level alone
+# Options that are not computed, and the values that change nothing.
+_NEUTRAL = {
+    "input_embedding_scale": (1.0, 1),
+    "output_multiplier": (1.0, 1),
+    "final_logit_softcapping": (None, 0, 0.0),
+    "attention_mode": ("gqa", "mha"),
+}
 
 
 def is_block(raw: Mapping[str, Any]) -> bool:
@@ -94,47 +101,24 @@ def _of_speculators(raw: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
 
 def _of_others(raw: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
     """Reads configs that have the draft head's keys among those of a Qwen3 layer, or in ``dflash_config``."""
-    # 1. Each option, from either place.
-    layer, inner = dict(raw), raw.get("dflash_config") or {}
-    if not isinstance(inner, Mapping):
-        raise ValueError(f"dflash_config is {inner!r}; it must be an object")
-    layer.pop("dflash_config", None)
-    found: dict[str, Any] = {}
-    for key in (*_OPTIONS, *_DSPARK, *_SCALES):
-        values = [place[key] for place in (inner, layer) if place.get(key) is not None]
-        if len(values) == 2 and values[0] != values[1]:
-            raise ValueError(f"{key} is {values[1]!r}, but {values[0]!r} in dflash_config; give one of them")
-        found |= {key: values[0]} if values else {}
-        layer.pop(key, None)
-    kind = _kind(layer.pop("architectures", None), found.pop("projector_type", None))
-    options, own = Keys(found, "dflash_config"), Keys(layer, "config.json")
-    for name, plain in zip(_SCALES, (1.0, 1.0, None), strict=True):
-        options.only(name, plain, *([1] if plain else [0, 0.0]))
-    options.only("attention_mode", "gqa", "mha")
-    modes = options.take("attention_modes", None)
-    if modes is not None and (not isinstance(modes, list) or not set(map(str, modes)) <= {"gqa", "mha"}):
-        raise ValueError(f"attention_modes is {modes!r}; a block draft head computes only 'gqa' and 'mha'")
-    others = {key: inner[key] for key in inner if key not in (*_OPTIONS, *_DSPARK, *_SCALES, *_TRAINING)}
-    unknown = Keys(others, "dflash_config").switched_off()
-    # 2. The layers. A causal draft head says so in one of two places; otherwise layers with windows are causal.
-    targets, drafted = (
-        own.integer("num_target_layers", None, optional=True),
-        own.integer("draft_vocab_size", None, optional=True),
-    )
+    # 1. The keys of the block, those of the target and the layers.
+    options, layer, unknown = _split(raw)
+    kind = _kind(layer.pop("architectures", None), options.take("projector_type", None))
+    own = Keys({key: layer.pop(key) for key in _OWN if key in layer}, "config.json")
+    targets, drafted = own.integer("num_target_layers", None, optional=True), own.take("draft_vocab_size", None)
     if targets not in (None, num_layers):
         raise ValueError(f"num_target_layers is {targets} and the target has {num_layers} layers; give its own target")
+    decoder, others = head_layers(layer)
+    decoder = _as_qwen3(decoder)
+    # 2. A causal draft head says so in one of two places; otherwise layers with windows are causal.
     causal = own.flag("is_causal", False) if own.peek("is_causal") is not None else None
     causal = options.flag("causal", False) if causal is None and "causal" in options else causal
-    left = (*_TRAINING, "num_target_layers", "draft_vocab_size", "is_causal", "auto_map")
-    decoder, others = head_layers({key: layer[key] for key in layer if key not in left})
-    decoder = _as_qwen3(decoder)
     # 3. The block.
     ids = options.take(_IDS, None)
+    ids = _indices(_IDS, _spread(decoder, num_layers) if ids is None else ids, -1)
     fields = {
         "decoder": decoder,
-        "capture": tuple(
-            index + 1 for index in _indices(_IDS, _spread(decoder, num_layers) if ids is None else ids, -1)
-        ),
+        "capture": tuple(index + 1 for index in ids),
         "block_size": options.integer("block_size", 16),
         "mask_token": options.integer("mask_token_id", least=0),
         "from_anchor": kind == "dspark",
@@ -145,6 +129,30 @@ def _of_others(raw: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
         fields |= _dspark({key: options.take(key) for key in _DSPARK if key in options}, 0, False)
     warn_unknown("config.json", (*options.switched_off(), *unknown, *others))
     return fields
+
+
+def _split(raw: Mapping[str, Any]) -> tuple[Keys, dict[str, Any], tuple[str, ...]]:
+    """Returns the options of a block, which both places may have; the other keys; and the names of unknown options."""
+    layer, inner = dict(raw), raw.get("dflash_config") or {}
+    if not isinstance(inner, Mapping):
+        raise ValueError(f"dflash_config is {inner!r}; it must be an object")
+    layer.pop("dflash_config", None)
+    found: dict[str, Any] = {}
+    for key in (*_OPTIONS, *_DSPARK, *_NEUTRAL):
+        values = [place[key] for place in (inner, layer) if place.get(key) is not None]
+        if len(values) == 2 and values[0] != values[1]:
+            raise ValueError(f"{key} is {values[1]!r}, but {values[0]!r} in dflash_config; give one of them")
+        found |= {key: values[0]} if values else {}
+        layer.pop(key, None)
+    options = Keys(found, "dflash_config")
+    for key, values in _NEUTRAL.items():
+        options.only(key, *values)
+    modes = options.take("attention_modes", None)
+    if modes is not None and (not isinstance(modes, list) or not set(map(str, modes)) <= {"gqa", "mha"}):
+        raise ValueError(f"attention_modes is {modes!r}; a block draft head computes only 'gqa' and 'mha'")
+    others = {key: inner[key] for key in inner if key not in (*_OPTIONS, *_DSPARK, *_NEUTRAL, *_TRAINING)}
+    unknown = Keys(others, "dflash_config").switched_off()
+    return options, {key: layer[key] for key in layer if key not in _TRAINING}, unknown
 
 
 def _kind(architectures: Any, projector: Any) -> str:
