@@ -10,7 +10,7 @@ from specjax.types import Context, Event, Feed, LanguageModel, Output
 LAYERS = 8
 
 
-def perfect_target(head, params, empty, seed=0):
+def perfect_target(head, params, empty, g, width=16, seed=0):
     """Returns a target whose law at each position is that of the head's draft there.
 
     Blocks of g + 1 tokens follow each other from the first token on: token i of a block is draft i of a pass that knows
@@ -20,12 +20,14 @@ def perfect_target(head, params, empty, seed=0):
     is in it.
 
     Args:
-      head: a ``Head`` of ``specjax.drafters.block``, with a limit of drafts, which is g.
+      head: a ``Head`` of ``specjax.drafters.block``.
       params: its parameters.
       empty: ``empty(rows, slots)``, the head's state without text.
+      g: the drafts of a block.
+      width: of the target's states.
       seed: of the target's own weights.
     """
-    rng, g, vocab, width = np.random.default_rng(seed), head.most_drafts, head.vocab_size, head.target_hidden_size
+    rng, vocab = np.random.default_rng(seed), head.vocab_size
     draws = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     tables = {
         "embedding": draws(vocab, width),

@@ -1,4 +1,4 @@
-"""Slow twin of heads that draft blocks: NumPy and Python loops over one row, in float64, from tensors as published.
+"""Slow twins of drafters of blocks: NumPy and Python loops over one row, in float64, from tensors as published.
 
 Written from DFlash (arXiv 2602.06036), DSpark (arXiv 2607.05147, section 3) and what the layouts say of themselves. A
 ``config`` holds a layer's Hugging Face keys, and beside them:
@@ -10,6 +10,7 @@ Written from DFlash (arXiv 2602.06036), DSpark (arXiv 2607.05147, section 3) and
 """
 
 import numpy as np
+import reference_eagle
 from reference_model import rms_norm, rotated
 
 
@@ -131,3 +132,18 @@ def confidence(config, tensors, state, before):
         weight(tensors, "confidence_head.proj.weight")[0] @ np.concatenate([state, row])
         + weight(tensors, "confidence_head.proj.bias")[0]
     )
+
+
+def peagle(config, tensors, table, target_head, features, tokens, count):
+    """Returns the logits ``[count, v]`` of a P-EAGLE head after a row of n tokens.
+
+    ``config`` is that of ``reference_eagle`` with ``mask_token_id``. Slot i of the text takes token i + 1 and the states
+    at position i; the slots after it, the mask and the learned state.
+    """
+    learned = np.split(weight(tensors, "mask_hidden")[0], len(features), axis=-1)
+    states = reference_eagle.fuse(config, tensors, [x[: len(tokens) - 1] for x in features])
+    masked = np.repeat(reference_eagle.fuse(config, tensors, learned), count - 1, axis=0)
+    fed = [*tokens[1:], *[config["mask_token_id"]] * (count - 1)]
+    embedded = np.asarray(table, np.float64)[fed]
+    made = reference_eagle.run(config, tensors, embedded, np.concatenate([states, masked], axis=0))
+    return reference_eagle.logits(config, tensors, made[-count:], target_head)

@@ -28,6 +28,8 @@ from specjax.checkpoint.models import (
 from specjax.checkpoint.mtp import fill_mtp, open_mtp
 from specjax.checkpoint.new_folder import new_folder, write_json
 from specjax.checkpoint.opened import Opened
+from specjax.checkpoint.pard import is_pard, open_pard
+from specjax.checkpoint.peagle import fill_peagle, open_peagle
 from specjax.checkpoint.shared import read_onto
 from specjax.checkpoint.spec import Spec, parse
 from specjax.checkpoint.text_parts import open_text_parts
@@ -42,9 +44,11 @@ from specjax.drafters.medusa import MedusaDrafter
 from specjax.drafters.model import ModelDrafter
 from specjax.drafters.mtp import MTPDrafter, MTPHead
 from specjax.drafters.ngram import NGramDrafter
+from specjax.drafters.peagle import PEagleHead
 from specjax.drafters.shared_vocabulary import shared_vocabulary_drafter
 from specjax.drafters.trees import MEDUSA_CHOICES
-from specjax.hf.keys import key_names
+from specjax.hf.keys import key_names, read_json
+from specjax.hf.peagle import is_peagle
 from specjax.quantized import Kind, check_kind
 from specjax.sharding import Rules, gathered, shard
 from specjax.text.vocabulary import match_vocabularies
@@ -77,7 +81,7 @@ def load_drafter(
     ================== ==================================================================================
     model:DIR          a language model, in a folder that ``specjax.load`` opens
     eagle:DIR          an EAGLE-1, EAGLE-2 or EAGLE-3 head
-    block:DIR          a DFlash or DSpark head, which drafts a block in one pass
+    block:DIR          a DFlash, DSpark or P-EAGLE head or a PARD model, which drafts a block in one pass
     mtp:DIR            multi-token prediction modules, alone or in the folder of their model
     medusa:DIR         Medusa heads, alone or in the folder of their model
     assistant:DIR      an assistant of Gemma 4, which reads the target's cache
@@ -147,6 +151,10 @@ def load_drafter(
     if kind == "model":
         model = load(path, dtype, mesh, rules, ignore_config_keys, quantize)
         return _model_drafter(path, model, target, num_draft, tokenizer, mesh, rules)
+    if kind == "block" and is_pard(path):
+        _no_windows(named, "a language model")
+        options = (mesh, rules, ignore_config_keys, quantize, named.flag("argmax"))
+        return open_pard(path, target, num_draft, dtype, *options)
     with opened_as(kind, path):
         if not path.is_dir():
             raise ValueError(
@@ -160,8 +168,7 @@ def load_drafter(
             options = _eagle_options(named, opened)
             drafter, params = open_eagle(path, target, num_draft, dtype, ignore_config_keys, **options)
         elif kind == "block":
-            options = {"window_stays": named.choice("window") == "stays", "argmax": named.flag("argmax")}
-            drafter, params = open_block(path, target, num_draft, dtype, ignore_config_keys, **options)
+            drafter, params = _open_block(path, target, num_draft, dtype, ignore_config_keys, named)
         elif kind == "assistant":
             drafter, params = open_assistant(path, target, num_draft, dtype, ignore_config_keys)
         else:
@@ -187,6 +194,29 @@ def _with_tree(drafter: Drafter, nodes: int) -> Drafter:
             "that many, a higher num_draft, or MedusaDrafter(tree=...)"
         )
     return dataclasses.replace(drafter, num_draft=nodes, tree=tree)
+
+
+def _open_block(
+    path: Path,
+    target: LanguageModel,
+    num_draft: int,
+    dtype: jnp.dtype,
+    ignore_config_keys: Iterable[str],
+    named: Spec,
+) -> tuple[BlockDrafter, Any]:
+    """Opens a draft head of blocks by what its config says it is."""
+    argmax = named.flag("argmax")
+    if is_peagle(read_json(path / "config.json")):
+        _no_windows(named, "a P-EAGLE head")
+        return open_peagle(path, target, num_draft, dtype, ignore_config_keys, argmax=argmax)
+    stays = named.choice("window") == "stays"
+    return open_block(path, target, num_draft, dtype, ignore_config_keys, window_stays=stays, argmax=argmax)
+
+
+def _no_windows(named: Spec, what: str) -> None:
+    """Raises ValueError if the text asks for windows that stay, which only DFlash and DSpark heads may have."""
+    if named.choice("window") == "stays":
+        raise ValueError(f"{named.value} holds {what}, whose windows always slide; leave out @window=stays")
 
 
 def _eagle_options(named: Spec, target: LanguageModel | Opened) -> dict[str, Any]:
@@ -257,19 +287,19 @@ def save_drafter(
 ) -> None:
     """Writes a draft head in its published layout, for ``load_drafter`` and for other engines.
 
-    EAGLE heads are written in speculators' layout, DFlash and DSpark heads in the layout of ``config``, MTP modules in
-    the layout of the target's family, and Medusa heads in the layout of FasterDecoding/Medusa. Draft models are written
-    by ``specjax.save`` instead. In a job of several processes, all processes call this function, with one folder that
-    all see.
+    EAGLE and P-EAGLE heads are written in speculators' layout, DFlash and DSpark heads in the layout of ``config``, MTP
+    modules in the layout of the target's family, and Medusa heads in the layout of FasterDecoding/Medusa. Draft models
+    are written by ``specjax.save`` instead. In a job of several processes, all processes call this function, with one
+    folder that all see.
 
     Args:
       path: the folder to make or to replace.
       drafter: the draft head as a drafter: a ``FeatureDrafter``, a ``BlockDrafter``, an ``MTPDrafter`` or a
         ``MedusaDrafter``.
       target: the model that the head drafts for, or the result of ``specjax.open``.
-      config: describes the draft head. EAGLE, DFlash, DSpark: the keys of any layout that ``load_drafter`` reads.
-        MTP: the target's
-        Hugging Face config, or a config with layers of other sizes. Medusa: None, since the parameters say all.
+      config: describes the draft head. EAGLE and heads of blocks: the keys of any layout that ``load_drafter`` reads.
+        MTP: the target's Hugging Face config, or a config with layers of other sizes. Medusa: None, since the
+        parameters say all.
       target_name: the target's name or path, for other engines.
       metrics: the content of ``metrics.json``; None writes no such file.
 
@@ -281,10 +311,10 @@ def save_drafter(
     """
     # 1. Say what is wrong before anything is gathered or written.
     head = drafter.head if isinstance(drafter, FeatureDrafter | BlockDrafter) else drafter
-    if not isinstance(head, (EagleHead, DFlashHead, MTPHead, MTPDrafter, MedusaDrafter)):
+    if not isinstance(head, (EagleHead, DFlashHead, PEagleHead, MTPHead, MTPDrafter, MedusaDrafter)):
         raise TypeError(
-            f"drafter is a {type(drafter).__name__}; give an EAGLE, DFlash or DSpark head, MTP modules or Medusa heads "
-            "(specjax.save writes a draft model)"
+            f"drafter is a {type(drafter).__name__}; give an EAGLE head, a head of blocks, MTP modules or Medusa "
+            "heads (specjax.save writes a draft model)"
         )
     if (config is None) != isinstance(head, MedusaDrafter):
         wanted = (
@@ -300,6 +330,8 @@ def save_drafter(
     with new_folder(path) as folder:
         if isinstance(head, EagleHead):
             fill_eagle(folder, config or {}, params, model, target_name, drafter.num_draft, bool(head.own_head))
+        elif isinstance(head, PEagleHead):
+            fill_peagle(folder, config or {}, head, params, model, target_name, drafter.num_draft)
         elif isinstance(head, DFlashHead):
             fill_block(folder, config or {}, params, model, target_name, drafter.num_draft)
         elif isinstance(head, MedusaDrafter):

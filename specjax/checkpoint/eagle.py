@@ -67,7 +67,7 @@ def open_eagle(
     """
     raw = without_keys(read_json(path / "config.json"), ignore_config_keys)
     with errors_name(path / "config.json"):
-        _, fields = _describe(raw, target)
+        _, fields = describe_eagle(raw, target)
         fields["window_stays"] = window_stays
         if norm_output_of_logits:
             places = (raw, raw.get("eagle_config"))
@@ -85,7 +85,7 @@ def open_eagle(
             draft_of_v = draft_vocabulary(tensors, fields["draft_vocab_size"], fields["decoder"].vocab_size)
         targets = tensors.pop(_HEAD, None) if fields["version"] == 1 else None
         own = {"own_embedding": "embed_tokens.weight" in tensors, "own_head": _HEAD in tensors}
-        head = _head(fields, target, **own, mapped=draft_of_v is not None)
+        head = fitting_head(fields, target, **own, mapped=draft_of_v is not None)
         params = head_parameters(tensors, draft_of_v, head.abstract_params())
         if targets is not None:
             _check_targets_head(targets, target)
@@ -156,9 +156,9 @@ def fill_eagle(
       ValueError: as for ``open_eagle``; or the parameters are other than the config describes.
     """
     # 1. Check that the config describes these parameters: other engines trust it.
-    config, fields = _describe(config, target)
+    config, fields = describe_eagle(config, target)
     own = {"own_embedding": "embed_tokens" in params, "own_head": own_head}
-    head = _head(fields, target, **own, mapped="draft_of_v" in params)
+    head = fitting_head(fields, target, **own, mapped="draft_of_v" in params)
     check_params(params, head.abstract_params())
     check_draft_ids(params, head.draft_vocab_size)
     # 2. What speculators asks for beyond the draft head itself: the target, and how to draft.
@@ -187,12 +187,12 @@ def eagle_head(config: Mapping[str, Any], target: LanguageModel) -> EagleHead:
     Raises:
       ValueError: the config is not of an EAGLE head, has an unknown key or value, or does not fit the target.
     """
-    _, fields = _describe(config, target)
+    _, fields = describe_eagle(config, target)
     other_width = fields.get("target_hidden_size") not in (None, fields["decoder"].hidden_size)
-    return _head(fields, target, own_embedding=other_width, own_head=fields["version"] == 3, mapped=False)
+    return fitting_head(fields, target, own_embedding=other_width, own_head=fields["version"] == 3, mapped=False)
 
 
-def _describe(raw: Mapping[str, Any], target: LanguageModel) -> tuple[dict[str, Any], dict[str, Any]]:
+def describe_eagle(raw: Mapping[str, Any], target: LanguageModel) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns a config in speculators' layout, and the arguments of ``EagleHead`` that it describes."""
     if target.num_layers is None:
         raise ValueError("the target does not say how many layers it has; set LanguageModel.num_layers")
@@ -203,10 +203,10 @@ def _describe(raw: Mapping[str, Any], target: LanguageModel) -> tuple[dict[str, 
         raise ValueError("a value is nested too deeply to be a draft head's; write the file again") from None
 
 
-def _head(
+def fitting_head(
     fields: Mapping[str, Any], target: LanguageModel, own_embedding: bool, own_head: bool, mapped: bool
 ) -> EagleHead:
-    """Returns the head of the arguments that ``_describe`` returned, after checking that it fits the target.
+    """Returns the head of the arguments that ``describe_eagle`` returned, after checking that it fits the target.
 
     ``mapped``: draft ids differ from the target's ids.
     """

@@ -12,6 +12,7 @@ from specjax.hf.block import is_block
 from specjax.hf.contents import kinds_of_tensors
 from specjax.hf.gguf import is_gguf
 from specjax.hf.keys import read_json
+from specjax.hf.peagle import is_peagle
 from specjax.hf.safetensors import open_tensors
 
 _HOLDS = {
@@ -23,7 +24,14 @@ _HOLDS = {
     "assistant": ("an assistant", "give the drafter assistant:{}"),
     "adapter": ("an adapter of a model", "open the folder of its base model, with adapter={!r}"),
 }
-_SPECULATORS = {"eagle": "eagle", "eagle3": "eagle", "mtp": "mtp", "dflash": "block", "dspark": "block"}
+_SPECULATORS = {
+    "eagle": "eagle",
+    "eagle3": "eagle",
+    "mtp": "mtp",
+    "dflash": "block",
+    "dspark": "block",
+    "peagle": "block",
+}
 
 
 @contextlib.contextmanager
@@ -74,7 +82,7 @@ def _by_config(raw: Mapping[str, Any]) -> list[str]:
         return [_SPECULATORS.get(kind, kind)]
     architectures = raw.get("architectures")
     name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
-    if is_block(raw):
+    if is_block(raw) or is_peagle(raw):
         return ["block"]
     for kind in ("eagle", "medusa"):
         if kind in name.lower() or raw.get("model_type") == kind or f"{kind}_config" in raw:

@@ -76,6 +76,16 @@ class Head(Protocol):
         ...
 
 
+def likeliest(draw: Draw) -> Draw:
+    """Returns a ``Draw`` that takes the likeliest token of the distribution, the lowest id among equals."""
+
+    def likeliest_of(logits_bv: Array, drafts_bg: Array, index: int | Array) -> tuple[Array, Array]:
+        _, probs_bv = draw(logits_bv, drafts_bg, index)
+        return most_likely(probs_bv), probs_bv
+
+    return likeliest_of
+
+
 @struct.dataclass
 class BlockDrafter:
     """Drafts a block of tokens in one pass (Chen et al. 2026, DFlash, arXiv 2602.06036; P-EAGLE, arXiv 2602.01469).
@@ -137,10 +147,7 @@ class BlockDrafter:
         """Draws up to ``num_draft`` tokens from one pass."""
         length_b, g = context.length_b, context.drafts(self.num_draft)
         block, state = self.head.block(self.params, state, context, g)
-
-        def likeliest(logits_bv: Array, drafts_bg: Array, index: int | Array) -> tuple[Array, Array]:
-            _, probs_bv = draw(logits_bv, drafts_bg, index)
-            return most_likely(probs_bv), probs_bv
+        draw = likeliest(draw) if self.argmax else draw
 
         # A row proposes no more where a bias bans all tokens that the draft head can draft.
         def add(i: int | Array, carry: Any) -> Any:
@@ -149,7 +156,7 @@ class BlockDrafter:
                 lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False) for x in (block.logits_bgu, block.states_bgd)
             )
             logits_bv, own = self.head.step(self.params, own, logits_bu, state_bd, token_b)
-            chain, token_b = chain.add(likeliest if self.argmax else draw, logits_bv, i)
+            chain, token_b = chain.add(draw, logits_bv, i)
             drafting_b = drafting_b & chain.lawful(i)
             return chain, drafting_b, drafted_b + drafting_b.astype(jnp.int32), token_b, own
 

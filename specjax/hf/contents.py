@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 # Names that only one kind of draft head has, without the prefix "model.". The kinds are those of ``load_drafter``.
 _HEADS = {
-    "block": re.compile(r"hidden_norm\.weight"),
+    "block": re.compile(r"hidden_norm\.weight|mask_hidden"),
     "eagle": re.compile(r"(fc|fusion_fc)\.weight"),
     "mtp": re.compile(r"(layers\.\d+\.eh_proj|mtp\.fc|mtp_layers\.\d+\.input_proj)\.weight"),
     "assistant": re.compile(r"pre_projection\.weight"),
