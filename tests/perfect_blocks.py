@@ -65,7 +65,7 @@ def perfect_target(head, params, empty, g, width=16, seed=0):
             anchor_b = position_b // (g + 1) * (g + 1)
             context = Context(lent, None, tokens_bs, anchor_b + 1, jnp.ones_like(anchor_b))
             event = Event(Feed(tokens_bs, jnp.zeros_like(anchor_b), anchor_b), features, anchor_b)
-            state = head.observe(own, empty(rows, slots), context, event)
+            state = head.observe(own, empty(rows, slots + g), context, event)
             block, _ = head.block(own, state, context, g)
             carry, logits_bv = head.start(own, rows), tables["after"][token_at(position_b)]
             for i in range(g):

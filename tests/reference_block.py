@@ -137,8 +137,8 @@ def confidence(config, tensors, state, before):
 def peagle(config, tensors, table, target_head, features, tokens, count):
     """Returns the logits ``[count, v]`` of a P-EAGLE head after a row of n tokens.
 
-    ``config`` is that of ``reference_eagle`` with ``mask_token_id``. Slot i of the text takes token i + 1 and the states
-    at position i; the slots after it, the mask and the learned state.
+    ``config`` is that of ``reference_eagle`` with ``mask_token_id``. Slot i of the text takes token i + 1 and the
+    states at position i; the slots after it, the mask and the learned state.
     """
     learned = np.split(weight(tensors, "mask_hidden")[0], len(features), axis=-1)
     states = reference_eagle.fuse(config, tensors, [x[: len(tokens) - 1] for x in features])

@@ -18,11 +18,23 @@ from every_rule import EveryRule
 from test_compiled import compilations
 
 import specjax
-from specjax import Cascade, EarlyExitDrafter, FeatureDrafter, MedusaDrafter, ModelDrafter, NGramDrafter, verify
+from specjax import (
+    BlockDrafter,
+    Cascade,
+    EarlyExitDrafter,
+    FeatureDrafter,
+    MedusaDrafter,
+    ModelDrafter,
+    NGramDrafter,
+    verify,
+)
 from specjax.drafters.assistant import AssistantDrafter, AssistantHead
+from specjax.drafters.dflash import DFlashHead
 from specjax.drafters.eagle import EagleHead
 from specjax.drafters.medusa import init_medusa_params
 from specjax.drafters.mtp import MTPConfig, MTPDrafter, MTPHead, init_mtp_params
+from specjax.drafters.pard import PardDrafter
+from specjax.drafters.peagle import PEagleHead
 from specjax.drafters.shared_vocabulary import shared_vocabulary_drafter
 from specjax.text.vocabulary import VocabularyMap
 from specjax.transformer.config import EXTERNAL, DecoderConfig, LayerConfig, plain_rope
@@ -63,6 +75,17 @@ def eagle(**options):
     return FeatureDrafter(lively(head.init_params(jax.random.key(0)), 3), head, DRAFTS)
 
 
+def block(head):
+    return BlockDrafter(lively(head.init_params(jax.random.key(0)), 4), head, DRAFTS)
+
+
+def windowed(layers):
+    """A decoder whose first layer has a window."""
+    config = decoder_config(layers)
+    first = dataclasses.replace(config.each_layer[0], window=5)
+    return dataclasses.replace(config, layers=(first, *config.each_layer[1:]))
+
+
 def other_vocabulary(draft=None):
     """A model of seven tokens: four are the target's, whose others are spelled by one or two."""
     draft_of_v = np.full(VOCAB, -1, np.int32)
@@ -96,6 +119,9 @@ MTP_MODULES = mtp(DRAFTS, lambda params, config: MTPDrafter(params, config, DRAF
 MEDUSA = MedusaDrafter(init_medusa_params(TARGET.params["lm_head"]["kernel"], DRAFTS), DRAFTS)
 EAGLE_1 = eagle(capture=(-1,), version=1)
 EAGLE_3 = eagle(capture=(0, 1, 3), norm_before_residual=True)
+DFLASH = block(DFlashHead(windowed(2), (0, 2), DRAFTS + 1, 9, causal=(True, False)))
+DSPARK = block(DFlashHead(decoder_config(1), (1,), DRAFTS, 9, True, markov="rnn", markov_rank=4))
+P_EAGLE = block(PEagleHead(EagleHead(decoder_config(2), (0, 1, 2)), 9))
 DELTA, MAMBA = hybrid.model("delta rule"), hybrid.model("mamba")
 OF_DELTA = ModelDrafter(near(DELTA, 0.03), DRAFTS)
 CASES = {
@@ -111,6 +137,24 @@ CASES = {
         eagle(capture=(1, 2, 3), width=8, target_hidden_size=WIDTH, own_embedding=True, draft_vocab_size=6),
     ),
     "medusa": (TARGET, MEDUSA),
+    "dflash": (TARGET, DFLASH),
+    "dspark, a smaller vocabulary": (
+        TARGET,
+        block(
+            DFlashHead(
+                *(decoder_config(1), (0, 2), DRAFTS, 9, True),
+                own_head=True,
+                draft_vocab_size=6,
+                markov="gated",
+                markov_rank=4,
+            )
+        ),
+    ),
+    "dspark, likeliest drafts": (TARGET, dataclasses.replace(DSPARK, argmax=True)),
+    "p-eagle": (TARGET, P_EAGLE),
+    "pard": (TARGET, PardDrafter(near(TARGET), DRAFTS, mask_token=9)),
+    "cascade: n-gram, dspark": (TARGET, Cascade(NGRAM, DSPARK)),
+    "cascade: n-gram, pard": (TARGET, Cascade(NGRAM, PardDrafter(near(TARGET), DRAFTS, mask_token=9))),
     "early exit": (TARGET, EarlyExitDrafter(2, DRAFTS)),
     "cascade: n-gram, model": (TARGET, Cascade(NGRAM, MODEL)),
     "cascade: n-gram, mtp": (TARGET, Cascade(NGRAM, MTP)),
@@ -130,6 +174,9 @@ CASES = {
                 EAGLE_1,
                 EAGLE_3,
                 MEDUSA,
+                DFLASH,
+                DSPARK,
+                PardDrafter(hybrid.model("mamba"), DRAFTS, mask_token=9),
             )
         ),
     ),

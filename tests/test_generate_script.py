@@ -16,13 +16,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from draft_heads import write_eagle, write_medusa, write_mtp
+from draft_heads import write_block, write_eagle, write_medusa, write_mtp
 from tokenizers import Tokenizer, processors
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Metaspace
 
 import specjax
 from specjax import MedusaDrafter
+from specjax.checkpoint.block import block_head
 from specjax.checkpoint.generation import load_stop_tokens
 from specjax.commands import places
 from specjax.drafters.eagle import EagleHead
@@ -504,12 +505,31 @@ def heads(pair):
         },
     }
     write_eagle(pair / "eagle", described, eagle.init_params(jax.random.key(3)), specjax.load(pair / "target"))
+    block = {
+        "speculators_model_type": "dspark",
+        "draft_vocab_size": raw["vocab_size"],
+        "block_size": 3,
+        "mask_token_id": 1,
+        "markov_rank": 4,
+        "aux_hidden_state_layer_ids": [0],
+        "transformer_layer_config": described["transformer_layer_config"],
+    }
+    target = specjax.load(pair / "target")
+    write_block(pair / "block", block, block_head(block, target).init_params(jax.random.key(4)), target)
     kernel = specjax.load(pair / "target").params["embed_tokens"]["weight"].T
     write_medusa(pair / "medusa", init_medusa_params(kernel, 2))
     return pair
 
 
-GREEDY = ("none", "mtp:{0}/mtp", "eagle:{0}/eagle", "medusa:{0}/medusa", "early-exit:1", "cascade:ngram,early-exit:1")
+GREEDY = (
+    "none",
+    "mtp:{0}/mtp",
+    "eagle:{0}/eagle",
+    "block:{0}/block",
+    "medusa:{0}/medusa",
+    "early-exit:1",
+    "cascade:ngram,early-exit:1",
+)
 
 
 def test_greedy_text_is_the_same_with_every_drafter(script, heads, tmp_path, no_stdin):
@@ -517,7 +537,8 @@ def test_greedy_text_is_the_same_with_every_drafter(script, heads, tmp_path, no_
     found = {}
     for spec in GREEDY:
         argv = ["--target", heads / "target", "--drafter", spec.format(heads), "--temperature", 0, "--num-draft", 2]
-        out, _ = run(script, *argv, "--prompt", "f(x) f(x)", "--max-new-tokens", 24, "--json", tmp_path / "out.json")
+        out, err = run(script, *argv, "--prompt", "f(x) f(x)", "--max-new-tokens", 24, "--json", tmp_path / "out.json")
+        assert ("DSpark head, 1 layer of width 16" in err) == ("block" in spec)
         found[spec] = out, json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert len({out for out, _ in found.values()}) == 1
     assert len({tuple(result["prompts"][0]["tokens"]) for _, result in found.values()}) == 1
@@ -587,7 +608,7 @@ ERRORS = {
     "missing draft": (["--drafter", "model:{pair}/absent"], "absent is not a folder"),
     "unknown drafter": (
         ["--drafter", "eagle"],
-        "'eagle'; give model:DIR, eagle:DIR, mtp:DIR, medusa:DIR, assistant:DIR, ngram",
+        "'eagle'; give model:DIR, eagle:DIR, block:DIR, mtp:DIR, medusa:DIR, assistant:DIR, ngram",
     ),
     "early exit without a number": (["--drafter", "early-exit:x"], "'early-exit:x'; give model:DIR"),
     "early exit too deep": (["--drafter", "early-exit:9"], "depth is 9 and the target has 1 layers"),
@@ -596,7 +617,7 @@ ERRORS = {
     "heads that are none": (["--drafter", "medusa:{pair}/empty"], "config.json does not exist"),
     "drafter without folder": (
         ["--drafter", "model:"],
-        "'model:'; give model:DIR, eagle:DIR, mtp:DIR, medusa:DIR, assistant:DIR, ngram",
+        "'model:'; give model:DIR, eagle:DIR, block:DIR, mtp:DIR, medusa:DIR, assistant:DIR, ngram",
     ),
     "unknown rule": (["--verify", "tree"], "invalid choice: 'tree'"),
     "no drafts": (["--num-draft", "0"], "num_draft must be an integer of at least 1, got 0"),

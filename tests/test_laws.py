@@ -23,6 +23,7 @@ from stateless import Stateless
 
 import specjax
 from specjax import (
+    BlockDrafter,
     Cascade,
     EarlyExitDrafter,
     FeatureDrafter,
@@ -37,8 +38,10 @@ from specjax import (
 )
 from specjax import sampling as sampling_lib
 from specjax.drafters.assistant import AssistantDrafter, AssistantHead
+from specjax.drafters.dflash import DFlashHead
 from specjax.drafters.eagle import EagleHead
 from specjax.drafters.mtp import MTPConfig, MTPHead, init_mtp_params
+from specjax.drafters.pard import PardDrafter
 from specjax.drafters.shared_vocabulary import shared_vocabulary_drafter
 from specjax.testing import table_logits, table_model
 from specjax.text.vocabulary import VocabularyMap
@@ -120,6 +123,14 @@ TWO_MTP = dataclasses.replace(MTP, decoder=DecoderConfig(VOCAB, 1, 2, 2, 1, 1, h
 EAGLE = EagleHead(
     DecoderConfig(VOCAB, 8, 8, 1, 2, 1), (0, 1), target_hidden_size=1, draft_vocab_size=2, own_embedding=True
 )
+DSPARK = DFlashHead(
+    *(DecoderConfig(VOCAB, 8, 8, 1, 2, 1), (0,), DRAFTS, 1, True),
+    target_hidden_size=1,
+    own_embedding=True,
+    own_head=True,
+    markov="vanilla",
+    markov_rank=2,
+)
 EAGLE_1 = EagleHead(DecoderConfig(VOCAB, 1, 8, 1, 1, 1, head_dim=2), (-1,), version=1)
 RULES = {"token": verify.token, "block": verify.block, "coupled": verify.coupled}
 
@@ -146,7 +157,11 @@ DRAFTERS = {
     "n-gram, else a model": Cascade(NGramDrafter(DRAFTS, 1, 2), ModelDrafter(table_model(random_table(1)), DRAFTS)),
     "n-gram, else early exit": Cascade(NGramDrafter(DRAFTS, 2, 2), EarlyExitDrafter(1, DRAFTS)),
 }
+BLOCK = BlockDrafter(lively(DSPARK.init_params(jax.random.key(2)), 30), DSPARK, DRAFTS)
 SLOW = {
+    "dspark": BLOCK,
+    "dspark, likeliest drafts": dataclasses.replace(BLOCK, argmax=True),
+    "pard": PardDrafter(table_model(random_table(1)), DRAFTS, mask_token=1),
     "two mtp modules": MTPDrafter(lively(init_mtp_params(TWO_MTP, jax.random.key(1)), 50), TWO_MTP, DRAFTS),
     "eagle-1": FeatureDrafter(lively(EAGLE_1.init_params(jax.random.key(1)), 30), EAGLE_1, DRAFTS),
 }
@@ -219,7 +234,7 @@ def emitted(target, drafter, rule, settings, slots=SLOTS, rows_per_prompt=ROWS_P
     named = {f"{name}_penalty" if name in PENALTIES else name: value for name, value in settings.items()}
     prompt_bt, length_b = specjax.pad_prompts(PROMPTS * rows_per_prompt)
     sampling = Sampling(seed=1000 + np.arange(len(length_b), dtype=np.uint32), **named)
-    run = in_batches if isinstance(drafter, FeatureDrafter | MTPDrafter) else all_at_once
+    run = in_batches if isinstance(drafter, BlockDrafter | FeatureDrafter | MTPDrafter) else all_at_once
     out = run(target, drafter, prompt_bt, length_b, sampling, rule=rule, slots=slots)
     assert (np.asarray(out.lengths) == length_b + TOKENS).all()
     assert (np.asarray(out.stats.rounds) >= 2).all()

@@ -155,7 +155,10 @@ def test_a_draft_over_a_mesh_is_whole_unless_rules_split_it(opened, folder):
     ],
 )
 def test_a_text_that_names_no_drafter(spec, opened):
-    allowed = r"give model:DIR, eagle:DIR, mtp:DIR, medusa:DIR, assistant:DIR, ngram, early-exit:LAYERS, or cascade:A,B"
+    allowed = (
+        "give model:DIR, eagle:DIR, block:DIR, mtp:DIR, medusa:DIR, assistant:DIR, ngram, early-exit:LAYERS, or "
+        "cascade:A,B"
+    )
     with pytest.raises(ValueError, match=allowed):
         specjax.load_drafter(spec, opened)
 
