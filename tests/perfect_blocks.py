@@ -90,9 +90,12 @@ def perfect_target(head, params, empty, g, width=16, seed=0):
     )
 
 
-def acceptance(target, drafter, temperature, seed=3):
-    """Returns the share of drafts that are accepted at each place, over rows that begin at the starts of blocks."""
-    rng, blocks = np.random.default_rng(5), (0, 1, 1, 3, 5)
+def acceptance(target, drafter, temperature, blocks=(0, 1, 1, 3, 5), seed=3):
+    """Returns how many drafts are accepted at each place, and how many there are, over rows that begin as blocks do.
+
+    Row i has ``blocks[i]`` blocks before the last token.
+    """
+    rng = np.random.default_rng(5)
     prompts = [rng.integers(target.vocab_size, size=1 + n * (drafter.num_draft + 1)).tolist() for n in blocks]
     sampling = specjax.Sampling(temperature=temperature, seed=seed)
     out = specjax.generate(target, prompts, drafter=drafter, fixed=True, sampling=sampling, max_new_tokens=18)

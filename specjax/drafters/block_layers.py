@@ -39,15 +39,19 @@ class BlockLayer(DecoderLayer):
     def keys_values(self, x_btd: Array, tables: Tables) -> LayerCache:
         """Returns keys and values ``[b, k, t, h]``."""
         own = self.self_attn
-        return rotate(_heads(own.k_proj(x_btd), own.k, own.k_norm), tables), _heads(own.v_proj(x_btd), own.k)
+        return self._rotated(_heads(own.k_proj(x_btd), own.k, own.k_norm), tables), _heads(own.v_proj(x_btd), own.k)
 
     def run(self, x_btd: Array, stored: LayerCache, sight: Sight, tables: Tables) -> Array:
         """Returns the residual stream ``[b, t, d]`` after the layer."""
         normed_btd, own = self.input_layernorm(x_btd), self.self_attn  # type: ignore[misc]
-        query_bnth = rotate(_heads(own.q_proj(normed_btd), own.n, own.q_norm), tables)
+        query_bnth = self._rotated(_heads(own.q_proj(normed_btd), own.n, own.q_norm), tables)
         out_bnth = attend(query_bnth, stored, self.keys_values(normed_btd, tables), sight, own.scale)
         b, _, t, _ = out_bnth.shape
         return self.add(x_btd, normed_btd, own.o_proj(out_bnth.transpose(0, 2, 1, 3).reshape(b, t, -1)))
+
+    def _rotated(self, x: Array, tables: Tables) -> Array:
+        rope = self.self_attn.layer.rope
+        return rotate(x, tables, rope is not None and rope.interleaved)
 
 
 def _heads(x: Array, count: int, norm: Any = None) -> Array:
