@@ -12,6 +12,7 @@ from flax import struct
 from jax import lax
 
 from specjax import Cascade, ModelDrafter, NGramDrafter, Proposal, check_drafter, check_model
+from specjax.drafters.pard import PardDrafter
 from specjax.testing import table_model
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import decoder_model, init_params
@@ -381,6 +382,7 @@ DRAFTERS = {
     "model, in a loop": dataclasses.replace(MODEL, unrolled=False),
     "recurrent model": ModelDrafter(recurrent_target("r"), DRAFTS),
     "cascade": Cascade(NGramDrafter(DRAFTS, 1, 2), MODEL),
+    "model over masks": PardDrafter(MODEL.model, DRAFTS, mask_token=1),
 }
 
 

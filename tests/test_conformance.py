@@ -174,7 +174,6 @@ CASES = {
                 EAGLE_1,
                 EAGLE_3,
                 MEDUSA,
-                DFLASH,
                 DSPARK,
                 PardDrafter(hybrid.model("mamba"), DRAFTS, mask_token=9),
             )
