@@ -1,7 +1,7 @@
 """Draft heads that the package speculators made, against the package's own forward passes.
 
 The tests of a version that is not installed are skipped, so continuous integration runs none. Version 0.9.0 has MTP
-modules, DFlash and DSpark heads. It asks for an older transformers than specjax's extra ``parity``, but runs with this
+modules, and heads of DFlash, DSpark and P-EAGLE. It asks for an older transformers than the extra ``parity``, but runs with this
 one:
 
     pip install --no-deps --target /tmp/speculators speculators==0.9.0 hs-connectors==0.9.0 openai sniffio datasets \\
@@ -211,3 +211,57 @@ def own_blocks(head, tokens, features, block):
     read = [states, head.markov_head.prev_embeddings(given)]
     trusted = head.confidence_head(torch.cat(read[: 1 + head.config.confidence_head_with_markov], dim=-1)).sigmoid()
     return states, logits + head.markov_head.block_bias(prev_token_ids=given, hidden_states=states), trusted
+
+
+def test_a_p_eagle_head_equals_its_own_forward(tmp_path, monkeypatch):
+    """Chains of three depths from the places of a text that the package samples, which are most of them."""
+    core = pytest.importorskip("speculators.models.peagle.core")
+    monkeypatch.setattr(torch, "compile", lambda function=None, **options: function or (lambda given: given))
+    verifier = saved(tmp_path / "target", transformers.LlamaConfig(**SIZES))
+    layer = transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 2})
+    layer._attn_implementation = "eager"
+    config = core.PEagleSpeculatorConfig(
+        transformer_layer_config=layer,
+        speculators_config=about("LlamaForCausalLM", "peagle", tmp_path / "target"),
+        draft_vocab_size=37,
+        eagle_aux_hidden_state_layer_ids=[1, 2, 3],
+        mask_token_id=36,
+        norm_before_residual=True,
+        fc_norm=True,
+    )
+    head = drawn(core.PEagleDraftModel(config).eval())
+    head.save_pretrained(tmp_path / "head")
+    seen = {}
+    monkeypatch.setattr(core, "compute_metrics", lambda **named: (seen.update(named), (None, {}))[1])
+    with torch.no_grad():
+        states = verifier.model(torch.tensor(TOKENS), output_hidden_states=True).hidden_states
+        # Slot i takes token i + 1 and the states at position i.
+        head(
+            hidden_states=torch.cat([states[i] for i in (1, 2, 3)], dim=-1)[:, :-1],
+            input_ids=torch.tensor(TOKENS[:, 1:]),
+            document_ids=torch.zeros(1, 11, dtype=torch.long),
+            verifier_last_hidden_states=states[-1][:, :-1],
+            num_depths=3,
+            down_sample_ratio=1.0,
+            down_sample_ratio_min=1.0,
+        )
+    # The same chains, one in each row: a row whose last slot with known states is its anchor.
+    opened = specjax.open(tmp_path / "target", "float32")
+    drafter = specjax.load_drafter(f"block:{tmp_path / 'head'}", opened, 3, "float32")
+    own, params, rows = drafter.head, drafter.params, 11
+    length_b, tokens_bs = np.arange(2, 13, dtype=np.int32), np.pad(np.repeat(TOKENS, rows, axis=0), ((0, 0), (0, 4)))
+    tokens_bs = tokens_bs.astype(np.int32)
+    features = tuple(np.repeat(states[i].numpy(), rows, axis=0) for i in (1, 2, 3))
+    event = specjax.Event(
+        specjax.Feed(tokens_bs[:, :12], np.zeros(rows, np.int32), length_b - 1), features, length_b - 1
+    )
+    context = specjax.Context(opened.model, None, tokens_bs, length_b, np.full(rows, 9, np.int32))
+    cache = own.observe(params, own.init(params, opened.model, rows, 16), context, event)
+    found, _ = own.block(params, cache, context, 3)
+    depths = set()
+    for at, (anchor, depth) in enumerate(zip(seen["anchor_pos"].tolist(), seen["depth"].tolist(), strict=True)):
+        if anchor >= 0:
+            wanted = seen["logits"][0, at]
+            np.testing.assert_allclose(found.logits_bgu[anchor, depth], wanted, atol=1e-4, rtol=1e-4)
+            depths.add(depth)
+    assert depths == {0, 1, 2}
