@@ -42,6 +42,15 @@ SPECFORGE = {
     },
 }
 
+DFLASH2 = {
+    **ZLAB,
+    **{"architectures": ["DFlash2DraftModel"], "block_size": None, "is_causal": False, **SLIDING},
+    "dflash_config": {
+        **{"mask_token_id": 39, "target_layer_ids": [1, 4, 6], "block_size": 4, "conv_kernel_size": 2},
+        **{"conv_group_size": 4, "selector_rank": RANK, "selector_top_k": 6},
+    },
+}
+
 
 def in_speculators(kind="dflash", layer=None, **head):
     """Returns a config of speculators' layout."""
@@ -82,6 +91,7 @@ class Case:
         return self.twin["block_size"] - (not self.twin["from_anchor"])
 
 
+OF_DFLASH2 = {"conv_group_size": 4, "selector_top_k": 6, "windows": (None, 3)}
 DSPARK = {"from_anchor": True, "block_size": 3, "markov_head_type": "vanilla", "confidence_head_with_markov": True}
 CASES = {
     "DFlash, z-lab": Case(ZLAB, states=(2, 5, 7)),
@@ -110,6 +120,19 @@ CASES = {
         in_speculators(draft_vocab_size=DRAFTED), own=("lm_head",), drafted=DRAFTED
     ),
     "DFlash, speculators, from the anchor": Case(in_speculators(sample_from_anchor=True), {"from_anchor": True}),
+    "DFlash2, z-lab": Case(DFLASH2, OF_DFLASH2, states=(2, 5, 7)),
+    "DFlash2, speculators": Case(
+        in_speculators(
+            *("dflash2", SLIDING),
+            sliding_window_non_causal=True,
+            conv_kernel_size=3,
+            conv_group_size=8,
+            selector_rank=RANK,
+            selector_top_k=9,
+        ),
+        OF_DFLASH2 | {"conv_group_size": 8, "selector_top_k": 9, "taps": 3, "window_stays": True},
+        options="@window=stays",
+    ),
     "DSpark, DeepSpec": Case(DEEPSPEC, DSPARK, states=(0, 3, 6), own=("embed_tokens", "lm_head")),
     "DSpark, SpecForge": Case(
         SPECFORGE,
@@ -142,6 +165,13 @@ def published(case, seed=0):
         shapes["embed_tokens.weight"] = (VOCAB, WIDTH)
     if "lm_head" in case.own:
         shapes["lm_head.weight"] = (case.drafted, WIDTH)
+    if group := twin.get("conv_group_size"):
+        taps = twin.get("taps", 2)
+        for name in [f"layers.{i}.{part}_conv" for i in range(2) for part in ("attention", "mlp")]:
+            shapes[f"{name}.base_kernel"] = (2, taps, WIDTH)
+            shapes[f"{name}.kernel_projection.weight"] = (2 * taps * WIDTH // group, WIDTH)
+        shapes |= {f"candidate_selector.{part}_codebook": (VOCAB, RANK) for part in ("predecessor", "successor")}
+        shapes["candidate_selector.hidden_projection.weight"] = (RANK, WIDTH)
     if kind := twin.get("markov_head_type"):
         shapes |= {"markov_head.markov_w1.weight": (VOCAB, RANK), "markov_head.markov_w2.weight": (case.drafted, RANK)}
         name, size = (
@@ -153,7 +183,7 @@ def published(case, seed=0):
         shapes |= {"confidence_head.proj.weight": (1, inputs), "confidence_head.proj.bias": (1,)}
     tensors = {}
     for name, shape in shapes.items():
-        scale, middle = (0.2, 1.0) if "norm" in name else (0.8 if "markov" in name else 0.3, 0.0)
+        scale, middle = (0.2, 1.0) if "norm" in name else (0.8 if "markov" in name or "codebook" in name else 0.3, 0.0)
         tensors[name] = (middle + scale * rng.normal(size=shape)).astype(np.float32)
     if case.drafted != VOCAB:
         target_of_u = np.sort(rng.permutation(VOCAB)[: case.drafted])

@@ -7,6 +7,7 @@ Written from DFlash (arXiv 2602.06036), DSpark (arXiv 2607.05147, section 3) and
 - ``causal``: for each layer, whether places of the block see only earlier ones; ``windows``: its window, or None;
   ``window_stays``: the window is the anchor's for all places, and not of the block.
 - ``markov_head_type``: "vanilla", "gated", "rnn" or None.
+- ``conv_group_size`` and ``selector_top_k`` of DFlash2, or None.
 """
 
 import numpy as np
@@ -47,9 +48,11 @@ def block(config, tensors, table, features, anchor):
     x = np.array([table[anchor]] + [table[config["mask_token_id"]]] * (config["block_size"] - 1))
     for layer in range(config["num_hidden_layers"]):
         x = x + attention(config, tensors, layer, x, context)
-        y = rms_norm(x, weight(tensors, f"layers.{layer}.post_attention_layernorm.weight"), config["rms_norm_eps"])
+        y = u = rms_norm(x, weight(tensors, f"layers.{layer}.post_attention_layernorm.weight"), config["rms_norm_eps"])
+        y = convolved(config, tensors, f"layers.{layer}.mlp_conv", 0, u, y)
         gate, up = (y @ weight(tensors, f"layers.{layer}.mlp.{name}_proj.weight").T for name in ("gate", "up"))
-        x = x + (silu(gate) * up) @ weight(tensors, f"layers.{layer}.mlp.down_proj.weight").T
+        y = (silu(gate) * up) @ weight(tensors, f"layers.{layer}.mlp.down_proj.weight").T
+        x = x + convolved(config, tensors, f"layers.{layer}.mlp_conv", 1, u, y)
     return rms_norm(x, weight(tensors, "norm.weight"), config["rms_norm_eps"])
 
 
@@ -57,7 +60,11 @@ def attention(config, tensors, layer, x, context):
     """Query by query and head by head: the text before the anchor, whose c get no norm, and the block."""
     heads, kv_heads, width = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
     name, eps, theta = f"layers.{layer}.self_attn", config["rms_norm_eps"], config.get("rope_theta", 10000.0)
-    normed = rms_norm(x, weight(tensors, f"layers.{layer}.input_layernorm.weight"), eps)
+    conv, u = (
+        f"layers.{layer}.attention_conv",
+        rms_norm(x, weight(tensors, f"layers.{layer}.input_layernorm.weight"), eps),
+    )
+    normed = convolved(config, tensors, conv, 0, u, u)
     both = np.concatenate([context, normed], axis=0)
     query = (normed @ weight(tensors, f"{name}.q_proj.weight").T).reshape(len(x), heads, width)
     key = (both @ weight(tensors, f"{name}.k_proj.weight").T).reshape(len(both), kv_heads, width)
@@ -74,7 +81,21 @@ def attention(config, tensors, layer, x, context):
             scores = np.array([turned @ rotated(key[p, k], p, theta) for p in seen]) * width**-0.5
             weights = np.exp(scores - scores.max())
             out[i, n] = weights / weights.sum() @ value[seen, k]
-    return out.reshape(len(x), -1) @ weight(tensors, f"{name}.o_proj.weight").T
+    return convolved(config, tensors, conv, 1, u, out.reshape(len(x), -1) @ weight(tensors, f"{name}.o_proj.weight").T)
+
+
+def convolved(config, tensors, name, side, u, z):
+    """Returns a part's input (side 0) or output (side 1) z after DFlash2's convolution, whose kernels come from u."""
+    group = config.get("conv_group_size")
+    if group is None:
+        return z
+    base, made = weight(tensors, f"{name}.base_kernel")[side], u @ weight(tensors, f"{name}.kernel_projection.weight").T
+    made, out = made.reshape(len(u), 2, len(base), -1)[:, side], np.zeros_like(z)
+    for t in range(len(z)):
+        for tap in range(min(t + 1, len(base))):
+            for c in range(z.shape[1]):
+                out[t, c] += (base[tap, c] + made[t, tap, c // group]) * z[t - tap, c]
+    return out
 
 
 def sees(config, layer, anchor, own, other):
@@ -101,9 +122,22 @@ def drafts(config, tensors, states, target_head, anchor, drafted):
     states, logits = unary(config, tensors, states, target_head)
     out, recurrent = np.full((len(drafted), config["vocab_size"]), -np.inf), None
     for i, before in enumerate([anchor, *drafted[:-1]]):
+        if config.get("selector_top_k"):
+            out[i] = selected(config, tensors, states[i], before, logits[i])
+            continue
         bias, recurrent = markov(config, tensors, states[i], before, recurrent)
         for u, logit in enumerate(logits[i] + bias):
             out[i, u + int(tensors["d2t"][u]) if "d2t" in tensors else u] = logit
+    return out
+
+
+def selected(config, tensors, state, before, logits):
+    """Returns the logits of the likeliest tokens, corrected by DFlash2's selector; -inf for all others."""
+    read = weight(tensors, "candidate_selector.predecessor_codebook")[before]
+    read = read * (weight(tensors, "candidate_selector.hidden_projection.weight") @ state)
+    out = np.full(len(logits), -np.inf)
+    for token in np.argsort(-logits)[: config["selector_top_k"]]:
+        out[token] = logits[token] + read @ weight(tensors, "candidate_selector.successor_codebook")[token]
     return out
 
 

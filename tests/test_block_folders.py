@@ -7,7 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from block_heads import CASES, DEEPSPEC, LAYER, LAYERS, SPECFORGE, VOCAB, WIDTH, ZLAB, in_speculators, published
+from block_heads import (
+    CASES,
+    DEEPSPEC,
+    DFLASH2,
+    LAYER,
+    LAYERS,
+    SPECFORGE,
+    VOCAB,
+    WIDTH,
+    ZLAB,
+    in_speculators,
+    published,
+)
 from draft_heads import open_block, write_block
 from test_block import TARGET, opened
 from test_eagle import random_target, write_folder
@@ -66,7 +78,7 @@ def test_the_targets_own_tables_are_not_kept(tmp_path):
     assert own.head.own_embedding and own.head.own_head
 
 
-@pytest.mark.parametrize("config", [ZLAB, DEEPSPEC, SPECFORGE, in_speculators(), in_speculators("dspark")])
+@pytest.mark.parametrize("config", [ZLAB, DFLASH2, DEEPSPEC, SPECFORGE, in_speculators(), in_speculators("dspark")])
 def test_left_over_keys_are_no_surprise(config, caplog):
     block_fields(config, LAYERS)
     assert not caplog.records
@@ -85,12 +97,21 @@ def test_options_choose(tmp_path):
 # What is written.
 
 
-@pytest.mark.parametrize("name", ["DFlash, z-lab", "DFlash, speculators, a smaller vocabulary", "DSpark, speculators"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DFlash, z-lab",
+        "DFlash, speculators, a smaller vocabulary",
+        "DFlash2, z-lab",
+        "DFlash2, speculators",
+        "DSpark, speculators",
+    ],
+)
 def test_a_head_comes_back_as_it_was_written(name, tmp_path):
     case = CASES[name]
     drafter = opened(case, tmp_path / "head")
     specjax.save_drafter(tmp_path / "again", drafter, TARGET, case.config, target_name="some/target")
-    again = open_block(tmp_path / "again", TARGET, case.drafts, "float32")
+    again = open_block(f"{tmp_path / 'again'}{case.options}", TARGET, case.drafts, "float32")
     assert again.head == drafter.head
     jax.tree.map(np.testing.assert_array_equal, again.params, drafter.params)
     written = json.loads((tmp_path / "again" / "config.json").read_text())
@@ -98,7 +119,8 @@ def test_a_head_comes_back_as_it_was_written(name, tmp_path):
         about = written["speculators_config"]
         assert about["verifier"]["name_or_path"] == "some/target"
         assert about["proposal_methods"][0]["speculative_tokens"] == case.drafts
-        assert written["architectures"] == [f"{name.split(',')[0]}Speculator"]
+        kind = name.split(",")[0]
+        assert written["architectures"] == [f"{kind}{'DraftModel' if kind == 'DFlash2' else 'Speculator'}"]
     else:
         assert written["num_target_layers"] == LAYERS and "speculators_config" not in written
     found = open_tensors(tmp_path / "again")
@@ -125,7 +147,16 @@ SHORT = random_target(layers=5)
 BAD_CONFIGS = {
     "another model": (ZLAB | {"architectures": ["LlamaForCausalLM"]}, "is .*LlamaForCausalLM.*, no block draft head"),
     "no class": (ZLAB | {"architectures": None}, "architectures is None, no block draft head"),
-    "DFlash2": (in_speculators("dflash2"), "speculators_model_type is 'dflash2'"),
+    "another kind": (in_speculators("xpress"), "speculators_model_type is 'xpress', no block draft head"),
+    "groups that do not divide": (
+        in_speculators("dflash2", conv_group_size=3),
+        "conv_group_size 3 does not divide the",
+    ),
+    "too many taps": (
+        in_speculators("dflash2", conv_kernel_size=5),
+        "conv_kernel_size must be an integer of at most 4",
+    ),
+    "too many candidates": (in_speculators("dflash2", selector_top_k=41), "selector_top_k must be .* of at most 40"),
     "a number as its kind": (in_speculators() | {"speculators_model_type": 3}, "speculators_model_type is 3"),
     "another projector": (
         SPECFORGE | {"dflash_config": SPECFORGE["dflash_config"] | {"projector_type": "domino"}},

@@ -57,6 +57,7 @@ FOLDERS = {
         {"speculators_model_type": "dspark"},
         ["hidden_norm.weight", "markov_head.markov_w1.weight"],
     ),
+    "speculators' DFlash2, pickled": (["block"], {"speculators_model_type": "dflash2"}, ["/pytorch_model.bin"]),
     "DFlash, pickled": (["block"], {"architectures": ["DFlashDraftModel"]}, ["/pytorch_model.bin"]),
     "MTP": (
         ["mtp"],

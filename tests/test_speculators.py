@@ -1,8 +1,8 @@
 """Draft heads that the package speculators made, against the package's own forward passes.
 
 The tests of a version that is not installed are skipped, so continuous integration runs none. Version 0.9.0 has MTP
-modules, and heads of DFlash, DSpark and P-EAGLE. It asks for an older transformers than the extra ``parity``, but runs with this
-one:
+modules, and heads of DFlash, DFlash2, DSpark and P-EAGLE. It asks for an older transformers than specjax's extra
+``parity``, but runs with this one:
 
     pip install --no-deps --target /tmp/speculators speculators==0.9.0 hs-connectors==0.9.0 openai sniffio datasets \\
         dill multiprocess pandas pyarrow xxhash loguru pydantic-settings
@@ -132,6 +132,17 @@ BLOCKS = {
     "DFlash from the anchor": ("dflash", {"block_size": 3, "sample_from_anchor": True}),
     "DFlash with causal windows": ("dflash", {"block_size": 4, "sliding": True}),
     "DFlash with windows": ("dflash", {"block_size": 4, "sliding": True, "sliding_window_non_causal": True}),
+    "DFlash2": ("dflash2", {"block_size": 4, "sliding": True, "conv_group_size": 4, "selector_top_k": 5}),
+    "DFlash2, three taps, causal": (
+        "dflash2",
+        {
+            "block_size": 4,
+            "sliding": True,
+            "sliding_window_non_causal": False,
+            "conv_kernel_size": 3,
+            "conv_group_size": 8,
+        },
+    ),
     "DSpark, vanilla": ("dspark", {"block_size": 4, "markov_head_type": "vanilla"}),
     "DSpark, gated": ("dspark", {"block_size": 3, "markov_head_type": "gated", "confidence_head_with_markov": False}),
     "DSpark, rnn, a smaller vocabulary": ("dspark", {"block_size": 4, "markov_head_type": "rnn", "drafted": 11}),
@@ -177,14 +188,14 @@ def block_head(kind, verifier, folder, sliding=False, drafted=37, **options):
     kinds = ["full_attention", "sliding_attention" if sliding else "full_attention"]
     layer = transformers.Qwen3Config(**SIZES | {"num_hidden_layers": 2, "layer_types": kinds, **windows})
     layer._attn_implementation = "eager"
-    name = {"dflash": "DFlash", "dspark": "DSpark"}[kind]
+    name = {"dflash": "DFlash", "dflash2": "DFlash2", "dspark": "DSpark"}[kind]
     config = getattr(module, f"{name}SpeculatorConfig")(
         transformer_layer_config=layer,
         speculators_config=about("LlamaForCausalLM", kind, folder / "target"),
         draft_vocab_size=drafted,
         aux_hidden_state_layer_ids=[1, 2],
         mask_token_id=36,
-        **options | ({"markov_rank": 5} if kind == "dspark" else {}),
+        **options | {"dspark": {"markov_rank": 5}, "dflash2": {"selector_rank": 5}}.get(kind, {}),
     )
     head = drawn(getattr(module, f"{name}DraftModel")(config).eval())
     if drafted != 37:
@@ -205,6 +216,10 @@ def own_blocks(head, tokens, features, block):
         max_anchors=rows,
     )
     states, logits = states.reshape(rows, block, -1), logits.reshape(rows, block, -1)
+    if hasattr(head, "candidate_selector"):
+        before = torch.stack([tokens[0, [anchor, *range(anchor, anchor + block - 1)]] for anchor in range(rows)])
+        ids, scores = head.candidate_selector.select(logits, states, before)
+        return states, torch.full_like(logits, -torch.inf).scatter(-1, ids, scores), None
     if not hasattr(head, "markov_head"):
         return states, logits, None
     given = torch.stack([tokens[0, anchor : anchor + block] for anchor in range(rows)])

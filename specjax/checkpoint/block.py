@@ -1,4 +1,4 @@
-"""Folders of DFlash and DSpark heads. All published layouts are read; speculators' and z-lab's are written."""
+"""Folders of DFlash, DFlash2 and DSpark heads. All published layouts are read; speculators' and z-lab's are written."""
 
 import dataclasses
 import logging
@@ -20,6 +20,7 @@ from specjax.hf.keys import read_json, without_keys
 from specjax.hf.safetensors import open_tensors, write_tensors
 from specjax.types import LanguageModel
 
+_CLASSES = {"dflash": "DFlashSpeculator", "dflash2": "DFlash2DraftModel", "dspark": "DSparkSpeculator"}
 _LOG = logging.getLogger(__name__)
 
 
@@ -33,7 +34,7 @@ def open_block(
     window_stays: bool = False,
     argmax: bool = False,
 ) -> tuple[BlockDrafter, Any]:
-    """Opens a DFlash or DSpark head as a drafter of blocks.
+    """Opens a DFlash, DFlash2 or DSpark head as a drafter of blocks.
 
     ``drafter.head.describe()`` says which of the target's states the draft head reads; the log of this module says the
     same. An embedding or output head that equals the target's is dropped, and the target's is used. A folder without
@@ -87,7 +88,7 @@ def fill_block(
     target_name: str | None,
     num_draft: int,
 ) -> None:
-    """Writes a DFlash or DSpark head into a folder, in the layout of its config.
+    """Writes a DFlash, DFlash2 or DSpark head into a folder, in the layout of its config.
 
     Args:
       folder: an empty folder.
@@ -114,7 +115,7 @@ def fill_block(
     if kind is None:
         about |= {"num_target_layers": target.num_layers}
     else:
-        about |= {"architectures": ["DFlashSpeculator" if kind == "dflash" else "DSparkSpeculator"]}
+        about |= {"architectures": [_CLASSES[kind]]}
         if target_name is not None or "speculators_config" not in config:
             about["speculators_config"] = speculators_about(kind, num_draft, target_name)
     write_json(folder / "config.json", {**config, **about})

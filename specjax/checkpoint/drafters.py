@@ -81,7 +81,7 @@ def load_drafter(
     ================== ==================================================================================
     model:DIR          a language model, in a folder that ``specjax.load`` opens
     eagle:DIR          an EAGLE-1, EAGLE-2 or EAGLE-3 head
-    block:DIR          a DFlash, DSpark or P-EAGLE head or a PARD model, which drafts a block in one pass
+    block:DIR          a DFlash, DFlash2, DSpark or P-EAGLE head or a PARD model: one pass for all drafts
     mtp:DIR            multi-token prediction modules, alone or in the folder of their model
     medusa:DIR         Medusa heads, alone or in the folder of their model
     assistant:DIR      an assistant of Gemma 4, which reads the target's cache

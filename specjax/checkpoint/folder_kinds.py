@@ -29,6 +29,7 @@ _SPECULATORS = {
     "eagle3": "eagle",
     "mtp": "mtp",
     "dflash": "block",
+    "dflash2": "block",
     "dspark": "block",
     "peagle": "block",
 }

@@ -5,10 +5,13 @@ import functools
 from typing import Any
 
 import jax.numpy as jnp
+from flax import nnx
 from jax import Array, lax
 
 from specjax.cache import LayerCache
+from specjax.drafters.candidates import LocalConvolution
 from specjax.transformer.attend import attention_windows
+from specjax.transformer.config import DecoderConfig, LayerConfig
 from specjax.transformer.decoder import DecoderLayer
 from specjax.transformer.layers import rotate, softmax
 
@@ -34,7 +37,19 @@ class Sight:
 
 
 class BlockLayer(DecoderLayer):
-    """A layer over the places of a block, which see kept keys and values of the text and each other."""
+    """A layer over the places of a block, which see kept keys and values of the text and each other.
+
+    ``taps``: how many places the convolutions around attention and MLP see (DFlash2); 0: there are none.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, layer: LayerConfig, dtype: jnp.dtype, rngs: nnx.Rngs, taps: int = 0, group: int = 1
+    ):
+        super().__init__(config, layer, dtype, rngs)
+        convolutions = (
+            [LocalConvolution(config.hidden_size, taps, group, dtype, rngs) for _ in range(2)] if taps else []
+        )
+        self.attention_conv, self.mlp_conv = convolutions or (None, None)
 
     def keys_values(self, x_btd: Array, tables: Tables) -> LayerCache:
         """Returns keys and values ``[b, k, t, h]``."""
@@ -43,11 +58,18 @@ class BlockLayer(DecoderLayer):
 
     def run(self, x_btd: Array, stored: LayerCache, sight: Sight, tables: Tables) -> Array:
         """Returns the residual stream ``[b, t, d]`` after the layer."""
-        normed_btd, own = self.input_layernorm(x_btd), self.self_attn  # type: ignore[misc]
+        assert self.input_layernorm is not None and self.post_attention_layernorm is not None
+        u_btd, own = self.input_layernorm(x_btd), self.self_attn
+        normed_btd, made = (u_btd, None) if self.attention_conv is None else self.attention_conv.before(u_btd)
         query_bnth = self._rotated(_heads(own.q_proj(normed_btd), own.n, own.q_norm), tables)
         out_bnth = attend(query_bnth, stored, self.keys_values(normed_btd, tables), sight, own.scale)
         b, _, t, _ = out_bnth.shape
-        return self.add(x_btd, normed_btd, own.o_proj(out_bnth.transpose(0, 2, 1, 3).reshape(b, t, -1)))
+        y_btd = own.o_proj(out_bnth.transpose(0, 2, 1, 3).reshape(b, t, -1))
+        if self.attention_conv is None or self.mlp_conv is None or made is None:
+            return self.add(x_btd, normed_btd, y_btd)
+        x_btd = x_btd + self.attention_conv.after(y_btd, made)
+        z_btd, made = self.mlp_conv.before(self.post_attention_layernorm(x_btd))
+        return x_btd + self.mlp_conv.after(self.mlp(z_btd), made)
 
     def _rotated(self, x: Array, tables: Tables) -> Array:
         rope = self.self_attn.layer.rope

@@ -1,4 +1,4 @@
-"""DFlash and DSpark: draft heads whose block attends to the target's states, and to itself in both directions."""
+"""DFlash, DFlash2 and DSpark: draft heads whose block attends to the target's states, and to itself both ways."""
 
 import dataclasses
 from typing import Any
@@ -11,6 +11,7 @@ from specjax.cache import KVCache, LayerCache, update
 from specjax.checks import check_integer
 from specjax.drafters.block import Block
 from specjax.drafters.block_layers import BlockLayer, Sight, Tables
+from specjax.drafters.candidates import Selector
 from specjax.drafters.fields import check_unset
 from specjax.drafters.markov import KINDS, ConfidenceHead, Kind, MarkovHead
 from specjax.rows import text_at
@@ -29,7 +30,9 @@ class DFlashHead:
     Each layer keeps keys and values of all c, which get no norm of the layer's. A block is the row's last token, the
     anchor, and masks after it. Its queries see all c, and all places of the block: there is no order among drafts.
     DSpark (DeepSeek-AI 2026, arXiv 2607.05147) adds a Markov head, which corrects a draft's logits by the token before
-    it, and a confidence head, which estimates whether a draft will be accepted.
+    it, and a confidence head, which estimates whether a draft will be accepted. DFlash2 (z-lab) adds convolutions
+    around attention and MLP, over the places of a block, and a selector, which chooses each draft among the likeliest
+    tokens by the token before it.
 
     Example, a row of n = 10 tokens and a block of 4: the target's states, and so c, are known at positions 0 to 8. The
     block has positions 9 to 12. Position 9 holds token 9, the others the mask. DFlash: positions 10 to 12 predict
@@ -56,6 +59,10 @@ class DFlashHead:
       markov_rank: r, the width of W1's rows.
       confidence: whether there is a confidence head.
       confidence_with_markov: whether the confidence head reads W1's row of the token before, beside the state.
+      conv_taps: places that the convolutions see, their own included; 0: there are none.
+      conv_group: entries of a state that share what the convolutions make of the state; divides the width.
+      selector_rank: r of the selector's tables; None: there is no selector. Not with a Markov head.
+      selector_top_k: how many of the likeliest tokens the selector chooses among.
 
     Raises:
       ValueError: a size is out of range, fields contradict each other, or ``decoder`` has fields that the draft head
@@ -77,6 +84,10 @@ class DFlashHead:
     markov_rank: int = 256
     confidence: bool = False
     confidence_with_markov: bool = False
+    conv_taps: int = 0
+    conv_group: int = 16
+    selector_rank: int | None = None
+    selector_top_k: int = 16
 
     def __post_init__(self):
         # 1. Defaults and sizes.
@@ -89,6 +100,17 @@ class DFlashHead:
         check_integer("block_size", self.block_size, 1 if self.from_anchor else 2, 2**16)
         check_integer("mask_token_id", self.mask_token, 0, self.vocab_size - 1)
         check_integer("markov_rank", self.markov_rank, 1)
+        check_integer("conv_kernel_size", self.conv_taps, 0, self.block_size)
+        if self.conv_taps:
+            check_integer("conv_group_size", self.conv_group, 1)
+            if self.decoder.hidden_size % self.conv_group:
+                raise ValueError(
+                    f"conv_group_size {self.conv_group} does not divide the width {self.decoder.hidden_size}; give a "
+                    "number that does"
+                )
+        if self.selector_rank is not None:
+            check_integer("selector_rank", self.selector_rank, 1)
+            check_integer("selector_top_k", self.selector_top_k, 1, self.vocab_size)
         if self.draft_vocab_size is not None:
             check_integer("draft_vocab_size", self.draft_vocab_size, 1, self.vocab_size)
         assert self.causal is not None
@@ -105,6 +127,8 @@ class DFlashHead:
             raise ValueError(f"the Markov head is {self.markov!r}; supported: {', '.join(KINDS)}")
         if self.confidence_with_markov and not (self.confidence and self.markov):
             raise ValueError("confidence_with_markov is true; it needs a confidence head and a Markov head")
+        if self.selector_rank is not None and (self.markov or self.draft_vocab_size is not None):
+            raise ValueError("a draft head with a selector has no Markov head and drafts the whole vocabulary")
         if self.draft_vocab_size is not None and not self.own_head:
             raise ValueError(
                 f"draft_vocab_size is {self.draft_vocab_size} and there is no output head for these tokens; give the "
@@ -119,6 +143,7 @@ class DFlashHead:
         # 3. What the layers do not compute.
         ignored = ["learned_positions", "per_layer", "recurrence", "latent", "experts", "parallel", "value_norm"]
         ignored += ["attention_sinks", "attention_softcap", "output_gate", "norm_places"]
+        ignored += ["residual_scale", "layer_scale"]
         ignored += ["embedding_scale"] * self.own_embedding
         ignored += ["logit_scale", "logit_softcap", "head_bias"] * self.own_head
         check_unset("a block draft head", self.decoder, *ignored)
@@ -152,9 +177,11 @@ class DFlashHead:
         layers, width = self.decoder.num_hidden_layers, self.decoder.hidden_size
         parts = [f"{self.markov} Markov head of rank {self.markov_rank}"] if self.markov else []
         parts += ["confidence head"] if self.confidence else []
+        parts += [f"selector of rank {self.selector_rank}"] if self.selector_rank else []
         states = ", ".join(map(str, self.capture))
+        name = "DFlash2" if self.conv_taps or self.selector_rank else "DSpark" if parts else "DFlash"
         return (
-            f"{'DSpark' if parts else 'DFlash'} head, {layers} layer{'s' if layers > 1 else ''} of width {width}"
+            f"{name} head, {layers} layer{'s' if layers > 1 else ''} of width {width}"
             + "".join(f", {part}" for part in parts)
             + f": {self.most_drafts} drafts in a block of {self.block_size}, reads the target's hidden states {states} "
             f"(0 the embedding output, i the output of layer i), drafts {self.draft_vocab_size or self.vocab_size} of "
@@ -241,6 +268,8 @@ class DFlashHead:
     ) -> tuple[Array, Array | None]:
         """Corrects a draft's logits by the token before it; see ``specjax.drafters.block.Head.step``."""
         module = self._bind(params)
+        if self.selector_rank is not None:
+            return module.candidate_selector(logits_bu, state_bd, token_b), carry
         if self.markov is not None:
             bias_bu, carry = module.markov_head(state_bd, token_b, carry)
             logits_bu = logits_bu + bias_bu
@@ -281,7 +310,9 @@ class _DFlash(nnx.Module):
             self.embed_tokens = Embedding(head.vocab_size, width, dtype, rngs)
         self.fc = Linear(len(head.capture) * target_width, width, False, dtype, rngs, (None, "embed"))
         self.hidden_norm = make_norm(config, width, dtype)
-        self.layers = nnx.List([BlockLayer(config, layer, dtype, rngs) for layer in config.each_layer])
+        self.layers = nnx.List(
+            [BlockLayer(config, layer, dtype, rngs, head.conv_taps, head.conv_group) for layer in config.each_layer]
+        )
         self.norm = make_norm(config, width, dtype)
         if head.own_head:
             # With a reduced draft vocabulary, logits are looked up by the target's ids. With logits split over devices,
@@ -295,6 +326,9 @@ class _DFlash(nnx.Module):
         if head.markov is not None:
             sizes = (rank, width, head.vocab_size, head.draft_vocab_size)
             self.markov_head = MarkovHead(head.markov, *sizes, dtype, rngs)
+        if head.selector_rank is not None:
+            sizes = (width, head.selector_rank, head.vocab_size, head.selector_top_k)
+            self.candidate_selector = Selector(*sizes, dtype, rngs)
         if head.confidence:
             self.confidence_head = ConfidenceHead(width + rank * head.confidence_with_markov, dtype, rngs)
 

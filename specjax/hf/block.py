@@ -1,4 +1,4 @@
-"""DFlash and DSpark heads in the layouts in which they are published: z-lab, DeepSpec, SpecForge and speculators.
+"""DFlash, DFlash2 and DSpark heads in their published layouts: z-lab, DeepSpec, SpecForge and speculators.
 
 Published configs number the target's states in two conventions. Layers are counted from 0.
 
@@ -22,15 +22,21 @@ from specjax.hf.safetensors import Tensor, TensorSpec
 from specjax.hf.weights import tensors_of
 from specjax.transformer.config import DecoderConfig
 
-SPECULATORS = ("dflash", "dspark")
+SPECULATORS = ("dflash", "dflash2", "dspark")
 """``speculators_model_type`` of the draft heads that are read."""
 
 # Model classes of the other layouts, and what they are.
-_ARCHITECTURES = {"DFlashDraftModel": "dflash", "DSparkDraftModel": "dspark", "Qwen3DSparkModel": "dspark"}
+_ARCHITECTURES = {
+    "DFlashDraftModel": "dflash",
+    "DFlash2DraftModel": "dflash2",
+    "DSparkDraftModel": "dspark",
+    "Qwen3DSparkModel": "dspark",
+}
 _IDS, _OURS = "target_layer_ids", "aux_hidden_state_layer_ids"
 # Keys that these layouts have in ``dflash_config`` or at the top level.
 _OPTIONS = ("block_size", "mask_token_id", _IDS, "projector_type", "causal", "attention_modes")
 _DSPARK = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov")
+_DFLASH2 = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
 _TRAINING = ("num_anchors", "confidence_head_alpha", "use_aux_hidden_state", "auto_map")
 _OWN = ("num_target_layers", "draft_vocab_size", "is_causal")  # at the top level alone
 # Options that are not computed, and the values that change nothing.
@@ -82,7 +88,7 @@ def _of_speculators(raw: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
         raise ValueError(f"target_hidden_size is {width}; speculators computes {decoder.hidden_size}, the head's own")
     # 2. The block.
     ids = keys.take(_OURS, None)
-    two_way = keys.flag("sliding_window_non_causal", False)
+    two_way = keys.flag("sliding_window_non_causal", kind == "dflash2")
     fields = {
         "decoder": decoder,
         "capture": _indices(_OURS, [2, num_layers // 2, num_layers - 3] if ids is None else ids, 0),
@@ -95,6 +101,8 @@ def _of_speculators(raw: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
     # 3. DSpark's heads.
     if kind == "dspark":
         fields |= _dspark({key: keys.take(key) for key in _DSPARK if key in keys}, 256, True)
+    if kind == "dflash2":
+        fields |= _dflash2({key: keys.take(key) for key in _DFLASH2 if key in keys})
     warn_unknown("config.json", (*keys.switched_off(), *unknown))
     return fields
 
@@ -127,6 +135,8 @@ def _of_others(raw: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
     }
     if kind == "dspark":
         fields |= _dspark({key: options.take(key) for key in _DSPARK if key in options}, 0, False)
+    if kind == "dflash2":
+        fields |= _dflash2({key: options.take(key) for key in _DFLASH2 if key in options})
     warn_unknown("config.json", (*options.switched_off(), *unknown, *others))
     return fields
 
@@ -138,7 +148,7 @@ def _split(raw: Mapping[str, Any]) -> tuple[Keys, dict[str, Any], tuple[str, ...
         raise ValueError(f"dflash_config is {inner!r}; it must be an object")
     layer.pop("dflash_config", None)
     found: dict[str, Any] = {}
-    for key in (*_OPTIONS, *_DSPARK, *_NEUTRAL):
+    for key in (*_OPTIONS, *_DSPARK, *_DFLASH2, *_NEUTRAL):
         values = [place[key] for place in (inner, layer) if place.get(key) is not None]
         if len(values) == 2 and values[0] != values[1]:
             raise ValueError(f"{key} is {values[1]!r}, but {values[0]!r} in dflash_config; give one of them")
@@ -150,13 +160,13 @@ def _split(raw: Mapping[str, Any]) -> tuple[Keys, dict[str, Any], tuple[str, ...
     modes = options.take("attention_modes", None)
     if modes is not None and (not isinstance(modes, list) or not set(map(str, modes)) <= {"gqa", "mha"}):
         raise ValueError(f"attention_modes is {modes!r}; a block draft head computes only 'gqa' and 'mha'")
-    others = {key: inner[key] for key in inner if key not in (*_OPTIONS, *_DSPARK, *_NEUTRAL, *_TRAINING)}
+    others = {key: inner[key] for key in inner if key not in (*_OPTIONS, *_DSPARK, *_DFLASH2, *_NEUTRAL, *_TRAINING)}
     unknown = Keys(others, "dflash_config").switched_off()
     return options, {key: layer[key] for key in layer if key not in _TRAINING}, unknown
 
 
 def _kind(architectures: Any, projector: Any) -> str:
-    """Returns "dflash" or "dspark"."""
+    """Returns "dflash", "dflash2" or "dspark"."""
     names = [architectures] if isinstance(architectures, str) else architectures
     name = names[0] if isinstance(names, list) and names else None
     if not isinstance(name, str) or name not in _ARCHITECTURES:
@@ -198,11 +208,23 @@ def _dspark(found: Mapping[str, Any], rank: int, trusts: bool) -> dict[str, Any]
     return fields | ({"markov": kind, "markov_rank": rank} if rank else {})
 
 
+def _dflash2(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of the convolutions and the selector."""
+    keys = Keys(found, "config.json")
+    return {
+        "conv_taps": keys.integer("conv_kernel_size", 2),
+        "conv_group": keys.integer("conv_group_size", 16),
+        "selector_rank": keys.integer("selector_rank", 256),
+        "selector_top_k": keys.integer("selector_top_k", 16),
+    }
+
+
 def block_tensors(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns a folder's tensors by the names of the parameters; raises ValueError if two would have one name."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in found.items():
         known = name.removeprefix("model.")
+        known = known.removesuffix(".weight") if known.endswith("_codebook.weight") else known
         if known in tensors:
             raise ValueError(f"tensors {tensors[known].name!r} and {name!r} are both {known!r}; remove one of them")
         tensors[known] = tensor
