@@ -138,6 +138,18 @@ CASES = {
     ),
     "medusa": (TARGET, MEDUSA),
     "dflash": (TARGET, DFLASH),
+    "dflash2": (
+        TARGET,
+        block(
+            DFlashHead(
+                *(windowed(2), (0, 2), DRAFTS + 1, 9),
+                conv_taps=2,
+                conv_group=4,
+                selector_rank=4,
+                selector_top_k=5,
+            )
+        ),
+    ),
     "dspark, a smaller vocabulary": (
         TARGET,
         block(
