@@ -27,7 +27,7 @@ from test_verify import TOLERANCE, normalised, precision
 from wrong_tree_rules import FULL, TWO_PATHS, trees_of
 
 from specjax import verify
-from specjax.types import Proposal
+from specjax.types import Proposal, ancestors
 from specjax.verify import paths
 
 RULES = {"recursive": verify.recursive, "traversal": verify.traversal, "multipath": verify.multipath}
@@ -883,7 +883,7 @@ def test_a_cut_proposal_stays_a_tree():
 def test_paths():
     """Lines of ancestors, the first path of successes, its last place and its drafts in order."""
     parents = jnp.array([[-1, -1, 0, 0, 1, 3]], jnp.int32)
-    lines = paths.lines(parents)
+    lines = ancestors(parents)
     assert [list(np.flatnonzero(line)) for line in lines[0]] == [
         sorted(line) for line in twin_lines(parents[0].tolist())
     ]

@@ -22,17 +22,6 @@ def proposed(proposal: Proposal) -> Array:
     return jnp.arange(proposal.tokens_bg.shape[1], dtype=jnp.int32)[None] < proposal.length_b[:, None]
 
 
-def lines(parents_bg: Array) -> Array:
-    """Returns bool ``[b, g, g]``: whether draft i is draft j or one that draft j comes after, at place [j, i]."""
-    g = parents_bg.shape[1]
-    index_g = jnp.arange(g, dtype=jnp.int32)
-    line_bgg = jnp.eye(g, dtype=bool)[None] | (parents_bg[:, :, None] == index_g[None, None])
-    for _ in range(max(g - 1, 0).bit_length()):  # each product doubles how far back the lines reach
-        steps_bgg = line_bgg.astype(jnp.float32)
-        line_bgg = jnp.einsum("bij,bjk->bik", steps_bgg, steps_bgg) > 0
-    return line_bgg
-
-
 def first_path(success_bg: Array, parents_bg: Array, line_bgg: Array) -> Array:
     """Returns bool ``[b, g]``, the drafts of the path from the root that takes the first success among siblings.
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from specjax.types import Draws, Proposal, Verdict
+from specjax.types import Draws, Proposal, Verdict, ancestors
 from specjax.verify import paths
 from specjax.verify.chains import residual
 
@@ -163,7 +163,7 @@ def multipath_thresholds(proposal: Proposal, p_btv: Array) -> TreeThresholds:
         )
     rows, g = proposal.tokens_bg.shape
     row_b, parents_bg, proposed_bg = jnp.arange(rows), paths.parents_of(proposal), paths.proposed(proposal)
-    line_bgg = paths.lines(parents_bg)
+    line_bgg = ancestors(parents_bg)
     depth_bg = line_bgg.sum(-1, dtype=jnp.int32)
     ones_b, zeros_b = jnp.ones((rows,), p_btv.dtype), jnp.zeros((rows,), p_btv.dtype)
 
@@ -297,7 +297,7 @@ class TreeRule:
             none_b = jnp.zeros((rows,), jnp.int32)
             return Verdict(none_b, draws.emit(target_btv[:, 0], none_b))
         parents_bg = paths.parents_of(proposal)
-        line_bgg = paths.lines(parents_bg)
+        line_bgg = ancestors(parents_bg)
         chance_bg, left_btv = self.thresholds(proposal, target_btv)
         success_bg = (draws.uniforms(g) < chance_bg) & paths.proposed(proposal)
         kept_bg = paths.first_path(self.keep(success_bg, line_bgg), parents_bg, line_bgg)
