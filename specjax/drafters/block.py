@@ -79,7 +79,10 @@ class Head(Protocol):
 def likeliest(draw: Draw) -> Draw:
     """Returns a ``Draw`` that takes the likeliest token of the distribution, the lowest id among equals."""
 
-    def likeliest_of(logits_bv: Array, drafts_bg: Array, index: int | Array) -> tuple[Array, Array]:
+    def likeliest_of(
+        logits_bv: Array, drafts_bg: Array, index: int | Array, before_bg: Array | None = None
+    ) -> tuple[Array, Array]:
+        del before_bg  # blocks draft chains
         _, probs_bv = draw(logits_bv, drafts_bg, index)
         return most_likely(probs_bv), probs_bv
 
