@@ -64,6 +64,23 @@ def assert_drafts_as_if_read_anew(target, state, drafter):
     np.testing.assert_allclose(found_rgv, wanted_rgv, atol=1e-4, rtol=0)
 
 
+def assert_rows_that_change_are_as_read_anew(target, drafter):
+    """Rows that are extended, and a row that is put in, draft as if their text had been read at once."""
+    rng, vocab = np.random.default_rng(2), target.vocab_size
+    prompts = [rng.integers(vocab, size=n).tolist() for n in (1, 4, 9)]
+    settings = {"drafter": drafter, "fixed": True, "sampling": specjax.Sampling(seed=2)}
+    state = specjax.prefill(target, prompts, max_new_tokens=40, **settings)
+    state = specjax.run(target, state, drafter=drafter, rounds=2)
+    more = [rng.integers(vocab, size=n).tolist() for n in (3, 1, 2)]
+    state = specjax.extend(target, state, more, drafter=drafter, max_new_tokens=30)
+    assert_drafts_as_if_read_anew(target, state, drafter)
+    other = specjax.prefill(target, [prompts[2][:6]], max_new_tokens=20, slots=state.tokens_bs.shape[1], **settings)
+    state = specjax.insert(specjax.stop(state, [False, True, False]), [1], other)
+    assert_drafts_as_if_read_anew(target, state, drafter)
+    state = specjax.run(target, state, drafter=drafter, rounds=2)
+    assert_drafts_as_if_read_anew(target, state, drafter)
+
+
 # ``jit`` may confuse drafters of different classes with equal fields, so the class is an argument.
 
 

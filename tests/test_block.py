@@ -12,8 +12,8 @@ from draft_heads import open_block
 from flax import struct
 from heads_observing import (
     assert_chunks_are_as_one_pass,
-    assert_drafts_as_if_read_anew,
     assert_rounds_alone_are_as_one_pass,
+    assert_rows_that_change_are_as_read_anew,
     context_of,
 )
 from jitted import jit
@@ -208,20 +208,7 @@ def test_rounds_without_drafts_are_read_as_a_prompt_is(small):
 
 
 def test_rows_that_are_extended_or_put_in_are_as_read_anew(small):
-    target, drafter = small
-    rng = np.random.default_rng(2)
-    prompts = [rng.integers(VOCAB, size=n).tolist() for n in (1, 4, 9)]
-    settings = {"drafter": drafter, "fixed": True, "sampling": specjax.Sampling(seed=2)}
-    state = specjax.prefill(target, prompts, max_new_tokens=40, **settings)
-    state = specjax.run(target, state, drafter=drafter, rounds=2)
-    more = [rng.integers(VOCAB, size=n).tolist() for n in (3, 1, 2)]
-    state = specjax.extend(target, state, more, drafter=drafter, max_new_tokens=30)
-    assert_drafts_as_if_read_anew(target, state, drafter)
-    other = specjax.prefill(target, [prompts[2][:6]], max_new_tokens=20, slots=state.tokens_bs.shape[1], **settings)
-    state = specjax.insert(specjax.stop(state, [False, True, False]), [1], other)
-    assert_drafts_as_if_read_anew(target, state, drafter)
-    state = specjax.run(target, state, drafter=drafter, rounds=2)
-    assert_drafts_as_if_read_anew(target, state, drafter)
+    assert_rows_that_change_are_as_read_anew(*small)
 
 
 def test_narrow_rounds_take_the_first_drafts(small):

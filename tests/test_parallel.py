@@ -14,8 +14,8 @@ import test_eagle
 from draft_heads import open_block, open_eagle
 from heads_observing import (
     assert_chunks_are_as_one_pass,
-    assert_drafts_as_if_read_anew,
     assert_rounds_alone_are_as_one_pass,
+    assert_rows_that_change_are_as_read_anew,
 )
 from perfect_blocks import acceptance, perfect_target
 from test_drafters import step
@@ -296,17 +296,7 @@ def test_rounds_without_drafts_are_read_as_a_prompt_is(name):
 
 @pytest.mark.parametrize("name", BOTH)
 def test_rows_that_are_extended_or_put_in_are_as_read_anew(name):
-    drafter, rng = BOTH[name](), np.random.default_rng(2)
-    prompts = [rng.integers(VOCAB, size=n).tolist() for n in (1, 4, 9)]
-    settings = {"drafter": drafter, "fixed": True, "sampling": specjax.Sampling(seed=2)}
-    state = specjax.prefill(TARGET, prompts, max_new_tokens=40, **settings)
-    state = specjax.run(TARGET, state, drafter=drafter, rounds=2)
-    more = [rng.integers(VOCAB, size=n).tolist() for n in (3, 1, 2)]
-    state = specjax.extend(TARGET, state, more, drafter=drafter, max_new_tokens=30)
-    assert_drafts_as_if_read_anew(TARGET, state, drafter)
-    other = specjax.prefill(TARGET, [prompts[2][:6]], max_new_tokens=20, slots=state.tokens_bs.shape[1], **settings)
-    state = specjax.insert(specjax.stop(state, [False, True, False]), [1], other)
-    assert_drafts_as_if_read_anew(TARGET, state, drafter)
+    assert_rows_that_change_are_as_read_anew(TARGET, BOTH[name]())
 
 
 @pytest.mark.parametrize("name", BOTH)

@@ -44,8 +44,20 @@ def ranks_along(parents, leaf):
     return tuple(ranks)
 
 
+class OfOneShape(Stateless):
+    """A drafter of the trees of its ``parents``, but for ``propose``."""
+
+    @property
+    def num_draft(self):
+        return len(self.parents)
+
+    @property
+    def tree_depth(self):
+        return max(depths(self.parents))
+
+
 @struct.dataclass
-class TreeDrafter(Stateless):
+class TreeDrafter(OfOneShape):
     """A tree of one shape from a table of logits after each two tokens.
 
     Attributes:
@@ -62,14 +74,6 @@ class TreeDrafter(Stateless):
     ranks: tuple | None = struct.field(pytree_node=False, default=None)
     ragged: bool = struct.field(pytree_node=False, default=False)
     replacement: bool = struct.field(pytree_node=False, default=True)
-
-    @property
-    def num_draft(self):
-        return len(self.parents)
-
-    @property
-    def tree_depth(self):
-        return max(depths(self.parents))
 
     def propose(self, state, context, draw):
         rows, last_b = context.length_b.shape[0], context.length_b - 1
@@ -103,7 +107,7 @@ class TreeDrafter(Stateless):
 
 
 @struct.dataclass
-class Oracle(Stateless):
+class Oracle(OfOneShape):
     """A tree with a known text on the path to one draft, which changes from round to round, and other tokens beside it.
 
     Attributes:
@@ -115,14 +119,6 @@ class Oracle(Stateless):
     text_bs: jax.Array
     vocab_size: int = struct.field(pytree_node=False)
     parents: tuple = struct.field(pytree_node=False, default=BUSHY)
-
-    @property
-    def num_draft(self):
-        return len(self.parents)
-
-    @property
-    def tree_depth(self):
-        return max(depths(self.parents))
 
     def propose(self, state, context, draw):
         rows, g = context.length_b.shape[0], self.num_draft

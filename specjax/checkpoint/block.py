@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from specjax.checkpoint.models import check_params
 from specjax.checkpoint.new_folder import write_json
-from specjax.checkpoint.shared import check_draft_ids, is_targets_embedding, is_targets_head, speculators_about
+from specjax.checkpoint.shared import check_draft_ids, drop_targets_tables, speculators_about
 from specjax.checks import errors_name
 from specjax.drafters.block import BlockDrafter
 from specjax.drafters.dflash import DFlashHead
@@ -69,12 +69,7 @@ def open_block(
         own = {"own_embedding": "embed_tokens.weight" in tensors, "own_head": "lm_head.weight" in tensors}
         head = _head(fields, target, **own, mapped=draft_of_v is not None)
         params = head_parameters(tensors, draft_of_v, head.abstract_params())
-        if head.own_embedding and is_targets_embedding(params["embed_tokens"]["weight"], target):
-            head = dataclasses.replace(head, own_embedding=False)
-            del params["embed_tokens"]
-        if head.own_head and is_targets_head(params["lm_head"]["kernel"], target):
-            head = dataclasses.replace(head, own_head=False)
-            del params["lm_head"]
+        head = dataclasses.replace(head, **drop_targets_tables(params, own, target))
         drafter = BlockDrafter(head.abstract_params(dtype), head, num_draft, argmax=argmax)
     _LOG.info("%s: %s", path, head.describe())
     return drafter, params

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from specjax.checkpoint.models import check_params
 from specjax.checkpoint.new_folder import write_json
-from specjax.checkpoint.shared import check_draft_ids, is_targets_embedding, is_targets_head, speculators_about
+from specjax.checkpoint.shared import check_draft_ids, drop_targets_tables, is_targets_head, speculators_about
 from specjax.checks import errors_name
 from specjax.drafters.eagle import EagleHead, check_fit
 from specjax.drafters.feature import FeatureDrafter
@@ -89,12 +89,7 @@ def open_eagle(
         params = head_parameters(tensors, draft_of_v, head.abstract_params())
         if targets is not None:
             _check_targets_head(targets, target)
-        if head.own_embedding and is_targets_embedding(params["embed_tokens"]["weight"], target):
-            head = dataclasses.replace(head, own_embedding=False)
-            del params["embed_tokens"]
-        if head.own_head and is_targets_head(params["lm_head"]["kernel"], target):
-            head = dataclasses.replace(head, own_head=False)
-            del params["lm_head"]
+        head = dataclasses.replace(head, **drop_targets_tables(params, own, target))
     _LOG.info("%s: %s", path, head.describe())
     return FeatureDrafter(head.abstract_params(dtype), head, num_draft), params
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from specjax.checkpoint.eagle import describe_eagle, fitting_head
 from specjax.checkpoint.models import check_params
 from specjax.checkpoint.new_folder import write_json
-from specjax.checkpoint.shared import check_draft_ids, is_targets_embedding, is_targets_head, speculators_about
+from specjax.checkpoint.shared import check_draft_ids, drop_targets_tables, speculators_about
 from specjax.checks import errors_name
 from specjax.drafters.block import BlockDrafter
 from specjax.drafters.peagle import PEagleHead
@@ -55,8 +55,8 @@ def open_peagle(
     """
     raw = without_keys(read_json(path / "config.json"), ignore_config_keys)
     with errors_name(path / "config.json"):
-        eagle, mask = split_config(raw)
-        _, fields = describe_eagle(eagle, target)
+        config, mask = split_config(raw)
+        _, fields = describe_eagle(config, target)
     found = open_tensors(path)
     with errors_name(path):
         tensors = eagle_tensors(found, tied=False)
@@ -64,14 +64,8 @@ def open_peagle(
         own = {"own_embedding": "embed_tokens.weight" in tensors, "own_head": "lm_head.weight" in tensors}
         head = PEagleHead(fitting_head(fields, target, **own, mapped=draft_of_v is not None), mask)
         params = head_parameters(tensors, draft_of_v, head.abstract_params())
-        kept = dict(own)
-        if kept["own_embedding"] and is_targets_embedding(params["embed_tokens"]["weight"], target):
-            kept["own_embedding"] = False
-            del params["embed_tokens"]
-        if kept["own_head"] and is_targets_head(params["lm_head"]["kernel"], target):
-            kept["own_head"] = False
-            del params["lm_head"]
-        head = dataclasses.replace(head, eagle=dataclasses.replace(head.eagle, **kept))
+        eagle = dataclasses.replace(head.eagle, **drop_targets_tables(params, own, target))
+        head = dataclasses.replace(head, eagle=eagle)
     _LOG.info("%s: %s", path, head.describe())
     return BlockDrafter(head.abstract_params(dtype), head, num_draft, argmax=argmax), params
 

@@ -64,6 +64,27 @@ def is_targets_head(kernel_dv: Parameter, target: LanguageModel) -> bool:
     return _equal(kernel_dv, rows)
 
 
+def drop_targets_tables(params: Any, own: dict[str, bool], target: LanguageModel) -> dict[str, bool]:
+    """Drops the embedding and output head of a draft head that equal the target's, which are then used.
+
+    Args:
+      params: of ``Parameter``, changed in place.
+      own: "own_embedding" and "own_head", whether the folder has them.
+      target: the model to draft for, with ``embed`` and ``unembed``.
+
+    Returns:
+      ``own``, of what is left.
+    """
+    own = dict(own)
+    if own["own_embedding"] and is_targets_embedding(params["embed_tokens"]["weight"], target):
+        own["own_embedding"] = False
+        del params["embed_tokens"]
+    if own["own_head"] and is_targets_head(params["lm_head"]["kernel"], target):
+        own["own_head"] = False
+        del params["lm_head"]
+    return own
+
+
 def check_draft_ids(params: Any, draft_vocab_size: int | None) -> None:
     """Raises ValueError unless ``draft_of_v``, if it is there, holds each of ``draft_vocab_size`` draft ids once."""
     if "draft_of_v" in params:

@@ -12,6 +12,7 @@ from specjax.checks import check_integer
 from specjax.drafters.block import Block
 from specjax.drafters.block_layers import BlockLayer, Sight, Tables
 from specjax.drafters.candidates import Selector
+from specjax.drafters.draft_ids import by_targets_ids
 from specjax.drafters.fields import check_unset
 from specjax.drafters.markov import KINDS, ConfidenceHead, Kind, MarkovHead
 from specjax.rows import text_at
@@ -275,9 +276,7 @@ class DFlashHead:
             logits_bu = logits_bu + bias_bu
         if self.draft_vocab_size is None:
             return logits_bu, carry
-        # From the draft's ids to the target's. Tokens outside of the draft vocabulary look up entry 0 and are masked.
-        draft_of_v = module.draft_of_v[...]
-        return jnp.where((draft_of_v >= 0)[None], logits_bu[:, jnp.maximum(draft_of_v, 0)], -jnp.inf), carry
+        return by_targets_ids(logits_bu, module.draft_of_v[...]), carry
 
     def confidence_of(self, params: Any, state_bd: Array, token_b: Array) -> Array:
         """Returns float32 ``[b]``: the estimated probability that a draft is accepted, given that all before it are.

@@ -11,7 +11,7 @@ from jax import Array
 
 from specjax.cache import KVCache, Stored
 from specjax.checks import check_integer
-from specjax.drafters.feature import tokens_of_draft
+from specjax.drafters.draft_ids import by_targets_ids, tokens_of_draft
 from specjax.drafters.fields import check_unset
 from specjax.transformer.config import DecoderConfig, LayerConfig
 from specjax.transformer.decoder import DecoderLayer, empty_cache, run_layers
@@ -218,8 +218,8 @@ class EagleHead:
         logits, draft_of_v = self._output(params, target, states_bd), self.draft_of_v(params)
         if draft_of_v is None:
             return logits
-        # Tokens outside of the draft vocabulary look up entry 0 and are masked.
-        logits = logits[:, jnp.maximum(draft_of_v, 0)] if self.own_head else logits
+        if self.own_head:
+            return by_targets_ids(logits, draft_of_v)
         return jnp.where((draft_of_v >= 0)[None], logits, -jnp.inf)
 
     def draft_logits(self, params: Any, target: LanguageModel, states_bd: Array) -> Array:

@@ -82,12 +82,6 @@ class Head(Protocol):
         ...
 
 
-def tokens_of_draft(draft_of_v: Array, size: int) -> Array:
-    """Returns int32 ``[size]``, the target's ids of a draft vocabulary's tokens, from ``Head.draft_of_v``."""
-    token_v = jnp.arange(draft_of_v.shape[0], dtype=jnp.int32)
-    return jnp.zeros((size,), jnp.int32).at[jnp.where(draft_of_v >= 0, draft_of_v, size)].set(token_v, mode="drop")
-
-
 @struct.dataclass
 class FeatureState:
     """What a head remembers between rounds. In a row of n tokens, its last slot with a known state is n - 2.

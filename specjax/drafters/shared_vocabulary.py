@@ -8,6 +8,7 @@ from flax import struct
 from jax import Array, lax
 
 from specjax.drafters.chain import Chain, place, repeat
+from specjax.drafters.draft_ids import by_targets_ids
 from specjax.rows import text_at
 from specjax.text.vocabulary import VocabularyMap
 from specjax.types import Cache, Context, Draw, Event, Feed, LanguageModel, Proposal
@@ -190,8 +191,7 @@ class SharedVocabularyDrafter:
 
     def _restricted(self, logits_bu: Array) -> Array:
         """Returns the shared tokens' logits in the target's vocabulary, -inf for all others."""
-        logits_bv = logits_bu.astype(jnp.float32)[:, jnp.maximum(self.draft_of_v, 0)]
-        return jnp.where((self.draft_of_v >= 0)[None], logits_bv, -jnp.inf)
+        return by_targets_ids(logits_bu.astype(jnp.float32), self.draft_of_v)
 
 
 def shared_vocabulary_drafter(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from specjax.drafters.feature import tokens_of_draft
+from specjax.drafters.draft_ids import tokens_of_draft
 
 
 def next_token(logits_btv: Array, tokens_bt: Array) -> Array:
