@@ -77,7 +77,8 @@ def update(stored: LayerCache | None, new: LayerCache, start_b: Array) -> LayerC
     # On a GPU each update is a kernel, and a scatter is one kernel for all rows. On a TPU a scatter would copy and pad
     # the cache, and on a CPU it is a slow loop.
     on_tpu = functools.partial(row_by_row, constrain=_unpadded)
-    return by_platform(stored, new, start_b, cuda=scattered, rocm=scattered, tpu=on_tpu, default=row_by_row)
+    on_cpu = as_integers if stored[0].dtype == jnp.bfloat16 else row_by_row
+    return by_platform(stored, new, start_b, cuda=scattered, rocm=scattered, tpu=on_tpu, cpu=on_cpu, default=row_by_row)
 
 
 def gather_slots(stored: LayerCache, start_b: Array, path_bt: Array) -> LayerCache:
@@ -104,12 +105,26 @@ def scattered(stored: LayerCache, new: LayerCache, start_b: Array) -> LayerCache
     )
 
 
+def as_integers(stored: LayerCache, new: LayerCache, start_b: Array) -> LayerCache:
+    """Writes bfloat16 as integers of 16 bits. Arguments and result are those of ``update``.
+
+    XLA:CPU would convert the whole cache to float32 and back for each row. Bits are copied once for all rows.
+    """
+    bits = [tuple(lax.bitcast_convert_type(x, jnp.uint16) for x in arrays) for arrays in (stored, new)]
+    written = row_by_row(*bits, start_b, unrolled=1)
+    return tuple(lax.bitcast_convert_type(x, jnp.bfloat16) for x in written)
+
+
 def row_by_row(
-    stored: LayerCache, new: LayerCache, start_b: Array, constrain: Callable[[Array], Array] = lambda array: array
+    stored: LayerCache,
+    new: LayerCache,
+    start_b: Array,
+    constrain: Callable[[Array], Array] = lambda array: array,
+    unrolled: int = MOST_UNROLLED_ROWS,
 ) -> LayerCache:
     """Writes one row after another; XLA does each update in place.
 
-    ``constrain`` is applied to the arrays that a loop carries.
+    ``constrain`` is applied to the arrays that a loop carries. Up to ``unrolled`` rows are written without a loop.
     """
     rows, zero = start_b.shape[0], jnp.zeros((), start_b.dtype)
     # Flat rows have one layout. XLA:TPU (libtpu 0.0.42) fails where a loop copies what it reads into another layout.
@@ -124,7 +139,7 @@ def row_by_row(
     def write_in_loop(row: Array, stored: LayerCache) -> LayerCache:
         return tuple(map(constrain, write(row, tuple(map(constrain, stored)))))
 
-    if rows > MOST_UNROLLED_ROWS:
+    if rows > unrolled:
         return lax.fori_loop(0, rows, write_in_loop, stored)
     for row in range(rows):
         stored = write(row, stored)

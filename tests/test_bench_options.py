@@ -29,7 +29,15 @@ HYBRID |= {"layer_types": ["linear_attention", "full_attention"], "linear_conv_k
 HYBRID |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
 HYBRID |= {"linear_key_head_dim": 3, "linear_value_head_dim": 5}
 VOID = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta"}
-FACTS = {"device": "cpu", "devices": 1, "instruction set": "AVX2", "cores": 2, "jax": "1", "python": "3"}
+FACTS = {
+    "device": "cpu",
+    "devices": 1,
+    "instruction set": "AVX2",
+    "cores": 2,
+    "jax": "1",
+    "python": "3",
+    "dtype": "float32",
+}
 
 
 @pytest.fixture(scope="module")

@@ -23,18 +23,19 @@ def _looped(stored, new, start_b):
 
 
 WAYS = {"unrolled": cache_lib.row_by_row, "looped": _looped, "scattered": cache_lib.scattered}
+IN_DTYPES = [(way, dtype) for way in WAYS for dtype in (jnp.float32, jnp.bfloat16)]
+WAYS["integers"] = cache_lib.as_integers
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize(("way", "dtype"), [*IN_DTYPES, ("integers", jnp.bfloat16)])
 @pytest.mark.parametrize("start", [(0, 0, 0), (0, 5, 9), (9, 8, 7), (3, 3, 9)])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_each_way_of_writing_equals_the_twin(way, start, dtype):
     """Up to the last slot; each array has its own width."""
     rng = np.random.default_rng(0)
     before, new = (
         tuple(jnp.asarray(rng.normal(size=(3, 2, slots, width)), dtype) for width in (4, 6)) for slots in (SLOTS, 3)
     )
-    written = jax.jit(way)(before, new, jnp.asarray(start, jnp.int32))
+    written = jax.jit(WAYS[way])(before, new, jnp.asarray(start, jnp.int32))
     for after, old, block in zip(written, before, new, strict=True):
         assert after.dtype == dtype
         np.testing.assert_array_equal(after, reference_model.write(old, block, start))
@@ -44,6 +45,17 @@ def test_a_write_of_the_whole_row_in_the_dtype_of_the_cache():
     new = np.random.default_rng(0).normal(size=(2, 1, SLOTS, 4)).astype(np.float32)
     (after,) = cache_lib.update((jnp.ones((2, 1, SLOTS, 4), jnp.bfloat16),), (new,), jnp.zeros(2, jnp.int32))
     np.testing.assert_array_equal(after, new.astype(jnp.bfloat16))
+
+
+def test_a_cpu_converts_no_cache_of_bfloat16():
+    """The check is first shown the way that does."""
+
+    def is_converted(way):
+        stored, new = (jnp.zeros((3, 2, slots, 4), jnp.bfloat16) for slots in (SLOTS, 1))
+        compiled = jax.jit(way, donate_argnums=0).lower((stored,), (new,), jnp.zeros(3, jnp.int32)).compile()
+        return f"f32[3,2,{SLOTS},4]" in compiled.as_text()
+
+    assert is_converted(cache_lib.row_by_row) and not is_converted(cache_lib.update)
 
 
 def test_programs_do_not_grow_with_rows():

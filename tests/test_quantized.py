@@ -157,6 +157,22 @@ def test_all_ways_to_multiply_agree(kind, rows):
         np.testing.assert_allclose(product(x, stored), wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_bfloat16_on_a_cpu(rows, transposed):
+    """The sum is one of float32 and is rounded once. A second row joins a single one."""
+    keys = jax.random.split(jax.random.key(0))
+    x, stored = (
+        jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, ((rows, 64), (64, 24)), strict=True)
+    )
+    wanted = np.asarray(x, np.float64) @ np.asarray(stored, np.float64)
+    compiled = jax.jit(functools.partial(product, transposed=transposed)).lower(x, stored.T if transposed else stored)
+    assert f"tensor<{max(rows, 2)}x24xf32>" in compiled.as_text()
+    y = compiled.compile()(x, stored.T if transposed else stored)
+    assert y.shape == (rows, 24) and y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(y, np.float64), wanted, rtol=2.0**-8, atol=1e-4)
+
+
 def test_experts_agree():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(7, GROUP)), jnp.float32)

@@ -217,3 +217,12 @@ def test_an_eagle_head_starts_with_the_output_head_of_its_target(folder, size):
     spread = np.sqrt(np.square(kernel_du).sum(0).mean())  # of logits, where the states' entries have size 1
     assert (spread > 1) == (size == 100)
     np.testing.assert_allclose(started["norm"]["weight"], np.full(16, 8 / max(spread, 1)), rtol=1e-5)
+
+
+def test_the_target_computes_in_another_dtype(script, folder, tmp_path):
+    """The draft is stored as always."""
+    output = tmp_path / "draft"
+    assert run(script, folder, "eagle", *AMOUNT, "--dtype", "bfloat16", runs="runs-16", output=output) == 0
+    dtypes = {x.dtype for x in jax.tree.leaves(specjax.load_drafter(f"eagle:{output}", specjax.open(folder / "tiny")))}
+    assert np.dtype("float32") in dtypes
+    assert run(script, folder, "eagle", *AMOUNT, runs="runs-16", output=output) == 2

@@ -33,7 +33,7 @@ from specjax.commands import (
     rollback,
     sweep,
 )
-from specjax.commands.console import add_quantize, print_table
+from specjax.commands.console import add_dtype, add_quantize, print_table
 from specjax.commands.prompts import bench_prompts
 
 # Drafters of the shipped target. The target's folder replaces {0}.
@@ -89,6 +89,7 @@ def main(argv: list[str] | None = None, prog: str = "bench.py") -> int:
         try:
             _check(args)
             mesh = stack.enter_context(hosts.run(args))
+            args.dtype = args.dtype or str(specjax.default_dtype())
             # Over a mesh, only `speed` can run, and `data` must divide the batches.
             chosen = _chosen(args, mesh)
             parts = 1 if mesh is None else mesh.shape["data"]
@@ -105,12 +106,12 @@ def main(argv: list[str] | None = None, prog: str = "bench.py") -> int:
             args.drafters = args.drafters or (shipped if Path(f"{args.target}-draft").is_dir() else ["ngram"])
         except ValueError as error:
             parser.error(hosts.describe(error))
-        facts = machine.facts()
+        facts = machine.facts(args.dtype)
         over = "" if mesh is None else f", mesh {dict(mesh.shape)}"
         print(f"{machine.heading(facts)}{over}\n")
         found = {what: BENCHMARKS[what](args) for what in chosen}
         if "sweep" in found:
-            facts |= machine.roof()
+            facts |= machine.roof(args.dtype)
         if args.notes:
             facts["peers"] = args.notes
         if hosts.is_first():
@@ -130,6 +131,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="read only the config.json of target and draft, and take as many positions as the contexts need",
     )
     add_quantize(parser)
+    add_dtype(parser)
     add("--num-draft", type=_count, nargs="+", default=[4], metavar="G")
     add(
         "--forced-acceptance",

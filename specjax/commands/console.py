@@ -51,6 +51,15 @@ def add_quantize(parser: Any) -> None:
         parser.add_argument(name, choices=KINDS, help=f"quantise the weights of the {what} (docs/quantization.md)")
 
 
+def add_dtype(parser: Any, what: str = "models") -> None:
+    """Adds ``--dtype`` to a parser, or to a group of its options. ``what``: the models."""
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help=f"dtype of {what} (default: bfloat16, and float32 on a CPU)",
+    )
+
+
 def add_adapter(parser: Any, what: str) -> None:
     """Adds ``--adapter`` to a parser, or to a group of its options. ``what``: the model that it is merged into."""
     parser.add_argument("--adapter", type=Path, metavar="DIR", help=f"merge the LoRA adapter in DIR into {what}")

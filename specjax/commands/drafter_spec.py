@@ -20,6 +20,7 @@ def named_drafter(
     ignore_config_keys: Sequence[str] = (),
     quantize: Kind | None = None,
     tree: int | None = None,
+    dtype: str | None = None,
 ) -> Any:
     """Opens a drafter, and notes facts about it that a user may not expect on standard error.
 
@@ -38,6 +39,7 @@ def named_drafter(
         ignore_config_keys=ignore_config_keys,
         quantize=quantize,
         tree=tree,
+        dtype=dtype,
     )
     # A draft head's config may leave open which of the target's states it reads. A draft of another tokenizer can
     # draft only some tokens. Both may explain a low acceptance rate.

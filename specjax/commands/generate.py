@@ -20,7 +20,7 @@ import specjax
 from specjax.checkpoint.generation import load_generation_defaults
 from specjax.checkpoint.spec import folders_of
 from specjax.commands import compilation_cache, figures, hosts
-from specjax.commands.console import Parser, add_adapter, add_ignored_keys, add_quantize, write_whole
+from specjax.commands.console import Parser, add_adapter, add_dtype, add_ignored_keys, add_quantize, write_whole
 from specjax.commands.drafter_spec import named_drafter
 from specjax.commands.places import folder_or_shipped, shipped
 from specjax.commands.streams import has_escapes
@@ -124,6 +124,7 @@ def parse(argv: list[str] | None, prog: str) -> tuple[Parser, argparse.Namespace
     add_adapter(models, "the target")
     add_ignored_keys(models)
     add_quantize(models)
+    add_dtype(models)
     models.add_argument("--num-draft", type=int, default=4, metavar="N", help="tokens drafted per round (default: 4)")
     models.add_argument(
         "--tree",
@@ -315,13 +316,15 @@ def main(argv: list[str] | None = None, prog: str = "generate.py") -> None:
             # Errors of models, drafter and options come before anything compiles, and each is one line.
             ignored = args.ignore_config_keys
             options = {"ignore_config_keys": ignored, "quantize": args.quantize, "adapter": args.adapter}
+            options["dtype"] = args.dtype
             opened = specjax.open(args.target, mesh=mesh, **options)
             target, tokenizer = opened.model, opened.need_tokenizer()
             rules = specjax.sharding.RULES if args.shard_draft else {}
             drafter = None
             if spec != "none":
                 drafter = named_drafter(
-                    spec, opened, tokenizer, args.num_draft, mesh, rules, ignored, args.quantize_draft, args.tree
+                    *(spec, opened, tokenizer, args.num_draft, mesh, rules, ignored, args.quantize_draft, args.tree),
+                    dtype=args.dtype,
                 )
             elif args.tree is not None:
                 raise ValueError(f"--tree is {args.tree} and --drafter is none; give eagle:DIR, mtp:DIR or medusa:DIR")

@@ -13,19 +13,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-import specjax
 from specjax.planning import Hardware
 
 CPUINFO = Path("/proc/cpuinfo")  # Linux
 # The widest first. A name and the flag that says so.
-INSTRUCTION_SETS = (("AVX-512", "avx512f"), ("AVX2", "avx2"), ("AVX", "avx"), ("SVE", "sve"), ("NEON", "asimd"))
+INSTRUCTION_SETS = (
+    ("AMX", "amx_bf16"),
+    ("AVX-512", "avx512f"),
+    ("AVX2", "avx2"),
+    ("AVX", "avx"),
+    ("SVE", "sve"),
+    ("NEON", "asimd"),
+)
 ARRAY_BYTES = 2**28  # far more than a CPU's caches hold
 SQUARE = 2048  # rows and columns of the matrices whose product measures arithmetic
 TRIES = 7  # of each measurement, the fastest counts: both are bounds
 
 
 def instruction_set(cpuinfo: Path = CPUINFO) -> str:
-    """Returns the widest vector instruction set of the CPU, such as "AVX-512" or "AVX2".
+    """Returns the widest set of vector or matrix instructions of the CPU, such as "AMX" or "AVX2".
 
     Without a readable ``cpuinfo`` or a known flag, returns the architecture, such as "arm64".
     """
@@ -37,8 +43,8 @@ def instruction_set(cpuinfo: Path = CPUINFO) -> str:
     return next((name for name, flag in INSTRUCTION_SETS if flag in flags), platform.machine())
 
 
-def facts() -> dict[str, Any]:
-    """Returns what the machine is, for the heading of tables and for JSON."""
+def facts(dtype: str) -> dict[str, Any]:
+    """Returns what the machine is, for the heading of tables and for JSON. ``dtype``: of the models."""
     return {
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
@@ -46,13 +52,14 @@ def facts() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "jax": jax.__version__,
         "python": platform.python_version(),
+        "dtype": dtype,
     }
 
 
 def heading(known: dict[str, Any]) -> str:
     """Returns one line with the facts."""
     cpu = f"CPU with {known['instruction set']}, {known['cores']} cores"
-    return f"jax {known['jax']}, Python {known['python']}, {known['device']} ({cpu})"
+    return f"jax {known['jax']}, Python {known['python']}, {known['device']} ({cpu}), {known['dtype']}"
 
 
 def _least_seconds(function: Callable[[Any], Any], x: Any) -> float:
@@ -79,13 +86,13 @@ def measured_hardware(dtype: str) -> Hardware:
     x = jnp.ones((ARRAY_BYTES // 4,), jnp.float32)
     bandwidth = ARRAY_BYTES / _least_seconds(jax.jit(jnp.sum), x)
     square = jnp.ones((SQUARE, SQUARE), dtype)
-    flops = 2 * SQUARE**3 / _least_seconds(jax.jit(lambda a: a @ a), square)
+    product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))  # as models multiply
+    flops = 2 * SQUARE**3 / _least_seconds(product, square)
     return Hardware(bandwidth=bandwidth, flops={dtype: flops, "bfloat16": flops})
 
 
-def roof() -> dict[str, float]:
-    """Returns the measured bandwidth and arithmetic in the units of tables."""
-    dtype = str(specjax.default_dtype())
+def roof(dtype: str) -> dict[str, float]:
+    """Returns the measured bandwidth, and the arithmetic in a dtype, in the units of tables."""
     hardware = measured_hardware(dtype)
     return {"bandwidth GB/s": hardware.bandwidth / 1e9, "GFLOP/s": hardware.flops[dtype] / 1e9}
 

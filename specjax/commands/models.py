@@ -63,7 +63,7 @@ def open_all(args: argparse.Namespace, chosen: list[str], mesh: Mesh | None) -> 
     if not DRAFTLESS.issuperset(chosen):
         args.draft = folder_or_shipped(args.draft, "py-14m-draft", "--draft")
         hosts.check_same_folders(args.target, args.draft)
-    args.opened = specjax.open(args.target, mesh=mesh, quantize=args.quantize)
+    args.opened = specjax.open(args.target, mesh=mesh, quantize=args.quantize, dtype=args.dtype)
     args.model = args.opened.model
     if not DRAFTLESS.issuperset(chosen):
         _open_draft(args, mesh)
@@ -73,7 +73,9 @@ def open_all(args: argparse.Namespace, chosen: list[str], mesh: Mesh | None) -> 
 def _open_draft(args: argparse.Namespace, mesh: Mesh | None) -> None:
     # The draft is small, so it is whole on each device.
     args.drafts = {
-        g: specjax.load_drafter(f"model:{args.draft}", args.model, g, mesh=mesh, quantize=args.quantize_draft)
+        g: specjax.load_drafter(
+            f"model:{args.draft}", args.model, g, mesh=mesh, quantize=args.quantize_draft, dtype=args.dtype
+        )
         for g in args.num_draft
     }
     args.config = read_config(config_path(args.target))[0]
@@ -116,7 +118,7 @@ def _draw_all(args: argparse.Namespace, given: Path | None) -> None:
             f"--draft has a vocabulary of {args.draft_config.vocab_size}, and --target one of "
             f"{args.config.vocab_size}; give a draft with the target's"
         )
-    args.model, draft = random_model(args.config, 0), random_model(args.draft_config, 1)
+    args.model, draft = random_model(args.config, 0, args.dtype), random_model(args.draft_config, 1, args.dtype)
     if args.quantize:
         args.model = specjax.quantize(args.model, args.quantize)
     if args.quantize_draft:

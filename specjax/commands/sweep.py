@@ -51,7 +51,7 @@ def bench_sweep(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     Prompts are read before the timing begins.
     """
-    hardware = machine.measured_hardware(_dtype())
+    hardware = machine.measured_hardware(args.dtype)
     rows = []
     for context in args.context:
         for batch in args.batch or BATCHES:
@@ -62,14 +62,14 @@ def bench_sweep(args: argparse.Namespace) -> list[dict[str, Any]]:
     forced = f", acceptance forced to {args.forced_acceptance}" if args.forced_acceptance else ""
     weights = ", random weights" if args.random_weights else ""
     print_table(f"Decoding by batch and context, greedy{weights}{forced}", rows, SPEEDS)
-    bound = f"{hardware.bandwidth / 1e9:.3g} GB/s, {hardware.flops[_dtype()] / 1e9:.3g} GFLOP/s, measured"
+    bound = f"{hardware.bandwidth / 1e9:.3g} GB/s, {hardware.flops[args.dtype] / 1e9:.3g} GFLOP/s, measured"
     return print_table(f"A step and a round against the floor ({bound})", rows, FLOORS)
 
 
 def fits(args: argparse.Namespace, batch: int, context: int) -> bool:
     """Returns whether the caches of a row of the table fit into free memory, with a note if they do not."""
     # Three states are kept, and one more runs.
-    model = Model(args.config, cache=_dtype())
+    model = Model(args.config, cache=args.dtype)
     needed = 4 * cache_bytes(model, batch, _slots(args, context))
     free = machine.free_bytes()
     if needed > free:
@@ -136,9 +136,9 @@ def floors(args: argparse.Namespace, row: dict[str, Any], plain_s: float, round_
     widths = [2] + [1] * (row["num_draft"] - 1)
     works["round"] = [_pass(args, args.config, row["batch"], row["num_draft"] + 1, used)]
     works["round"] += [_pass(args, args.draft_config, row["batch"], width, used) for width in widths]
-    hardware, found = machine.measured_hardware(_dtype()), {}
+    hardware, found = machine.measured_hardware(args.dtype), {}
     for name, measured in (("plain", plain_s), ("round", round_s)):
-        floor = sum(seconds(work, hardware, _dtype()).total for work in works[name])
+        floor = sum(seconds(work, hardware, args.dtype).total for work in works[name])
         read, flops = sum(work.read for work in works[name]), sum(work.flops for work in works[name])
         found[f"{name} ms"] = measured * 1e3
         found[f"{name} floor ms"] = floor * 1e3
@@ -152,12 +152,8 @@ def _pass(
     args: argparse.Namespace, config: specjax.transformer.DecoderConfig, rows: int, tokens: int, used: int
 ) -> Pass:
     kind = args.quantize if config is args.config else args.quantize_draft
-    weights = "float8" if kind == "fp8" else kind or _dtype()
-    return forward(Model(config, weights=weights, cache=_dtype()), Mesh(), rows, tokens, used)
-
-
-def _dtype() -> str:
-    return str(specjax.default_dtype())
+    weights = "float8" if kind == "fp8" else kind or args.dtype
+    return forward(Model(config, weights=weights, cache=args.dtype), Mesh(), rows, tokens, used)
 
 
 def bench_startup(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ import specjax
 from specjax import training
 from specjax.checkpoint.fetched import PUBLISHED, model_path
 from specjax.commands import compilation_cache, hosts
-from specjax.commands.console import Parser, add_ignored_keys, write_whole
+from specjax.commands.console import Parser, add_dtype, add_ignored_keys, write_whole
 from specjax.commands.draft_card import card, measure, show
 from specjax.commands.run_state import RunState
 from specjax.commands.train import digest_of, halved, plot, start_run, train_stage
@@ -83,6 +83,7 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=100, help="steps between saves; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of text, parameters and batches")
     parser.add_argument("--mesh", help=argparse.SUPPRESS)
+    add_dtype(parser, "the target")
     add_ignored_keys(parser)
     compilation_cache.add_options(parser)
     parser.set_defaults(distributed=False, coordinator=None)  # one process, for the compilation cache
@@ -158,7 +159,7 @@ def train_draft(args: argparse.Namespace, command: str) -> None:
       FloatingPointError: a loss is not finite.
     """
     # 1. Everything that a user can have wrong comes before the sampling, which takes long.
-    opened = specjax.open(args.target, ignore_config_keys=args.ignore_config_keys)
+    opened = specjax.open(args.target, dtype=args.dtype, ignore_config_keys=args.ignore_config_keys)
     named = str(args.target) in PUBLISHED
     target_name = str(args.target) if named else model_path(args.target).resolve().name.removesuffix(".gguf")
     output = args.output or Path("checkpoints") / f"{target_name}-{args.kind}"

@@ -133,7 +133,8 @@ def _over_windows(
         seen_bts = _slots_of_tree(used, *seen, *tree) if tree else _slots(used, *seen)
         scores = jnp.where(seen_bts[:, None], scores, -jnp.inf)
         weights = softmax(scores, sinks).astype(values.dtype)
-        return jnp.einsum("bkqs,bksh->bkqh", weights.reshape(b, k, q, used), values)
+        out = jnp.einsum("bkqs,bksh->bkqh", weights.reshape(b, k, q, used), values, preferred_element_type=jnp.float32)
+        return out.astype(values.dtype)
 
     # One branch for each window, chosen on the device: the length of the text is not known when this compiles.
     windows = attention_windows(stored[0].shape[2])

@@ -28,18 +28,21 @@ def product(x: Array, kernel: Kernel, dtype: jnp.dtype | None = None, *, transpo
       ``[.., out]``.
     """
     dtype = x.dtype if dtype is None else dtype
+    halves = isinstance(kernel, Array) and x.dtype == jnp.bfloat16
     if isinstance(kernel, Quantized):
         ways = _quantized_ways(kernel, few=x.size <= _FEW_ROWS * x.shape[-1])
     else:
-        dense = functools.partial(_dense, axis=1 if transposed else 0)
-        ways = {"cpu": dense, "default": dense}
+        axis = 1 if transposed else 0
+        dense = functools.partial(_dense, axis=axis)
+        ways = {"cpu": functools.partial(_rounded, axis=axis) if halves else dense, "default": dense}
     if x.size == x.shape[-1]:
         # A single row would leave the matrix unit: XLA multiplies and adds on the vector unit, which takes 2.7 times as
         # long on a TPU v5e. On a GPU it writes products as large as the kernel to memory. A second, equal row prevents
-        # both. A CPU has no such unit.
-        ways = {name: way if name == "cpu" else functools.partial(_twice, way) for name, way in ways.items()}
+        # both. A CPU has such a unit for bfloat16 at most.
+        alone = () if halves else ("cpu",)
+        ways = {name: way if name in alone else functools.partial(_twice, way) for name, way in ways.items()}
     ways = {name: functools.partial(way, dtype=dtype) for name, way in ways.items()}
-    if isinstance(kernel, Array) and x.size > x.shape[-1]:
+    if isinstance(kernel, Array) and x.size > x.shape[-1] and not halves:
         return ways["default"](x, kernel)
     return by_platform(x, kernel, **ways)
 
@@ -88,6 +91,11 @@ def _twice(way: Way, x: Array, kernel: Kernel, dtype: jnp.dtype) -> Array:
 
 def _dense(x: Array, kernel: Array, axis: int, dtype: jnp.dtype) -> Array:
     return lax.dot_general(x, kernel, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=dtype)
+
+
+def _rounded(x: Array, kernel: Array, axis: int, dtype: jnp.dtype) -> Array:
+    # XLA:CPU has fast products of bfloat16, some in matrix units, but only for sums in float32.
+    return _dense(x, kernel, axis, jnp.dtype("float32")).astype(dtype)
 
 
 def _scaled(x: Array, kernel: Quantized, dtype: jnp.dtype) -> Array:

@@ -119,7 +119,8 @@ def prepare(record: Recorder, small: bool, shape: str) -> Bench:
     raw = json.loads((planning.CONFIGS / f"{SHAPES[shape]}.json").read_text(encoding="utf-8"))
     raws = raw | (SMALL if small else {}), raw | (SMALL if small else {}) | ({} if small else DRAFT)
     config, draft = map(decoder_config, raws)
-    target, small_model = random_model(config, 0), random_model(draft, 1)
+    dtype = specjax.default_dtype()
+    target, small_model = random_model(config, 0, dtype), random_model(draft, 1, dtype)
     drafters = {
         # On text without meaning, prompt lookup finds no match in most rounds. Its cost is the same with any drafts.
         "ngram": specjax.testing.AlwaysDrafting(specjax.NGramDrafter(NUM_DRAFT)),
@@ -128,11 +129,11 @@ def prepare(record: Recorder, small: bool, shape: str) -> Bench:
     return Bench(record, LITTLE if small else FULL, config, target, draft, drafters, copy_bandwidth(small))
 
 
-def random_model(config: specjax.transformer.DecoderConfig, seed: int) -> specjax.LanguageModel:
-    """Returns a model of the device's usual dtype, whose matrices are drawn on the device, one after the other."""
+def random_model(config: specjax.transformer.DecoderConfig, seed: int, dtype: jnp.dtype | str) -> specjax.LanguageModel:
+    """Returns a model whose matrices are drawn on the device, one after the other."""
     # One jitted function for each shape, in place of one for all layers: it compiles at once, and never holds the
     # random bits of two matrices.
-    shapes = abstract_params(config, specjax.default_dtype())
+    shapes = abstract_params(config, jnp.dtype(dtype))
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     drawn = [
