@@ -265,8 +265,8 @@ def test_first_differences():
 
 def test_the_page_escapes():
     row = {"library": "<b>", "decoding": "a & b", "tokens/s": 1.0, "text equal": "1 of 1"}
-    page = bench_page.render({"machine": FACTS | {"device": "<script>"}, "peer": [row]})
-    assert "<script" not in page and "<b>:" not in page and "a &amp; b" in page
+    page = bench_page.render({"machine": FACTS | {"device": "<script>", "peers": ["A.", "B."]}, "peer": [row]})
+    assert "<b>A. B.</b>" in page and "<script" not in page and "<b>:" not in page and "a &amp; b" in page
     Checker(page)
 
 

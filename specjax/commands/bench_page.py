@@ -172,6 +172,8 @@ def _table(rows: Rows) -> str:
 def _value(value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, list):
+        return " ".join(map(_value, value))
     return escape(f"{value:.3g}" if isinstance(value, float) else str(value))
 
 
