@@ -309,17 +309,27 @@ class RoundDraws:
         keys = self._keys(_ACCEPT, self.length_b)
         return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
 
-    def emit(self, weights_bv: Array, offset_b: Array) -> Array:
-        """Returns int32 ``[b]``, the token to emit ``offset_b`` places past the row's end."""
-        return self._race(weights_bv, lambda: self._keys(_EMIT, self.length_b + offset_b))
+    def emit(self, weights_bv: Array, offset_b: Array, distinct: tuple[int, Array] | None = None) -> Array:
+        """Returns int32 ``[b]``, the token to emit ``offset_b`` places past the row's end; ``distinct`` as below."""
+        return self._race(weights_bv, lambda: self._keys(_EMIT, self.length_b + offset_b), distinct)
 
-    def draft(self, weights_bv: Array, index: int | Array) -> Array:
-        """Returns int32 ``[b]``, the draft token ``index``. Its noise is used for no other draw."""
+    def draft(self, weights_bv: Array, index: int | Array, distinct: tuple[int, Array] | None = None) -> Array:
+        """Returns int32 ``[b]``, the draft token ``index``. Its noise is used for no other draw.
+
+        ``distinct``, a number n and float32 ``[b, v]``, asks for int32 ``[b, n]``: that token, and n - 1 others, drawn
+        without replacement. Where all tokens of weight above 0 are drawn, the highest entry that is left is next.
+        """
         index_b = jnp.full_like(self.length_b, index)
-        return self._race(weights_bv, lambda: self._keys(_DRAFT, self.length_b, index_b))
+        return self._race(weights_bv, lambda: self._keys(_DRAFT, self.length_b, index_b), distinct)
 
-    def _race(self, weights_bv: Array, keys: Any) -> Array:
-        return lax.cond(self.sampled, lambda: exponential_race(weights_bv, keys()), lambda: most_likely(weights_bv))
+    def _race(self, weights_bv: Array, keys: Any, distinct: tuple[int, Array] | None = None) -> Array:
+        if distinct is None:
+            return lax.cond(self.sampled, lambda: exponential_race(weights_bv, keys()), lambda: most_likely(weights_bv))
+        count, else_bv = distinct
+        # The first arrivals of one race are draws without replacement (Efraimidis and Spirakis 2006).
+        rate_bv = lax.cond(self.sampled, lambda: arrivals(weights_bv, keys()), lambda: weights_bv)
+        last_bv = else_bv - jnp.max(else_bv, axis=-1, keepdims=True) - 1  # below 0
+        return lax.top_k(jnp.where(weights_bv > 0, rate_bv, last_bv), count)[1].astype(jnp.int32)
 
 
 def exponential_race(weights_bv: Array, keys_b: Array) -> Array:
@@ -335,10 +345,15 @@ def exponential_race(weights_bv: Array, keys_b: Array) -> Array:
     Returns:
       int32 ``[b]``. A token of weight 0 is never drawn unless all weights are 0.
     """
+    return most_likely(arrivals(weights_bv, keys_b))
+
+
+def arrivals(weights_bv: Array, keys_b: Array) -> Array:
+    """Returns float32 ``[b, v]``, w / E for each token, with E of an exponential law; see ``exponential_race``."""
     # 32 random bits per token, where jax.random.uniform has 23: rare tokens keep their probabilities.
     uniform_bv = (random_bits(keys_b, weights_bv.shape[-1]).astype(jnp.float32) + 0.5) * 2.0**-32
     arrival_bv = -jnp.log1p(-jnp.minimum(uniform_bv, 1 - 2.0**-24))  # finite, so that the only possible token wins
-    return most_likely(weights_bv / arrival_bv)
+    return weights_bv / arrival_bv
 
 
 def random_bits(keys_b: Array, count: int) -> Array:

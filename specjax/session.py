@@ -16,6 +16,7 @@ from specjax.checkpoint.generation import load_generation_defaults
 from specjax.checkpoint.opened import Opened
 from specjax.checkpoint.opened import open as open_folder
 from specjax.engine.adapt import places_past
+from specjax.engine.arguments import check_rule
 from specjax.engine.loop import extend, prefill, run
 from specjax.engine.state import State, stop
 from specjax.sampling import Sampling
@@ -87,7 +88,9 @@ class Session:
         drafter: str | Drafter | None = None,
         num_draft: int = 4,
         *,
-        verify: VerifyRule = verify_lib.block,
+        tree: int | None = None,
+        siblings: str | None = None,
+        verify: VerifyRule | None = None,
         slots: int | None = None,
         seed: int = 0,
         fixed: bool = False,
@@ -98,8 +101,11 @@ class Session:
         Args:
           opened: the result of ``specjax.open``, or a folder, which is then opened.
           drafter: a drafter, or a text for ``specjax.load_drafter`` such as "model:DIR"; None is plain decoding.
-          num_draft: g, tokens proposed per round. Only for a drafter that is given as a text.
-          verify: a rule of ``specjax.verify``.
+          num_draft: g, tokens proposed per round; with ``tree``, the most on one path. Only for a drafter that is given
+            as a text.
+          tree, siblings: drafts of a tree, and how siblings come about, as for ``specjax.load_drafter``. Only for a
+            drafter that is given as a text.
+          verify: a rule of ``specjax.verify``. None takes ``verify.default_rule(drafter)``.
           slots: tokens to allocate per row, for prompt, text and drafts. None allocates as many as each call needs, and
             at least 2048 for most conversations, so that later turns find room.
           seed: the seed of the first prompt that comes without a seed. Each further such prompt has the next seed.
@@ -109,14 +115,22 @@ class Session:
             ``do_sample: false``.
 
         Raises:
-          ValueError: the folder has no tokenizer, or its ``generation_config.json`` is damaged; or as for
-            ``specjax.open`` and ``specjax.load_drafter``.
+          ValueError: the folder has no tokenizer, or its ``generation_config.json`` is damaged; ``tree`` is given, and
+            the drafter not as a text; the rule does not verify what the drafter proposes; or as for ``specjax.open``
+            and ``specjax.load_drafter``.
         """
         self.opened = opened if isinstance(opened, Opened) else open_folder(opened)
         self._tokenizer = self.opened.need_tokenizer()
         if isinstance(drafter, str):
-            drafter = load_drafter(drafter, self.opened, num_draft, mesh=_mesh_of(self.opened))
+            mesh = _mesh_of(self.opened)
+            drafter = load_drafter(drafter, self.opened, num_draft, mesh=mesh, tree=tree, siblings=siblings)
+        elif (tree, siblings) != (None, None):
+            raise ValueError(
+                f"tree is {tree!r}, siblings {siblings!r} and drafter no text; give a text, or a drafter of trees alone"
+            )
         self.drafter = drafter
+        verify = verify_lib.default_rule(drafter) if verify is None else verify
+        check_rule(verify, drafter)  # before a prompt is read
         self._verify, self._slots, self._seed, self._fixed = verify, slots, seed, fixed
         self._defaults = load_generation_defaults(self.opened.path) if generation_defaults else {}
         self._kept: _Kept | None = None

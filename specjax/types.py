@@ -19,6 +19,9 @@ from jax import Array
 Cache = Any
 """Whatever pytree a model's ``init_cache`` returns; rows first."""
 
+SIBLINGS = ("chosen", "distinct", "independent", "paths")
+"""How siblings of a tree come about; see ``Drafter``."""
+
 Axis = str | tuple[str, int] | None
 """What a dimension of a parameter stands for, by which it may be split over devices (``specjax.sharding.RULES``):
 "vocab"; ("heads", n), where it has n parts that stay whole; or None, never split."""
@@ -363,6 +366,9 @@ class VerifyRule(Protocol):
 
     Optional: ``trees``, static, true where the rule takes proposals with ``parents_bg``. Other rules take chains only.
 
+    Optional: ``paths``, static, true where drafts of a tree that were drawn must be independent paths from the root:
+    see ``Drafter`` on ``siblings``.
+
     Attributes:
       shares_noise: whether drafts are drawn with the noise that ``emit`` uses at their position.
     """
@@ -384,10 +390,21 @@ class Draw(Protocol):
     In a tree, ``draw(logits_bv, drafts_bg, index, before_bg)`` draws draft ``index``, whatever its place in the tree.
     ``before_bg`` is bool and says which drafts it follows; without it they are those of a chain. Siblings have
     different indices, and so noise of their own.
+
+    ``draw(.., siblings=n)``, static, draws n siblings without replacement, with the noise of draft ``index`` alone, and
+    returns ``token_bn`` in the order of drawing. ``probs_bv`` is the distribution of the first, as ``Proposal`` asks
+    for. Siblings past the tokens that it can draw are the likeliest others, for which verification takes a one-hot q.
+
+    ``draw`` may be batched over drafts with ``jax.vmap``, each with its own index.
     """
 
     def __call__(
-        self, logits_bv: Array, drafts_bg: Array, index: int | Array, before_bg: Array | None = None
+        self,
+        logits_bv: Array,
+        drafts_bg: Array,
+        index: int | Array,
+        before_bg: Array | None = None,
+        siblings: int | None = None,
     ) -> tuple[Array, Array]: ...
 
 
@@ -407,6 +424,11 @@ class Drafter(Protocol):
 
     Optional: ``tree_depth``, static, for drafters of trees: the most drafts on one path from the root. All their
     proposals have ``parents_bg``, and ``num_draft`` counts the drafts of the whole tree. None is a drafter of chains.
+
+    Optional: ``siblings``, static, for drafters of trees: how siblings come about, one of ``SIBLINGS``. "chosen": they
+    follow from the context, and ``probs_bgv`` is None. "distinct": they are drawn without replacement. "independent":
+    each is drawn from the same distribution. "paths": likewise, and only the root has siblings. A rule with ``paths``
+    refuses all but "chosen" and "paths", and drafters that do not say.
 
     Optional: ``follow(state, context, tokens_bg) -> state``. It replaces ``propose`` in rounds where every row uses
     another drafter's ``tokens_bg``, and must return the state that ``propose`` would have returned had it drawn those

@@ -732,12 +732,13 @@ def test_command_line_ends_quietly_when_its_reader_leaves(pair):
     ],
 )
 def test_trees_and_chains_have_rules_of_their_own(script, tree, tree_rule, verify, wanted):
-    args = argparse.Namespace(tree=tree, tree_rule=tree_rule, verify=verify)
+    args = argparse.Namespace(tree=tree, tree_rule=tree_rule, verify=verify, siblings=None)
     if wanted.startswith("--"):
         with pytest.raises(ValueError, match=wanted):
-            script.fill_rule(args)
+            script.check_rule(args)
     else:
-        script.fill_rule(args)
+        script.check_rule(args)
+        script.fill_rule(args, specjax.NGramDrafter(8, tree_depth=None if tree is None else 4))
         assert args.verify == wanted
 
 

@@ -55,6 +55,8 @@ class OfOneShape(Stateless):
     def tree_depth(self):
         return max(depths(self.parents))
 
+    siblings = "chosen"
+
 
 @struct.dataclass
 class TreeDrafter(OfOneShape):
@@ -74,6 +76,13 @@ class TreeDrafter(OfOneShape):
     ranks: tuple | None = struct.field(pytree_node=False, default=None)
     ragged: bool = struct.field(pytree_node=False, default=False)
     replacement: bool = struct.field(pytree_node=False, default=True)
+
+    @property
+    def siblings(self):
+        if self.ranks is not None or not self.replacement:
+            return "distinct" if self.ranks is None else "chosen"
+        branches = len(set(self.parents)) < sum(parent >= 0 for parent in self.parents) + 1
+        return "independent" if branches else "paths"
 
     def propose(self, state, context, draw):
         rows, last_b = context.length_b.shape[0], context.length_b - 1

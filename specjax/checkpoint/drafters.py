@@ -1,6 +1,5 @@
 """Opening any drafter by a text that names its kind and folder, and writing draft heads."""
 
-import dataclasses
 import functools
 import os
 from collections.abc import Iterable, Mapping
@@ -33,6 +32,7 @@ from specjax.checkpoint.peagle import fill_peagle, open_peagle
 from specjax.checkpoint.shared import read_onto
 from specjax.checkpoint.spec import Spec, parse
 from specjax.checkpoint.text_parts import open_text_parts
+from specjax.checkpoint.with_tree import check_tree_of, with_tree
 from specjax.checks import check_integer, errors_name
 from specjax.drafters.block import BlockDrafter
 from specjax.drafters.cascade import Cascade
@@ -46,7 +46,6 @@ from specjax.drafters.mtp import MTPDrafter, MTPHead
 from specjax.drafters.ngram import NGramDrafter
 from specjax.drafters.peagle import PEagleHead
 from specjax.drafters.shared_vocabulary import shared_vocabulary_drafter
-from specjax.drafters.trees import MEDUSA_CHOICES
 from specjax.hf.keys import key_names, read_json
 from specjax.hf.peagle import is_peagle
 from specjax.quantized import Kind, check_kind
@@ -73,6 +72,7 @@ def load_drafter(
     ignore_config_keys: Iterable[str] = (),
     quantize: Kind | None = None,
     tree: int | None = None,
+    siblings: str | None = None,
 ) -> Drafter:
     """Opens the drafter that a text names, for one target. docs/drafters.md compares the kinds.
 
@@ -109,8 +109,9 @@ def load_drafter(
       zero_first: likewise: the embedding at position 0 is zero, as in vLLM. Other engines differ.
       ignore_config_keys: as for ``specjax.load``, for the config of a draft model or draft head.
       quantize: as for ``specjax.load``, for the drafter's own parameters. What it uses of the target stays as it is.
-      tree: for eagle, chained mtp and medusa: drafts of a tree. Medusa heads draft the first of ``MEDUSA_CHOICES`` of
-        ``specjax.drafters.trees``, the others grow trees (``FeatureDrafter``). None drafts chains.
+      tree: drafts of a tree, for all kinds but assistant, early-exit and cascade. None drafts chains.
+      siblings: for trees: "chosen", the likeliest tokens, which is the default where the kind can; "distinct", drawn
+        without replacement; or "paths", drawn as independent chains.
 
     Returns:
       The drafter, whose parameters are read.
@@ -125,14 +126,11 @@ def load_drafter(
     check_integer("num_draft", num_draft, 1)
     if quantize is not None:
         check_kind(quantize)
-    if tree is not None:
-        check_integer("tree", tree, 1)
     named = parse(spec)
     kind, value, opened = named.kind, named.value, target
     if isinstance(target, Opened):
         target, tokenizer = target.model, tokenizer or target.tokenizer
-    if tree is not None and kind not in ("eagle", "mtp", "medusa"):
-        raise ValueError(f"tree is {tree} and {spec} drafts chains; give eagle:DIR, mtp:DIR or medusa:DIR for a tree")
+    check_tree_of(kind, tree, siblings)
     # 2. Kinds without a folder of their own.
     if kind == "cascade":
         options = {"chained": chained, "zero_first": zero_first, "ignore_config_keys": key_names(ignore_config_keys)}
@@ -141,7 +139,7 @@ def load_drafter(
         parts = [again(part, opened, num_draft, dtype, tokenizer, mesh, rules) for part in value.split(",")]
         return functools.reduce(Cascade, parts)
     if kind == "ngram":
-        return NGramDrafter(num_draft=num_draft)
+        return with_tree(NGramDrafter(num_draft=num_draft), tree, siblings)
     if kind == "early-exit":
         drafter = EarlyExitDrafter(int(value), num_draft)
         drafter.init(target, 1, 1)  # which checks that the target has so many layers
@@ -150,11 +148,11 @@ def load_drafter(
     path, dtype = model_path(value).absolute(), check_dtype(default_dtype() if dtype is None else dtype)
     if kind == "model":
         model = load(path, dtype, mesh, rules, ignore_config_keys, quantize)
-        return _model_drafter(path, model, target, num_draft, tokenizer, mesh, rules)
+        return with_tree(_model_drafter(path, model, target, num_draft, tokenizer, mesh, rules), tree, siblings)
     if kind == "block" and is_pard(path):
         _no_windows(named, "a language model")
         options = (mesh, rules, ignore_config_keys, quantize, named.flag("argmax"))
-        return open_pard(path, target, num_draft, dtype, *options)
+        return with_tree(open_pard(path, target, num_draft, dtype, *options), tree, siblings)
     with opened_as(kind, path):
         if not path.is_dir():
             raise ValueError(
@@ -173,27 +171,9 @@ def load_drafter(
             drafter, params = open_assistant(path, target, num_draft, dtype, ignore_config_keys)
         else:
             drafter, params = open_medusa(path, target, num_draft, dtype, ignore_config_keys)
-    drafter = drafter if tree is None else _with_tree(drafter, tree)
+    drafter = with_tree(drafter, tree, siblings)
     with errors_name(path):
         return read_onto(mesh, rules, drafter, params, quantize)
-
-
-def _with_tree(drafter: Drafter, nodes: int) -> Drafter:
-    """Returns a drafter of chains as one of trees, whose paths are at most as long as its chains."""
-    if isinstance(drafter, FeatureDrafter):
-        return dataclasses.replace(drafter, num_draft=nodes, tree_depth=drafter.num_draft)
-    if not isinstance(drafter, MedusaDrafter):
-        raise ValueError(
-            f"tree is {nodes} and each of the modules drafts one token of a chain; give chained=True to draft with the "
-            "first alone"
-        )
-    tree = tuple(path for path in MEDUSA_CHOICES if len(path) <= drafter.num_draft)
-    if nodes > len(tree):
-        raise ValueError(
-            f"tree is {nodes} and Medusa's choices for {drafter.num_draft} heads are {len(tree)} drafts; give at most "
-            "that many, a higher num_draft, or MedusaDrafter(tree=...)"
-        )
-    return dataclasses.replace(drafter, num_draft=nodes, tree=tree)
 
 
 def _open_block(

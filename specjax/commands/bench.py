@@ -34,6 +34,7 @@ from specjax.commands import (
     sweep,
 )
 from specjax.commands.console import add_dtype, add_quantize, print_table
+from specjax.commands.drafter_spec import add_tree, check_tree_options
 from specjax.commands.prompts import bench_prompts
 
 # Drafters of the shipped target. The target's folder replaces {0}.
@@ -162,6 +163,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="also write the figures there")
     add("--html", type=Path, metavar="FILE", help="also write a page with plots there")
     add("--drafters", nargs="+", metavar="SPEC", help="as for generate; default: all shipped ones, or ngram")
+    add_tree(parser)
     compilation_cache.add_options(parser)
     hosts.add_mesh_options(parser)
     return parser
@@ -191,6 +193,11 @@ def _check(args: argparse.Namespace) -> None:
     """Raises ValueError if options do not fit each other."""
     if unknown := set(args.what) - BENCHMARKS.keys():
         raise ValueError(f"unknown benchmark {', '.join(sorted(unknown))}; choose from {', '.join(BENCHMARKS)}")
+    check_tree_options(args)
+    if args.tree is not None and not {"drafters", "prompts"}.intersection(args.what):
+        raise ValueError(f"--tree is {args.tree} and is for drafters and prompts; name one of them")
+    if args.tree is not None and args.forced_acceptance:
+        raise ValueError("--forced-acceptance is for chains and --tree is given; leave one out")
     args.files = [each for each in args.prompts if isinstance(each, Path)]
     args.prompts = next((each for each in args.prompts if isinstance(each, int)), 8)
     if args.files and args.what and "prompts" not in args.what:
@@ -210,7 +217,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.peer and (args.quantize or args.quantize_draft):
         raise ValueError("--peer compares the same weights, and the peers have no quantised ones; leave one out")
     for num_draft in args.num_draft:
-        models.rule(args, num_draft)
+        models.rates_of(args, num_draft)
     for name in args.peer:
         peers.check(name)
 
@@ -289,7 +296,7 @@ def bench_acceptance(args: argparse.Namespace) -> list[dict[str, Any]]:
                 args.model,
                 prompts,
                 drafter=drafter,
-                verify=models.rule(args, g),
+                verify=models.rule(args, drafter),
                 sampling=specjax.Sampling(temperature=temperature),
                 max_new_tokens=args.new_tokens,
                 fixed=True,
@@ -328,7 +335,7 @@ def speed(args: argparse.Namespace, drafter: Any, temperature: float, prompts: n
     speculative, adaptive, plain, stats = 0.0, 0.0, 0.0, []
     # Each batch is timed all ways in turn, so that a change of the machine's load touches all.
     for prompt in prompts:
-        drafting = functools.partial(run, prompt, drafter=drafter, verify=models.rule(args, drafter.num_draft))
+        drafting = functools.partial(run, prompt, drafter=drafter, verify=models.rule(args, drafter))
         calls: dict[str, Callable[[], Any]] = {
             "speculative": functools.partial(drafting, fixed=True),
             "adaptive": drafting,

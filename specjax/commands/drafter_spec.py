@@ -1,13 +1,51 @@
 """Drafters from the option ``--drafter``: ``model:DIR``, ``cascade:ngram,eagle:DIR`` and so on."""
 
+import argparse
 from collections.abc import Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 
 import specjax
+from specjax.checkpoint.with_tree import TREE_SIBLINGS
 from specjax.commands import hosts
 from specjax.quantized import Kind
+
+TREE_RULES = {
+    "walk": specjax.verify.walk,
+    "recursive": specjax.verify.recursive,
+    "traversal": specjax.verify.traversal,
+    "multipath": specjax.verify.multipath,
+}
+
+
+def add_tree(parser: Any) -> None:
+    """Adds ``--tree`` and its options to a parser, or to a group of its options."""
+    parser.add_argument(
+        "--tree",
+        type=int,
+        metavar="NODES",
+        help="draft a tree of so many tokens, in which --num-draft is the longest path; for eagle, mtp, medusa, block, "
+        "model and ngram",
+    )
+    parser.add_argument(
+        "--siblings",
+        choices=TREE_SIBLINGS,
+        help="of trees: the likeliest tokens, drawn ones that differ, or independent chains (docs/drafters.md)",
+    )
+    parser.add_argument(
+        "--tree-rule",
+        choices=TREE_RULES,
+        help="how trees are verified (default: walk if siblings are chosen, else traversal)",
+    )
+
+
+def check_tree_options(args: argparse.Namespace) -> None:
+    """Raises ValueError if an option of trees is given without ``--tree``."""
+    for name in ("tree_rule", "siblings"):
+        if args.tree is None and getattr(args, name) is not None:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} is {getattr(args, name)} and there is no --tree; give both, or neither")
 
 
 def named_drafter(
@@ -21,6 +59,7 @@ def named_drafter(
     quantize: Kind | None = None,
     tree: int | None = None,
     dtype: str | None = None,
+    siblings: str | None = None,
 ) -> Any:
     """Opens a drafter, and notes facts about it that a user may not expect on standard error.
 
@@ -40,6 +79,7 @@ def named_drafter(
         quantize=quantize,
         tree=tree,
         dtype=dtype,
+        siblings=siblings,
     )
     # A draft head's config may leave open which of the target's states it reads. A draft of another tokenizer can
     # draft only some tokens. Both may explain a low acceptance rate.

@@ -21,7 +21,7 @@ from specjax.checkpoint.generation import load_generation_defaults
 from specjax.checkpoint.spec import folders_of
 from specjax.commands import compilation_cache, figures, hosts
 from specjax.commands.console import Parser, add_adapter, add_dtype, add_ignored_keys, add_quantize, write_whole
-from specjax.commands.drafter_spec import named_drafter
+from specjax.commands.drafter_spec import TREE_RULES, add_tree, check_tree_options, named_drafter
 from specjax.commands.places import folder_or_shipped, shipped
 from specjax.commands.streams import has_escapes
 from specjax.commands.trace_page import Trace, render
@@ -33,12 +33,6 @@ PROMPT = '''class Stack:
 
     def __init__(self, items=()):'''
 VERIFY = {"token": specjax.verify.token, "block": specjax.verify.block, "coupled": specjax.verify.coupled}
-TREE_RULES = {
-    "walk": specjax.verify.walk,
-    "recursive": specjax.verify.recursive,
-    "traversal": specjax.verify.traversal,
-    "multipath": specjax.verify.multipath,
-}
 TEMPERATURE = 0.8  # unless another is given
 STDIN_WAIT_S = 3.0  # a pipe that nobody writes to must not hold up a call without arguments
 
@@ -126,13 +120,7 @@ def parse(argv: list[str] | None, prog: str) -> tuple[Parser, argparse.Namespace
     add_quantize(models)
     add_dtype(models)
     models.add_argument("--num-draft", type=int, default=4, metavar="N", help="tokens drafted per round (default: 4)")
-    models.add_argument(
-        "--tree",
-        type=int,
-        metavar="NODES",
-        help="draft a tree of so many tokens, in which --num-draft is the longest path; for eagle, mtp and medusa",
-    )
-    models.add_argument("--tree-rule", choices=TREE_RULES, help="how trees are verified (default: walk)")
+    add_tree(models)
     models.add_argument(
         "--fixed",
         action="store_true",
@@ -275,17 +263,18 @@ def fill_sampling(args: argparse.Namespace) -> None:
             setattr(args, name, value)
 
 
-def fill_rule(args: argparse.Namespace) -> None:
-    """Sets ``verify`` to the name of the rule: of trees with ``--tree``, else of chains.
-
-    Raises:
-      ValueError: a rule of the other kind is given.
-    """
-    if args.tree is None and args.tree_rule is not None:
-        raise ValueError(f"--tree-rule is {args.tree_rule} and there is no --tree; give both, or --verify")
+def check_rule(args: argparse.Namespace) -> None:
+    """Raises ValueError if a rule of chains is given with ``--tree``, or an option of trees without it."""
+    check_tree_options(args)
     if args.tree is not None and args.verify is not None:
         raise ValueError(f"--verify is {args.verify}, a rule for chains, and --tree is given; give --tree-rule")
-    args.verify = args.verify or "block" if args.tree is None else args.tree_rule or "walk"
+
+
+def fill_rule(args: argparse.Namespace, drafter: specjax.Drafter | None) -> None:
+    """Sets ``verify`` to the name of the rule."""
+    rules = VERIFY | TREE_RULES
+    default = specjax.verify.default_rule(drafter)
+    args.verify = args.verify or args.tree_rule or next(name for name, rule in rules.items() if rule == default)
 
 
 def default_drafter(target: Path) -> str:
@@ -309,7 +298,7 @@ def main(argv: list[str] | None = None, prog: str = "generate.py") -> None:
                 check_outputs(args)
             prompts = prompts_of(args)
             fill_sampling(args)
-            fill_rule(args)
+            check_rule(args)
             spec = default_drafter(args.target) if args.drafter is None else args.drafter
             adapters = [] if args.adapter is None else [args.adapter]
             hosts.check_same_folders(args.target, *adapters, *folders_of(spec))
@@ -325,9 +314,11 @@ def main(argv: list[str] | None = None, prog: str = "generate.py") -> None:
                 drafter = named_drafter(
                     *(spec, opened, tokenizer, args.num_draft, mesh, rules, ignored, args.quantize_draft, args.tree),
                     dtype=args.dtype,
+                    siblings=args.siblings,
                 )
             elif args.tree is not None:
-                raise ValueError(f"--tree is {args.tree} and --drafter is none; give eagle:DIR, mtp:DIR or medusa:DIR")
+                raise ValueError(f"--tree is {args.tree} and --drafter is none; give a drafter")
+            fill_rule(args, drafter)
             if args.compare and drafter is None:
                 raise ValueError("--compare needs a drafter to compare with plain decoding; --drafter is none")
             for name in ("system", "chat_template", "sanitize_control_tokens"):

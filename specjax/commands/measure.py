@@ -113,8 +113,13 @@ def simple_draw(state: specjax.State) -> Callable[..., tuple[Array, Array]]:
     """Returns the cheapest ``draw``: greedy, or at temperature 1 if a row of the state has a temperature."""
     # The drafter's own cost is measured, so filters, penalties and keys per row are left out.
 
-    def draw(logits_bv, drafts_bg, index):
+    def draw(logits_bv, drafts_bg, index, before_bg=None, siblings=None):
+        del before_bg
         key = jax.random.fold_in(jax.random.key(0), drafts_bg.sum() + index)
+
+        if siblings is not None:
+            noise_bv = jax.random.gumbel(key, logits_bv.shape)
+            return lax.top_k(logits_bv + noise_bv, siblings)[1].astype(jnp.int32), jax.nn.softmax(logits_bv, -1)
 
         def sample():
             token_b = jax.random.categorical(key, logits_bv, axis=-1).astype(jnp.int32)
@@ -160,8 +165,9 @@ def rounds(target: specjax.LanguageModel, drafter: Any, state: specjax.State) ->
 
 def ready(args: argparse.Namespace, drafter: Any, temperature: float, prompt: np.ndarray, slots: int) -> specjax.State:
     """Returns the state of prompts ``[rows, t]``, which can run for as long as the slots or the model allow."""
-    # 16 slots are left for the drafts of the last round.
-    room = min(args.model.max_positions or slots, slots - 16) - prompt.shape[1]
+    # Some slots are left for the drafts of the last round.
+    past = 16 if drafter is None else max(16, drafter.num_draft + 1)
+    room = min(args.model.max_positions or slots, slots - past) - prompt.shape[1]
     sampling = specjax.Sampling(temperature=temperature)
     options = {"sampling": sampling, "max_new_tokens": room, "slots": slots, "fixed": True}
     return specjax.prefill(args.model, prompt, drafter=drafter, **options)

@@ -13,7 +13,7 @@ from specjax.aot.programs import draft_config
 from specjax.checkpoint.fetched import config_path
 from specjax.commands import hosts, measure
 from specjax.commands.accelerator.speed import random_model
-from specjax.commands.drafter_spec import named_drafter
+from specjax.commands.drafter_spec import TREE_RULES, named_drafter
 from specjax.commands.places import folder_or_shipped
 from specjax.hf.config import read_config
 from specjax.hf.gguf import is_gguf
@@ -23,15 +23,24 @@ DRAFTLESS = {"width", "rollback", "prompts"}  # benchmarks for which no --draft 
 SPARE = 64  # positions past prompt and new tokens, for the drafts of the last round
 
 
-def rule(args: argparse.Namespace, num_draft: int) -> Any:
-    """Returns the verification rule of rounds with ``num_draft`` drafts.
+def rule(args: argparse.Namespace, drafter: Any) -> Any:
+    """Returns the verification rule of a drafter's rounds; ``rates_of`` has checked ``--forced-acceptance``."""
+    chosen = specjax.verify.default_rule(drafter)
+    if getattr(drafter, "tree_depth", None) is not None:
+        return TREE_RULES[args.tree_rule] if args.tree_rule else chosen
+    rates = rates_of(args, drafter.num_draft)
+    return chosen if rates is None else specjax.testing.ForcedAcceptance(chosen, rates)
+
+
+def rates_of(args: argparse.Namespace, num_draft: int) -> tuple[float, ...] | None:
+    """Returns the rates of ``--forced-acceptance`` for rounds with ``num_draft`` drafts, or None.
 
     Raises:
-      ValueError: ``--forced-acceptance`` has a number that is not from 0 to 1, or too few numbers.
+      ValueError: a number is not from 0 to 1, or there are too few numbers.
     """
     rates = args.forced_acceptance
     if rates is None:
-        return specjax.verify.block
+        return None
     if odd := [rate for rate in rates if not 0 <= rate <= 1]:
         raise ValueError(f"--forced-acceptance has {odd[0]}; give rates from 0 to 1")
     rates = rates * num_draft if len(rates) == 1 else rates
@@ -39,7 +48,7 @@ def rule(args: argparse.Namespace, num_draft: int) -> Any:
         raise ValueError(
             f"--forced-acceptance has {len(rates)} rates for --num-draft {num_draft}; give 1 rate or {num_draft}"
         )
-    return specjax.testing.ForcedAcceptance(specjax.verify.block, tuple(rates[:num_draft]))
+    return tuple(rates[:num_draft])
 
 
 def open_all(args: argparse.Namespace, chosen: list[str], mesh: Mesh | None) -> None:
@@ -138,9 +147,13 @@ def named_drafters(args: argparse.Namespace) -> list[tuple[str, Any]]:
     Raises:
       ValueError: as for ``specjax.load_drafter``.
     """
-    tokenizer, quantize = args.opened.need_tokenizer(), args.quantize_draft
+    tokenizer = args.opened.need_tokenizer()
+    options = {"quantize": args.quantize_draft, "tree": args.tree, "siblings": args.siblings}
     return [
-        (spec, named_drafter(spec, args.opened, tokenizer, g, quantize=quantize))
+        (
+            spec,
+            named_drafter(spec, args.opened, tokenizer, g, **options),
+        )
         for spec in args.drafters
         for g in args.num_draft
     ]

@@ -153,7 +153,7 @@ def _ways(args: argparse.Namespace, opened: list[tuple[str, Any]]) -> dict[str, 
         if any(short_name(other) == name for other, _ in opened if other != spec):
             name = spec
         for fixed, how in ((True, "drafts"), (False, "drafts or fewer")):
-            options: dict[str, Any] = {"verify": models.rule(args, g), "fixed": fixed}
+            options: dict[str, Any] = {"verify": models.rule(args, drafter), "fixed": fixed}
             ways[f"{name}, {g} {how}"] = Way(specjax.Session(args.opened, drafter, **options), name, fixed)
     return ways
 

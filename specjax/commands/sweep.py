@@ -89,7 +89,7 @@ def sweep_row(args: argparse.Namespace, drafter: Any, batch: int, context: int) 
         slots=_slots(args, context),
     )
     states = {"plain": start(), "fixed": start(drafter=drafter, fixed=True), "adaptive": start(drafter=drafter)}
-    drafting = {"drafter": drafter, "verify": models.rule(args, drafter.num_draft)}
+    drafting = {"drafter": drafter, "verify": models.rule(args, drafter)}
     runs: dict[str, Call] = {
         "plain": functools.partial(specjax.run, args.model),
         "fixed": functools.partial(specjax.run, args.model, **drafting),
@@ -164,7 +164,7 @@ def bench_startup(args: argparse.Namespace) -> list[dict[str, Any]]:
             for drafter in args.drafts.values():
                 modes = {"plain": {}, "fixed": {"drafter": drafter, "fixed": True}, "adaptive": {"drafter": drafter}}
                 for name, options in modes.items():
-                    options |= {"verify": models.rule(args, drafter.num_draft)} if options else {}
+                    options |= {"verify": models.rule(args, drafter)} if options else {}
                     row = {"batch": batch, "context": context, "num_draft": drafter.num_draft, "decoding": name}
                     with no_kept_programs():
                         rows.append(row | startup(args, batch, context, options))

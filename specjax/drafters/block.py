@@ -1,13 +1,18 @@
 """Drafting with a draft head that computes a whole block of drafts in one pass."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array, lax
 
 from specjax.drafters.chain import Chain, repeat
+from specjax.drafters.drawn import DrawnTree, check_drawn_tree
+from specjax.drafters.trees import Candidates, Path
 from specjax.rows import text_at
 from specjax.sampling import most_likely
 from specjax.types import Context, Draw, Event, LanguageModel, Proposal
@@ -34,6 +39,7 @@ class Head(Protocol):
       capture: hidden-state indices of the target that ``observe`` receives.
       vocab_size: size v of the target's vocabulary, in which ``step`` answers.
       most_drafts: the most drafts of one block; None: there is no limit.
+      marginal: whether ``step`` returns the same logits whatever the token before the draft.
     """
 
     @property
@@ -42,6 +48,8 @@ class Head(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def most_drafts(self) -> int | None: ...
+    @property
+    def marginal(self) -> bool: ...
 
     def axes(self, params: Any) -> Any:
         """Returns a tree like ``params`` with a tuple of one ``types.Axis`` per dimension in place of each array."""
@@ -97,6 +105,10 @@ class BlockDrafter:
     may correct the logits of each draft by the draft before it (``Head.step``), which is a small product. So the
     distribution of a draft is always the one that it was really drawn from.
 
+    A tree of the likeliest drafts has the ``num_draft`` drafts, at most ``tree_depth`` deep, whose paths have the
+    highest probabilities, at temperature 1 without penalties or bias (DDTree, arXiv 2604.12989). If the draft head is
+    right, no other tree of as many drafts keeps more. Its drafts are chosen. A static tree (``tree``) is drawn instead.
+
     Attributes:
       params: the draft head's parameters.
       head: the draft head.
@@ -104,9 +116,11 @@ class BlockDrafter:
       unrolled: as for ``ModelDrafter``, for the loop over the drafts.
       argmax: each draft is the likeliest token of its distribution, in place of a drawn one. Then drafts are certain:
         their q is one-hot. Independent draws of one block contradict each other more often than likeliest tokens do.
+      tree_depth: for trees: the most drafts on a path. None drafts a chain.
+      tree, siblings: for trees that are drawn: as for ``ModelDrafter``. The drafts are at most ``tree_depth`` deep.
 
     Raises:
-      ValueError: ``num_draft`` is more than the draft head can draft in one block.
+      ValueError: a path has more drafts than the draft head can draft in one block.
     """
 
     params: Any
@@ -114,13 +128,16 @@ class BlockDrafter:
     num_draft: int = struct.field(pytree_node=False, default=4)
     unrolled: bool = struct.field(pytree_node=False, default=True)
     argmax: bool = struct.field(pytree_node=False, default=False)
+    tree_depth: int | None = struct.field(pytree_node=False, default=None)
+    tree: tuple[Path, ...] | None = struct.field(pytree_node=False, default=None)
+    siblings: str = struct.field(pytree_node=False, default="chosen")
 
     max_positions = None
 
     def __post_init__(self):
-        most = self.head.most_drafts
-        if most is not None and self.num_draft > most:
-            raise ValueError(f"num_draft is {self.num_draft} and a block has {most} drafts; draft at most that many")
+        most, name = self.head.most_drafts, "num_draft" if self.tree_depth is None else "tree_depth"
+        if most is not None and getattr(self, name) > most:
+            raise ValueError(f"{name} is {getattr(self, name)} and a block has {most} drafts; draft at most that many")
 
     @property
     def capture(self) -> tuple[int, ...]:
@@ -138,8 +155,10 @@ class BlockDrafter:
         """Returns the draft head's state of rows without text.
 
         Raises:
-          ValueError: the draft head was made for another target.
+          ValueError: the draft head was made for another target, or cannot draft such a tree.
         """
+        if self.tree_depth is not None:
+            self._check_tree(self.tree_depth)
         return self.head.init(self.params, target, rows, slots)
 
     def observe(self, state: Any, context: Context, event: Event) -> Any:
@@ -148,6 +167,9 @@ class BlockDrafter:
 
     def propose(self, state: Any, context: Context, draw: Draw) -> tuple[Proposal, Any]:
         """Draws up to ``num_draft`` tokens from one pass."""
+        if self.tree_depth is not None:
+            block, state = self.head.block(self.params, state, context, self.tree_depth)
+            return self._choose(block, context) if self.tree is None else self._draw_tree(block, context, draw), state
         length_b, g = context.length_b, context.drafts(self.num_draft)
         block, state = self.head.block(self.params, state, context, g)
         draw = likeliest(draw) if self.argmax else draw
@@ -171,7 +193,79 @@ class BlockDrafter:
         proposal = chain.propose(drafted_b)
         return (dataclasses.replace(proposal, probs_bgv=None) if self.argmax else proposal), state
 
+    def _check_tree(self, depth: int) -> None:
+        if self.argmax:
+            raise ValueError("argmax is True and a tree is drafted; leave out argmax, which is for chains")
+        if self.tree is not None:
+            check_drawn_tree(self.tree, self.num_draft, self.siblings, self.vocab_size)
+            if depth != max(map(len, self.tree[: self.num_draft])):
+                raise ValueError(f"tree_depth is {depth} and the tree has another depth; give the tree's")
+        elif self.siblings != "chosen":
+            raise ValueError(f"siblings is {self.siblings!r} and a tree of the likeliest is chosen; give a static tree")
+        most = sum(min(self.vocab_size**level, self.num_draft) for level in range(1, depth + 1))
+        if self.num_draft > most:
+            raise ValueError(
+                f"num_draft is {self.num_draft} and a tree of depth {depth} has {most} drafts; draft fewer"
+            )
+
+    def _after(self, block: Block, depth: int, token_bk: Array, own: Any) -> tuple[Array, Any]:
+        """Returns the logits of a depth, from 0: ``[b, k, v]`` after each of k tokens, or ``[b, 1, v]`` for all."""
+        logits_bu, state_bd = block.logits_bgu[:, depth], block.states_bgd[:, depth]
+        if self.head.marginal:
+            return self.head.step(self.params, None, logits_bu, state_bd, token_bk[:, 0])[0][:, None], own
+
+        def one(token_b: Array, own: Any) -> tuple[Array, Any]:
+            return self.head.step(self.params, own, logits_bu, state_bd, token_b)
+
+        return jax.vmap(one, in_axes=1, out_axes=1)(token_bk, own)
+
+    def _root(self, context: Context) -> tuple[Array, Any]:
+        """Returns the rows' last tokens ``[b, 1]``, and what ``step`` carries before the first draft."""
+        token_b1 = text_at(context.tokens_bs, context.length_b - 1, 1)
+        return token_b1, jax.tree.map(lambda x: x[:, None], self.head.start(self.params, token_b1.shape[0]))
+
+    def _choose(self, block: Block, context: Context) -> Proposal:
+        """Returns the likeliest drafts of a tree. Those of a depth are among the ``num_draft`` likeliest there."""
+        g, (token_bk, own) = self.num_draft, self._root(context)
+        score_bk, first, levels = jnp.zeros(token_bk.shape, jnp.float32), -1, []
+        for depth in range(block.logits_bgu.shape[1]):
+            logits_bkv, own = self._after(block, depth, token_bk, own)
+            place_bk = lax.broadcasted_iota(jnp.int32, token_bk.shape, 1)
+            log_probs_bkv = jax.nn.log_softmax(logits_bkv, axis=-1)
+            grown = Candidates.after(log_probs_bkv, score_bk, place_bk, min(g, self.vocab_size))
+            score_bk, best_bk = lax.top_k(grown.scores_bc, min(g, grown.scores_bc.shape[1]))
+            token_bk, parent_bk = (jnp.take_along_axis(x, best_bk, axis=1) for x in (grown.tokens_bc, grown.parents_bc))
+            own = _pick(own, parent_bk)
+            levels.append(Candidates(token_bk, score_bk, first + parent_bk))
+            first = sum(level.tokens_bc.shape[1] for level in levels[:-1])
+        found = functools.reduce(Candidates.__add__, levels)
+        index_bg, parents_bg = found.best(g)
+        tokens_bg = jnp.take_along_axis(found.tokens_bc, index_bg, axis=1)
+        return Proposal(tokens_bg, None, jnp.where(block.ready_b, jnp.int32(g), 0), parents_bg=parents_bg)
+
+    def _draw_tree(self, block: Block, context: Context, draw: Draw) -> Proposal:
+        """Draws the drafts of a static tree."""
+        assert self.tree is not None
+        token_bk, own = self._root(context)
+        rows = token_bk.shape[0]
+        drawn = DrawnTree.of(self.tree[: self.num_draft], self.siblings, rows)
+        for depth in range(drawn.shape.depth):
+            logits_bkv, own = self._after(block, depth, token_bk, own)
+            before = drawn.shape.last_fed(depth)
+            drawn = drawn.add(draw, jnp.broadcast_to(logits_bkv, (rows, len(before), logits_bkv.shape[-1])))
+            # The drafts with children go on from what their parents carry.
+            after = drawn.shape.last_fed(depth + 1)
+            token_bk = drawn.tokens_bg[:, np.asarray(after, np.int32)]
+            parent_k = jnp.asarray([before.index(drawn.shape.parents[draft]) for draft in after], jnp.int32)
+            own = _pick(own, jnp.broadcast_to(parent_k[None], token_bk.shape))
+        return drawn.propose(block.ready_b)
+
     def follow(self, state: Any, context: Context, tokens_bg: Array) -> Any:
         """Nothing to do: no draft leaves a trace in the state, whoever drafted."""
         del context, tokens_bg
         return state
+
+
+def _pick(own: Any, place_bk: Array) -> Any:
+    """Returns ``[b, k, ..]``, the entries at some places of arrays ``[b, m, ..]``."""
+    return jax.tree.map(lambda x: jnp.take_along_axis(x, place_bk[..., None], axis=1), own)

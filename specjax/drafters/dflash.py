@@ -165,6 +165,11 @@ class DFlashHead:
         """The places that predict."""
         return self.block_size if self.from_anchor else self.block_size - 1
 
+    @property
+    def marginal(self) -> bool:
+        """Whether no draft's logits depend on the draft before it."""
+        return self.selector_rank is None and self.markov is None
+
     def places(self, count: int) -> int:
         """Returns how many places a pass for ``count`` drafts has.
 

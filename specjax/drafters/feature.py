@@ -8,7 +8,8 @@ from flax import struct
 from jax import Array, lax
 
 from specjax.drafters.chain import Chain, place, repeat
-from specjax.drafters.trees import Candidates
+from specjax.drafters.drawn import DrawnTree, check_drawn_tree
+from specjax.drafters.trees import Candidates, Path
 from specjax.rows import text_at
 from specjax.types import Cache, Context, Draw, Event, Feed, LanguageModel, Proposal
 
@@ -110,7 +111,7 @@ class FeatureDrafter:
     temperature 1 without penalties or bias. After the ``top_k`` likeliest first drafts, the ``top_k`` drafts of the
     highest scores at each depth get ``top_k`` children each. Of all drafts, the ``num_draft`` of the highest scores are
     proposed. Each step feeds the head all drafts with children again, so a tree of depth 6 and ``top_k`` 10 takes
-    passes over 10, 20, .., 50 places.
+    passes over 10, 20, .., 50 places. Such drafts are chosen. A static tree (``tree``) is drawn instead.
 
     Attributes:
       params: the head's parameters.
@@ -118,7 +119,8 @@ class FeatureDrafter:
       num_draft: g, tokens proposed per round.
       unrolled: as for ``ModelDrafter``; trees are always unrolled.
       tree_depth: for trees: the most drafts on a path. None drafts a chain.
-      top_k: for trees: see above.
+      top_k: for trees that grow: see above.
+      tree, siblings: for trees that are drawn: as for ``ModelDrafter``. The drafts are at most ``tree_depth`` deep.
     """
 
     params: Any
@@ -127,6 +129,8 @@ class FeatureDrafter:
     unrolled: bool = struct.field(pytree_node=False, default=True)
     tree_depth: int | None = struct.field(pytree_node=False, default=None)
     top_k: int = struct.field(pytree_node=False, default=10)
+    tree: tuple[Path, ...] | None = struct.field(pytree_node=False, default=None)
+    siblings: str = struct.field(pytree_node=False, default="chosen")
 
     max_positions = None
 
@@ -154,8 +158,8 @@ class FeatureDrafter:
         spec = jax.eval_shape(self.head.fuse, self.params, specs)
         if self.tree_depth is not None:
             self._check_tree(self.tree_depth)
-            # The head is fed more drafts than are proposed.
-            slots += max((self.tree_depth - 1) * self.top_k - self.num_draft, 0)
+            # A tree that grows is fed more drafts than are proposed.
+            slots += 0 if self.tree else max((self.tree_depth - 1) * self.top_k - self.num_draft, 0)
         cache = self.head.init_cache(self.params, rows, slots)
         return FeatureState(cache, jnp.zeros((rows, spec.shape[-1]), spec.dtype))
 
@@ -169,7 +173,9 @@ class FeatureDrafter:
         return FeatureState(cache, jnp.where(event.kept_b[:, None] > 0, last_bd, state.state_bd))
 
     def propose(self, state: FeatureState, context: Context, draw: Draw) -> tuple[Proposal, FeatureState]:
-        """Samples a chain of ``num_draft`` tokens, or grows a tree; the head goes on from its own states."""
+        """Samples a chain of ``num_draft`` tokens or a tree, or grows one; the head goes on from its own states."""
+        if self.tree is not None:
+            return self._draw_tree(self.tree[: self.num_draft], state, context, draw)
         if self.tree_depth is not None:
             return self._grow(state, context, self.tree_depth)
         target, length_b, g = context.target, context.length_b, context.drafts(self.num_draft)
@@ -195,6 +201,18 @@ class FeatureDrafter:
         return chain.propose(drafted_b), FeatureState(cache, state.state_bd)
 
     def _check_tree(self, depth: int) -> None:
+        if self.head.at_draft(1) != self.head:
+            raise ValueError(
+                "the head's windows stay where they are for the first draft, which it computes for chains alone; give "
+                "window=slides or drop the tree"
+            )
+        if self.tree is not None:
+            check_drawn_tree(self.tree, self.num_draft, self.siblings, self.vocab_size)
+            if depth != max(map(len, self.tree[: self.num_draft])):
+                raise ValueError(f"tree_depth is {depth} and the tree has another depth; give the tree's")
+            return
+        if self.siblings != "chosen":
+            raise ValueError(f"siblings is {self.siblings!r} and a tree that grows is chosen; give a static tree")
         k, most = self.top_k, self.top_k + (depth - 1) * self.top_k**2
         if not 1 <= k <= self.vocab_size:
             raise ValueError(f"top_k is {k!r}; give an integer from 1 to {self.vocab_size}, the size of the vocabulary")
@@ -203,11 +221,29 @@ class FeatureDrafter:
                 f"num_draft is {self.num_draft} and a tree of depth {depth} with top_k {k} has {most} drafts; draft at "
                 "most that many"
             )
-        if self.head.at_draft(1) != self.head:
-            raise ValueError(
-                "the head's windows stay where they are for the first draft, which it computes for chains alone; give "
-                "window=slides or drop the tree"
-            )
+
+    def _draw_tree(
+        self, tree: tuple[Path, ...], state: FeatureState, context: Context, draw: Draw
+    ) -> tuple[Proposal, FeatureState]:
+        """Samples the drafts of a static tree. Fed are those with children, each with the head's state before it."""
+        target, length_b, cache = context.target, context.length_b, state.cache
+        drawn = DrawnTree.of(tree, self.siblings, length_b.shape[0])
+
+        def logits(states_bkd: Array) -> Array:
+            flat = self.head.logits(self.params, target, states_bkd.reshape(-1, states_bkd.shape[-1]))
+            return flat.reshape(*states_bkd.shape[:2], -1)
+
+        drawn, out_bmd = drawn.add(draw, logits(state.state_bd[:, None])), state.state_bd[:, None]
+        for depth in range(1, drawn.shape.depth):
+            tokens_bm, parents_bm = drawn.fed(depth)
+            # Of the states, the root's comes first.
+            state_bmd = jnp.take_along_axis(out_bmd, parents_bm[..., None] + 1, axis=1)
+            count_b = jnp.where(context.running_b, jnp.int32(tokens_bm.shape[1]), 0)
+            feed = Feed(tokens_bm, length_b - 1, count_b, parents_bm)
+            fed_bmd, cache = self.head.run(self.params, target, feed, state_bmd, cache)
+            out_bmd = jnp.concatenate([state.state_bd[:, None], fed_bmd], axis=1)
+            drawn = drawn.add(draw, logits(fed_bmd[:, -len(drawn.shape.last_fed(depth)) :]))
+        return drawn.propose(length_b >= 2), FeatureState(cache, state.state_bd)
 
     def _grow(self, state: FeatureState, context: Context, depth: int) -> tuple[Proposal, FeatureState]:
         """Returns the likeliest drafts of a tree (EAGLE-2, section 4.1 expansion, 4.2 reranking)."""

@@ -8,6 +8,7 @@ from flax import struct
 from jax import Array, lax
 
 from specjax.drafters.chain import Chain, place
+from specjax.drafters.drawn import DrawnTree, check_drawn_tree
 from specjax.drafters.trees import Path, check_static_tree, in_order, parents_of
 from specjax.transformer.products import product
 from specjax.types import Context, Draw, Event, LanguageModel, Proposal
@@ -79,11 +80,13 @@ class MedusaDrafter:
         ((0,), (1,), (0, 0)) has the two likeliest tokens of head 0, and after the first of them the likeliest of head
         1. Logits are ranked as they are, without penalties or bias. None drafts a chain. ``drafters.trees`` has
         published ones.
+      siblings: for trees: "chosen" as above, or drawn in place of the likeliest tokens: as for ``ModelDrafter``.
     """
 
     params: Any
     num_draft: int = struct.field(pytree_node=False, default=4)
     tree: tuple[Path, ...] | None = struct.field(pytree_node=False, default=None)
+    siblings: str = struct.field(pytree_node=False, default="chosen")
 
     capture = (-1,)
     max_positions = None
@@ -119,7 +122,9 @@ class MedusaDrafter:
         """
         del slots
         (spec,) = target.state_specs(self.capture)
-        if self.tree is not None:
+        if self.tree is not None and self.siblings != "chosen":
+            check_drawn_tree(self.tree, self.num_draft, self.siblings, self.vocab_size)
+        elif self.tree is not None:
             check_static_tree(self.tree, self.num_draft)
             widest = 1 + max(path[-1] for path in self.tree[: self.num_draft])
             if widest > self.vocab_size:
@@ -136,9 +141,12 @@ class MedusaDrafter:
         return jnp.where(event.kept_b[:, None] > 0, last_bd, state)
 
     def propose(self, state: Array, context: Context, draw: Draw) -> tuple[Proposal, Array]:
-        """Samples one token from each of the first ``num_draft`` heads, or takes the likeliest ones for a tree."""
+        """Samples one token from each of the first ``num_draft`` heads, or a tree, or takes the likeliest ones."""
         if self.tree is not None:
-            return self._grow(in_order(self.tree[: self.num_draft]), state, context), state
+            tree = self.tree[: self.num_draft]
+            if self.siblings == "chosen":
+                return self._choose(in_order(tree), state, context), state
+            return self._draw_tree(tree, state, context, draw), state
         g = context.drafts(self.num_draft)
         chain = Chain.empty(state.shape[0], g, context.target.vocab_size)
         shared = {name: part for name, part in self.params[0].items() if name != "blocks"}
@@ -150,7 +158,16 @@ class MedusaDrafter:
             drafted_b = drafted_b + drafting_b.astype(jnp.int32)
         return chain.propose(drafted_b), state
 
-    def _grow(self, tree: tuple[Path, ...], state: Array, context: Context) -> Proposal:
+    def _draw_tree(self, tree: tuple[Path, ...], state: Array, context: Context, draw: Draw) -> Proposal:
+        shared = {name: part for name, part in self.params[0].items() if name != "blocks"}
+        drawn = DrawnTree.of(tree, self.siblings, state.shape[0])
+        for depth in range(drawn.shape.depth):
+            logits_bv = head_logits(shared | self.params[depth], state)
+            parents = len(drawn.shape.last_fed(depth))
+            drawn = drawn.add(draw, jnp.repeat(logits_bv[:, None], parents, axis=1))
+        return drawn.propose(context.length_b >= 2)
+
+    def _choose(self, tree: tuple[Path, ...], state: Array, context: Context) -> Proposal:
         shared = {name: part for name, part in self.params[0].items() if name != "blocks"}
         tops = []
         for i in range(max(map(len, tree))):

@@ -5,6 +5,8 @@ from flax import struct
 from jax import Array
 
 from specjax.drafters.chain import Chain, place, repeat
+from specjax.drafters.drawn import DrawnTree, check_drawn_tree
+from specjax.drafters.trees import Path
 from specjax.rows import text_at
 from specjax.types import Cache, Context, Draw, Event, Feed, LanguageModel, Proposal
 
@@ -25,18 +27,26 @@ class ModelState:
 
 @struct.dataclass
 class ModelDrafter:
-    """Drafts with another language model of the same vocabulary (Leviathan et al. 2023; Chen et al. 2023).
+    """Drafts with another language model of the same vocabulary (Leviathan et al. 2023; Chen et al. 2023): a chain, or
+    a static tree of drawn tokens, such as several independent chains (Miao et al. 2024, arXiv 2305.09781).
+
+    A tree takes one pass for each depth, over all drafts so far that others follow. The cache keeps none of them.
 
     Attributes:
       model: the draft model.
       num_draft: g, tokens proposed per round.
       unrolled: compile g passes one after another, in place of one pass in a loop on the device. A long loop compiles
-        faster and runs a little slower (docs/performance.md).
+        faster and runs a little slower (docs/performance.md). Trees are always unrolled.
+      tree: for trees: drafts by their ranks among siblings in the order of drawing, of which the first ``num_draft``
+        are proposed. ``drafters.trees`` makes some. None drafts a chain.
+      siblings: for trees: how siblings are drawn, see ``types.Drafter``.
     """
 
     model: LanguageModel
     num_draft: int = struct.field(pytree_node=False, default=4)
     unrolled: bool = struct.field(pytree_node=False, default=True)
+    tree: tuple[Path, ...] | None = struct.field(pytree_node=False, default=None)
+    siblings: str = struct.field(pytree_node=False, default="distinct")
 
     @property
     def capture(self) -> tuple[int, ...]:
@@ -51,9 +61,13 @@ class ModelDrafter:
         return self.model.max_positions
 
     @property
+    def tree_depth(self) -> int | None:
+        return None if self.tree is None else max(map(len, self.tree[: self.num_draft]))
+
+    @property
     def _rolls_back(self) -> bool:
-        """Whether the model's cache has to be told what to forget, as of recurrent layers."""
-        return self.model.commit is not None
+        """Whether the cache keeps no drafts: a model with recurrent layers has to be told what to forget."""
+        return self.model.commit is not None or self.tree is not None
 
     @property
     def _window(self) -> int:
@@ -61,13 +75,23 @@ class ModelDrafter:
 
         An attention cache keeps the drafts that were fed and accepted. Only the last draft is never fed, so two tokens
         are missing where all were accepted: that draft and the token after it. A cache that must be rolled back is
-        kept as it was before the drafts, so all g + 1 tokens of a round may be missing.
+        kept as it was before the drafts, so all g + 1 tokens of a round may be missing; after a tree, those of a path.
         """
-        return self.num_draft + 1 if self._rolls_back else 2
+        return (self.tree_depth or self.num_draft) + 1 if self._rolls_back else 2
 
     def init(self, target: LanguageModel, rows: int, slots: int) -> ModelState:
-        """Returns an empty cache."""
-        del target
+        """Returns an empty cache.
+
+        Raises:
+          ValueError: the tree is none that can be drawn, or the draft model cannot be fed trees.
+        """
+        if self.tree is not None:
+            check_drawn_tree(self.tree, self.num_draft, self.siblings, target.vocab_size)
+            if self.model.gather is None:
+                raise ValueError(
+                    "the draft model has no gather and cannot be fed trees, as models with recurrent layers; draft a "
+                    "chain with it"
+                )
         return ModelState(self.model.init_cache(rows, slots), jnp.zeros((rows,), jnp.int32))
 
     def observe(self, state: ModelState, context: Context, event: Event) -> ModelState:
@@ -83,7 +107,9 @@ class ModelDrafter:
         return ModelState(cache, state.fed_b + feed.count_b)
 
     def propose(self, state: ModelState, context: Context, draw: Draw) -> tuple[Proposal, ModelState]:
-        """Samples a chain of ``num_draft`` tokens."""
+        """Samples a chain of ``num_draft`` tokens, or a tree."""
+        if self.tree is not None:
+            return self._draw_tree(self.tree[: self.num_draft], state, context, draw)
         length_b, running_b = context.length_b, context.running_b.astype(jnp.int32)
         # 1. Feed what the cache lacks of the row, which gives the first draft's logits.
         feed = self._missing(state, context, self._window)
@@ -103,6 +129,23 @@ class ModelDrafter:
         # 3. Keep the drafts in the cache if those that are rejected do no harm there.
         ahead = ModelState(cache, read.fed_b + running_b * (g - 1))
         return chain.propose(jnp.full_like(length_b, g)), read if self._rolls_back else ahead
+
+    def _draw_tree(
+        self, tree: tuple[Path, ...], state: ModelState, context: Context, draw: Draw
+    ) -> tuple[Proposal, ModelState]:
+        """Samples the drafts of a static tree."""
+        length_b = context.length_b
+        feed = self._missing(state, context, self._window)
+        logits_btv, cache = self.model.run(feed, state.cache)
+        read = ModelState(cache, jnp.where(context.running_b, length_b, state.fed_b))
+        logits_bv = place(logits_btv, jnp.maximum(feed.count_b - 1, 0))
+        drawn = DrawnTree.of(tree, self.siblings, length_b.shape[0]).add(draw, logits_bv[:, None])
+        for depth in range(1, drawn.shape.depth):
+            tokens_bm, parents_bm = drawn.fed(depth)
+            count_b = jnp.where(context.running_b, jnp.int32(tokens_bm.shape[1]), 0)
+            logits_bmv, cache = self.model.run(Feed(tokens_bm, length_b, count_b, parents_bm), cache)
+            drawn = drawn.add(draw, logits_bmv[:, -len(drawn.shape.last_fed(depth)) :])
+        return drawn.propose(jnp.ones_like(context.running_b)), read
 
     def follow(self, state: ModelState, context: Context, tokens_bg: Array) -> ModelState:
         """Feeds in one pass what ``propose`` would have, had it drafted these tokens."""

@@ -39,6 +39,7 @@ class PEagleHead:
     mask_token: int
 
     most_drafts = None
+    marginal = True
 
     def __post_init__(self):
         check_integer("mask_token_id", self.mask_token, 0, self.vocab_size - 1)

@@ -197,7 +197,7 @@ def check_rule(verify: Any, drafter: Drafter | None) -> None:
 
     Raises:
       TypeError: ``verify`` is no rule.
-      ValueError: the drafter proposes trees, and the rule takes chains only.
+      ValueError: the drafter proposes trees, and the rule takes chains only, or other trees.
     """
     if isinstance(verify, type) or not (callable(verify) and hasattr(verify, "shares_noise")):
         raise TypeError(f"verify is {verify!r}; give a rule, such as specjax.verify.block")
@@ -205,6 +205,12 @@ def check_rule(verify: Any, drafter: Drafter | None) -> None:
         raise ValueError(
             f"the drafter proposes trees and verify is {verify!r}, a rule for chains; give a rule for trees, or a "
             "drafter of chains"
+        )
+    siblings = getattr(drafter, "siblings", None)
+    if depth_of(drafter) is not None and getattr(verify, "paths", False) and siblings not in ("chosen", "paths"):
+        raise ValueError(
+            f"the drafter's siblings is {siblings!r} and verify takes drawn trees of independent paths alone; give a "
+            "drafter with siblings='paths', or verify=specjax.verify.traversal"
         )
 
 

@@ -225,22 +225,32 @@ class _Laws:
         self, logits_btv: Array, drafts_bg: Array, first: int | Array = 0, before_btg: Array | None = None
     ) -> Array:
         """Returns the distributions that are sampled, as ``sampling.warp`` does, of penalised logits."""
+        return sampling_lib.warp(self._penalized(logits_btv, drafts_bg, first, before_btg), self.sampling)
+
+    def _penalized(
+        self, logits_btv: Array, drafts_bg: Array, first: int | Array = 0, before_btg: Array | None = None
+    ) -> Array:
         logits_btv = logits_btv.astype(jnp.float32)
-        logits_btv = sampling_lib.penalize(logits_btv, self.sampling, self.counts, drafts_bg, first, before_btg)
-        return sampling_lib.warp(logits_btv, self.sampling)
+        return sampling_lib.penalize(logits_btv, self.sampling, self.counts, drafts_bg, first, before_btg)
 
     def draw(self, shares_noise: bool) -> Draw:
         """Returns ``draw`` for drafters (``types.Draw``)."""
 
         def draw(
-            logits_bv: Array, drafts_bg: Array, index: int | Array, before_bg: Array | None = None
+            logits_bv: Array,
+            drafts_bg: Array,
+            index: int | Array,
+            before_bg: Array | None = None,
+            siblings: int | None = None,
         ) -> tuple[Array, Array]:
             before_btg = None if before_bg is None else before_bg[:, None]
-            probs_bv = self.distributions(logits_bv[:, None], drafts_bg, index, before_btg)[:, 0]
+            logits_btv = self._penalized(logits_bv[:, None], drafts_bg, index, before_btg)
+            probs_bv = sampling_lib.warp(logits_btv, self.sampling)[:, 0]
+            distinct = None if siblings is None else (siblings, logits_btv[:, 0])
             if shares_noise:
                 depth = jnp.asarray(index, jnp.int32) if before_bg is None else before_bg.sum(-1, dtype=jnp.int32)
-                return self.draws.emit(probs_bv, depth), probs_bv
-            return self.draws.draft(probs_bv, index), probs_bv
+                return self.draws.emit(probs_bv, depth, distinct), probs_bv
+            return self.draws.draft(probs_bv, index, distinct), probs_bv
 
         return draw
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from specjax.types import Drafter, Feed, LanguageModel, Output, Verdict
+from specjax.types import SIBLINGS, Drafter, Feed, LanguageModel, Output, Verdict
 
 
 def depth_of(drafter: Drafter | None) -> int | None:
@@ -25,8 +25,8 @@ def check_tree(target: LanguageModel, drafter: Drafter | None) -> None:
     """Checks what is known of a drafter of trees and its target before anything is traced.
 
     Raises:
-      ValueError: ``tree_depth`` is no depth of a tree of ``num_draft`` drafts; or the drafter proposes trees and the
-        target cannot be fed any.
+      ValueError: ``tree_depth`` is no depth of a tree of ``num_draft`` drafts; ``siblings`` is unknown; or the drafter
+        proposes trees and the target cannot be fed any.
     """
     depth = depth_of(drafter)
     if drafter is None or depth is None:
@@ -36,6 +36,9 @@ def check_tree(target: LanguageModel, drafter: Drafter | None) -> None:
             f"the drafter's tree_depth is {depth!r}; give an integer from 1 to num_draft, {drafter.num_draft}, or None "
             "for chains"
         )
+    siblings = getattr(drafter, "siblings", None)
+    if siblings is not None and siblings not in SIBLINGS:
+        raise ValueError(f"the drafter's siblings is {siblings!r}; give one of {', '.join(SIBLINGS)}")
     if target.gather is None:
         raise ValueError(
             f"the drafter proposes trees (depth {depth}) and the target has no gather, as models with recurrent layers "

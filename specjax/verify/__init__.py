@@ -2,7 +2,7 @@
 
 Each rule keeps the target's distribution exactly, for any drafter. Rules are array functions and know no model.
 ``token`` and ``block`` verify chains; ``walk``, ``coupled``, ``recursive``, ``traversal`` and ``multipath`` verify
-chains and trees.
+chains and trees. ``default_rule`` chooses one for a drafter.
 
 At temperature 0 the engine's distributions are one-hot. Then every rule here is greedy verification: drafts are
 accepted while they are the target's argmax, and the target's argmax is emitted after them.
@@ -18,6 +18,7 @@ from specjax.verify.chains import leading_successes as leading_successes
 from specjax.verify.chains import residual as residual
 from specjax.verify.chains import token as token
 from specjax.verify.chains import token_thresholds as token_thresholds
+from specjax.verify.defaults import default_rule as default_rule
 from specjax.verify.trees import TreeRule as TreeRule
 from specjax.verify.trees import TreeThresholds as TreeThresholds
 from specjax.verify.trees import multipath as multipath

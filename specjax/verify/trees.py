@@ -281,12 +281,14 @@ class TreeRule:
     Attributes:
       thresholds: ``thresholds(proposal, p_btv) -> TreeThresholds``.
       keep: ``keep(success_bg, line_bgg)``, the drafts to which a path goes on: the first such one among siblings.
+      paths: whether drafts that were drawn must be independent paths, see ``VerifyRule``.
       shares_noise: False, see ``VerifyRule``.
       trees: True, see ``VerifyRule``.
     """
 
     thresholds: Callable[[Proposal, Array], TreeThresholds]
     keep: Callable[[Array, Array], Array]
+    paths: bool = False
     shares_noise: bool = dataclasses.field(default=False, init=False)
     trees: bool = dataclasses.field(default=True, init=False)
 
@@ -314,6 +316,6 @@ traversal = TreeRule(traversal_thresholds, success_below)
 """Leaves first, then their parents (Weng et al. 2025, arXiv 2505.12398). It mostly keeps more drafts on average than
 ``recursive``, but not on every tree. On a chain it is ``block``."""
 
-multipath = TreeRule(multipath_thresholds, success_below)
+multipath = TreeRule(multipath_thresholds, success_below, paths=True)
 """The best of several independent paths, verified as a block (Thomas and Pal 2026, arXiv 2602.16961). On a chain it is
-``block``."""
+``block``. Trees that are drawn and branch below the root are refused: their text would have another law."""
