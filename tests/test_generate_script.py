@@ -745,7 +745,7 @@ def test_trees_and_chains_have_rules_of_their_own(script, tree, tree_rule, verif
 def test_a_tree_needs_a_drafter_that_has_one(script, pair, capsys):
     for spec, message in (
         ("none", "--tree is 8 and --drafter is none"),
-        ("ngram", "tree is 8 and ngram drafts chains"),
+        ("early-exit:2", "tree is 8 and early-exit drafts chains"),
     ):
         with pytest.raises(SystemExit):
             script.main(["--target", str(pair / "target"), "--drafter", spec, "--tree", "8", "--prompt", "x"])

@@ -1,7 +1,11 @@
-"""Drafters of trees: Medusa's static trees, and EAGLE-2's, which grow, against slow twins and through the loop."""
+"""Drafters of chosen trees: Medusa's static ones, EAGLE-2's, which grow, the likeliest drafts of a block, and copies.
+
+They are compared with slow twins, and run through the loop, where a few trees that are drawn run with them.
+"""
 
 import dataclasses
 import functools
+import itertools
 from pathlib import Path
 
 import jax
@@ -12,14 +16,29 @@ from flax import struct
 from heads_observing import context_of
 from jitted import jit
 from stateless import Stateless
-from test_conformance import EAGLE_1, EAGLE_3, MEDUSA, MTP, TARGET, VOCAB, WIDTH, eagle
+from test_conformance import (
+    CASES,
+    DFLASH,
+    DSPARK,
+    EAGLE_1,
+    EAGLE_3,
+    MEDUSA,
+    MODEL,
+    MTP,
+    P_EAGLE,
+    TARGET,
+    VOCAB,
+    WIDTH,
+    eagle,
+)
 from test_medusa import affine, perfect, walk
 from trees import path_to
 
 import specjax
 from specjax import Cascade, FeatureDrafter, MedusaDrafter, NGramDrafter, Sampling, verify
-from specjax.drafters.medusa import head_logits
-from specjax.drafters.trees import MEDUSA_CHOICES, check_static_tree, in_order
+from specjax.drafters.block import Block, BlockDrafter
+from specjax.drafters.medusa import accepted_by_rank, head_logits
+from specjax.drafters.trees import MEDUSA_CHOICES, best_tree, check_static_tree, drawn_tree, in_order, paths_tree
 
 PROMPTS = [[3], [1, 5], [2, 4, 1, 0, 5, 3, 2], [7, 7, 8, 7, 7, 8, 7, 7]]
 TREE = ((0,), (0, 0), (1,), (0, 2), (1, 0), (0, 0, 1), (3,), (1, 0, 0))
@@ -27,6 +46,10 @@ TREE = ((0,), (0, 0), (1,), (0, 2), (1, 0), (0, 0, 1), (3,), (1, 0, 0))
 
 def grown(drafter, depth=4, top_k=3, nodes=12):
     return dataclasses.replace(drafter, num_draft=nodes, tree_depth=depth, top_k=top_k)
+
+
+def of_block(drafter, nodes=12):
+    return dataclasses.replace(drafter, num_draft=nodes, tree_depth=3)
 
 
 NARROW = eagle(capture=(1, 2, 3), width=8, target_hidden_size=WIDTH, own_embedding=True, draft_vocab_size=2)
@@ -38,6 +61,13 @@ DRAFTERS = {
     "eagle-3, fewer tokens than children": grown(NARROW),
     "eagle-3, a chain of the likeliest": grown(EAGLE_3, 3, 1, 3),
     "mtp": grown(MTP, 3, 4, 20),
+    "dflash": of_block(DFLASH),
+    "dspark, rnn": of_block(DSPARK),
+    "dspark, gated, few tokens": of_block(CASES["dspark, a smaller vocabulary"][1], 9),
+    "p-eagle": of_block(P_EAGLE),
+    "n-gram": NGramDrafter(10, 1, 3, tree_depth=4),
+    "model, distinct": dataclasses.replace(MODEL, num_draft=9, tree=drawn_tree(9, 4, "distinct")),
+    "eagle-3, paths": dataclasses.replace(EAGLE_3, num_draft=7, tree=paths_tree(7, 3), tree_depth=3, siblings="paths"),
 }
 every_drafter = pytest.mark.parametrize("drafter", DRAFTERS.values(), ids=DRAFTERS)
 
@@ -87,7 +117,7 @@ def proposed(kind, target, state, drafter):
     return found, drafter.propose(draft, context, None)[0]
 
 
-@pytest.mark.parametrize("name", ["medusa", "eagle-3", "mtp"])
+@pytest.mark.parametrize("name", ["medusa", "eagle-3", "mtp", "n-gram", "dspark, rnn"])
 def test_rounds_leave_what_one_pass_over_the_text_does(name):
     """The kept path alone is read, from the target's own states."""
     drafter = DRAFTERS[name]
@@ -204,6 +234,137 @@ def test_grown_trees_equal_the_twin(name):
     assert len(shapes) > 1  # the tree depends on the text
 
 
+# The likeliest drafts of a block.
+
+
+@dataclasses.dataclass(frozen=True)
+class Marginals:
+    """A draft head of blocks whose distributions are given, the same for all texts."""
+
+    probs: tuple
+
+    capture = ()
+    marginal = True
+    vocab_size = 3
+
+    @property
+    def most_drafts(self):
+        return len(self.probs)
+
+    def block(self, params, state, context, count):
+        logits_bgv = jnp.log(jnp.broadcast_to(jnp.asarray(self.probs)[None, :count], (1, count, 3)))
+        return Block(logits_bgv, logits_bgv, jnp.ones((1,), bool)), state
+
+    def start(self, params, rows):
+        return None
+
+    def step(self, params, carry, logits_bu, state_bd, token_b):
+        return logits_bu, carry
+
+
+def test_the_likeliest_tree_of_known_marginals():
+    """DDTree's tree of four drafts keeps 0.6 + 0.3 + 0.25 + 0.18 of them."""
+    head = Marginals(((0.6, 0.25, 0.15), (0.5, 0.3, 0.2)))
+    context = specjax.Context(TARGET, None, jnp.zeros((1, 8), jnp.int32), jnp.int32([4]), jnp.int32([9]))
+    for nodes, wanted in ((4, {(0,), (0, 0), (1,), (0, 1)}), (12, None)):
+        proposal, _ = BlockDrafter((), head, nodes, tree_depth=2).propose((), context, None)
+        found = paths(proposal, 0)
+        assert len(set(found)) == nodes and (wanted is None or set(found) == wanted)
+    value = sum(np.prod([head.probs[depth][token] for depth, token in enumerate(path)]) for path in wanted or ())
+    assert wanted is None or abs(value - 1.33) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["dflash", "dspark, rnn"])
+def test_trees_of_blocks_have_the_likeliest_paths(name):
+    """Against the probabilities of all paths, each drafted as a chain."""
+    drafter = DRAFTERS[name]
+    chain = dataclasses.replace(drafter, num_draft=3, tree_depth=None)
+    state = specjax.prefill(TARGET, PROMPTS, drafter=drafter, max_new_tokens=20, fixed=True)
+    context = context_of(TARGET, state)
+
+    @jax.jit
+    def laws(text_g):
+        def follow(logits_bv, drafts_bg, index):
+            return jnp.broadcast_to(text_g[index][None], (len(PROMPTS),)), jax.nn.softmax(logits_bv)
+
+        return jnp.log(chain.propose(state.draft, context, follow)[0].probs_bgv)
+
+    scores = {}
+    for prefix in itertools.product(range(VOCAB), repeat=2):
+        log_bgv = np.asarray(laws(jnp.asarray([*prefix, 0], jnp.int32)), np.float64)
+        score_b = np.zeros(len(PROMPTS))
+        for depth in range(3):
+            for token in range(VOCAB):
+                scores[(*prefix[:depth], token)] = score_b + log_bgv[:, depth, token]
+            score_b = score_b + log_bgv[:, depth, prefix[depth] if depth < 2 else 0]
+    proposal, _ = drafter.propose(state.draft, context, None)
+    assert proposal.length_b.tolist() == [12] * 4 and proposal.probs_bgv is None
+    for row in range(len(PROMPTS)):
+        found = paths(proposal, row)
+        best = sorted((values[row] for values in scores.values()), reverse=True)[:12]
+        np.testing.assert_allclose(sorted((scores[path][row] for path in found), reverse=True), best, atol=1e-4)
+        assert len(set(found)) == 12 and all(path[:-1] in ((), *found) for path in found)
+
+
+# Copies of n-grams.
+
+
+def copies(row, drafter):
+    """Returns the tree's paths: all matches, the best first, each followed until there are enough drafts."""
+    ends = []
+    for slot in range(len(row) - 1):
+        most = next((n for n in range(drafter.max_n) if n > slot or row[slot - n] != row[-1 - n]), drafter.max_n)
+        ends.append((most, slot))
+    found = []
+    for most, slot in sorted(ends, reverse=True)[: drafter.matches]:
+        text = (row[slot + 1 :] * drafter.tree_depth)[: drafter.tree_depth]
+        for depth in range(1, drafter.tree_depth + 1):
+            if most >= drafter.min_n and len(found) < drafter.num_draft and tuple(text[:depth]) not in found:
+                found.append(tuple(text[:depth]))
+    return found
+
+
+def test_copies_equal_the_twin():
+    rng = np.random.default_rng(0)
+    rows = [[1, 2, 3, 1, 2, 4, 1, 2], [5], [6, 6], *(rng.integers(0, 3, length).tolist() for length in (9, 20, 31))]
+    tokens_bs, length_b = specjax.pad_prompts(rows)
+    room_b = jnp.full((len(rows),), 9, jnp.int32)
+    context = specjax.Context(TARGET, None, jnp.asarray(tokens_bs), jnp.asarray(length_b), room_b)
+    for options in ({"min_n": 2, "matches": 4}, {"min_n": 1, "max_n": 3, "matches": 3}, {"min_n": 2, "matches": 40}):
+        drafter = NGramDrafter(8, tree_depth=3, **options)
+        proposal, _ = drafter.propose(None, context, None)
+        for row, tokens in enumerate(rows):
+            assert paths(proposal, row)[: int(proposal.length_b[row])] == copies(tokens, drafter), (row, options)
+    assert copies(rows[0], NGramDrafter(8, tree_depth=2)) == [(4,), (4, 1), (3,), (3, 1)]
+
+
+def test_trees_of_copies_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="num_draft is 17, and 8 matches of 2 tokens have fewer"):
+        NGramDrafter(17, tree_depth=2)
+    with pytest.raises(ValueError, match="matches must be an integer of at least 1"):
+        NGramDrafter(matches=0)
+
+
+# A tree that is searched.
+
+
+def test_ranks_are_counted_and_the_searched_tree_is_kept(tmp_path):
+    """Heads that know the text have it at rank 0; and a folder keeps its own tree."""
+    target, following = affine()
+    drafter = MedusaDrafter(perfect(following, 3), 3)
+    text = jnp.asarray([walk(following, 8, 12), walk(following, 2, 12)], jnp.int32)
+    assert accepted_by_rank(drafter, target, text, 3) == [[1, 0, 0]] * 3
+    wrong = (text + 1) % len(following)
+    assert all(row[0] < 1 and sum(row) <= 1 for row in accepted_by_rank(drafter, target, wrong, 3))
+    tree = best_tree([[0.5, 0.4], [0.5, 0.2], [0.5, 0.1]], 6)
+    specjax.save_drafter(tmp_path / "own", dataclasses.replace(drafter, num_draft=6, tree=tree), target)
+    opened = specjax.load_drafter(f"medusa:{tmp_path / 'own'}", target, 3, tree=4)
+    assert isinstance(opened, MedusaDrafter) and opened.tree == tree and opened.num_draft == 4
+    (tmp_path / "own" / "medusa_choices.json").write_text("[[0], [1, 0]]")
+    with pytest.raises(ValueError, match=r"medusa_choices.json: the tree has \(1, 0\) after"):
+        specjax.load_drafter(f"medusa:{tmp_path / 'own'}", target, 3, tree=2)
+
+
 # Bad input.
 
 
@@ -277,8 +438,24 @@ def test_a_folder_of_draft_heads_opens_as_a_tree():
     assert (eagle.num_draft, eagle.tree_depth) == (32, 5)
     for spec, tree, message in [
         (f"medusa:{root / 'py-14m-medusa'}", 64, "tree is 64 and Medusa's choices for 3 heads are 61 drafts"),
-        ("ngram", 8, "tree is 8 and ngram drafts chains"),
+        ("early-exit:2", 8, "tree is 8 and early-exit drafts chains"),
         (f"eagle:{root / 'py-14m-eagle'}", 0, "tree must be an integer of at least 1"),
     ]:
         with pytest.raises(ValueError, match=message):
             specjax.load_drafter(spec, target, 3, tree=tree)
+    for spec, siblings, kind in [
+        (f"model:{root / 'py-14m-draft'}", None, "distinct"),
+        (f"model:{root / 'py-14m-draft'}", "paths", "paths"),
+        (f"eagle:{root / 'py-14m-eagle'}", "distinct", "distinct"),
+        ("ngram", None, "chosen"),
+    ]:
+        drafter = specjax.load_drafter(spec, target, 3, tree=10, siblings=siblings)
+        assert (drafter.num_draft, drafter.tree_depth, drafter.siblings) == (10, 3, kind)
+    for spec, options, message in [
+        ("ngram", {"siblings": "chosen"}, "siblings is 'chosen' and tree is None"),
+        ("ngram", {"tree": 8, "siblings": "paths"}, "the drafts of ngram are copied, never drawn"),
+        ("ngram", {"tree": 8, "siblings": "all"}, "siblings is 'all'; give one of chosen, distinct, paths"),
+        (f"model:{root / 'py-14m-draft'}", {"tree": 8, "siblings": "chosen"}, "the drafts of model are drawn"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            specjax.load_drafter(spec, target, 3, **options)

@@ -14,8 +14,9 @@ from jax import Array, lax
 
 from specjax.checking.shapes import check_rows_first, check_same_tree
 from specjax.checking.tolerances import default_tolerance
+from specjax.checking.trees import check_parents, deepest_path
 from specjax.checks import check_integer, check_positive
-from specjax.types import Cache, Context, Drafter, Draw, Event, Feed, LanguageModel, Proposal, ancestors
+from specjax.types import Cache, Context, Drafter, Draw, Event, Feed, LanguageModel, Proposal
 
 PROMPT = 16
 """The most tokens of a prompt, and so the widest chunk."""
@@ -198,7 +199,7 @@ class _Checker:
         output = self.target.forward(self.target.params, feed, cache, self.drafter.capture)
         drafts_bg, features, cache = proposal.tokens_bg, output.features, output.cache
         if parents_bg is not None and self.target.gather is not None:
-            path_bt = jnp.minimum(jnp.pad(_deepest_path(proposal)[:, : self.depth] + 1, ((0, 0), (1, 0))), self.g)
+            path_bt = jnp.minimum(jnp.pad(deepest_path(proposal)[:, : self.depth] + 1, ((0, 0), (1, 0))), self.g)
             cache = self.target.gather(cache, feed, path_bt)
             features = tuple(jnp.take_along_axis(x, path_bt[..., None], axis=1) for x in features)
             feed = Feed(jnp.take_along_axis(feed.tokens_bt, path_bt, axis=1), start_b, kept_b)
@@ -246,7 +247,7 @@ class _Checker:
         if ((proposal.tokens_bg < 0) | (proposal.tokens_bg >= vocab))[real_bg].any():
             raise _broken(f"the proposal has the tokens {proposal.tokens_bg}; the target's ids are 0 to {vocab - 1}")
         if proposal.parents_bg is not None:
-            self._check_parents(proposal, real_bg)
+            check_parents(self.drafter, proposal, real_bg, _broken)
         if proposal.probs_bgv is None or proposal.parents_bg is not None:
             return  # of a tree, siblings may be drawn from what is left of the distribution
         for row, place in np.argwhere(real_bg):
@@ -267,23 +268,6 @@ class _Checker:
                     f"tokens_bg at row {row}, draft {place} is {token} and draw returned {drawn}: return its tokens, "
                     "and give it the drafts before as drafts_bg and the number of the draft as index"
                 )
-
-    def _check_parents(self, proposal: Proposal, real_bg: Any) -> None:
-        """Checks that the drafts of each row are a tree of the drafter's depth."""
-        parents_bg, tokens_bg = np.asarray(proposal.parents_bg), np.asarray(proposal.tokens_bg)
-        if ((parents_bg < -1) | (parents_bg >= np.arange(self.g)))[real_bg].any():
-            raise _broken(f"parents_bg is {parents_bg}; a draft follows an earlier one, or -1, the row's last token")
-        depth = int(np.asarray(ancestors(jnp.asarray(parents_bg))).sum(-1)[real_bg].max(initial=0))
-        if self.depth is not None and depth > self.depth:
-            raise _broken(
-                f"a path has {depth} drafts and tree_depth is {self.depth}; give the most that a path may have"
-            )
-        pairs = [
-            list(zip(parents[real], tokens[real], strict=True))
-            for parents, tokens, real in zip(parents_bg, tokens_bg, real_bg, strict=True)
-        ]
-        if proposal.probs_bgv is None and any(len(set(row)) < len(row) for row in pairs):
-            raise _broken("siblings without probs_bgv are the same token; propose each token once after one parent")
 
     def check_reading(self) -> None:
         """Checks that a row's proposal depends on its own text alone, however that was read."""
@@ -315,7 +299,7 @@ class _Checker:
         short_b = np.minimum(*(np.asarray(proposal.length_b) for proposal, _ in proposed))
         kept_b = np.minimum(same_b, short_b)
         if self.depth is not None:
-            kept_b = np.asarray(_deepest_path(proposed[0][0]) < kept_b[:, None]).sum(1)
+            kept_b = np.asarray(deepest_path(proposed[0][0]) < kept_b[:, None]).sum(1)
         kept_b = jnp.asarray(1 + kept_b, jnp.int32)
         after = [self._round(state, *pair, kept_b, last, every_b) for pair in proposed]
         want = self._proposal(after[0])
@@ -361,16 +345,6 @@ class _Checker:
                 raise _broken(f"{clause} (row {i})")
 
 
-def _deepest_path(proposal: Proposal) -> Array:
-    """Returns the drafts on the path to each row's first deepest draft, int32 ``[b, g]``, and then g."""
-    assert proposal.parents_bg is not None
-    g = proposal.parents_bg.shape[1]
-    line_bgg = ancestors(proposal.parents_bg)
-    last_b = jnp.argmax(line_bgg.sum(-1), axis=1)
-    on_bg = jnp.take_along_axis(line_bgg, last_b[:, None, None], axis=1)[:, 0]
-    return jnp.sort(jnp.where(on_bg, jnp.arange(g, dtype=jnp.int32)[None], g), axis=1)
-
-
 def _make_draw(noise_bgv: Any, known: bool) -> Draw:
     """Returns a ``draw`` whose tokens depend on noise, on the drafts before, and on which tokens are banned.
 
@@ -378,7 +352,11 @@ def _make_draw(noise_bgv: Any, known: bool) -> Draw:
     """
 
     def draw(
-        logits_bv: Array, drafts_bg: Array, index: int | Array, before_bg: Array | None = None
+        logits_bv: Array,
+        drafts_bg: Array,
+        index: int | Array,
+        before_bg: Array | None = None,
+        siblings: int | None = None,
     ) -> tuple[Array, Array]:
         noise_bv = lax.dynamic_index_in_dim(jnp.asarray(noise_bgv), index, axis=1, keepdims=False)
         allowed_bv = logits_bv > -jnp.inf
@@ -387,7 +365,11 @@ def _make_draw(noise_bgv: Any, known: bool) -> Draw:
         shift_b = jnp.where(before_bg, drafts_bg, 0).sum(axis=1)
         id_bv = (jnp.arange(noise_bv.shape[1], dtype=jnp.int32)[None] + shift_b[:, None]) % noise_bv.shape[1]
         turned_bv = jnp.take_along_axis(noise_bv, id_bv, axis=1)
-        token_b = jnp.argmax(jnp.where(allowed_bv, turned_bv, -1), axis=1).astype(jnp.int32)
+        score_bv = jnp.where(allowed_bv, turned_bv, -1)
+        if siblings is None:
+            token_b = jnp.argmax(score_bv, axis=1).astype(jnp.int32)
+        else:
+            token_b = lax.top_k(score_bv, siblings)[1].astype(jnp.int32)
         if not known:
             return token_b, jax.nn.softmax(logits_bv.astype(jnp.float32), axis=-1)
         weights_bv = jnp.where(allowed_bv, noise_bv, 0)

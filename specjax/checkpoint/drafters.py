@@ -17,7 +17,7 @@ from specjax.checkpoint.block import fill_block, open_block
 from specjax.checkpoint.eagle import fill_eagle, open_eagle
 from specjax.checkpoint.fetched import model_path
 from specjax.checkpoint.folder_kinds import opened_as
-from specjax.checkpoint.medusa import fill_medusa, open_medusa
+from specjax.checkpoint.medusa import fill_medusa, medusa_choices, open_medusa
 from specjax.checkpoint.models import (
     check_dtype,
     check_not_quantized,
@@ -32,7 +32,6 @@ from specjax.checkpoint.peagle import fill_peagle, open_peagle
 from specjax.checkpoint.shared import read_onto
 from specjax.checkpoint.spec import Spec, parse
 from specjax.checkpoint.text_parts import open_text_parts
-from specjax.checkpoint.with_tree import check_tree_of, with_tree
 from specjax.checks import check_integer, errors_name
 from specjax.drafters.block import BlockDrafter
 from specjax.drafters.cascade import Cascade
@@ -46,6 +45,8 @@ from specjax.drafters.mtp import MTPDrafter, MTPHead
 from specjax.drafters.ngram import NGramDrafter
 from specjax.drafters.peagle import PEagleHead
 from specjax.drafters.shared_vocabulary import shared_vocabulary_drafter
+from specjax.drafters.trees import MEDUSA_CHOICES
+from specjax.drafters.with_tree import check_tree_of, with_tree
 from specjax.hf.keys import key_names, read_json
 from specjax.hf.peagle import is_peagle
 from specjax.quantized import Kind, check_kind
@@ -171,7 +172,7 @@ def load_drafter(
             drafter, params = open_assistant(path, target, num_draft, dtype, ignore_config_keys)
         else:
             drafter, params = open_medusa(path, target, num_draft, dtype, ignore_config_keys)
-    drafter = with_tree(drafter, tree, siblings)
+    drafter = with_tree(drafter, tree, siblings, medusa_choices(path) if kind == "medusa" else MEDUSA_CHOICES)
     with errors_name(path):
         return read_onto(mesh, rules, drafter, params, quantize)
 
@@ -275,7 +276,7 @@ def save_drafter(
     Args:
       path: the folder to make or to replace.
       drafter: the draft head as a drafter: a ``FeatureDrafter``, a ``BlockDrafter``, an ``MTPDrafter`` or a
-        ``MedusaDrafter``.
+        ``MedusaDrafter``, whose ``tree`` is written, too.
       target: the model that the head drafts for, or the result of ``specjax.open``.
       config: describes the draft head. EAGLE and heads of blocks: the keys of any layout that ``load_drafter`` reads.
         MTP: the target's Hugging Face config, or a config with layers of other sizes. Medusa: None, since the
@@ -315,7 +316,7 @@ def save_drafter(
         elif isinstance(head, DFlashHead):
             fill_block(folder, config or {}, params, model, target_name, drafter.num_draft)
         elif isinstance(head, MedusaDrafter):
-            fill_medusa(folder, params, target_name)
+            fill_medusa(folder, params, target_name, drafter.tree)
         else:
             fill_mtp(folder, config or {}, params)
         if metrics is not None:

@@ -1,5 +1,6 @@
 """Reading and writing folders of Medusa heads."""
 
+import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,10 +12,33 @@ import jax.numpy as jnp
 from specjax.checkpoint.new_folder import write_json
 from specjax.checks import errors_name
 from specjax.drafters.medusa import MedusaDrafter, check_medusa_fit
+from specjax.drafters.trees import MEDUSA_CHOICES, check_static_tree
+from specjax.drafters.trees import Path as Choice
 from specjax.hf.keys import read_json, without_keys
 from specjax.hf.medusa import MEDUSA_FILE, lies_in_target, medusa_parameters, medusa_tensors, open_medusa_tensors
 from specjax.hf.safetensors import write_tensors
 from specjax.types import LanguageModel
+
+CHOICES_FILE = "medusa_choices.json"
+"""The tree of a folder's own, which was searched for its heads: a list of drafts, each a list of ranks."""
+
+
+def medusa_choices(path: Path) -> tuple[Choice, ...]:
+    """Returns the tree of a folder of Medusa heads: its own, or else Medusa's published one.
+
+    Raises:
+      ValueError: the file is damaged or holds no tree.
+    """
+    file = path / CHOICES_FILE
+    if not file.exists():
+        return MEDUSA_CHOICES
+    with errors_name(file):
+        try:
+            tree = tuple(tuple(choice) for choice in json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"it is no list of lists of ranks: {error}") from None
+        check_static_tree(tree, len(tree))
+    return tree
 
 
 def open_medusa(
@@ -57,13 +81,14 @@ def open_medusa(
     return MedusaDrafter(abstract, num_draft), params
 
 
-def fill_medusa(folder: Path, params: Any, target_name: str | None) -> None:
+def fill_medusa(folder: Path, params: Any, target_name: str | None, tree: tuple[Choice, ...] | None = None) -> None:
     """Writes Medusa heads in the layout of FasterDecoding/Medusa into a folder.
 
     Args:
       folder: an empty folder.
       params: the parameters, in the structure of ``MedusaDrafter.params``.
       target_name: the target's name or path, for other engines.
+      tree: for ``CHOICES_FILE``; None writes no such file.
 
     Raises:
       ValueError: the heads differ in their shapes or in the number of their blocks, or have parts that the layout has
@@ -91,6 +116,8 @@ def fill_medusa(folder: Path, params: Any, target_name: str | None) -> None:
     # The layout has one file of a fixed name, whatever its size.
     (file,) = write_tensors(folder, medusa_tensors(params), shard_bytes=sys.maxsize)
     file.rename(folder / MEDUSA_FILE)
+    if tree is not None:
+        write_json(folder / CHOICES_FILE, tree)
 
 
 def _width(target: LanguageModel) -> int:

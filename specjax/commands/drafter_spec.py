@@ -7,8 +7,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 import specjax
-from specjax.checkpoint.with_tree import TREE_SIBLINGS
 from specjax.commands import hosts
+from specjax.drafters.with_tree import TREE_SIBLINGS
 from specjax.quantized import Kind
 
 TREE_RULES = {

@@ -11,7 +11,7 @@ from specjax.drafters.chain import Chain, place
 from specjax.drafters.drawn import DrawnTree, check_drawn_tree
 from specjax.drafters.trees import Path, check_static_tree, in_order, parents_of
 from specjax.transformer.products import product
-from specjax.types import Context, Draw, Event, LanguageModel, Proposal
+from specjax.types import Context, Draw, Event, LanguageModel, Proposal, whole_feed
 
 
 def head_logits(params: Any, states: Array) -> Array:
@@ -182,6 +182,31 @@ class MedusaDrafter:
         """Nothing to do: the next state comes from the target, whoever drafted."""
         del context, tokens_bg
         return state
+
+
+def accepted_by_rank(drafter: MedusaDrafter, target: LanguageModel, tokens_bt: Array, ranks: int = 10) -> list[Any]:
+    """Returns for each head how often the right token was its likeliest, its second, and so on: ``[heads][ranks]``.
+
+    With ``drafters.trees.best_tree`` this gives the best tree for the heads, as far as the ranks at two depths do not
+    depend on each other (Cai et al. 2024, section 2.3.3).
+
+    Args:
+      drafter: its first ``num_draft`` heads are measured.
+      target: the target.
+      tokens_bt: int32, texts of one length as the target writes them, longer than a path.
+      ranks: of each head.
+    """
+    feed = whole_feed(tokens_bt)
+    output = target.forward(target.params, feed, target.init_cache(*tokens_bt.shape), drafter.capture)
+    shared = {name: part for name, part in drafter.params[0].items() if name != "blocks"}
+    found = []
+    for i in range(drafter.num_draft):
+        # The state at position p predicts token p + 2 + i.
+        logits_btv = head_logits(shared | drafter.params[i], output.features[0][:, : -2 - i])
+        right_bt1 = jnp.take_along_axis(logits_btv, tokens_bt[:, 2 + i :, None], axis=-1)
+        rank_bt = (logits_btv > right_bt1).sum(-1)
+        found.append([float((rank_bt == rank).mean()) for rank in range(ranks)])
+    return found
 
 
 def check_medusa_fit(params: Any, num_draft: int, width: int) -> None:

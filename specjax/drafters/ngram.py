@@ -75,23 +75,24 @@ class NGramDrafter:
     def propose(self, state: None, context: Context, draw: Draw) -> tuple[Proposal, None]:
         """Returns what follows the best matches. The row's tokens decide it, so there are no probabilities."""
         del draw
-        score_bs = self._scores(context.tokens_bs, context.length_b)
+        tokens_bs, last_b = context.tokens_bs, context.length_b - 1
+        score_bs = self._scores(tokens_bs, last_b)
         slots, g = score_bs.shape[1], context.drafts(self.num_draft)
         if self.tree_depth is not None:
             score_bm, slot_bm = lax.top_k(score_bs, min(self.matches, slots))
-            copy = functools.partial(_copy, context, count=self.tree_depth)
+            copy = functools.partial(_copy, tokens_bs, last_b, count=self.tree_depth)
             path_bmd = jax.vmap(copy, in_axes=1, out_axes=1)(slot_bm % slots)
             return _merged(path_bmd, score_bm >= self.min_n * slots, self.num_draft), state
         best_score_b = jnp.max(score_bs, axis=1)
         best_b, found_b = best_score_b % slots, best_score_b >= self.min_n * slots
-        return Proposal(_copy(context, best_b, g), None, jnp.where(found_b, g, 0).astype(jnp.int32)), state
+        return Proposal(_copy(tokens_bs, last_b, best_b, g), None, jnp.where(found_b, g, 0).astype(jnp.int32)), state
 
-    def _scores(self, tokens_bs: Array, length_b: Array) -> Array:
+    def _scores(self, tokens_bs: Array, last_b: Array) -> Array:
         """Returns int32 ``[b, s]``: n s + slot for a match of n tokens that ends at the slot, below 0 past the text.
 
         So matches are ordered by length first and then by slot. The row's own end is no match.
         """
-        slots, last_b = tokens_bs.shape[1], length_b - 1
+        slots = tokens_bs.shape[1]
         # matched_bs[i, j] is the length of the match that ends at slot j: how many tokens up to slot j equal the tokens
         # up to the row's last one.
         run_bs = jnp.ones(tokens_bs.shape, bool)
@@ -105,12 +106,12 @@ class NGramDrafter:
         return jnp.where(slot_s < last_b[:, None], matched_bs * slots + slot_s, -1)
 
 
-def _copy(context: Context, slot_b: Array, count: int) -> Array:
+def _copy(tokens_bs: Array, last_b: Array, slot_b: Array, count: int) -> Array:
     """Returns int32 ``[b, count]``, the tokens after a slot of each row, as if the text went on like that."""
     # The tokens from the match to the row's end repeat, in case the copy is longer.
-    period_b1 = jnp.maximum(context.length_b - 1 - slot_b, 1)[:, None]
+    period_b1 = jnp.maximum(last_b - slot_b, 1)[:, None]
     source_bg = slot_b[:, None] + 1 + jnp.arange(count, dtype=jnp.int32)[None] % period_b1
-    return jnp.take_along_axis(context.tokens_bs, jnp.clip(source_bg, 0, context.tokens_bs.shape[1] - 1), axis=1)
+    return jnp.take_along_axis(tokens_bs, jnp.clip(source_bg, 0, tokens_bs.shape[1] - 1), axis=1)
 
 
 def _merged(path_bmd: Array, found_bm: Array, num_draft: int) -> Proposal:

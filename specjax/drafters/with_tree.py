@@ -46,10 +46,16 @@ def check_tree_of(kind: str, nodes: int | None, siblings: str | None) -> None:
         raise ValueError(f"siblings is {siblings!r} and the drafts of {kind} {drafts}; give {cure}")
 
 
-def with_tree(drafter: Drafter, nodes: int | None, siblings: str | None) -> Drafter:
+def with_tree(
+    drafter: Drafter,
+    nodes: int | None,
+    siblings: str | None = None,
+    choices: tuple[Path, ...] = MEDUSA_CHOICES,
+) -> Drafter:
     """Returns a drafter of chains as one of trees, whose paths are at most as long as its chains.
 
-    ``check_tree_of`` has checked the arguments; without ``nodes`` the drafter stays what it is.
+    ``check_tree_of`` has checked the arguments; without ``nodes`` the drafter stays what it is. Of ``choices``, Medusa
+    heads draft the first that are no deeper than there are heads, unless siblings are drawn.
 
     Raises:
       ValueError: the drafter drafts no trees, or none of so many drafts.
@@ -67,7 +73,7 @@ def with_tree(drafter: Drafter, nodes: int | None, siblings: str | None) -> Draf
         raise ValueError(f"tree is {nodes} and a {name} drafts chains; leave out tree{_CURES.get(name, '')}")
     if siblings in (None, "chosen") and not isinstance(drafter, ModelDrafter):
         if isinstance(drafter, MedusaDrafter):
-            return dataclasses.replace(drafter, num_draft=nodes, tree=_choices(nodes, depth))
+            return dataclasses.replace(drafter, num_draft=nodes, tree=_choices(choices, nodes, depth))
         return dataclasses.replace(drafter, num_draft=nodes, tree_depth=min(depth, nodes))
     siblings = siblings or "distinct"
     tree = drawn_tree(nodes, depth, siblings)
@@ -77,9 +83,9 @@ def with_tree(drafter: Drafter, nodes: int | None, siblings: str | None) -> Draf
     return dataclasses.replace(drafter, **options)
 
 
-def _choices(nodes: int, depth: int) -> tuple[Path, ...]:
-    """Returns Medusa's published tree."""
-    tree = tuple(path for path in MEDUSA_CHOICES if len(path) <= depth)
+def _choices(choices: tuple[Path, ...], nodes: int, depth: int) -> tuple[Path, ...]:
+    """Returns the choices of at most that depth."""
+    tree = tuple(path for path in choices if len(path) <= depth)
     if nodes > len(tree):
         raise ValueError(
             f"tree is {nodes} and Medusa's choices for {depth} heads are {len(tree)} drafts; give at most that many, a "
