@@ -351,3 +351,19 @@ def test_a_chat_survives_an_error(opened, calls):
         session.chat(messages, 1000, **GREEDY)
     fresh = specjax.Session(opened, slots=SLOTS).chat(messages, 8, **GREEDY)
     assert session.chat(messages, 8, **GREEDY).text == fresh.text
+
+
+def test_trees(opened):
+    """A session drafts trees by name, and takes the rule for them; what does not fit is refused at once."""
+    session = specjax.Session(opened, "ngram", 3, tree=6, slots=SLOTS, fixed=True)
+    assert (session.drafter.num_draft, session.drafter.tree_depth) == (6, 3)
+    found = session.complete("ab ab ab ab", 20, **GREEDY)
+    assert found.text == specjax.Session(opened, slots=SLOTS).complete("ab ab ab ab", 20, **GREEDY).text
+    assert found.drafted > 0 and len(found.drafted_at) == 3
+    for drafter, options, message in [
+        ("ngram", {"tree": 6, "verify": specjax.verify.block}, "a rule for chains"),
+        (specjax.NGramDrafter(), {"tree": 6}, "tree is 6, siblings None and drafter no text"),
+        (None, {"siblings": "paths"}, "tree is None, siblings 'paths' and drafter no text"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            specjax.Session(opened, drafter, 3, **options)

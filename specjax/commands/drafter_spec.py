@@ -8,7 +8,6 @@ from jax.sharding import Mesh
 
 import specjax
 from specjax.commands import hosts
-from specjax.drafters.with_tree import TREE_SIBLINGS
 from specjax.quantized import Kind
 
 TREE_RULES = {
@@ -30,8 +29,9 @@ def add_tree(parser: Any) -> None:
     )
     parser.add_argument(
         "--siblings",
-        choices=TREE_SIBLINGS,
-        help="of trees: the likeliest tokens, drawn ones that differ, or independent chains (docs/drafters.md)",
+        metavar="HOW",
+        help="of trees: chosen (the likeliest tokens), distinct (drawn ones that differ) or paths (independent "
+        "chains); default: chosen, or distinct for a draft model",
     )
     parser.add_argument(
         "--tree-rule",
