@@ -211,6 +211,9 @@ def test_keras_hub_beside_specjax(run, folder, monkeypatch):
         (["drafters", "--random-weights"], "drafters needs trained weights; give --target DIR without"),
         (["sweep", "--context", "120", "--target", "{}/target", "--draft", "{}/draft"], "more than the 128 positions"),
         (["sweep", "--target", "{}/config.json", "--draft", "{}/draft"], "a vocabulary of 262, and --target one of 32"),
+        (["speed", "--tree", "8"], "--tree is 8 and is for drafters and prompts; name one of them"),
+        (["drafters", "--siblings", "paths"], "--siblings is paths and there is no --tree"),
+        (["drafters", "--tree", "8", "--forced-acceptance", "0.5"], "--forced-acceptance is for chains"),
     ],
 )
 def test_what_is_refused(argv, message, folder, capsys, monkeypatch):
@@ -281,10 +284,26 @@ def test_plots_are_well_formed():
     ElementTree.fromstring(plots.bars({"<": 1.0, "b": 2.0}, "tokens/s"))
 
 
+def test_trees(folder):
+    """Drafters draft trees, verified by the rule for them, and their steps can be timed."""
+    opened = specjax.open(folder / "target")
+    args = argparse.Namespace(opened=opened, model=opened.model, drafters=["ngram", f"model:{folder / 'draft'}"])
+    args.num_draft, args.tree, args.siblings, args.tree_rule, args.quantize_draft = [3], 6, None, None, None
+    (_, copied), (_, drawn) = models.named_drafters(args)
+    assert (copied.num_draft, drawn.num_draft, drawn.tree_depth) == (6, 6, 3)
+    assert models.rule(args, copied) is specjax.verify.walk and models.rule(args, drawn) is specjax.verify.traversal
+    args.tree_rule = "recursive"
+    assert models.rule(args, drawn) is specjax.verify.recursive
+    for temperature in (0.0, 1.0):
+        state = measure.ready(args, drawn, temperature, np.ones((1, 9), np.int32), 64)
+        tokens_bs, _, _ = measure.parts(opened.model, drawn, state, with_target=False)
+        assert tokens_bs.shape == (1, 64)
+
+
 def test_rates_for_each_draft():
     args = type("Args", (), {"forced_acceptance": [0.5]})
-    assert models.rule(args, 3).acceptance == (0.5, 0.5, 0.5)
+    assert models.rule(args, specjax.NGramDrafter(3)).acceptance == (0.5, 0.5, 0.5)
     args.forced_acceptance = [0.9, 0.5, 0.2]
-    assert models.rule(args, 2).acceptance == (0.9, 0.5)
+    assert models.rule(args, specjax.NGramDrafter(2)).acceptance == (0.9, 0.5)
     args.forced_acceptance = None
-    assert models.rule(args, 2) is specjax.verify.block
+    assert models.rule(args, specjax.NGramDrafter(2)) is specjax.verify.block
