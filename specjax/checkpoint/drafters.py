@@ -316,7 +316,7 @@ def save_drafter(
         elif isinstance(head, DFlashHead):
             fill_block(folder, config or {}, params, model, target_name, drafter.num_draft)
         elif isinstance(head, MedusaDrafter):
-            fill_medusa(folder, params, target_name, drafter.tree)
+            fill_medusa(folder, params, target_name, head.tree)
         else:
             fill_mtp(folder, config or {}, params)
         if metrics is not None:

@@ -88,9 +88,13 @@ def likeliest(draw: Draw) -> Draw:
     """Returns a ``Draw`` that takes the likeliest token of the distribution, the lowest id among equals."""
 
     def likeliest_of(
-        logits_bv: Array, drafts_bg: Array, index: int | Array, before_bg: Array | None = None
+        logits_bv: Array,
+        drafts_bg: Array,
+        index: int | Array,
+        before_bg: Array | None = None,
+        siblings: int | None = None,
     ) -> tuple[Array, Array]:
-        del before_bg  # blocks draft chains
+        del before_bg, siblings  # for chains
         _, probs_bv = draw(logits_bv, drafts_bg, index)
         return most_likely(probs_bv), probs_bv
 

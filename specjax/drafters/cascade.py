@@ -103,9 +103,13 @@ class Cascade:
 
         # The noise of `draw` is used in all rows, so other rows get the same drafts with and without a cascade.
         def draw_first(
-            logits_bv: Array, drafts_bg: Array, index: int | Array, before_bg: Array | None = None
+            logits_bv: Array,
+            drafts_bg: Array,
+            index: int | Array,
+            before_bg: Array | None = None,
+            siblings: int | None = None,
         ) -> tuple[Array, Array]:
-            del before_bg  # both draft chains
+            del before_bg, siblings  # both draft chains
             token_b, probs_bv = draw(logits_bv, drafts_bg, index)
             first_b = lax.dynamic_index_in_dim(first.tokens_bg, index, axis=1, keepdims=False)
             return jnp.where(taken_b, first_b, token_b), probs_bv

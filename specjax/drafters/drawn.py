@@ -129,7 +129,9 @@ class DrawnTree:
             token, probs_bv = draw(logits_bv, self.tokens_bg, index, before_bg, most if distinct else None)
             return token.reshape(-1, most), probs_bv
 
-        token_bkn, probs_bkv = jax.vmap(one, in_axes=(1, 0, 0), out_axes=1)(logits_bkv, index_k, before_kg)
+        token_bkn, probs_bkv = jax.vmap(one, in_axes=(1, 0, 0), out_axes=1)(
+            logits_bkv, jnp.asarray(index_k), jnp.asarray(before_kg)
+        )
         # From draws to drafts, which have the same order.
         draw_j = np.asarray([k for k, (_, children) in enumerate(draws) for _ in children])
         rank_j = np.asarray([rank for _, children in draws for rank in range(len(children))])

@@ -35,7 +35,13 @@ class PardDrafter(ModelDrafter):
         return True
 
     def init(self, target: LanguageModel, rows: int, slots: int) -> ModelState:
-        """Returns an empty cache. Masks reach further past the rows' ends than drafts do."""
+        """Returns an empty cache. Masks reach further past the rows' ends than drafts do.
+
+        Raises:
+          ValueError: a tree is asked for.
+        """
+        if self.tree is not None:
+            raise ValueError(f"tree is {self.tree} and PARD models draft chains; leave out tree")
         return super().init(target, rows, slots + self.num_draft)
 
     def propose(self, state: ModelState, context: Context, draw: Draw) -> tuple[Proposal, ModelState]:

@@ -67,7 +67,7 @@ def best_tree(accepted: Sequence[Sequence[float]], nodes: int) -> tuple[Path, ..
         if len(path) <= len(accepted) and path[-1] < len(accepted[len(path) - 1]):
             heapq.heappush(waiting, (-parent * accepted[len(path) - 1][path[-1]], len(path), path))
 
-    values = {(): 1.0}
+    values: dict[Path, float] = {(): 1.0}
     offer((0,), 1.0)
     while waiting and len(tree) < nodes:
         value, _, path = heapq.heappop(waiting)
