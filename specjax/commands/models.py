@@ -150,10 +150,7 @@ def named_drafters(args: argparse.Namespace) -> list[tuple[str, Any]]:
     tokenizer = args.opened.need_tokenizer()
     options = {"quantize": args.quantize_draft, "tree": args.tree, "siblings": args.siblings}
     return [
-        (
-            spec,
-            named_drafter(spec, args.opened, tokenizer, g, **options),
-        )
+        (spec, named_drafter(spec, args.opened, tokenizer, g, **options))
         for spec in args.drafters
         for g in args.num_draft
     ]
