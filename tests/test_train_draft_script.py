@@ -38,7 +38,7 @@ def small(script, set_value=setattr):
     few = {"DOCUMENT": 63, "ON_CPU": (8, 2), "NEW_TOKENS": 16, "GLANCE_TOKENS": 16, "PASSES": 2, "NUM_DRAFT": 2}
     for name, value in few.items():
         set_value(script, name, value)
-    for name in ("CHAIN_STEPS", "MEDUSA_HEADS"):  # a step of the chain is most of a program
+    for name in ("CHAIN_STEPS", "MEDUSA_HEADS", "BLOCK_DRAFTS"):  # a step of the chain is most of a program
         set_value(sizes, name, 2)
 
 
@@ -74,10 +74,12 @@ def test_a_draft_of_each_kind_is_trained_and_drafts(kind, script, folder, capsys
     card, out = (output / "README.md").read_text(), capsys.readouterr().out
     for text in ("own text", f"{metrics['sampled_tokens']:,} tokens", f"--kind {kind} --tokens 1500", "`ngram`"):
         assert text in card
-    assert f"--drafter {kind}:{output} --chat" in out and "| ngram | temperature 1 |" in out
+    spec = f"{'block' if kind in ('dflash', 'dspark') else kind}:{output}"
+    assert f"--drafter {spec} --chat" in out and f"--drafter {spec} --chat" in card
+    assert "| ngram | temperature 1 |" in out
 
     opened = specjax.open(folder / "tiny")
-    drafter = specjax.load_drafter(f"{kind}:{output}", opened, 2)
+    drafter = specjax.load_drafter(spec, opened, 2)
     greedy = {"sampling": specjax.Sampling(temperature=0), "max_new_tokens": 12}
     drafted = specjax.generate(opened.model, [[1, 5, 9], [1, 7]], drafter=drafter, fixed=True, **greedy)
     plain = specjax.generate(opened.model, [[1, 5, 9], [1, 7]], **greedy)
@@ -98,23 +100,27 @@ if sys.argv[3] == "sampling":
     test.training.OwnText.take = lambda own: die() if own.shards == 1 else take(own)
 else:
     test.training.fit = test.stopped(6, die)
-test.run(script, folder, "medusa", runs="others", output=folder / "outputs" / "killed")
+test.run(script, folder, sys.argv[4], runs="others", output=folder / "outputs" / f"killed-{sys.argv[4]}")
 """
 
 
-def test_a_run_that_is_killed_goes_on_to_the_same_bits(script, folder):
+@pytest.mark.parametrize(
+    ("kind", "moments"), [("medusa", ("sampling", "training")), ("dflash", ("training",)), ("dspark", ("training",))]
+)
+def test_a_run_that_is_killed_goes_on_to_the_same_bits(kind, moments, script, folder):
     """It is killed after a shard of the text, and again in the training. Once done, the command ends at once."""
     argv = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(folder)]
-    for moment in ("sampling", "training"):
-        process = subprocess.run([*argv, moment], capture_output=True, timeout=900)
+    for moment in moments:
+        process = subprocess.run([*argv, moment, kind], capture_output=True, timeout=900)
         assert process.returncode == -signal.SIGKILL, process.stderr.decode()
-    whole, killed = folder / "outputs" / "whole", folder / "outputs" / "killed"
-    assert run(script, folder, "medusa", runs="others", output=killed) == 0
-    assert run(script, folder, "medusa", output=whole) == 0
+    whole, killed = folder / "outputs" / f"whole-{kind}", folder / "outputs" / f"killed-{kind}"
+    assert run(script, folder, kind, runs="others", output=killed) == 0
+    assert run(script, folder, kind, output=whole) == 0
     for file in (folder / "runs" / "tiny-text" / "shards").glob("*"):
         assert file.read_bytes() == (folder / "others" / "tiny-text" / "shards" / file.name).read_bytes()
-    assert_same_bits(folder / "runs" / "whole", folder / "others" / "killed")
-    weights = [(output / "medusa_lm_head.safetensors").read_bytes() for output in (whole, killed)]
+    assert_same_bits(folder / "runs" / whole.name, folder / "others" / killed.name)
+    name = "medusa_lm_head.safetensors" if kind == "medusa" else "model.safetensors"
+    weights = [(output / name).read_bytes() for output in (whole, killed)]
     assert weights[0] == weights[1]
 
 

@@ -40,6 +40,15 @@ EAGLE = {
     "eagle_aux_hidden_state_layer_ids": [0, 1, 2],
     "transformer_layer_config": MODEL,
 }
+DSPARK = {
+    "speculators_model_type": "dspark",
+    "draft_vocab_size": VOCAB,
+    "block_size": 3,
+    "mask_token_id": VOCAB - 1,
+    "markov_rank": 4,
+    "aux_hidden_state_layer_ids": [0, 1],
+    "transformer_layer_config": MODEL | {"model_type": "qwen3"},
+}
 TEXT = np.random.default_rng(0).integers(0, VOCAB, 400, np.int32)
 
 
@@ -56,9 +65,10 @@ def teacher():
 
 @functools.cache
 def trainee(kind, loss):
-    architecture = {"eagle": EAGLE, "medusa": {"medusa_num_heads": 2}}.get(kind, MODEL)
+    architecture = {"eagle": EAGLE, "dspark": DSPARK, "medusa": {"medusa_num_heads": 2}}.get(kind, MODEL)
     head = None if kind == "model" else kind
-    recipe = Recipe("student", 0, architecture, (stage(loss),), "teacher", 0, "", head, 2 if head else 1)
+    steps = 1 if kind in ("model", "dspark") else 2
+    recipe = Recipe("student", 0, architecture, (stage(loss),), "teacher", 0, "", head, steps)
     return make_trainee(recipe, teacher(), TEXT)
 
 
@@ -107,6 +117,7 @@ CASES = [  # kind, loss, mesh, rules
     ("mtp", "next_token", (2, 2), RULES),
     ("eagle", "kl", (4, 2), FULLY_SHARDED),
     ("medusa", "kl", (8,), FULLY_SHARDED),
+    ("dspark", "dspark", (4, 2), FULLY_SHARDED),
 ]
 
 

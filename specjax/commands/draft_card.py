@@ -14,10 +14,14 @@ from specjax.commands.train import acceptance
 
 WHAT = {
     "eagle": "An EAGLE-3 draft head",
+    "dflash": "A DFlash draft head, which drafts a block in one pass",
+    "dspark": "A DSpark draft head, which drafts a block in one pass",
     "mtp": "A multi-token prediction module",
     "medusa": "Medusa heads",
     "model": "A draft model",
 }
+SPEC_KINDS = {"dflash": "block", "dspark": "block"}
+"""The kind in the text that ``load_drafter`` takes, where the name is another."""
 
 
 def measure(
@@ -93,7 +97,7 @@ def card(metrics: dict[str, Any], target: str, output: Path, command: str, chat:
         for drafter, by_sampling in metrics["held_out_acceptance"].items()
         for sampling, each in by_sampling.items()
     )
-    talk = " --chat" if chat else ""
+    talk, spec = " --chat" if chat else "", f"{SPEC_KINDS.get(kind, kind)}:{output}"
     return f"""# {output.name}
 
 {WHAT[kind]} of {name}, trained by `specjax train-draft` on the target's own text.
@@ -107,7 +111,7 @@ token per round.
 | drafter | sampling | tokens per round | drafts accepted, by position |
 |---|---|---|---|
 {figures}
-Use it: `specjax generate --target {target} --drafter {kind}:{output}{talk}`. `metrics.json` has all losses.
+Use it: `specjax generate --target {target} --drafter {spec}{talk}`. `metrics.json` has all losses.
 """
 
 

@@ -121,7 +121,9 @@ def train(
         texts["samples"] = draw_samples(teacher, corpus, recipe, run / "samples.npy")
 
     # The parameters, and a trial of the checkpoint: an error of writing must not come after hours of training.
-    trainee = training.make_trainee(recipe, teacher, np.concatenate(list(texts.values())))
+    trainee = training.make_trainee(
+        recipe, teacher, np.concatenate(list(texts.values())), tokenizer.token_to_id(training.END_OF_TEXT)
+    )
     params = trainee.init(jax.random.key(recipe.seed), None if mesh is None else trainee.places(mesh, rules))
     trial = run / ".trial"
     trainee.write(trial, halved(params), tokenizer, {})

@@ -24,7 +24,7 @@ from specjax import training
 from specjax.checkpoint.fetched import PUBLISHED, model_path
 from specjax.commands import compilation_cache, hosts
 from specjax.commands.console import Parser, add_dtype, add_ignored_keys, write_whole
-from specjax.commands.draft_card import card, measure, show
+from specjax.commands.draft_card import SPEC_KINDS, card, measure, show
 from specjax.commands.run_state import RunState
 from specjax.commands.train import digest_of, halved, plot, start_run, train_stage
 
@@ -48,7 +48,8 @@ ABOUT = """Trains a draft for any target, without data: `%(prog)s --target X --k
 First the target writes the text: a chat model a user's turn and the answer, any other model a text from its beginning.
 Then the draft is trained on the text, and measured on documents that were held out. It is written to
 checkpoints/X-eagle in its published layout, with a card, README.md. `specjax generate --target X --drafter
-eagle:checkpoints/X-eagle` uses it. Kinds: eagle (an EAGLE-3 head), mtp, medusa, and model (a small draft model).
+eagle:checkpoints/X-eagle` uses it. Kinds: eagle (an EAGLE-3 head), dflash and dspark (a block in one pass),
+mtp, medusa, and model (a small draft model).
 
 After a stop at any time, also by kill -9, the same command goes on and ends with the same bits. The text is in
 runs/X-text, one for all kinds, and goes on with the first missing shard. The training is in runs/X-eagle, and goes on
@@ -137,6 +138,11 @@ class Job:
     run: RunState
     text: RunState
 
+    @property
+    def start_token(self) -> int | None:
+        """The token with which each text begins, if the tokenizer has it."""
+        return self.opened.need_tokenizer().token_to_id(training.END_OF_TEXT)
+
     def recipe(self, tokens: np.ndarray, steps: int, rows: int, sequence: int) -> training.Recipe:
         """Returns the recipe that follows from the target, the text and the amounts."""
         amounts: dict[str, Any] = {"steps": steps, "rows": rows, "sequence": sequence, "seed": self.args.seed}
@@ -201,10 +207,8 @@ def train_draft(args: argparse.Namespace, command: str) -> None:
     trainee.write(output, stored, opened.need_tokenizer(), metrics)
     write_whole(output / "README.md", card(metrics, str(args.target), output, command, chat=openings.chat))
     plot(history, output / "loss.png")
-    chat = " --chat" if openings.chat else ""
-    print(
-        f"wrote {output}\nTry: specjax generate --target {args.target} --drafter {args.kind}:{output}{chat} --compare"
-    )
+    chat, spec = " --chat" if openings.chat else "", f"{SPEC_KINDS.get(args.kind, args.kind)}:{output}"
+    print(f"wrote {output}\nTry: specjax generate --target {args.target} --drafter {spec}{chat} --compare")
 
 
 def check(job: Job, data: np.ndarray) -> dict[str, str]:
@@ -232,7 +236,7 @@ def check(job: Job, data: np.ndarray) -> dict[str, str]:
         raise ValueError(f"{job.output} is the folder of the run as well; give another --output or --runs")
     nothing = np.zeros(1, np.int32)
     recipe = job.recipe(nothing, 1, 1, SHORTEST_WINDOW)
-    trainee = training.make_trainee(recipe, target, nothing)
+    trainee = training.make_trainee(recipe, target, nothing, job.start_token)
     params = halved(trainee.init(jax.random.key(args.seed)))
     start_run(job.text.folder, {"--target": digest, "--seed": str(args.seed)})
     start_run(job.run.folder, origin)
@@ -318,7 +322,7 @@ def train(job: Job, text: np.ndarray, measured: Callable[..., dict[str, Any]]) -
     rows = job.run.once("rows", lambda: ON_CPU[1] if jax.default_backend() == "cpu" else ELSEWHERE[1])
     sequence = window(len(text), rows, target.max_positions)
     recipe = functools.partial(job.recipe, text, rows=rows, sequence=sequence)
-    trainee = training.make_trainee(recipe(steps=1), target, text)
+    trainee = training.make_trainee(recipe(steps=1), target, text, job.start_token)
     params = trainee.init(jax.random.key(args.seed))
     if args.kind == "eagle":
         params = training.with_targets_head(params, target, text)

@@ -21,19 +21,19 @@ Tables = tuple[Array, Array] | None
 
 @dataclasses.dataclass(frozen=True)
 class Sight:
-    """What the places of a block see.
+    """What the places of blocks of p places see. Blocks stand side by side and see nothing of each other.
 
     Attributes:
-      end_b: int32, how many slots of the text are kept.
+      end_bt: int32, the slot of the text before which each place sees.
       first_bt: int32, the first slot of the text that each place sees; None for all.
-      own_tt: bool, whether place i sees place j.
-      used_b: int32, ``end_b`` of rows that run, 0 of rows that rest.
+      own_pp: bool, whether place i of a block sees place j of the block.
+      used_b: int32, how many slots are in use, 0 of rows that rest; None: the whole text is.
     """
 
-    end_b: Array
+    end_bt: Array
     first_bt: Array | None
-    own_tt: Array
-    used_b: Array
+    own_pp: Array
+    used_b: Array | None
 
 
 class BlockLayer(DecoderLayer):
@@ -83,32 +83,42 @@ def _heads(x: Array, count: int, norm: Any = None) -> Array:
 
 
 def attend(query_bnth: Array, stored: LayerCache, own: LayerCache, sight: Sight, scale: float) -> Array:
-    """Attends to the kept slots and to the block in one softmax; returns ``[b, n, t, h]``.
+    """Attends to the kept slots and to the own block in one softmax; returns ``[b, n, t, h]``.
 
     The cost follows the slots in use, as in ``specjax.transformer.attend``.
     """
-    (b, n, t, h), k = query_bnth.shape, own[0].shape[1]
+    (b, n, t, h), k, size = query_bnth.shape, own[0].shape[1], sight.own_pp.shape[0]
+    blocks = t // size
     query_bkqh = query_bnth.reshape(b, k, n // k * t, h) * jnp.asarray(scale, query_bnth.dtype)
 
     def over(
-        used: int, query: Array, stored: LayerCache, own: LayerCache, end_b: Array, first_bt: Array | None
+        used: int, query: Array, stored: LayerCache, own: LayerCache, end_bt: Array, first_bt: Array | None
     ) -> Array:
-        def scores(keys_bksh: Array, seen_bts: Array) -> Array:
-            found = jnp.einsum("bkqh,bksh->bkqs", query, keys_bksh, preferred_element_type=jnp.float32)
-            found = found.reshape(b, n, t, keys_bksh.shape[2])
-            return jnp.where(seen_bts[:, None], found, -jnp.inf)
-
         slot_11s = jnp.arange(used, dtype=jnp.int32)[None, None]
-        seen_bts = jnp.broadcast_to(slot_11s < end_b[:, None, None], (b, t, used))
+        seen_bts = slot_11s < end_bt[:, :, None]
         seen_bts = seen_bts if first_bt is None else seen_bts & (slot_11s >= first_bt[:, :, None])
-        both = [scores(stored[0][:, :, :used], seen_bts), scores(own[0], sight.own_tt[None])]
-        weights = softmax(jnp.concatenate(both, axis=-1)).astype(own[1].dtype).reshape(b, k, -1, used + t)
-        text = jnp.einsum("bkqs,bksh->bkqh", weights[..., :used], stored[1][:, :, :used])
-        return text + jnp.einsum("bkqs,bksh->bkqh", weights[..., used:], own[1])
+        text = jnp.einsum("bkqh,bksh->bkqs", query, stored[0][:, :, :used], preferred_element_type=jnp.float32)
+        text = jnp.where(seen_bts[:, None], text.reshape(b, n, t, used), -jnp.inf)
+        # Blocks side by side: a place is compared with the places of its own block alone.
+        own_keys, own_values = (x.reshape(b, k, blocks, size, x.shape[-1]) for x in own)
+        block = jnp.einsum(
+            "bkgmph,bkmoh->bkgmpo",
+            query.reshape(b, k, -1, blocks, size, h),
+            own_keys,
+            preferred_element_type=jnp.float32,
+        )
+        block = jnp.where(sight.own_pp[None, None, None, None], block, -jnp.inf).reshape(b, n, t, size)
+        weights = softmax(jnp.concatenate([text, block], axis=-1)).astype(own_values.dtype)
+        of_text = weights[..., :used].reshape(b, k, -1, used)
+        of_block = weights[..., used:].reshape(b, k, -1, blocks, size, size)
+        out = jnp.einsum("bkqs,bksh->bkqh", of_text, stored[1][:, :, :used])
+        return out + jnp.einsum("bkgmpo,bkmoh->bkgmph", of_block, own_values).reshape(out.shape)
 
+    given = (query_bkqh, stored, own, sight.end_bt, sight.first_bt)
+    if sight.used_b is None:
+        return over(stored[0].shape[2], *given).reshape(b, n, t, h)
     # One branch for each window, chosen on the device: the length of the text is not known when this compiles.
     windows = attention_windows(stored[0].shape[2])
     index = jnp.sum(jnp.max(sight.used_b) > jnp.asarray(windows[:-1], jnp.int32))
     branches = [functools.partial(over, used) for used in windows]
-    out = lax.switch(index, branches, query_bkqh, stored, own, sight.end_b, sight.first_bt)
-    return out.reshape(b, n, t, h)
+    return lax.switch(index, branches, *given).reshape(b, n, t, h)

@@ -7,19 +7,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from specjax.cache import KVCache, LayerCache, update
+from specjax.cache import KVCache, update
 from specjax.checks import check_integer
 from specjax.drafters.block import Block
-from specjax.drafters.block_layers import BlockLayer, Sight, Tables
-from specjax.drafters.candidates import Selector
+from specjax.drafters.dflash_layers import DFlashLayers
 from specjax.drafters.draft_ids import by_targets_ids
 from specjax.drafters.fields import check_unset
-from specjax.drafters.markov import KINDS, ConfidenceHead, Kind, MarkovHead
+from specjax.drafters.markov import KINDS, Kind
 from specjax.rows import text_at
 from specjax.transformer.config import DecoderConfig, LayerConfig
 from specjax.transformer.decoder import empty_cache
 from specjax.transformer.functional import Functional
-from specjax.transformer.layers import Embedding, Linear, make_norm, rotary_tables
 from specjax.types import Context, Event, LanguageModel
 
 
@@ -245,25 +243,76 @@ class DFlashHead:
 
     def block(self, params: Any, state: KVCache, context: Context, count: int) -> tuple[Block, KVCache]:
         """Runs the anchor and the masks after it. A row of one token drafts from its anchor alone."""
-        module, target, dtype = self._bind(params), context.target, _dtype_of(params)
-        anchor_b1 = text_at(context.tokens_bs, context.length_b - 1, 1)
-        masks_bt = jnp.full((anchor_b1.shape[0], self.places(count) - 1), self.mask_token, jnp.int32)
-        tokens_bt = jnp.concatenate([anchor_b1, masks_bt], axis=1)
+        module, target = self._bind(params), context.target
+        anchor_b1, end_b1 = text_at(context.tokens_bs, context.length_b - 1, 1), context.length_b[:, None] - 1
+        used_b = jnp.where(context.running_b, context.length_b - 1, 0)
+        states_btd = self._run(module, target, state, anchor_b1, end_b1, self.places(count), used_b)
+        first = 0 if self.from_anchor else 1
+        states_bgd = states_btd[:, first : first + count]
+        return Block(states_bgd, self._logits(module, target, states_bgd), jnp.ones_like(context.running_b)), state
+
+    def blocks(
+        self,
+        params: Any,
+        target: LanguageModel,
+        tokens_bt: Array,
+        features: tuple[Array, ...],
+        anchor_bm: Array,
+        first_bm: Array,
+    ) -> tuple[Array, Array]:
+        """Runs m blocks of each text at once, for training.
+
+        Each block is the one that ``block`` runs on the text up to its anchor. It sees nothing of the other blocks.
+
+        Args:
+          params: the draft head's parameters.
+          target: the target.
+          tokens_bt: int32, text.
+          features: the target's captured states ``[b, t, d]`` over the text.
+          anchor_bm: int32, the positions of the anchors, 0 to t - 1.
+          first_bm: int32, the first position of the text that each block sees, at most its anchor's.
+
+        Returns:
+          The states ``[b, m, g, d]`` and float32 logits ``[b, m, g, u]`` of all drafts of a block, before ``step``.
+        """
+        module, g = self._bind(params), self.most_drafts
+        b, m = anchor_bm.shape
+        states_btd = jnp.concatenate([x.astype(_dtype_of(params)) for x in features], axis=-1)
+        cache = KVCache(tuple(module.contexts(states_btd, jnp.arange(tokens_bt.shape[1], dtype=jnp.int32)[None])))
+        tokens_bm = jnp.take_along_axis(tokens_bt, anchor_bm, axis=1)
+        states_btd = self._run(module, target, cache, tokens_bm, anchor_bm, self.places(g), None, first_bm)
+        states_bmgd = states_btd.reshape(b, m, -1, states_btd.shape[-1])[:, :, -g:]
+        logits = self._logits(module, target, states_bmgd.reshape(b, m * g, -1))
+        return states_bmgd, logits.reshape(b, m, g, -1)
+
+    def _run(
+        self,
+        module: "DFlashLayers",
+        target: LanguageModel,
+        cache: KVCache,
+        anchor_bm: Array,
+        end_bm: Array,
+        places: int,
+        used_b: Array | None,
+        first_bm: Array | None = None,
+    ) -> Array:
+        """Returns the states ``[b, m places, d]`` of blocks of an anchor and masks. ``DFlashLayers`` says the rest."""
+        tokens_bmp = jnp.full((*anchor_bm.shape, places), self.mask_token, jnp.int32).at[..., 0].set(anchor_bm)
+        tokens_bt = tokens_bmp.reshape(anchor_bm.shape[0], -1)
         if self.own_embedding:
             x_btd = module.embed_tokens(tokens_bt)
         else:
             assert target.embed is not None
-            x_btd = target.embed(target.params, tokens_bt).astype(dtype)
-        states_btd = module(x_btd, state, context.length_b - 1, context.running_b)
-        first = 0 if self.from_anchor else 1
-        states_bgd = states_btd[:, first : first + count]
+            x_btd = target.embed(target.params, tokens_bt).astype(module.fc.kernel[...].dtype)
+        return module(x_btd, cache, end_bm, used_b, first_bm)
+
+    def _logits(self, module: "DFlashLayers", target: LanguageModel, states_btd: Array) -> Array:
+        """Returns float32 logits ``[b, t, u]``."""
         if self.own_head:
-            logits_bgu = module.lm_head.logits(states_bgd)
-        else:
-            assert target.unembed is not None
-            given_bgd = states_bgd.astype(target.embedding_spec.dtype)
-            logits_bgu = target.unembed(target.params, given_bgd).astype(jnp.float32)
-        return Block(states_bgd, logits_bgu, jnp.ones_like(context.running_b)), state
+            return module.lm_head.logits(states_btd)
+        assert target.unembed is not None
+        given_btd = states_btd.astype(target.embedding_spec.dtype)
+        return target.unembed(target.params, given_btd).astype(jnp.float32)
 
     def start(self, params: Any, rows: int) -> Array | None:
         """Returns the recurrent state ``[b, r]`` of an "rnn" Markov head before a block."""
@@ -291,6 +340,10 @@ class DFlashHead:
         Raises:
           ValueError: there is no confidence head.
         """
+        return nnx.sigmoid(self.confidence_logit(params, state_bd, token_b))
+
+    def confidence_logit(self, params: Any, state_bd: Array, token_b: Array) -> Array:
+        """Returns the float32 logit ``[b]`` of what ``confidence_of`` returns."""
         if not self.confidence:
             raise ValueError("the draft head has no confidence head; give one that has")
         module, read = self._bind(params), [state_bd]
@@ -298,74 +351,14 @@ class DFlashHead:
             read.append(module.markov_head.markov_w1(token_b).astype(state_bd.dtype))
         return module.confidence_head(jnp.concatenate(read, axis=-1))
 
-    def _bind(self, params: Any) -> "_DFlash":
+    def _bind(self, params: Any) -> "DFlashLayers":
         return _DFLASH.bind(self, params, _dtype_of(params))
 
 
 _CURE = "give the draft head's own target, or a draft head made for this one"
 
 
-class _DFlash(nnx.Module):
-    def __init__(self, head: DFlashHead, dtype: jnp.dtype, rngs: nnx.Rngs):
-        config, width, target_width = head.decoder, head.decoder.hidden_size, head.target_hidden_size
-        assert target_width is not None
-        self.head = head
-        if head.own_embedding:
-            self.embed_tokens = Embedding(head.vocab_size, width, dtype, rngs)
-        self.fc = Linear(len(head.capture) * target_width, width, False, dtype, rngs, (None, "embed"))
-        self.hidden_norm = make_norm(config, width, dtype)
-        self.layers = nnx.List(
-            [BlockLayer(config, layer, dtype, rngs, head.conv_taps, head.conv_group) for layer in config.each_layer]
-        )
-        self.norm = make_norm(config, width, dtype)
-        if head.own_head:
-            # With a reduced draft vocabulary, logits are looked up by the target's ids. With logits split over devices,
-            # the look-up would move more than the split saves.
-            axes = ("embed", "vocab" if head.draft_vocab_size is None else None)
-            self.lm_head = Linear(width, head.draft_vocab_size or head.vocab_size, False, dtype, rngs, axes)
-        if head.draft_vocab_size is not None:
-            token_v = jnp.arange(head.vocab_size, dtype=jnp.int32)
-            self.draft_of_v = nnx.Param(jnp.where(token_v < head.draft_vocab_size, token_v, -1))
-        rank = head.markov_rank
-        if head.markov is not None:
-            sizes = (rank, width, head.vocab_size, head.draft_vocab_size)
-            self.markov_head = MarkovHead(head.markov, *sizes, dtype, rngs)
-        if head.selector_rank is not None:
-            sizes = (width, head.selector_rank, head.vocab_size, head.selector_top_k)
-            self.candidate_selector = Selector(*sizes, dtype, rngs)
-        if head.confidence:
-            self.confidence_head = ConfidenceHead(width + rank * head.confidence_with_markov, dtype, rngs)
-
-    def contexts(self, states_btd: Array, position_bt: Array) -> list[LayerCache]:
-        """Returns each layer's keys and values ``[b, k, t, h]`` of the target's states, side by side."""
-        c_btd, tables = self.hidden_norm(self.fc(states_btd)), self._tables(position_bt)
-        layers = zip(self.layers, self.head.decoder.each_layer, strict=True)
-        return [layer.keys_values(c_btd, tables[described.rope]) for layer, described in layers]
-
-    def __call__(self, x_btd: Array, cache: KVCache, end_b: Array, running_b: Array) -> Array:
-        """Returns the normed states ``[b, t, d]`` of a block whose anchor has position ``end_b``."""
-        head, t = self.head, x_btd.shape[1]
-        assert head.causal is not None
-        place_t = jnp.arange(t, dtype=jnp.int32)
-        tables, used_b = self._tables(end_b[:, None] + place_t[None]), jnp.where(running_b, end_b, 0)
-        apart_tt = place_t[:, None] - place_t[None]
-        parts = zip(self.layers, head.decoder.each_layer, head.causal, cache.layers, strict=True)
-        for layer, described, causal, stored in parts:
-            own_tt, first_bt, window = (apart_tt >= 0) if causal else jnp.ones((t, t), bool), None, described.window
-            if window is not None and head.window_stays:
-                first_bt = jnp.broadcast_to((end_b - window)[:, None], (end_b.shape[0], t))
-            elif window is not None:
-                first_bt = end_b[:, None] + place_t[None] - (window - 1)
-                own_tt &= jnp.abs(apart_tt) < window
-            x_btd = layer.run(x_btd, stored, Sight(end_b, first_bt, own_tt, used_b), tables[described.rope])
-        return self.norm(x_btd)
-
-    def _tables(self, position_bt: Array) -> dict[Any, Tables]:
-        ropes = dict.fromkeys(layer.rope for layer in self.head.decoder.each_layer)
-        return {rope: rotary_tables(position_bt, rope) for rope in ropes}
-
-
-_DFLASH = Functional(_DFlash)
+_DFLASH = Functional(DFlashLayers)
 
 
 def _dtype_of(params: Any) -> jnp.dtype:

@@ -51,5 +51,5 @@ class ConfidenceHead(nnx.Module):
         self.proj = Linear(inputs, 1, True, dtype, rngs)
 
     def __call__(self, read_bx: Array) -> Array:
-        """Returns float32 probabilities ``[b]``."""
-        return nnx.sigmoid(self.proj.logits(read_bx))[:, 0]
+        """Returns the float32 logits ``[b]``."""
+        return self.proj.logits(read_bx)[:, 0]

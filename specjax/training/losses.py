@@ -55,7 +55,12 @@ def total_variation(draft_btv: Array, target_btv: Array, counts_bt: Array | None
     Returns:
       The mean over the positions that count, a scalar of the dtype of the logits; 0 if no position counts.
     """
-    return _mean(1 - jnp.minimum(jax.nn.softmax(draft_btv), jax.nn.softmax(target_btv)).sum(-1), counts_bt)
+    return _mean(distance(draft_btv, target_btv), counts_bt)
+
+
+def distance(draft: Array, target: Array) -> Array:
+    """Returns TV(p, q) at each place: ``[..., v]`` logits of q and p, ``[...]`` distances."""
+    return 1 - jnp.minimum(jax.nn.softmax(draft), jax.nn.softmax(target)).sum(-1)
 
 
 def _mean(values_bt: Array, counts_bt: Array | None) -> Array:
@@ -69,7 +74,10 @@ IMITATIONS = {"kl": kl, "total_variation": total_variation}
 """The losses that imitate a target, by the names that recipes use."""
 
 LOSSES = ("next_token", *IMITATIONS)
-"""The names of all losses."""
+"""The names of the losses that every kind can be trained with."""
+
+DSPARK = "dspark"
+"""The name of DSpark's loss, for heads that draft blocks (``specjax.training.blocks``)."""
 
 
 class Lesson(NamedTuple):

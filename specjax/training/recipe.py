@@ -9,10 +9,11 @@ from typing import Any
 
 from specjax.checks import check_integer
 from specjax.hf.config import decoder_config
-from specjax.training.losses import LOSSES
+from specjax.training.losses import DSPARK, LOSSES
 
 TEXTS = ("corpus", "samples", "both", "on_policy")
-HEADS = ("mtp", "eagle", "medusa")
+BLOCK_HEADS = ("dflash", "dspark")
+HEADS = ("mtp", "eagle", "medusa", *BLOCK_HEADS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +21,8 @@ class Stage:
     """One run of the optimiser with one loss.
 
     Attributes:
-      loss: one of ``losses.LOSSES``: "next_token"; or "kl" or "total_variation" against the target that this model
-        drafts for.
+      loss: "next_token"; or "kl" or "total_variation" against the target that this model
+        drafts for; or, for heads that draft blocks, "dspark" (``specjax.training.blocks``).
       text: "corpus"; "samples", drawn from the target; "both", in turn; or "on_policy", drawn from the trained model
         when the stage begins (Agarwal et al. 2024, arXiv 2306.13649; Zhou et al. 2024, DistillSpec, arXiv 2310.08461).
         Each stage on "on_policy" draws new text.
@@ -46,8 +47,8 @@ class Stage:
     weight_decay: float = 0.1
 
     def __post_init__(self):
-        if self.loss not in LOSSES:
-            raise ValueError(f"stage loss {self.loss!r} is unknown; choose from {LOSSES}")
+        if self.loss not in (*LOSSES, DSPARK):
+            raise ValueError(f"stage loss {self.loss!r} is unknown; choose from {(*LOSSES, DSPARK)}")
         if self.text not in TEXTS:
             raise ValueError(f"stage text {self.text!r} is unknown; choose from {TEXTS}")
         for name, least in (("steps", 1), ("rows", 1), ("sequence", 2), ("warmup_steps", 0)):
@@ -110,8 +111,10 @@ class Recipe:
             raise ValueError(
                 f"a draft head of kind {self.head!r} draws no text of its own; give 'both' for 'on_policy'"
             )
-        if self.head is None and self.chain_steps != 1:
-            raise ValueError(f"chain_steps is {self.chain_steps}, but only draft heads are trained in chains")
+        if self.head not in BLOCK_HEADS and any(stage.loss == DSPARK for stage in self.stages):
+            raise ValueError(f"stage loss {DSPARK!r} is for heads of kind {BLOCK_HEADS}; choose from {LOSSES}")
+        if self.head in (None, *BLOCK_HEADS) and self.chain_steps != 1:
+            raise ValueError(f"chain_steps is {self.chain_steps}, but only heads that draft chains are trained in them")
         check_integer("sample_tokens", self.sample_tokens, 0)
         if not self.stages:
             raise ValueError("stages is empty; give at least one [[stages]]")

@@ -7,10 +7,11 @@ import numpy as np
 
 from specjax.checkpoint.opened import Opened
 from specjax.hf.config import decoder_config
-from specjax.training.recipe import Recipe, Stage
+from specjax.training.recipe import BLOCK_HEADS, Recipe, Stage
 
-KINDS = ("eagle", "mtp", "medusa", "model")
-"""The kinds of drafts, as ``load_drafter`` names them."""
+KINDS = ("eagle", "dflash", "dspark", "mtp", "medusa", "model")
+"""The kinds of drafts."""
+BLOCK_DRAFTS, MARKOV_RANK = 7, 64
 CHAIN_STEPS = 4  # drafts of a chain, as many as a round drafts by default
 MEDUSA_HEADS = 4
 COVERAGE, VOCAB_STEP, LARGEST_VOCAB = 0.995, 256, 32_768
@@ -50,6 +51,9 @@ def architecture(kind: str, opened: Opened, vocab: int) -> dict[str, Any]:
 
     - "eagle": an EAGLE-3 head of the target's width, so that it shares the target's embedding: one Llama layer with the
       target's attention heads and MLP width, over ``layers_to_read``. Its output head has ``vocab`` tokens.
+    - "dflash" and "dspark": as wide as the target, whose embedding and output head they share; 7 drafts in a block, an
+      eighth of the target's layers, with its attention heads and MLP width, over ``layers_to_read`` below the last
+      layer. The mask is the last token of the vocabulary.
     - "mtp": one module, a layer like the target's last one. It shares the target's embedding and output head.
     - "medusa": four heads of one block, which start as the target's output head.
     - "model": a Llama model of about two fifths of the target's width and an eighth of its layers, which is about a
@@ -81,7 +85,7 @@ def architecture(kind: str, opened: Opened, vocab: int) -> dict[str, Any]:
         "rms_norm_eps": decoder.norm_eps,
         "rope_theta": _rope_theta(config),
     }
-    if kind == "eagle":
+    if kind == "eagle" or kind in BLOCK_HEADS:
         # Compressed or linear attention, and experts, have other sizes than a plain layer.
         plain = decoder.latent is None and decoder.recurrence is None and heads % kv_heads == 0 and head_dim % 2 == 0
         heads, kv_heads, head_dim = (heads, kv_heads, head_dim) if plain else _plain_heads(width)
@@ -93,6 +97,8 @@ def architecture(kind: str, opened: Opened, vocab: int) -> dict[str, Any]:
             "num_key_value_heads": kv_heads,
             "head_dim": head_dim,
         }
+        if kind in BLOCK_HEADS:
+            return _block_architecture(kind, model.num_layers or 1, layer | sizes)
         return {
             "speculators_model_type": "eagle3",
             "eagle_aux_hidden_state_layer_ids": layers_to_read(model.num_layers or 1),
@@ -112,6 +118,22 @@ def architecture(kind: str, opened: Opened, vocab: int) -> dict[str, Any]:
         "tie_word_embeddings": True,
         "eos_token_id": list(opened.stop_tokens),
     }
+
+
+def _block_architecture(kind: str, num_layers: int, layer: dict[str, Any]) -> dict[str, Any]:
+    """Returns the config of a DFlash or DSpark head in speculators' layout; ``layer`` describes its layers."""
+    block = {
+        "speculators_model_type": kind,
+        "aux_hidden_state_layer_ids": [i for i in layers_to_read(num_layers) if i < num_layers],
+        "draft_vocab_size": layer["vocab_size"],
+        "mask_token_id": layer["vocab_size"] - 1,
+        "block_size": BLOCK_DRAFTS + (kind == "dflash"),
+        "transformer_layer_config": layer | {"model_type": "qwen3", "num_hidden_layers": -(-num_layers // 8)},
+    }
+    if kind == "dspark":
+        block |= {"sample_from_anchor": True, "markov_rank": MARKOV_RANK, "markov_head_type": "vanilla"}
+        block |= {"enable_confidence_head": True, "confidence_head_with_markov": True}
+    return block
 
 
 def _plain_heads(width: int) -> tuple[int, int, int]:
@@ -146,7 +168,7 @@ def draft_recipe(
 
     The learning rate falls with the width that is trained, and is half as high for Medusa heads, which start from
     trained ones. From 400 steps on, the last quarter minimises the total variation distance, one minus the acceptance
-    rate, at a quarter of that rate; the others minimise the KL divergence.
+    rate, at a quarter of that rate; the others minimise the KL divergence. DSpark heads have DSpark's loss throughout.
 
     Args:
       kind: one of ``KINDS``.
@@ -165,10 +187,18 @@ def draft_recipe(
     sizes = architecture(kind, opened, draft_vocab_size(tokens, opened.model.vocab_size))
     width = sizes["hidden_size"] if kind == "model" else opened.model.embedding_spec.shape[-1]
     rate = min(LEARNING_RATE / width, LARGEST_RATE) / (2 if kind == "medusa" else 1)
-    last = steps // 4 if steps >= LAST_STAGE else 0
+    last = steps // 4 if steps >= LAST_STAGE and kind != "dspark" else 0
     shape: dict[str, Any] = {"rows": rows, "sequence": sequence, "text": "samples"}
     first = steps - last
-    stages = [Stage("kl", first, peak_learning_rate=rate, warmup_steps=min(50, first // 10), **shape)]
+    stages = [
+        Stage(
+            "dspark" if kind == "dspark" else "kl",
+            first,
+            peak_learning_rate=rate,
+            warmup_steps=min(50, first // 10),
+            **shape,
+        )
+    ]
     if last:
         stages.append(Stage("total_variation", last, peak_learning_rate=rate / 4, warmup_steps=last // 10, **shape))
     return Recipe(
@@ -180,5 +210,5 @@ def draft_recipe(
         sample_tokens=len(tokens),
         digest="",
         head=None if kind == "model" else kind,
-        chain_steps=1 if kind in ("model", "medusa") else CHAIN_STEPS,
+        chain_steps=CHAIN_STEPS if kind in ("eagle", "mtp") else 1,
     )

@@ -13,10 +13,14 @@ from jax import Array
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
+from specjax.checkpoint.block import block_head
 from specjax.checkpoint.drafters import save_drafter
 from specjax.checkpoint.eagle import eagle_head
 from specjax.checkpoint.models import save
-from specjax.drafters.feature import FeatureDrafter, Head
+from specjax.drafters.block import BlockDrafter
+from specjax.drafters.dflash import DFlashHead
+from specjax.drafters.eagle import EagleHead
+from specjax.drafters.feature import FeatureDrafter
 from specjax.drafters.medusa import MedusaDrafter, init_medusa_params
 from specjax.drafters.model import ModelDrafter
 from specjax.drafters.mtp import MTPConfig, MTPHead, init_mtp_params
@@ -24,9 +28,10 @@ from specjax.hf.config import decoder_config
 from specjax.hf.medusa import medusa_config
 from specjax.hf.mtp import mtp_layout
 from specjax.sharding import Rules, shardings
+from specjax.training.blocks import block_objective
 from specjax.training.data import END_OF_TEXT
 from specjax.training.objectives import Objective, head_objective, make_objective, medusa_objective
-from specjax.training.recipe import Recipe
+from specjax.training.recipe import BLOCK_HEADS, Recipe
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import abstract_params, decoder_model, init_params
 from specjax.types import Drafter, LanguageModel, whole_feed
@@ -56,7 +61,7 @@ class Trainee(Protocol):
         ...
 
     def objective(self, loss: str) -> Objective:
-        """Returns the function to minimise; ``loss`` is one of ``losses.LOSSES``."""
+        """Returns the function to minimise; ``loss`` is a loss of the recipe."""
         ...
 
     def drafter(self, params: Any, num_draft: int) -> Drafter:
@@ -68,13 +73,17 @@ class Trainee(Protocol):
         ...
 
 
-def make_trainee(recipe: Recipe, teacher: LanguageModel | None, tokens: np.ndarray) -> Trainee:
+def make_trainee(
+    recipe: Recipe, teacher: LanguageModel | None, tokens: np.ndarray, start_token: int | None = None
+) -> Trainee:
     """Returns the trainee that the recipe describes.
 
     Args:
       recipe: the recipe.
       teacher: the target, if the recipe has ``drafts_for``.
       tokens: integers ``[n]``, a text. A reduced draft vocabulary holds its most frequent tokens.
+      start_token: the token with which each document of the text begins, None for a text of one document. A block of
+        drafts sees its own document alone.
 
     Raises:
       ValueError: the architecture is wrong or does not fit the teacher; or windows of text are too short for the chains
@@ -92,6 +101,8 @@ def make_trainee(recipe: Recipe, teacher: LanguageModel | None, tokens: np.ndarr
         return _mtp(recipe, teacher)
     if recipe.head == "eagle":
         return _eagle(recipe, teacher, tokens)
+    if recipe.head in BLOCK_HEADS:
+        return _block(recipe, teacher, tokens, start_token)
     return _medusa(recipe, teacher)
 
 
@@ -134,8 +145,8 @@ class _Model:
 
 
 @dataclasses.dataclass(frozen=True)
-class _ChainHead:
-    """A draft head that drafts a chain.
+class _DraftHead:
+    """A draft head with a config.
 
     Attributes:
       draw: ``draw(key)`` returns fresh parameters, ``constants`` included.
@@ -145,11 +156,11 @@ class _ChainHead:
 
     recipe: Recipe
     teacher: LanguageModel
-    head: Head
+    head: Any
     draw: Callable[[Array], Any]
     config: dict[str, Any]
     constants: dict[str, Array] = dataclasses.field(default_factory=dict)
-    max_draft: None = None
+    max_draft: int | None = None
 
     def _trained(self, params: dict[str, Any]) -> dict[str, Any]:
         return {name: leaf for name, leaf in params.items() if name not in self.constants}
@@ -158,20 +169,47 @@ class _ChainHead:
         return _init_at(places, lambda key: self._trained(self.draw(key)), key)
 
     def places(self, mesh: Mesh, rules: Rules) -> Any:
-        whole = FeatureDrafter(jax.eval_shape(self.draw, jax.random.key(0)), self.head, 1)
+        whole = self.drafter(jax.eval_shape(self.draw, jax.random.key(0)), 1)
         return self._trained(shardings(whole, mesh, rules).params)
 
     def objective(self, loss: str) -> Objective:
-        whole = head_objective(loss, self.head, self.recipe.chain_steps)
+        whole = self._objective(loss)
         return lambda params, tokens_bt, teacher: whole(params | self.constants, tokens_bt, teacher)
+
+    def _objective(self, loss: str) -> Objective:
+        raise NotImplementedError
+
+    def drafter(self, params: Any, num_draft: int) -> FeatureDrafter | BlockDrafter:
+        raise NotImplementedError
+
+    def write(self, folder: Path, params: Any, tokenizer: Tokenizer, metrics: dict[str, Any]) -> None:
+        del tokenizer  # the target's
+        drafter, name = self.drafter(params, min(4, self.max_draft or 4)), self.recipe.drafts_for
+        save_drafter(folder, drafter, self.teacher, self.config, target_name=name, metrics=metrics)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ChainHead(_DraftHead):
+    """A draft head that drafts a chain."""
+
+    def _objective(self, loss: str) -> Objective:
+        return head_objective(loss, self.head, self.recipe.chain_steps)
 
     def drafter(self, params: Any, num_draft: int) -> FeatureDrafter:
         return FeatureDrafter(params | self.constants, self.head, num_draft)
 
-    def write(self, folder: Path, params: Any, tokenizer: Tokenizer, metrics: dict[str, Any]) -> None:
-        del tokenizer  # the target's
-        drafter, name = FeatureDrafter(params | self.constants, self.head), self.recipe.drafts_for
-        save_drafter(folder, drafter, self.teacher, self.config, target_name=name, metrics=metrics)
+
+@dataclasses.dataclass(frozen=True)
+class _BlockHead(_DraftHead):
+    """A draft head that drafts a block; ``start_token`` is as for ``make_trainee``."""
+
+    start_token: int | None = None
+
+    def _objective(self, loss: str) -> Objective:
+        return block_objective(loss, self.head, self.start_token)
+
+    def drafter(self, params: Any, num_draft: int) -> BlockDrafter:
+        return BlockDrafter(params | self.constants, self.head, num_draft)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,10 +290,31 @@ def _eagle(recipe: Recipe, teacher: LanguageModel, tokens: np.ndarray) -> _Chain
     """Returns an EAGLE head. ``[architecture]`` holds the keys of a published EAGLE config, of any layout."""
     head = eagle_head(recipe.architecture, teacher)
     _check_sequences(recipe, recipe.chain_steps)
-    constants = {}
-    if head.draft_vocab_size is not None:
-        constants = {"draft_of_v": most_frequent(tokens, head.draft_vocab_size, head.vocab_size)}
+    constants = _draft_ids(head, tokens)
     return _ChainHead(recipe, teacher, head, head.init_params, recipe.architecture, constants)
+
+
+def _block(recipe: Recipe, teacher: LanguageModel, tokens: np.ndarray, start_token: int | None) -> _BlockHead:
+    """Returns a DFlash or DSpark head. ``[architecture]`` holds the keys of a published config, of any layout."""
+    head = block_head(recipe.architecture, teacher)
+    kind = "dspark" if head.from_anchor or head.markov or head.confidence else "dflash"
+    if kind != recipe.head or head.conv_taps or head.selector_rank is not None:
+        raise ValueError(
+            f"head is {recipe.head!r} and [architecture] that of a {head.describe().split(' head')[0]} head; give the "
+            f"keys of a {recipe.head} head"
+        )
+    _check_sequences(recipe, head.most_drafts)
+    constants, most = _draft_ids(head, tokens), head.most_drafts
+    return _BlockHead(
+        recipe, teacher, head, head.init_params, recipe.architecture, constants, most, start_token=start_token
+    )
+
+
+def _draft_ids(head: EagleHead | DFlashHead, tokens: np.ndarray) -> dict[str, Array]:
+    """Returns the reduced draft vocabulary, if there is one, by the name of its parameter."""
+    if head.draft_vocab_size is None:
+        return {}
+    return {"draft_of_v": most_frequent(tokens, head.draft_vocab_size, head.vocab_size)}
 
 
 def with_targets_head(params: dict[str, Any], teacher: LanguageModel, tokens: np.ndarray) -> dict[str, Any]:
