@@ -23,11 +23,8 @@ LENGTH, START = 12, 3
 TARGET = decoder_config(LAYER | {"model_type": "llama", "num_hidden_layers": 6, "max_position_embeddings": 64})
 WINDOWS = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 3, "use_sliding_window": True}
 HEADS = {
-    "DFlash": in_speculators(),
-    "DFlash, windows": in_speculators(layer=WINDOWS),
     "DFlash, a smaller vocabulary": in_speculators(draft_vocab_size=11),
     "DSpark, vanilla": in_speculators("dspark", markov_head_type="vanilla"),
-    "DSpark, gated": in_speculators("dspark", markov_head_type="gated"),
     "DSpark, rnn, windows": in_speculators("dspark", layer=WINDOWS),
 }
 
@@ -152,7 +149,7 @@ def test_anchors_are_drawn_without_replacement_and_drafts_stay_in_the_document()
     assert not np.asarray(whole.first_bm).any()
 
 
-@pytest.mark.parametrize("loss", ["next_token", "kl", "total_variation", "dspark"])
+@pytest.mark.parametrize("loss", ["kl", "dspark"])
 def test_the_objective_is_the_weighted_mean_of_its_drafts(loss, teacher, head):
     """Draft by draft in NumPy: draft k of anchor a stands for token a + 1 + k and the teacher's law at a + k."""
     head, params = head
@@ -169,9 +166,7 @@ def test_the_objective_is_the_weighted_mean_of_its_drafts(loss, teacher, head):
         entropy = -np.log(q[token]) if q[token] else 0.0
         shared = p / p[q > 0].sum()
         value = {
-            "next_token": entropy,
             "kl": sum(s * np.log(s / r) for s, r in zip(shared[q > 0], q[q > 0], strict=True)),
-            "total_variation": away,
             "dspark": 0.1 * entropy + 0.9 * np.abs(p - q).sum(),
         }[loss]
         if head.confidence:
@@ -183,14 +178,14 @@ def test_the_objective_is_the_weighted_mean_of_its_drafts(loss, teacher, head):
     np.testing.assert_allclose(found, total / weights, rtol=2e-5)
 
 
-def test_gradients_are_finite_and_the_confidence_loss_moves_no_draft(teacher, head):
+def test_every_parameter_learns(teacher, head):
     head, params = head
     constants = {name: x for name, x in params.items() if name == "draft_of_v"}
     trained = {name: x for name, x in params.items() if name not in constants}
     loss = lambda objective: lambda p: objective(p | constants, text(), teacher)
-    grads = {name: jit(jax.grad(loss(block_objective(name, head, START))))(trained) for name in ("dspark", "kl")}
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
-    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(grads["dspark"]))
+    grads = jit(jax.grad(loss(block_objective("dspark", head, START))))(trained)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.isfinite(grad).all() and np.abs(grad).max() > 0, path
 
 
 def recipe(config, kind, **changes):
@@ -214,13 +209,13 @@ def test_what_is_written_opens_and_drafts_the_same(name, kind, teacher, tmp_path
 def test_what_does_not_fit_is_refused(teacher):
     tokens = np.zeros(4, np.int32)
     with pytest.raises(ValueError, match=r"head is 'dflash' and \[architecture\] that of a DSpark head"):
-        make_trainee(recipe(HEADS["DSpark, gated"], "dflash"), teacher, tokens)
+        make_trainee(recipe(HEADS["DSpark, vanilla"], "dflash"), teacher, tokens)
     with pytest.raises(ValueError, match=r"that of a DFlash2 head"):
         make_trainee(recipe(in_speculators("dflash2"), "dflash"), teacher, tokens)
     with pytest.raises(ValueError, match="stage sequence is 12; for 15 drafts give at least 17"):
         make_trainee(recipe(in_speculators(block_size=16), "dflash"), teacher, tokens)
     with pytest.raises(ValueError, match="chain_steps is 2"):
-        recipe(HEADS["DFlash"], "dflash", chain_steps=2)
-    one = recipe(HEADS["DFlash"], "dflash")
+        recipe(in_speculators(), "dflash", chain_steps=2)
+    one = recipe(in_speculators(), "dflash")
     with pytest.raises(ValueError, match="stage loss 'dspark' is for heads of kind"):
         dataclasses.replace(one, head="medusa", stages=(dataclasses.replace(one.stages[0], loss="dspark"),))

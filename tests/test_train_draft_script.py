@@ -191,7 +191,7 @@ def test_a_target_that_lacks_what_a_draft_reads_is_refused(script, folder, monke
     opened = specjax.open(folder / "tiny")
     bare = dataclasses.replace(opened, model=dataclasses.replace(opened.model, embed=None))
     monkeypatch.setattr(specjax, "open", lambda *args, **options: bare)
-    for kind in ("eagle", "mtp", "medusa"):
+    for kind in ("eagle", "dflash", "dspark", "mtp", "medusa"):
         assert run(script, folder, kind, output=folder / "outputs" / "bare") == 2
         assert "embed" in capsys.readouterr().err
     assert not (folder / "runs" / "bare").exists()

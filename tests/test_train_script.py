@@ -63,6 +63,17 @@ model_type = "llama"
 """
     + LAYER,
     "medusa": "[architecture]\nmedusa_num_heads = 3\n",
+    "dspark": """[architecture]
+speculators_model_type = "dspark"
+draft_vocab_size = 270
+block_size = 3
+mask_token_id = 269
+markov_rank = 4
+aux_hidden_state_layer_ids = [0, 1]
+[architecture.transformer_layer_config]
+model_type = "qwen3"
+"""
+    + LAYER,
 }
 
 
@@ -205,7 +216,8 @@ def test_a_head_is_trained_resumed_and_drafts(kind, script, trained, tmp_path, m
     metrics = json.loads((folder / "metrics.json").read_text())
     assert [len(stage["losses"]) for stage in metrics["stages"]] == [4, 4] and np.isfinite(metrics["held_out_loss"])
     model = specjax.load(tmp_path / "checkpoints" / "target")
-    opened = specjax.load_drafter(f"{kind}:{folder}", model, 3)
+    spec = f"{'block' if kind == 'dspark' else kind}:{folder}"
+    opened = specjax.load_drafter(spec, model, 3)
     prompts = np.random.default_rng(0).integers(0, 270, (2, 9)).astype(np.int32)
     greedy = {"sampling": specjax.Sampling(temperature=0), "max_new_tokens": 12}
     drafted = specjax.generate(model, prompts, drafter=opened, fixed=True, **greedy)
@@ -218,7 +230,7 @@ def test_a_head_is_trained_resumed_and_drafts(kind, script, trained, tmp_path, m
     assert [len(stage["history"]["losses"]) for stage in saved(tmp_path / "others" / "head")] == [4, 2]
     assert run(script, tmp_path, "head", "others") == 0
     assert_same_bits(tmp_path / "runs" / "head", tmp_path / "others" / "head")
-    chex.assert_trees_all_equal(specjax.load_drafter(f"{kind}:{folder}", model, 3).params, opened.params)
+    chex.assert_trees_all_equal(specjax.load_drafter(spec, model, 3).params, opened.params)
 
 
 BAD_HEADS = {

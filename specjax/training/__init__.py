@@ -1,5 +1,6 @@
 """Training of targets and drafters: recipes, text, losses, and a loop that resumes exactly."""
 
+from specjax.training.blocks import block_objective as block_objective
 from specjax.training.corpus import OwnText as OwnText
 from specjax.training.corpus import encode_files as encode_files
 from specjax.training.data import END_OF_TEXT as END_OF_TEXT
