@@ -168,6 +168,13 @@ class DFlashHead:
         """Whether no draft's logits depend on the draft before it."""
         return self.selector_rank is None and self.markov is None
 
+    @property
+    def name(self) -> str:
+        """ "DFlash2" with convolutions or a selector, "DSpark" with a Markov or confidence head, else "DFlash"."""
+        if self.conv_taps or self.selector_rank is not None:
+            return "DFlash2"
+        return "DSpark" if self.markov or self.confidence else "DFlash"
+
     def places(self, count: int) -> int:
         """Returns how many places a pass for ``count`` drafts has.
 
@@ -183,9 +190,8 @@ class DFlashHead:
         parts += ["confidence head"] if self.confidence else []
         parts += [f"selector of rank {self.selector_rank}"] if self.selector_rank else []
         states = ", ".join(map(str, self.capture))
-        name = "DFlash2" if self.conv_taps or self.selector_rank else "DSpark" if parts else "DFlash"
         return (
-            f"{name} head, {layers} layer{'s' if layers > 1 else ''} of width {width}"
+            f"{self.name} head, {layers} layer{'s' if layers > 1 else ''} of width {width}"
             + "".join(f", {part}" for part in parts)
             + f": {self.most_drafts} drafts in a block of {self.block_size}, reads the target's hidden states {states} "
             f"(0 the embedding output, i the output of layer i), drafts {self.draft_vocab_size or self.vocab_size} of "

@@ -126,7 +126,7 @@ def block_objective(loss: str, head: DFlashHead, start_token: int | None) -> Cal
         place = blocks.anchor_bm[..., None] + jnp.arange(g, dtype=jnp.int32)[None, None]
         at = jnp.minimum(place, length - 1).reshape(tokens_bt.shape[0], -1, 1)
         target = jnp.take_along_axis(taught.logits_btv, at, axis=1).reshape(draft.shape)
-        decay = DSPARK_DECAY if head.from_anchor else DFLASH_DECAY
+        decay = DSPARK_DECAY if head.name == "DSpark" else DFLASH_DECAY
         weights = blocks.counts_bmg.astype(jnp.float32) * jnp.exp(-jnp.arange(g, dtype=jnp.float32) / decay)[None, None]
         return _block_loss(loss, draft, target, trust, blocks.token_bmg, weights)
 

@@ -21,8 +21,8 @@ class Stage:
     """One run of the optimiser with one loss.
 
     Attributes:
-      loss: "next_token"; or "kl" or "total_variation" against the target that this model
-        drafts for; or, for heads that draft blocks, "dspark" (``specjax.training.blocks``).
+      loss: "next_token"; or "kl" or "total_variation" against the target that this model drafts for; or, for heads that
+        draft blocks, "dspark" (``specjax.training.blocks``).
       text: "corpus"; "samples", drawn from the target; "both", in turn; or "on_policy", drawn from the trained model
         when the stage begins (Agarwal et al. 2024, arXiv 2306.13649; Zhou et al. 2024, DistillSpec, arXiv 2310.08461).
         Each stage on "on_policy" draws new text.

@@ -85,7 +85,7 @@ def architecture(kind: str, opened: Opened, vocab: int) -> dict[str, Any]:
         "rms_norm_eps": decoder.norm_eps,
         "rope_theta": _rope_theta(config),
     }
-    if kind == "eagle" or kind in BLOCK_HEADS:
+    if kind in ("eagle", *BLOCK_HEADS):
         # Compressed or linear attention, and experts, have other sizes than a plain layer.
         plain = decoder.latent is None and decoder.recurrence is None and heads % kv_heads == 0 and head_dim % 2 == 0
         heads, kv_heads, head_dim = (heads, kv_heads, head_dim) if plain else _plain_heads(width)
@@ -190,15 +190,8 @@ def draft_recipe(
     last = steps // 4 if steps >= LAST_STAGE and kind != "dspark" else 0
     shape: dict[str, Any] = {"rows": rows, "sequence": sequence, "text": "samples"}
     first = steps - last
-    stages = [
-        Stage(
-            "dspark" if kind == "dspark" else "kl",
-            first,
-            peak_learning_rate=rate,
-            warmup_steps=min(50, first // 10),
-            **shape,
-        )
-    ]
+    loss = "dspark" if kind == "dspark" else "kl"
+    stages = [Stage(loss, first, peak_learning_rate=rate, warmup_steps=min(50, first // 10), **shape)]
     if last:
         stages.append(Stage("total_variation", last, peak_learning_rate=rate / 4, warmup_steps=last // 10, **shape))
     return Recipe(

@@ -20,7 +20,7 @@ from specjax.checkpoint.models import save
 from specjax.drafters.block import BlockDrafter
 from specjax.drafters.dflash import DFlashHead
 from specjax.drafters.eagle import EagleHead
-from specjax.drafters.feature import FeatureDrafter
+from specjax.drafters.feature import FeatureDrafter, Head
 from specjax.drafters.medusa import MedusaDrafter, init_medusa_params
 from specjax.drafters.model import ModelDrafter
 from specjax.drafters.mtp import MTPConfig, MTPHead, init_mtp_params
@@ -36,6 +36,7 @@ from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import abstract_params, decoder_model, init_params
 from specjax.types import Drafter, LanguageModel, whole_feed
 
+_TOLD = 4  # drafts a round that a config suggests to other engines, if the draft head has no limit
 _SCALED = 512  # tokens over which states are measured
 
 
@@ -184,13 +185,15 @@ class _DraftHead:
 
     def write(self, folder: Path, params: Any, tokenizer: Tokenizer, metrics: dict[str, Any]) -> None:
         del tokenizer  # the target's
-        drafter, name = self.drafter(params, min(4, self.max_draft or 4)), self.recipe.drafts_for
+        drafter, name = self.drafter(params, self.max_draft or _TOLD), self.recipe.drafts_for
         save_drafter(folder, drafter, self.teacher, self.config, target_name=name, metrics=metrics)
 
 
 @dataclasses.dataclass(frozen=True)
 class _ChainHead(_DraftHead):
     """A draft head that drafts a chain."""
+
+    head: Head
 
     def _objective(self, loss: str) -> Objective:
         return head_objective(loss, self.head, self.recipe.chain_steps)
@@ -203,6 +206,7 @@ class _ChainHead(_DraftHead):
 class _BlockHead(_DraftHead):
     """A draft head that drafts a block; ``start_token`` is as for ``make_trainee``."""
 
+    head: DFlashHead
     start_token: int | None = None
 
     def _objective(self, loss: str) -> Objective:
@@ -297,11 +301,10 @@ def _eagle(recipe: Recipe, teacher: LanguageModel, tokens: np.ndarray) -> _Chain
 def _block(recipe: Recipe, teacher: LanguageModel, tokens: np.ndarray, start_token: int | None) -> _BlockHead:
     """Returns a DFlash or DSpark head. ``[architecture]`` holds the keys of a published config, of any layout."""
     head = block_head(recipe.architecture, teacher)
-    kind = "dspark" if head.from_anchor or head.markov or head.confidence else "dflash"
-    if kind != recipe.head or head.conv_taps or head.selector_rank is not None:
+    if head.name.lower() != recipe.head:
         raise ValueError(
-            f"head is {recipe.head!r} and [architecture] that of a {head.describe().split(' head')[0]} head; give the "
-            f"keys of a {recipe.head} head"
+            f"head is {recipe.head!r} and [architecture] that of a {head.name} head; give the keys of a {recipe.head} "
+            "head"
         )
     _check_sequences(recipe, head.most_drafts)
     constants, most = _draft_ids(head, tokens), head.most_drafts
