@@ -1,15 +1,17 @@
 """Training of draft heads of blocks: blocks trained at once are the blocks that are drafted; losses; documents."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from block_heads import LAYER, VOCAB, in_speculators
+from draft_heads import open_block
 from jitted import jit
+from tokenizers import Tokenizer, models
 
-import specjax
 from specjax.checkpoint.block import block_head
 from specjax.drafters.block import BlockDrafter
 from specjax.hf.config import decoder_config
@@ -102,10 +104,11 @@ def test_every_block_is_the_one_that_would_be_drafted(teacher, head):
     for i, anchor in enumerate(anchors):
         wanted, trusted = proposed(drafter, teacher, tokens, features, anchor)
         np.testing.assert_allclose(probs[:, i], wanted, atol=2e-6, rtol=0)
-        if head.confidence:
+        assert (trust is None) == (trusted is None) == (not head.confidence)
+        if trust is not None and trusted is not None:
             np.testing.assert_allclose(jax.nn.sigmoid(trust[:, i]), trusted, atol=2e-6, rtol=0)
-    assert (trust is not None) == head.confidence
-    assert np.std(probs[:, :, -1], axis=(0, 1)).max() > 0.01
+    # The last drafts differ from anchor to anchor by hundreds of times the tolerance.
+    assert np.std(probs[:, :, -1], axis=(0, 1)).max() > 1e-3
 
 
 def test_a_block_sees_its_own_document_alone(teacher, head):
@@ -130,7 +133,7 @@ def test_anchors_are_drawn_without_replacement_and_drafts_stay_in_the_document()
     tokens = text(3, low=START + 1).at[:, 0].set(START).at[1, 5].set(START).at[2, 11].set(START)
     blocks = jax.tree.map(np.asarray, choose_blocks(tokens, 10, 4, START))
     again = choose_blocks(tokens, 10, 4, START)
-    jax.tree.map(np.testing.assert_array_equal, blocks, Blocks(*map(np.asarray, again)))
+    jax.tree.map(np.testing.assert_array_equal, blocks, jax.tree.map(np.asarray, again))
     other = choose_blocks(tokens.at[0, 1].add(-1), 10, 4, START)
     assert (np.asarray(other.anchor_bm) != blocks.anchor_bm).any()
     starts, tokens = {0: [0], 1: [0, 5], 2: [0, 11]}, np.asarray(tokens)
@@ -199,10 +202,10 @@ def recipe(config, kind, **changes):
 def test_what_is_written_opens_and_drafts_the_same(name, kind, teacher, tmp_path):
     trainee = make_trainee(recipe(HEADS[name], kind), teacher, np.asarray(text()).reshape(-1), START)
     params = trainee.init(jax.random.key(3))
-    trainee.write(tmp_path / "head", params, None, {"some": 1})
-    opened = specjax.load_drafter(f"block:{tmp_path / 'head'}", teacher, trainee.max_draft, "float32")
-    wanted = trainee.drafter(params, trainee.max_draft)
-    assert opened.head == wanted.head
+    trainee.write(tmp_path / "head", params, Tokenizer(models.BPE()), {"some": 1})
+    opened = open_block(tmp_path / "head", teacher, 3, "float32")
+    wanted: Any = trainee.drafter(params, 3)
+    assert trainee.max_draft == opened.head.most_drafts and opened.head == wanted.head
     jax.tree.map(np.testing.assert_array_equal, opened.params, wanted.params)
 
 

@@ -1,6 +1,5 @@
 """Training of draft heads that draft blocks: many blocks of each text at once, computed as in drafting."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +9,7 @@ from jax import Array
 
 from specjax.drafters.dflash import DFlashHead
 from specjax.training.losses import distance
+from specjax.training.objectives import Objective
 from specjax.types import LanguageModel, whole_feed
 
 ANCHOR_EVERY = 4  # tokens of a window for each anchor
@@ -97,7 +97,7 @@ def block_logits(
     return answer, jnp.stack(trusts, axis=1).reshape(b, m, g) if trusts else None
 
 
-def block_objective(loss: str, head: DFlashHead, start_token: int | None) -> Callable[..., Array]:
+def block_objective(loss: str, head: DFlashHead, start_token: int | None) -> Objective:
     """Returns the objective of a DFlash or DSpark head.
 
     Blocks follow random anchors, one for each ``ANCHOR_EVERY`` tokens. A block reads the target's states before its
