@@ -72,6 +72,8 @@ markov_rank = 4
 aux_hidden_state_layer_ids = [0, 1]
 [architecture.transformer_layer_config]
 model_type = "qwen3"
+num_key_value_heads = 1
+head_dim = 16
 """
     + LAYER,
 }
