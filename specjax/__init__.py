@@ -3,7 +3,7 @@
 - ``open``, ``Session``: strings in, strings out.
 - ``generate``, ``stream``: tokens in, tokens out. ``prefill``, ``step``, ``run``, ``extend``, ``insert`` and ``stop``
   are their parts, pure functions over a ``State``. ``compile`` compiles them before the first request, and
-  ``keep_programs`` keeps them for later processes.
+  ``keep_programs`` keeps them for later processes. ``remember`` gives a drafter text to copy from.
 - ``load``, ``load_drafter``, ``save``, ``save_drafter``, ``convert_hf``, ``export_hf``: folders.
 - ``quantize``, ``dequantize``: weights in 8 or 4 bits.
 - ``LanguageModel`` and ``Drafter``: the contracts for models and drafters of your own (``specjax.types``).
@@ -41,6 +41,7 @@ from specjax.drafters.model import ModelDrafter as ModelDrafter
 from specjax.drafters.mtp import MTPDrafter as MTPDrafter
 from specjax.drafters.ngram import NGramDrafter as NGramDrafter
 from specjax.drafters.shared_vocabulary import SharedVocabularyDrafter as SharedVocabularyDrafter
+from specjax.drafters.suffix import SuffixDrafter as SuffixDrafter
 from specjax.engine.ahead import compile as compile
 from specjax.engine.arguments import pad_prompts as pad_prompts
 from specjax.engine.kept import keep_programs as keep_programs
@@ -50,6 +51,7 @@ from specjax.engine.loop import prefill as prefill
 from specjax.engine.loop import run as run
 from specjax.engine.loop import step as step
 from specjax.engine.loop import stream as stream
+from specjax.engine.memory import remember as remember
 from specjax.engine.state import State as State
 from specjax.engine.state import insert as insert
 from specjax.engine.state import stop as stop
@@ -96,6 +98,7 @@ __all__ = [
     "SharedVocabularyDrafter",
     "State",
     "Stats",
+    "SuffixDrafter",
     "Verdict",
     "check_drafter",
     "check_model",
@@ -117,6 +120,7 @@ __all__ = [
     "prefill",
     "quantize",
     "quantized",
+    "remember",
     "run",
     "save",
     "save_drafter",

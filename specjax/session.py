@@ -18,6 +18,7 @@ from specjax.checkpoint.opened import open as open_folder
 from specjax.engine.adapt import places_past
 from specjax.engine.arguments import check_rule
 from specjax.engine.loop import extend, prefill, run
+from specjax.engine.memory import remember as remember_texts
 from specjax.engine.state import State, stop
 from specjax.sampling import Sampling
 from specjax.sharding import gathered
@@ -95,6 +96,7 @@ class Session:
         seed: int = 0,
         fixed: bool = False,
         generation_defaults: bool = False,
+        remember: bool = False,
     ):
         """Opens the folder and the drafter if they are given by name.
 
@@ -113,8 +115,11 @@ class Session:
           generation_defaults: whether the folder's ``generation_config.json`` gives the sampling parameters that a call
             does not give: temperature, top_k, top_p, min_p and repetition_penalty, and temperature 0 for
             ``do_sample: false``.
+          remember: whether the drafter remembers each call's prompts and answers (``specjax.remember``), for later
+            calls to copy from. For drafters with a memory: "suffix", and cascades with it.
 
         Raises:
+          TypeError: ``remember`` is true and the drafter has no memory.
           ValueError: the folder has no tokenizer, or its ``generation_config.json`` is damaged; ``tree`` is given, and
             the drafter not as a text; the rule does not verify what the drafter proposes; or as for ``specjax.open``
             and ``specjax.load_drafter``.
@@ -128,9 +133,11 @@ class Session:
             raise ValueError(
                 f"tree is {tree!r}, siblings {siblings!r} and drafter no text; give a text, or a drafter of trees alone"
             )
-        self.drafter = drafter
         verify = verify_lib.default_rule(drafter) if verify is None else verify
         check_rule(verify, drafter)  # before a prompt is read
+        # Remembering nothing tells now whether the drafter can remember.
+        self.drafter = remember_texts(drafter, [[]]) if remember else drafter
+        self._remember = remember
         self._verify, self._slots, self._seed, self._fixed = verify, slots, seed, fixed
         self._defaults = load_generation_defaults(self.opened.path) if generation_defaults else {}
         self._kept: _Kept | None = None
@@ -355,6 +362,8 @@ class Session:
             if (met_b & ~done_b).any():
                 state = stop(state, met_b)
             yield pieces
+        if self._remember:
+            self.drafter = remember_texts(self.drafter, state.generation)
         return state
 
 

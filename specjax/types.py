@@ -434,6 +434,9 @@ class Drafter(Protocol):
     another drafter's ``tokens_bg``, and must return the state that ``propose`` would have returned had it drawn those
     tokens. ``observe`` comes next as usual.
 
+    Optional: ``remember(tokens_bt, length_b) -> drafter``, for drafters with a memory: the drafter with ``length_b``
+    tokens of each row in its memory, too. Its arrays keep their shapes (``specjax.remember``).
+
     Attributes:
       num_draft: g, the tokens proposed per round.
       capture: hidden-state indices of the target that ``observe`` receives as ``features``.

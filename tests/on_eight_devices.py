@@ -24,7 +24,7 @@ from by_row import ByRow
 from draft_heads import write_eagle, write_medusa, write_mtp
 from every_rule import EveryRule
 from jax.sharding import AxisType, PartitionSpec
-from test_compiled import computations, copies, outer_loops, reachable
+from test_compiled import compilations, computations, copies, outer_loops, reachable
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
@@ -423,6 +423,26 @@ def heads_of_all_kinds_are_split():
     assert split_axes(shardings(cascade, mesh))[".second.model.params['lm_head']['kernel']"] == (None, "tensor")
 
 
+def what_is_remembered_stays_whole():
+    """Rows over the mesh are remembered on each device; neither this nor the next call compiles anything."""
+    target, prompts = table_model(np.random.default_rng(0).normal(size=(VOCAB,) * 2)), [[i, 1, 2] for i in range(8)]
+    options = {"max_new_tokens": 20, "fixed": True, "sampling": Sampling(0.0)}
+    wanted = specjax.generate(target, prompts, **options)
+    mesh = make_mesh(8)
+    target = shard(target, mesh, rules={})
+    draft = shard(specjax.SuffixDrafter.empty(VOCAB, 512, DRAFTS), mesh)
+    with jax.set_mesh(mesh):
+        first = specjax.generate(target, prompts, drafter=draft, **options)
+        draft = specjax.remember(draft, first)
+        with compilations() as names:
+            second = specjax.generate(target, prompts, drafter=draft, **options)
+            draft = specjax.remember(draft, second)
+    assert names == [] and all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(draft))
+    for out in (first, second):
+        np.testing.assert_array_equal(out.tokens, wanted.tokens)
+    assert np.sum(second.stats.rounds) < np.sum(first.stats.rounds)
+
+
 def letters(step=1):
     """Returns a tokenizer of one byte per token, in this order or backwards."""
     tokenizer = Tokenizer(
@@ -580,6 +600,7 @@ CHECKS = {
         each_device_holds_its_part,
         latents_are_whole_and_their_heads_are_split,
         heads_of_all_kinds_are_split,
+        what_is_remembered_stays_whole,
         folders_load_onto_the_mesh,
         drafters_load_onto_the_mesh,
         bad_meshes_and_rules_are_refused,

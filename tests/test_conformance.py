@@ -26,6 +26,7 @@ from specjax import (
     MedusaDrafter,
     ModelDrafter,
     NGramDrafter,
+    SuffixDrafter,
     verify,
 )
 from specjax.drafters.assistant import AssistantDrafter, AssistantHead
@@ -114,6 +115,7 @@ def near(target, noise=0.1):
 
 TARGET = model(LAYERS)
 NGRAM, MODEL = NGramDrafter(DRAFTS, 1, 2), ModelDrafter(near(TARGET), DRAFTS)
+SUFFIX = specjax.remember(SuffixDrafter.empty(VOCAB, 64, DRAFTS, min_n=1), [[2, 4, 1, 0, 5, 3, 2], [1, 5, 9, 8, 1, 5]])
 MTP = mtp(1, lambda params, config: FeatureDrafter(params, MTPHead(config), DRAFTS))
 MTP_MODULES = mtp(DRAFTS, lambda params, config: MTPDrafter(params, config, DRAFTS))
 MEDUSA = MedusaDrafter(init_medusa_params(TARGET.params["lm_head"]["kernel"], DRAFTS), DRAFTS)
@@ -126,6 +128,8 @@ DELTA, MAMBA = hybrid.model("delta rule"), hybrid.model("mamba")
 OF_DELTA = ModelDrafter(near(DELTA, 0.03), DRAFTS)
 CASES = {
     "n-gram": (TARGET, NGRAM),
+    "suffix": (TARGET, SUFFIX),
+    "cascade: suffix, model": (TARGET, Cascade(SUFFIX, MODEL)),
     "model": (TARGET, MODEL),
     "model of another vocabulary": (TARGET, other_vocabulary()),
     "mtp, chained": (TARGET, MTP),

@@ -33,6 +33,7 @@ from specjax import (
     NGramDrafter,
     Proposal,
     Sampling,
+    SuffixDrafter,
     Verdict,
     verify,
 )
@@ -143,12 +144,15 @@ def token_and_block(proposal, target_btv, draws):
 
 
 token_and_block.shares_noise = False
+SUFFIX = specjax.remember(SuffixDrafter.empty(VOCAB, 32, DRAFTS, min_n=1), [[0, 1, 2, 1, 0, 0, 2], [2, 2, 1, 1]])
 DRAFTERS = {
     "another model": ModelDrafter(table_model(random_table(1)), DRAFTS),
     "the target itself": ModelDrafter(table_model(TABLE), DRAFTS),
     "a bad model": ModelDrafter(table_model(AGAINST), DRAFTS),
     "another vocabulary": other_vocabulary(),
     "n-gram": NGramDrafter(DRAFTS, min_n=1, max_n=2),
+    "suffix": SUFFIX,
+    "suffix, else a model": Cascade(SUFFIX.replace(min_n=2), ModelDrafter(table_model(random_table(1)), DRAFTS)),
     "ragged": RaggedDrafter(jnp.asarray([0.5, -0.5, 1.0])),
     "medusa": MedusaDrafter({0: medusa_head(0.5, -0.5, 1.0), 1: medusa_head(-1.0, 1.0, 0.0)}, DRAFTS),
     "mtp": FeatureDrafter(lively(init_mtp_params(MTP, jax.random.key(0)), 50), MTPHead(MTP), DRAFTS),

@@ -156,8 +156,8 @@ def test_a_draft_over_a_mesh_is_whole_unless_rules_split_it(opened, folder):
 )
 def test_a_text_that_names_no_drafter(spec, opened):
     allowed = (
-        "give model:DIR, eagle:DIR, block:DIR, mtp:DIR, medusa:DIR, assistant:DIR, ngram, early-exit:LAYERS, or "
-        "cascade:A,B"
+        "give model:DIR, eagle:DIR, block:DIR, mtp:DIR, medusa:DIR, assistant:DIR, ngram, suffix, "
+        "suffix:FILE.txt, early-exit:LAYERS, or cascade:A,B"
     )
     with pytest.raises(ValueError, match=allowed):
         specjax.load_drafter(spec, opened)
@@ -170,6 +170,27 @@ def test_a_folder_without_its_kind(folder, opened):
         specjax.load_drafter(folder, opened)
     with pytest.raises(ValueError, match=r"nowhere.*is not a folder|nowhere.*does not exist"):
         specjax.load_drafter("model:nowhere", opened)
+
+
+def test_a_file_that_is_remembered(tmp_path, opened):
+    file = tmp_path / "corpus.txt"
+    for content, wrong in (
+        (None, "cannot be read as UTF-8"),
+        (b"", "has no text"),
+        (b"\xff", "cannot be read as UTF-8"),
+    ):
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(ValueError, match=wrong):
+            specjax.load_drafter(f"suffix:{file}", opened)
+    file.write_text("a quick fox")
+    drafter = specjax.load_drafter(f"cascade:suffix:{file},early-exit:1", opened, 3)
+    tokens = opened.tokenizer.encode("a quick fox").ids
+    assert drafter.first.text_m[-len(tokens) :].tolist() == tokens and drafter.num_draft == 3
+    assert drafter.first.vocab_size == opened.model.vocab_size
+    with pytest.raises(ValueError, match="needs the target's tokenizer"):
+        specjax.load_drafter(f"suffix:{file}", opened.model)
+    assert (np.asarray(specjax.load_drafter("suffix", opened.model).text_m) == -1).all()
 
 
 @pytest.mark.parametrize("spec", ["ngram", "early-exit:1", "cascade:ngram,early-exit:1"])

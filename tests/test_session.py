@@ -148,6 +148,21 @@ def test_a_stop_string_ends_its_row_on_the_device(session, opened, monkeypatch):
     assert max(result.rounds for result in results) > 2 * session_module._ROUNDS_PER_LOOK
 
 
+def test_a_session_remembers_what_it_wrote(opened):
+    """Completions, streams and chats; the text stays, and later calls copy it."""
+    drafter = specjax.SuffixDrafter.empty(opened.model.vocab_size, 512, 2)
+    session = specjax.Session(opened, drafter, slots=SLOTS, fixed=True, remember=True)
+    first, again = (session.complete(PROMPTS, 20, **GREEDY) for _ in range(2))
+    assert [x.text for x in first] == [x.text for x in again] == [continued(opened, x, 20) for x in PROMPTS]
+    assert sum(x.rounds for x in again) < sum(x.rounds for x in first)
+    list(session.stream("a", 3, **GREEDY))
+    answer = session.chat("fox", 3, **GREEDY)
+    assert session.drafter.text_m.tolist()[-3:] == answer.tokens
+    assert (drafter.text_m == -1).all()
+    with pytest.raises(TypeError, match="a NoneType, which remembers nothing"):
+        specjax.Session(opened, remember=True)
+
+
 # Streams.
 
 

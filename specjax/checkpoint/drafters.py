@@ -45,12 +45,14 @@ from specjax.drafters.mtp import MTPDrafter, MTPHead
 from specjax.drafters.ngram import NGramDrafter
 from specjax.drafters.peagle import PEagleHead
 from specjax.drafters.shared_vocabulary import shared_vocabulary_drafter
+from specjax.drafters.suffix import SuffixDrafter
 from specjax.drafters.trees import MEDUSA_CHOICES
 from specjax.drafters.with_tree import check_tree_of, with_tree
 from specjax.hf.keys import key_names, read_json
 from specjax.hf.peagle import is_peagle
 from specjax.quantized import Kind, check_kind
 from specjax.sharding import Rules, gathered, shard
+from specjax.text.files import check_characters, read_text
 from specjax.text.vocabulary import match_vocabularies
 from specjax.types import Drafter, LanguageModel
 
@@ -87,6 +89,7 @@ def load_drafter(
     medusa:DIR         Medusa heads, alone or in the folder of their model
     assistant:DIR      an assistant of Gemma 4, which reads the target's cache
     ngram              copies what followed the row's last tokens earlier in the row
+    suffix             copies from remembered text, too (``specjax.remember``); suffix:FILE.txt begins with a corpus
     early-exit:4       the target's own first 4 layers
     cascade:A,B        A, and B in the rows in which A has nothing; cascade:A,B,C is cascade:(A,B),C
     ================== ==================================================================================
@@ -141,6 +144,9 @@ def load_drafter(
         return functools.reduce(Cascade, parts)
     if kind == "ngram":
         return with_tree(NGramDrafter(num_draft=num_draft), tree, siblings)
+    if kind == "suffix":
+        drafter = _suffix_drafter(value, target, num_draft, tokenizer)
+        return drafter if mesh is None else shard(drafter, mesh, WHOLE_ON_EACH)
     if kind == "early-exit":
         drafter = EarlyExitDrafter(int(value), num_draft)
         drafter.init(target, 1, 1)  # which checks that the target has so many layers
@@ -246,6 +252,22 @@ def _model_drafter(
         raise ValueError(f"{path} cannot draft for this target: {error}") from None
     drafter = shared_vocabulary_drafter(model, shared, num_draft)
     return drafter if mesh is None else shard(drafter, mesh, rules)  # only its tables move: the model is there
+
+
+def _suffix_drafter(file: str, target: LanguageModel, num_draft: int, tokenizer: Tokenizer | None) -> SuffixDrafter:
+    """Returns a drafter that remembers the text of a file, and has room for all of it; without a file, an empty one."""
+    if not file:
+        return SuffixDrafter.empty(target.vocab_size, num_draft=num_draft)
+    if tokenizer is None:
+        raise ValueError(f"suffix:{file} needs the target's tokenizer; give it, or the result of specjax.open")
+    text = read_text(Path(file))
+    check_characters(file, text)
+    tokens = jnp.asarray([tokenizer.encode(text).ids], jnp.int32)
+    if tokens.size == 0:
+        raise ValueError(f"{file} has no text; give a file with text, or suffix alone")
+    count = tokens.shape[1]
+    drafter = SuffixDrafter.empty(target.vocab_size, max(2**16, 1 << count.bit_length()), num_draft)
+    return drafter.remember(tokens, jnp.asarray([count], jnp.int32))
 
 
 def _agree(one: Mapping[str, int], other: Mapping[str, int]) -> bool:

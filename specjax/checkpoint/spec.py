@@ -8,6 +8,7 @@ from pathlib import Path
 from specjax.checkpoint.fetched import model_path
 
 _FOLDERS = ("model", "eagle", "block", "mtp", "medusa", "assistant")
+_WITHOUT_FOLDER = ("ngram", "suffix")
 _FLAG = ("false", "true")
 OPTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "eagle": {"rope": ("own", "target"), "norm_output": ("states", "logits"), "window": ("slides", "stays")},
@@ -17,8 +18,8 @@ OPTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 """What the folders of draft heads leave open and engines answer differently: the answers, the default first."""
 
 _ALLOWED = (
-    "model:DIR, eagle:DIR, block:DIR, mtp:DIR, medusa:DIR, assistant:DIR, ngram, early-exit:LAYERS, or cascade:A,B of "
-    "these, where B drafts the rows in which A has nothing"
+    "model:DIR, eagle:DIR, block:DIR, mtp:DIR, medusa:DIR, assistant:DIR, ngram, suffix, suffix:FILE.txt, "
+    "early-exit:LAYERS, or cascade:A,B of these, where B drafts the rows in which A has nothing"
 )
 
 
@@ -28,7 +29,7 @@ class Spec:
 
     Attributes:
       kind: the text up to its colon.
-      value: the folder, the number of layers, or the drafters of a cascade with commas.
+      value: the folder or file, the number of layers, or the drafters of a cascade with commas.
       options: answers to the questions of ``OPTIONS``; a question that is not there has its default.
     """
 
@@ -73,7 +74,7 @@ def _names_one(spec: str) -> bool:
     kind, _, value = spec.partition(":")
     if kind == "early-exit":
         return value.isascii() and value.isdecimal()
-    return spec == "ngram" or (kind in _FOLDERS and value != "")
+    return spec in _WITHOUT_FOLDER or (kind in (*_FOLDERS, "suffix") and value != "")
 
 
 def _with_options(kind: str, value: str) -> Spec:
@@ -99,7 +100,8 @@ def _with_options(kind: str, value: str) -> Spec:
 def folders_of(spec: str) -> list[Path]:
     """Returns the folders and files that a text names; raises as ``parse`` and ``model_path`` do."""
     parsed = [parse(part) for part in spec.removeprefix("cascade:").split(",") if part != "none"]
-    return [model_path(part.value) for part in parsed if part.kind in _FOLDERS]
+    paths = [part for part in parsed if part.kind in (*_FOLDERS, "suffix") and part.value]
+    return [Path(part.value) if part.kind == "suffix" else model_path(part.value) for part in paths]
 
 
 def short_name(spec: str) -> str:

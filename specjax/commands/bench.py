@@ -30,6 +30,7 @@ from specjax.commands import (
     passes,
     peers,
     prompt_files,
+    repeats,
     rollback,
     sweep,
 )
@@ -47,6 +48,7 @@ SHIPPED = (
     "ngram",
     "cascade:ngram,eagle:{0}-eagle",
 )
+SHIPPED_FOR_REPEATS = ("ngram", "suffix", "eagle:{0}-eagle", "cascade:suffix,eagle:{0}-eagle")
 EXCERPTS = 4  # costs are means over this many texts
 ABOUT = """Measures specjax on this machine: %(prog)s [WHAT ...].
 
@@ -69,6 +71,8 @@ These run when they are named:
   rollback    of a target with recurrent layers: the target's pass with and without rollback,
               and the memory that a round keeps for it
   peer        other libraries with the same weights and prompts in the same run; needs --peer
+  repeats     prompts that come again and again: a file that is edited, and the same prompt sampled several times.
+              Suffix drafters remember the answers (docs/drafters.md); that time counts, too
   prompts     the prompts of --prompts FILE ..., laid out by the target's chat template and answered turn by turn:
               acceptance, tokens per second and speed-up of each drafter, by category, also beside --peer transformers.
               Each prompt is answered once by each drafter and by plain decoding, in turn; compilation does not count
@@ -103,7 +107,8 @@ def main(argv: list[str] | None = None, prog: str = "bench.py") -> int:
             models.open_all(args, chosen, mesh)
             if "rollback" in chosen:
                 rollback.check(args.model)
-            shipped = [spec.format(args.target) for spec in SHIPPED]
+            known = SHIPPED_FOR_REPEATS if chosen == ["repeats"] else SHIPPED
+            shipped = [spec.format(args.target) for spec in known]
             args.drafters = args.drafters or (shipped if Path(f"{args.target}-draft").is_dir() else ["ngram"])
         except ValueError as error:
             parser.error(hosts.describe(error))
@@ -374,5 +379,6 @@ BENCHMARKS = {
     "acceptance": bench_acceptance,
     "rollback": rollback.bench_rollback,
     "peer": peers.bench_peer,
+    "repeats": repeats.bench_repeats,
     "prompts": bench_prompts,
 }

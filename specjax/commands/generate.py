@@ -112,8 +112,9 @@ def parse(argv: list[str] | None, prog: str) -> tuple[Parser, argparse.Namespace
     models.add_argument(
         "--drafter",
         metavar="SPEC",
-        help="model:DIR, eagle:DIR, block:DIR, mtp:DIR, medusa:DIR, assistant:DIR, early-exit:LAYERS, ngram, none, "
-        "or cascade:A,B, where B drafts if A has nothing (default: the shipped draft, or ngram)",
+        help="model:DIR, eagle:DIR, block:DIR, mtp:DIR, medusa:DIR, assistant:DIR, early-exit:LAYERS, ngram, "
+        "suffix, suffix:FILE.txt, none, or cascade:A,B, where B drafts if A has nothing (default: the shipped draft, "
+        "or ngram)",
     )
     add_adapter(models, "the target")
     add_ignored_keys(models)

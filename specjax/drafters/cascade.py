@@ -81,6 +81,17 @@ class Cascade:
         limits = {part.max_positions for part in (self.first, self.second)} - {None}
         return min(limits, default=None)
 
+    def remember(self, tokens_bt: Array, length_b: Array) -> "Cascade":
+        """Returns the cascade after its parts that have a memory have remembered texts; see ``specjax.remember``.
+
+        Raises:
+          TypeError: no part has a memory.
+        """
+        names = [name for name in ("first", "second") if hasattr(getattr(self, name), "remember")]
+        if not names:
+            raise TypeError("no drafter of the cascade has a memory; give a Cascade with a SuffixDrafter")
+        return dataclasses.replace(self, **{name: getattr(self, name).remember(tokens_bt, length_b) for name in names})
+
     def init(self, target: LanguageModel, rows: int, slots: int) -> CascadeState:
         """Returns both drafters' empty states."""
         return CascadeState(self.first.init(target, rows, slots), self.second.init(target, rows, slots))

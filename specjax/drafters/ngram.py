@@ -76,34 +76,53 @@ class NGramDrafter:
         """Returns what follows the best matches. The row's tokens decide it, so there are no probabilities."""
         del draw
         tokens_bs, last_b = context.tokens_bs, context.length_b - 1
-        score_bs = self._scores(tokens_bs, last_b)
-        slots, g = score_bs.shape[1], context.drafts(self.num_draft)
         if self.tree_depth is not None:
+            slots = tokens_bs.shape[1]
+            score_bs = _scores(tokens_bs, last_b, self.max_n)
             score_bm, slot_bm = lax.top_k(score_bs, min(self.matches, slots))
             copy = functools.partial(_copy, tokens_bs, last_b, count=self.tree_depth)
             path_bmd = jax.vmap(copy, in_axes=1, out_axes=1)(slot_bm % slots)
             return _merged(path_bmd, score_bm >= self.min_n * slots, self.num_draft), state
-        best_score_b = jnp.max(score_bs, axis=1)
-        best_b, found_b = best_score_b % slots, best_score_b >= self.min_n * slots
-        return Proposal(_copy(tokens_bs, last_b, best_b, g), None, jnp.where(found_b, g, 0).astype(jnp.int32)), state
+        g = context.drafts(self.num_draft)
+        drafts_bg, matched_b = copied_from_row(context, self.max_n, g)
+        return Proposal(drafts_bg, None, jnp.where(matched_b >= self.min_n, g, 0).astype(jnp.int32)), state
 
-    def _scores(self, tokens_bs: Array, last_b: Array) -> Array:
-        """Returns int32 ``[b, s]``: n s + slot for a match of n tokens that ends at the slot, below 0 past the text.
 
-        So matches are ordered by length first and then by slot. The row's own end is no match.
-        """
-        slots = tokens_bs.shape[1]
-        # matched_bs[i, j] is the length of the match that ends at slot j: how many tokens up to slot j equal the tokens
-        # up to the row's last one.
-        run_bs = jnp.ones(tokens_bs.shape, bool)
-        matched_bs = jnp.zeros(tokens_bs.shape, jnp.int32)
-        for back in range(self.max_n):
-            wanted_b1 = jnp.take_along_axis(tokens_bs, jnp.maximum(last_b - back, 0)[:, None], axis=1)
-            earlier_bs = jnp.pad(tokens_bs, ((0, 0), (back, 0)), constant_values=-1)[:, :slots]
-            run_bs &= earlier_bs == wanted_b1
-            matched_bs += run_bs.astype(jnp.int32)
-        slot_s = jnp.arange(slots, dtype=jnp.int32)[None]
-        return jnp.where(slot_s < last_b[:, None], matched_bs * slots + slot_s, -1)
+def copied_from_row(context: Context, max_n: int, count: int) -> tuple[Array, Array]:
+    """Returns what followed the best earlier match of each row's last tokens, as ``NGramDrafter`` finds it.
+
+    Args:
+      context: the rows.
+      max_n: tokens of the longest match that is looked for.
+      count: g, how many tokens to return.
+
+    Returns:
+      int32 tokens ``[b, g]``, and int32 ``[b]``, how many tokens the match has; 0 or less if not even the last one
+      occurs earlier, and then the tokens have no meaning.
+    """
+    tokens_bs, last_b = context.tokens_bs, context.length_b - 1
+    slots = tokens_bs.shape[1]
+    best_score_b = jnp.max(_scores(tokens_bs, last_b, max_n), axis=1)
+    return _copy(tokens_bs, last_b, best_score_b % slots, count), best_score_b // slots
+
+
+def _scores(tokens_bs: Array, last_b: Array, max_n: int) -> Array:
+    """Returns int32 ``[b, s]``: n s + slot for a match of n tokens that ends at the slot, below 0 past the text.
+
+    So matches are ordered by length first and then by slot. The row's own end is no match.
+    """
+    slots = tokens_bs.shape[1]
+    # matched_bs[i, j] is the length of the match that ends at slot j: how many tokens up to slot j equal the tokens
+    # up to the row's last one.
+    run_bs = jnp.ones(tokens_bs.shape, bool)
+    matched_bs = jnp.zeros(tokens_bs.shape, jnp.int32)
+    for back in range(max_n):
+        wanted_b1 = jnp.take_along_axis(tokens_bs, jnp.maximum(last_b - back, 0)[:, None], axis=1)
+        earlier_bs = jnp.pad(tokens_bs, ((0, 0), (back, 0)), constant_values=-1)[:, :slots]
+        run_bs &= earlier_bs == wanted_b1
+        matched_bs += run_bs.astype(jnp.int32)
+    slot_s = jnp.arange(slots, dtype=jnp.int32)[None]
+    return jnp.where(slot_s < last_b[:, None], matched_bs * slots + slot_s, -1)
 
 
 def _copy(tokens_bs: Array, last_b: Array, slot_b: Array, count: int) -> Array:
