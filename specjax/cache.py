@@ -110,8 +110,8 @@ def as_integers(stored: LayerCache, new: LayerCache, start_b: Array) -> LayerCac
 
     XLA:CPU would convert the whole cache to float32 and back for each row. Bits are copied once for all rows.
     """
-    bits = [tuple(lax.bitcast_convert_type(x, jnp.uint16) for x in arrays) for arrays in (stored, new)]
-    written = row_by_row(*bits, start_b, unrolled=1)
+    stored, new = (tuple(lax.bitcast_convert_type(x, jnp.uint16) for x in arrays) for arrays in (stored, new))
+    written = row_by_row(stored, new, start_b, unrolled=1)
     return tuple(lax.bitcast_convert_type(x, jnp.bfloat16) for x in written)
 
 
