@@ -446,7 +446,8 @@ def test_a_folder_of_draft_heads_opens_as_a_tree():
     for spec, siblings, kind in [
         (f"model:{root / 'py-14m-draft'}", None, "distinct"),
         (f"model:{root / 'py-14m-draft'}", "paths", "paths"),
-        (f"eagle:{root / 'py-14m-eagle'}", "distinct", "distinct"),
+        (f"eagle:{root / 'py-14m-eagle'}", None, "distinct"),
+        (f"eagle:{root / 'py-14m-eagle'}", "chosen", "chosen"),
         ("ngram", None, "chosen"),
     ]:
         drafter = specjax.load_drafter(spec, target, 3, tree=10, siblings=siblings)

@@ -845,8 +845,8 @@ class PositionDraws(RoundDraws):
         places = [self._keys(sampling._ACCEPT, self.length_b + j) for j in range(count)]
         return jnp.stack([jax.vmap(jax.random.uniform)(keys) for keys in places], axis=1)
 
-    def draft(self, weights_bv, index):
-        return self._race(weights_bv, lambda: self._keys(sampling._DRAFT, self.length_b + index))
+    def draft(self, weights_bv, index, distinct=None):
+        return self._race(weights_bv, lambda: self._keys(sampling._DRAFT, self.length_b + index), distinct)
 
 
 @pytest.mark.parametrize("draws", [RoundDraws, PositionDraws])

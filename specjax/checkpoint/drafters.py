@@ -114,8 +114,8 @@ def load_drafter(
       ignore_config_keys: as for ``specjax.load``, for the config of a draft model or draft head.
       quantize: as for ``specjax.load``, for the drafter's own parameters. What it uses of the target stays as it is.
       tree: drafts of a tree, for all kinds but assistant, early-exit and cascade. None drafts chains.
-      siblings: for trees: "chosen", the likeliest tokens, which is the default where the kind can; "distinct", drawn
-        without replacement; or "paths", drawn as independent chains.
+      siblings: for trees: "chosen", the likeliest tokens; "distinct", drawn without replacement; or "paths", drawn as
+        independent chains. None is "distinct" for draft models, EAGLE and MTP, and else "chosen".
 
     Returns:
       The drafter, whose parameters are read.

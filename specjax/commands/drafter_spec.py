@@ -31,7 +31,7 @@ def add_tree(parser: Any) -> None:
         "--siblings",
         metavar="HOW",
         help="of trees: chosen (the likeliest tokens), distinct (drawn ones that differ) or paths (independent "
-        "chains); default: chosen, or distinct for a draft model",
+        "chains); default: distinct for model, eagle and mtp, else chosen",
     )
     parser.add_argument(
         "--tree-rule",

@@ -71,7 +71,8 @@ def with_tree(
     ):
         name = type(drafter).__name__
         raise ValueError(f"tree is {nodes} and a {name} drafts chains; leave out tree{_CURES.get(name, '')}")
-    if siblings in (None, "chosen") and not isinstance(drafter, ModelDrafter):
+    drawn = siblings is None and isinstance(drafter, (ModelDrafter, FeatureDrafter))
+    if not drawn and siblings in (None, "chosen"):
         if isinstance(drafter, MedusaDrafter):
             return dataclasses.replace(drafter, num_draft=nodes, tree=_choices(choices, nodes, depth))
         return dataclasses.replace(drafter, num_draft=nodes, tree_depth=min(depth, nodes))
