@@ -12,7 +12,7 @@ import pytest
 
 import specjax
 from specjax import training
-from specjax.commands import measure, stdlib
+from specjax.commands import measure, repeats, stdlib
 from specjax.hf.config import decoder_config
 from specjax.transformer.decoder import init_params
 
@@ -26,13 +26,20 @@ COLUMNS = {
     "| adaptive speed-up | emitted per round | accepted by position",
     "drafters": "drafter | g | temperature | accepted by position | emitted per round | c | w | promised | speed-up "
     "| adaptive speed-up",
+    "repeats": "repeats | temperature | decoding | draft acceptance rate | tokens per round | speed-up",
 }
+DRAFTERS = ("ngram", "suffix", "first 1 layers")
 ROWS = {
     "width": [(t,) for t in range(1, 10)],
     "round": [(1, 0.0), (1, 1.0)],
     "slots": [("plain",), ("g = 1",)],
     "speed": [(2, 0.0, 1), (2, 1.0, 1)],
-    "drafters": [(name, 1, temperature) for name in ("ngram", "first 1 layers") for temperature in (0.0, 1.0)],
+    "drafters": [(name, 1, temperature) for name in DRAFTERS for temperature in (0.0, 1.0)],
+    "repeats": [
+        (*setting, name)
+        for setting in repeats.SETTINGS
+        for name in ("plain", *(f"{each}, 1 drafts" for each in DRAFTERS))
+    ],
 }
 
 
@@ -48,15 +55,16 @@ def figures(tmp_path_factory):
         specjax.save(folder / name, raw, params, tokenizer, {})
     argv = ["--target", folder / "target", "--draft", folder / "draft", "--json", folder / "out.json"]
     argv += ["--num-draft", 1, "--batch", 2, "--prompts", 1, "--new-tokens", 8, "--repeats", 1]
-    argv += ["--drafters", "ngram", "early-exit:1"]
+    argv += ["--drafters", "ngram", "suffix", "early-exit:1"]
     with pytest.MonkeyPatch.context() as patch:
         bench = importlib.import_module("specjax.commands.bench")
         patch.setattr(measure, "LOOP", 1)
+        patch.setattr(repeats, "TIMES", 2)
         patch.setattr(bench, "EXCERPTS", 1)
         held_out = next(f"m{i}" for i in range(999) if stdlib.is_held_out(f"m{i}"))
         patch.setattr(stdlib, "modules", lambda: {held_out: TEXT})
         with contextlib.redirect_stdout(out):
-            assert bench.main([str(value) for value in argv]) == 0
+            assert bench.main([*COLUMNS, *(str(value) for value in argv)]) == 0
     return out.getvalue().splitlines(), json.loads((folder / "out.json").read_text(encoding="utf-8"))
 
 

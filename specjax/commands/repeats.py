@@ -97,15 +97,11 @@ def _answer_all(args: argparse.Namespace, kind: str, temperature: float, ways: d
 
 def _answer(args: argparse.Namespace, way: Way, prompt: np.ndarray, temperature: float, seed: int) -> np.ndarray:
     """Returns the text of a prompt and its answer; adds what they took."""
+    drafting = {} if way.drafter is None else {"drafter": way.drafter, "verify": models.rule(args, way.drafter)}
+    sampling = specjax.Sampling(temperature, seed=seed)
     begin = time.perf_counter()
     out = specjax.generate(
-        args.model,
-        prompt[None],
-        drafter=way.drafter,
-        verify=models.rule(args, 0 if way.drafter is None else way.drafter.num_draft),
-        sampling=specjax.Sampling(temperature, seed=seed),
-        max_new_tokens=args.new_tokens,
-        fixed=True,
+        args.model, prompt[None], sampling=sampling, max_new_tokens=args.new_tokens, fixed=True, **drafting
     ).to_host()
     way.seconds += time.perf_counter() - begin
     way.stats.append(out.stats)
