@@ -77,7 +77,7 @@ def update(stored: LayerCache | None, new: LayerCache, start_b: Array) -> LayerC
     # On a GPU each update is a kernel, and a scatter is one kernel for all rows. On a TPU a scatter would copy and pad
     # the cache, and on a CPU it is a slow loop.
     on_tpu = functools.partial(row_by_row, constrain=_unpadded)
-    on_cpu = as_integers if stored[0].dtype == jnp.bfloat16 else row_by_row
+    on_cpu = as_integers if any(array.dtype == jnp.bfloat16 for array in stored) else row_by_row
     return by_platform(stored, new, start_b, cuda=scattered, rocm=scattered, tpu=on_tpu, cpu=on_cpu, default=row_by_row)
 
 

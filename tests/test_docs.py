@@ -111,6 +111,7 @@ def test_commands_name_scripts_and_options_that_there_are(page):
         command = runs[script] if script.endswith(".py") else script
         assert command in runs.values()
         shared = {"hosts": "add_mesh_options", "compilation_cache": "compilation_cache.add_options"}
+        shared |= {"drafter_spec": "add_tree(", "console": "add_dtype("}
         command = command.replace("-", "_")
         known = sources[command] + "".join(sources[name] for name, adds in shared.items() if adds in sources[command])
         for option in re.findall(r"(?<= )--[a-z][a-z-]*", arguments):
