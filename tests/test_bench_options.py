@@ -287,7 +287,9 @@ def test_plots_are_well_formed():
 def test_trees(folder):
     """Drafters draft trees, verified by the rule for them, and their steps can be timed."""
     opened = specjax.open(folder / "target")
-    args = argparse.Namespace(opened=opened, model=opened.model, drafters=["ngram", f"model:{folder / 'draft'}"])
+    args = argparse.Namespace(
+        opened=opened, model=opened.model, dtype=None, drafters=["ngram", f"model:{folder / 'draft'}"]
+    )
     args.num_draft, args.tree, args.siblings, args.tree_rule, args.quantize_draft = [3], 6, None, None, None
     (_, copied), (_, drawn) = models.named_drafters(args)
     assert (copied.num_draft, drawn.num_draft, drawn.tree_depth) == (6, 6, 3)
@@ -307,3 +309,14 @@ def test_rates_for_each_draft():
     assert models.rule(args, specjax.NGramDrafter(2)).acceptance == (0.9, 0.5)
     args.forced_acceptance = None
     assert models.rule(args, specjax.NGramDrafter(2)) is specjax.verify.block
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_target_and_drafters_have_the_dtype_that_is_given(folder, dtype):
+    bench = importlib.import_module("specjax.commands.bench")
+    argv = ["--target", folder / "target", "--drafters", f"model:{folder / 'draft'}", "--dtype", dtype]
+    args = bench._parser("bench.py").parse_args([str(value) for value in argv])
+    models.open_all(args, ["prompts"], None)
+    opened = models.named_drafters(args)
+    dtypes = {x.dtype for x in jax.tree.leaves((args.model.params, opened[0][1]))}
+    assert dtypes == {np.dtype(dtype)}

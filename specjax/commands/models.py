@@ -148,7 +148,7 @@ def named_drafters(args: argparse.Namespace) -> list[tuple[str, Any]]:
       ValueError: as for ``specjax.load_drafter``.
     """
     tokenizer = args.opened.need_tokenizer()
-    options = {"quantize": args.quantize_draft, "tree": args.tree, "siblings": args.siblings}
+    options = {"quantize": args.quantize_draft, "tree": args.tree, "siblings": args.siblings, "dtype": args.dtype}
     return [
         (spec, named_drafter(spec, args.opened, tokenizer, g, **options))
         for spec in args.drafters

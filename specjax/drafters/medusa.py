@@ -149,30 +149,32 @@ class MedusaDrafter:
             return self._draw_tree(tree, state, context, draw), state
         g = context.drafts(self.num_draft)
         chain = Chain.empty(state.shape[0], g, context.target.vocab_size)
-        shared = {name: part for name, part in self.params[0].items() if name != "blocks"}
         drafting_b, drafted_b = context.length_b >= 2, jnp.zeros_like(context.length_b)
         for i in range(g):
-            chain, _ = chain.add(draw, head_logits(shared | self.params[i], state), i)
+            chain, _ = chain.add(draw, self.logits(i, state), i)
             # A row proposes no more where a bias bans all tokens of a reduced vocabulary.
-            drafting_b = drafting_b & chain.lawful(i) if "draft_of_v" in shared else drafting_b
+            drafting_b = drafting_b & chain.lawful(i) if "draft_of_v" in self.params[0] else drafting_b
             drafted_b = drafted_b + drafting_b.astype(jnp.int32)
         return chain.propose(drafted_b), state
 
-    def _draw_tree(self, tree: tuple[Path, ...], state: Array, context: Context, draw: Draw) -> Proposal:
+    def logits(self, head: int, states: Array) -> Array:
+        """Returns what ``head_logits`` does of one head. What the heads share is in the first one's parameters."""
         shared = {name: part for name, part in self.params[0].items() if name != "blocks"}
+        return head_logits(shared | self.params[head], states)
+
+    def _draw_tree(self, tree: tuple[Path, ...], state: Array, context: Context, draw: Draw) -> Proposal:
         drawn = DrawnTree.of(tree, self.siblings, state.shape[0])
         for depth in range(drawn.shape.depth):
-            logits_bv = head_logits(shared | self.params[depth], state)
+            logits_bv = self.logits(depth, state)
             parents = len(drawn.shape.last_fed(depth))
             drawn = drawn.add(draw, jnp.repeat(logits_bv[:, None], parents, axis=1))
         return drawn.propose(context.length_b >= 2)
 
     def _choose(self, tree: tuple[Path, ...], state: Array, context: Context) -> Proposal:
-        shared = {name: part for name, part in self.params[0].items() if name != "blocks"}
         tops = []
         for i in range(max(map(len, tree))):
             most = 1 + max(path[i] for path in tree if len(path) == i + 1)
-            tops.append(lax.top_k(head_logits(shared | self.params[i], state), most)[1].astype(jnp.int32))
+            tops.append(lax.top_k(self.logits(i, state), most)[1].astype(jnp.int32))
         tokens_bg = jnp.stack([tops[len(path) - 1][:, path[-1]] for path in tree], axis=1)
         rows, g = tokens_bg.shape
         length_b = jnp.where(context.length_b >= 2, jnp.int32(g), 0)
@@ -198,11 +200,10 @@ def accepted_by_rank(drafter: MedusaDrafter, target: LanguageModel, tokens_bt: A
     """
     feed = whole_feed(tokens_bt)
     output = target.forward(target.params, feed, target.init_cache(*tokens_bt.shape), drafter.capture)
-    shared = {name: part for name, part in drafter.params[0].items() if name != "blocks"}
     found = []
     for i in range(drafter.num_draft):
         # The state at position p predicts token p + 2 + i.
-        logits_btv = head_logits(shared | drafter.params[i], output.features[0][:, : -2 - i])
+        logits_btv = drafter.logits(i, output.features[0][:, : -2 - i])
         right_bt1 = jnp.take_along_axis(logits_btv, tokens_bt[:, 2 + i :, None], axis=-1)
         rank_bt = (logits_btv > right_bt1).sum(-1)
         found.append([float((rank_bt == rank).mean()) for rank in range(ranks)])

@@ -9,8 +9,8 @@ from jax import Array
 
 from specjax.drafters.dflash import DFlashHead
 from specjax.training.losses import distance
-from specjax.training.objectives import Objective
-from specjax.types import LanguageModel, whole_feed
+from specjax.training.objectives import Objective, read_by
+from specjax.types import LanguageModel
 
 ANCHOR_EVERY = 4  # tokens of a window for each anchor
 DFLASH_DECAY, DSPARK_DECAY = 7.0, 4.0  # drafts over which the weight of a draft falls by e
@@ -114,10 +114,7 @@ def block_objective(loss: str, head: DFlashHead, start_token: int | None) -> Obj
     """
 
     def objective(params: Any, tokens_bt: Array, teacher: LanguageModel | None) -> Array:
-        if teacher is None:
-            raise ValueError("a draft head needs the model whose states it reads; name it as drafts_for in the recipe")
-        cache = teacher.init_cache(*tokens_bt.shape)
-        taught = teacher.forward(teacher.params, whole_feed(tokens_bt), cache, head.capture)
+        teacher, taught = read_by(teacher, tokens_bt, head.capture)
         length, g = tokens_bt.shape[1], head.most_drafts
         blocks = choose_blocks(tokens_bt, max(1, length // ANCHOR_EVERY), g, start_token)
         draft, trust = block_logits(head, params, teacher, tokens_bt, taught.features, blocks)

@@ -13,7 +13,7 @@ from specjax.training import losses
 from specjax.training.chains import ChainCache
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import bind
-from specjax.types import LanguageModel, whole_feed
+from specjax.types import LanguageModel, Output, whole_feed
 
 
 class Objective(Protocol):
@@ -51,6 +51,14 @@ def make_objective(loss: str, config: DecoderConfig) -> Objective:
     return next_token if loss == "next_token" else imitate
 
 
+def read_by(teacher: LanguageModel | None, tokens_bt: Array, capture: tuple[int, ...]) -> tuple[LanguageModel, Output]:
+    """Returns the teacher of a draft head, and its output over the text; raises ValueError if there is no teacher."""
+    if teacher is None:
+        raise ValueError("a draft head needs the model whose states it reads; name it as drafts_for in the recipe")
+    cache = teacher.init_cache(*tokens_bt.shape)
+    return teacher, teacher.forward(teacher.params, whole_feed(tokens_bt), cache, capture)
+
+
 DECAY = 0.8
 """Weight of each draft relative to the draft before it. Later drafts are needed less often."""
 
@@ -69,10 +77,7 @@ def head_objective(loss: str, head: Head, steps: int) -> Objective:
     """
 
     def objective(params: Any, tokens_bt: Array, teacher: LanguageModel | None) -> Array:
-        if teacher is None:
-            raise ValueError("a draft head needs the model whose states it reads; name it as drafts_for in the recipe")
-        cache = teacher.init_cache(*tokens_bt.shape)
-        taught = teacher.forward(teacher.params, whole_feed(tokens_bt), cache, head.capture)
+        teacher, taught = read_by(teacher, tokens_bt, head.capture)
         drafts = chain_logits(head, params, teacher, tokens_bt, taught.features, steps)
         # In the draft vocabulary, which may be a sixth of the target's: logits of all tokens would take most of a step.
         size = drafts[0].shape[-1]
@@ -135,11 +140,8 @@ def medusa_objective(loss: str, num_heads: int) -> Objective:
     """
 
     def objective(params: Any, tokens_bt: Array, teacher: LanguageModel | None) -> Array:
-        if teacher is None:
-            raise ValueError("a draft head needs the model whose states it reads; name it as drafts_for in the recipe")
-        rows, length = tokens_bt.shape
-        cache = teacher.init_cache(rows, length)
-        taught = teacher.forward(teacher.params, whole_feed(tokens_bt), cache, MedusaDrafter.capture)
+        length = tokens_bt.shape[1]
+        _, taught = read_by(teacher, tokens_bt, MedusaDrafter.capture)
         total = jnp.float32(0)
         for i in range(num_heads):
             # Head i at position s predicts token s + 2 + i, like the teacher at position s + 1 + i. Example: head 0 at
