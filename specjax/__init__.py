@@ -4,6 +4,7 @@
 - ``generate``, ``stream``: tokens in, tokens out. ``prefill``, ``step``, ``run``, ``extend``, ``insert`` and ``stop``
   are their parts, pure functions over a ``State``. ``compile`` compiles them before the first request, and
   ``keep_programs`` keeps them for later processes. ``remember`` gives a drafter text to copy from.
+- ``rollout``: several completions of each prompt, for reinforcement learning.
 - ``load``, ``load_drafter``, ``save``, ``save_drafter``, ``convert_hf``, ``export_hf``: folders.
 - ``quantize``, ``dequantize``: weights in 8 or 4 bits.
 - ``LanguageModel`` and ``Drafter``: the contracts for models and drafters of your own (``specjax.types``).
@@ -52,6 +53,9 @@ from specjax.engine.loop import run as run
 from specjax.engine.loop import step as step
 from specjax.engine.loop import stream as stream
 from specjax.engine.memory import remember as remember
+from specjax.engine.rollout import Completions as Completions
+from specjax.engine.rollout import Rollout as Rollout
+from specjax.engine.rollout import rollout as rollout
 from specjax.engine.state import State as State
 from specjax.engine.state import insert as insert
 from specjax.engine.state import stop as stop
@@ -78,6 +82,7 @@ __all__ = [
     "BlockDrafter",
     "Cascade",
     "Completion",
+    "Completions",
     "Context",
     "Drafter",
     "EarlyExitDrafter",
@@ -93,6 +98,7 @@ __all__ = [
     "Opened",
     "Output",
     "Proposal",
+    "Rollout",
     "Sampling",
     "Session",
     "SharedVocabularyDrafter",
@@ -121,6 +127,7 @@ __all__ = [
     "quantize",
     "quantized",
     "remember",
+    "rollout",
     "run",
     "save",
     "save_drafter",

@@ -191,6 +191,27 @@ class LanguageModel:
         """Returns the cache after a pass of which the first ``kept_b[i]`` places stay."""
         return cache if self.commit is None else self.commit(cache, feed, kept_b)
 
+    def with_params(self, params: Any) -> "LanguageModel":
+        """Returns the model with other parameters, such as those after a step of training; nothing compiles anew.
+
+        Raises:
+          ValueError: ``params`` has other names, shapes or dtypes than the model's own.
+        """
+        own, tree = jax.tree_util.tree_flatten_with_path(self.params)
+        leaves, given = jax.tree.flatten(params)
+        if given != tree:
+            raise ValueError(
+                f"params is a tree {given} and the model's is {tree}; give the model's names, or make a new "
+                "LanguageModel"
+            )
+        for (path, old), new in zip(own, leaves, strict=True):
+            if (jnp.shape(new), jnp.result_type(new)) != (old.shape, old.dtype):
+                raise ValueError(
+                    f"params{jax.tree_util.keystr(path)} is {jnp.shape(new)} {jnp.result_type(new)} and the model's is "
+                    f"{old.shape} {old.dtype}; cast it, or make a new LanguageModel, which compiles once more"
+                )
+        return self.replace(params=params)
+
     def require(self, *names: str) -> None:
         """Raises ValueError unless the model says each of the optional fields ``names``, such as "embed"."""
         for name in names:

@@ -165,6 +165,17 @@ class Adapt:
         """Returns the same after the drafter has seen ``count_b`` tokens more."""
         return dataclasses.replace(self, unobserved_b=self.unobserved_b - count_b)
 
+    def forgotten(self, rows_b: Array) -> "Adapt":
+        """Returns the same where the rows ``rows_b``, bool, have new texts. What all rows share stays."""
+        new_b1 = rows_b[:, None]
+        return dataclasses.replace(
+            self,
+            tried_bg=jnp.where(new_b1, 0, self.tried_bg),
+            kept_bg=jnp.where(new_b1, 0, self.kept_bg),
+            proposing_b=jnp.where(rows_b, 1, self.proposing_b),
+            unobserved_b=jnp.where(rows_b, 0, self.unobserved_b),
+        )
+
     def _choose(self, cost_bw: Array, running_b: Array, room_b: Array) -> "Adapt":
         """Returns the same with the width that is soonest done, and a pause before a trial if that is none."""
         # 1. A trial takes the fewest drafts that might pay, since it may be in vain. A round without proposals costs

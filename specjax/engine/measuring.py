@@ -12,10 +12,11 @@ from jax import Array
 
 from specjax.engine.adapt import kept_by, places_past
 from specjax.engine.costs import key_of, measured
+from specjax.engine.pool import rollout_program
 from specjax.engine.programs import generate_program, rounds_program
 from specjax.engine.request import Request
 from specjax.engine.state import State
-from specjax.sharding import gathered
+from specjax.sharding import gathered, open_parts
 from specjax.types import VerifyRule
 
 _MEASURED_PROMPT = 256
@@ -43,6 +44,26 @@ def _program(classes: int, verify: VerifyRule, rows: int, *models: Any) -> Hasha
 
 def costs_of_generate(target, prompt_bs, request, drafter, static) -> np.ndarray:
     """Returns the costs of rounds, measured by runs of the very program that is asked for, so nothing else compiles."""
+
+    def rounds(prompt_bs: Array, asked: Request) -> Array:
+        return generate_program(target, prompt_bs, asked, drafter, **static).stats.rounds
+
+    return _costs_of_prompts(target, prompt_bs, request, drafter, static, prompt_bs.shape[0], rounds)
+
+
+def costs_of_rollout(target, prompt_ps, request_n, drafter, static) -> np.ndarray:
+    """Returns the costs of rounds, measured by the program that is asked for with one completion for each row."""
+    count = jnp.int32(static["rows"])
+
+    def rounds(prompt_ps: Array, asked: Request) -> Array:
+        return rollout_program(target, prompt_ps, asked, drafter, count, **static)[1]
+
+    rows = static["rows"] * open_parts("data")
+    return _costs_of_prompts(target, prompt_ps, request_n, drafter, static, rows, rounds)
+
+
+def _costs_of_prompts(target, prompt_bs, request, drafter, static, rows, rounds) -> np.ndarray:
+    """Returns the costs of rounds of ``rows`` rows, where ``rounds(prompts, request)`` runs a program of prompts."""
     slots, widths = prompt_bs.shape[1], kept_by(drafter)
     # Of a long prompt a part is enough: the program reads as many chunks as there are.
     length_b = np.minimum(gathered(request.prompt_length_b), _MEASURED_PROMPT)
@@ -56,12 +77,12 @@ def costs_of_generate(target, prompt_bs, request, drafter, static) -> np.ndarray
             stop_tokens_bk=_filled(request.stop_tokens_bk, -1),
         )
         start = time.perf_counter()
-        stats = gathered(generate_program(target, same_bs, asked, drafter, **static).stats)
-        return time.perf_counter() - start, int(stats.rounds.max())
+        ran = gathered(rounds(same_bs, asked))
+        return time.perf_counter() - start, int(ran.max())
 
     room = slots - int(length_b.max()) - places_past(drafter.num_draft, True) - 1
-    trees = target, drafter, request.prompt_length_b  # times hardly depend on the slots
-    program = _program(static["classes"], static["verify"], prompt_bs.shape[0], target, drafter)
+    trees = target, drafter, request.prompt_length_b[:rows]  # times hardly depend on the slots
+    program = _program(static["classes"], static["verify"], rows, target, drafter)
     return measured(program, lambda: key_of(widths, *trees), widths, lambda: room, run)
 
 

@@ -43,10 +43,31 @@ def run_rounds(
 ) -> State:
     """Runs rounds until every row is done, or ``limit`` of them. ``blocks``: the limit is None or has whole blocks."""
 
-    def unfinished(carry: _Carry) -> Array:
-        count, state = carry
+    def unfinished(count: Array, state: State) -> Array:
         running = ~jnp.all(state.done_b)
         return running if limit is None else running & (count < limit)
+
+    return rounds_while(unfinished, target, state, drafter, verify, blocks)[1]
+
+
+def rounds_while(
+    holds: Callable[[Array, State], Array],
+    target: LanguageModel,
+    state: State,
+    drafter: Drafter | None,
+    verify: VerifyRule,
+    blocks: bool,
+) -> _Carry:
+    """Runs rounds while ``holds(count, state)``, and returns their number and the state.
+
+    Args:
+      holds: takes the number of rounds so far and the state, and returns a bool scalar.
+      target, state, drafter, verify: as for ``specjax.run``.
+      blocks: whether a GPU may run up to ``BLOCK - 1`` rounds after ``holds`` has become false.
+    """
+
+    def unfinished(carry: _Carry) -> Array:
+        return holds(*carry)
 
     def rounds(width: int | None) -> Callable[[_Carry], _Carry]:
         # Jitted, so that its two users share one trace. A function of this call alone, so that no other call with equal
@@ -63,7 +84,7 @@ def run_rounds(
 
     carry = (jnp.int32(0), state)
     if state.adapt is None or drafter is None:
-        return lax.while_loop(unfinished, rounds(None), carry)[1]
+        return lax.while_loop(unfinished, rounds(None), carry)
 
     # One loop for each width, which runs while that width is chosen. Loops, since lax.switch would copy all caches in
     # all of its branches.
@@ -89,7 +110,7 @@ def run_rounds(
                 carry = count, round_lib.observe_plain(target, state, drafter, due)
         return carry
 
-    return lax.while_loop(unfinished, body, carry)[1]
+    return lax.while_loop(unfinished, body, carry)
 
 
 @Kept

@@ -36,7 +36,8 @@ from specjax.types import Drafter, LanguageModel
 CHUNK = 256
 """The most tokens of a prompt that are read in one pass."""
 
-_SMALLEST_PROMPT = 16
+SMALLEST_PROMPT = 16
+"""The least width of prompts whose values are known: they are padded to powers of two from here on."""
 
 
 @struct.dataclass
@@ -112,7 +113,7 @@ def lay_out(
     # 3. Pad the prompts to the slots. A chunk is as wide as all of a short prompt.
     chunk = width
     if is_known((prompt_bt, length_b)):
-        chunk = bucket(width, _SMALLEST_PROMPT)
+        chunk = bucket(width, SMALLEST_PROMPT)
     chunk = min(chunk, CHUNK, allocated)
     pad = np if is_known(prompt_bt) else jnp
     prompt_bs = pad.pad(prompt_bt, ((0, 0), (0, allocated - width)))
@@ -171,7 +172,7 @@ def lay_out_more(
         )
 
     # 3. A chunk must fit after the last token of every row, also of those that rest.
-    width = bucket(width, _SMALLEST_PROMPT)
+    width = bucket(width, SMALLEST_PROMPT)
     new_bt = np.pad(np.asarray(new_bt), ((0, 0), (0, width - new_bt.shape[1])))
     chunk = min(width, CHUNK)
     while old_b.max() - 1 + chunk > slots:

@@ -12,6 +12,8 @@ from specjax.training.loop import split_rows as split_rows
 from specjax.training.objectives import head_objective as head_objective
 from specjax.training.objectives import make_objective as make_objective
 from specjax.training.objectives import medusa_objective as medusa_objective
+from specjax.training.online import DraftState as DraftState
+from specjax.training.online import DraftTrainer as DraftTrainer
 from specjax.training.own_text import Document as Document
 from specjax.training.own_text import Openings as Openings
 from specjax.training.own_text import openings_of as openings_of

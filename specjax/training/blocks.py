@@ -9,7 +9,7 @@ from jax import Array
 
 from specjax.drafters.dflash import DFlashHead
 from specjax.training.losses import distance
-from specjax.training.objectives import Objective, read_by
+from specjax.training.objectives import DraftObjective, read_by
 from specjax.types import LanguageModel
 
 ANCHOR_EVERY = 4  # tokens of a window for each anchor
@@ -97,7 +97,7 @@ def block_logits(
     return answer, jnp.stack(trusts, axis=1).reshape(b, m, g) if trusts else None
 
 
-def block_objective(loss: str, head: DFlashHead, start_token: int | None) -> Objective:
+def block_objective(loss: str, head: DFlashHead, start_token: int | None) -> DraftObjective:
     """Returns the objective of a DFlash or DSpark head.
 
     Blocks follow random anchors, one for each ``ANCHOR_EVERY`` tokens. A block reads the target's states before its
@@ -113,7 +113,9 @@ def block_objective(loss: str, head: DFlashHead, start_token: int | None) -> Obj
       start_token: as for ``choose_blocks``.
     """
 
-    def objective(params: Any, tokens_bt: Array, teacher: LanguageModel | None) -> Array:
+    def objective(
+        params: Any, tokens_bt: Array, teacher: LanguageModel | None, counts_bt: Array | None = None
+    ) -> Array:
         teacher, taught = read_by(teacher, tokens_bt, head.capture)
         length, g = tokens_bt.shape[1], head.most_drafts
         blocks = choose_blocks(tokens_bt, max(1, length // ANCHOR_EVERY), g, start_token)
@@ -124,7 +126,11 @@ def block_objective(loss: str, head: DFlashHead, start_token: int | None) -> Obj
         at = jnp.minimum(place, length - 1).reshape(tokens_bt.shape[0], -1, 1)
         target = jnp.take_along_axis(taught.logits_btv, at, axis=1).reshape(draft.shape)
         decay = DSPARK_DECAY if head.name == "DSpark" else DFLASH_DECAY
-        weights = blocks.counts_bmg.astype(jnp.float32) * jnp.exp(-jnp.arange(g, dtype=jnp.float32) / decay)[None, None]
+        counts = blocks.counts_bmg
+        if counts_bt is not None:
+            drafted = jnp.minimum(place + 1, length - 1).reshape(tokens_bt.shape[0], -1)
+            counts &= jnp.take_along_axis(counts_bt, drafted, axis=1).reshape(counts.shape)
+        weights = counts.astype(jnp.float32) * jnp.exp(-jnp.arange(g, dtype=jnp.float32) / decay)[None, None]
         return _block_loss(loss, draft, target, trust, blocks.token_bmg, weights)
 
     return objective

@@ -33,13 +33,18 @@ def make_optimizer(stage: Stage) -> optax.GradientTransformation:
         ],
         [stage.warmup_steps],
     )
+    return adamw(schedule, stage.weight_decay)
+
+
+def adamw(learning_rate: optax.ScalarOrSchedule, weight_decay: float) -> optax.GradientTransformation:
+    """Returns AdamW of gradients that are clipped at global norm 1."""
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(
-            schedule,
+            learning_rate,
             b1=0.9,
             b2=0.95,
-            weight_decay=stage.weight_decay,
+            weight_decay=weight_decay,
             mask=lambda params: jax.tree_util.tree_map_with_path(_decays, params),
         ),
     )

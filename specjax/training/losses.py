@@ -96,7 +96,14 @@ class Lesson(NamedTuple):
         return Lesson(self.logits_btu[:, first:last], self.wanted_bt[:, first:last])
 
 
-def lesson(loss: str, target_btv: Array, tokens_bt: Array, draft_of_v: Array | None = None, size: int = 0) -> Lesson:
+def lesson(
+    loss: str,
+    target_btv: Array,
+    tokens_bt: Array,
+    draft_of_v: Array | None = None,
+    size: int = 0,
+    counts_bt: Array | None = None,
+) -> Lesson:
     """Returns what a draft head should answer.
 
     The target's distribution is restricted to the draft vocabulary. A position counts only if its wanted token can be
@@ -110,11 +117,12 @@ def lesson(loss: str, target_btv: Array, tokens_bt: Array, draft_of_v: Array | N
       draft_of_v: int32, the draft's id of each token, -1 for tokens that are never drafted; None: all are, by their
         own ids.
       size: u, if ``draft_of_v`` is given.
+      counts_bt: bool, the positions that may count at all; None for all.
     """
     wanted_bt = tokens_bt if loss == "next_token" else jnp.argmax(target_btv, axis=-1).astype(jnp.int32)
-    if draft_of_v is None:
-        return Lesson(target_btv, wanted_bt)
-    return Lesson(target_btv[..., tokens_of_draft(draft_of_v, size)], draft_of_v[wanted_bt])
+    if draft_of_v is not None:
+        target_btv, wanted_bt = target_btv[..., tokens_of_draft(draft_of_v, size)], draft_of_v[wanted_bt]
+    return Lesson(target_btv, wanted_bt if counts_bt is None else jnp.where(counts_bt, wanted_bt, -1))
 
 
 def draft(loss: str, draft_btu: Array, wanted: Lesson) -> Array:

@@ -26,6 +26,18 @@ class Objective(Protocol):
     def __call__(self, params: Any, tokens_bt: Array, teacher: LanguageModel | None) -> Array: ...
 
 
+class DraftObjective(Objective, Protocol):
+    """The objective of a draft, which may be given the tokens that count.
+
+    ``counts_bt``, bool, says whether the loss of a draft of each token counts. Example: the tokens of completions,
+    without prompts and padding. None: all of them.
+    """
+
+    def __call__(
+        self, params: Any, tokens_bt: Array, teacher: LanguageModel | None, counts_bt: Array | None = None
+    ) -> Array: ...
+
+
 def make_objective(loss: str, config: DecoderConfig) -> Objective:
     """Returns the objective of a model that learns from text or imitates a teacher.
 
@@ -63,7 +75,7 @@ DECAY = 0.8
 """Weight of each draft relative to the draft before it. Later drafts are needed less often."""
 
 
-def head_objective(loss: str, head: Head, steps: int) -> Objective:
+def head_objective(loss: str, head: Head, steps: int) -> DraftObjective:
     """Returns the objective of a draft head that drafts a chain.
 
     The loss is the mean over the steps of the chain, weighted by powers of ``DECAY``. The draft head reads the
@@ -76,12 +88,17 @@ def head_objective(loss: str, head: Head, steps: int) -> Objective:
       steps: drafts of a chain that are trained, at least 1. Windows of text must have at least ``steps + 2`` tokens.
     """
 
-    def objective(params: Any, tokens_bt: Array, teacher: LanguageModel | None) -> Array:
+    def objective(
+        params: Any, tokens_bt: Array, teacher: LanguageModel | None, counts_bt: Array | None = None
+    ) -> Array:
         teacher, taught = read_by(teacher, tokens_bt, head.capture)
         drafts = chain_logits(head, params, teacher, tokens_bt, taught.features, steps)
         # In the draft vocabulary, which may be a sixth of the target's: logits of all tokens would take most of a step.
         size = drafts[0].shape[-1]
-        wanted = losses.lesson(loss, taught.logits_btv[:, :-1], tokens_bt[:, 1:], head.draft_of_v(params), size)
+        counts_bt = None if counts_bt is None else counts_bt[:, 1:]
+        wanted = losses.lesson(
+            loss, taught.logits_btv[:, :-1], tokens_bt[:, 1:], head.draft_of_v(params), size, counts_bt
+        )
         total = jnp.float32(0)
         for j, draft_btu in enumerate(drafts):
             # Slot i predicts token i + 2, like the teacher at position i + 1. Example: slot 3 has read the state at
@@ -128,7 +145,27 @@ def chain_logits(
     return logits
 
 
-def medusa_objective(loss: str, num_heads: int) -> Objective:
+def model_objective(loss: str, model: LanguageModel) -> DraftObjective:
+    """Returns the objective of a draft model of any kind: the loss of its first draft after every position.
+
+    Args:
+      loss: one of ``losses.LOSSES``.
+      model: the draft model. Its functions count, and not its parameters.
+    """
+
+    def objective(
+        params: Any, tokens_bt: Array, teacher: LanguageModel | None, counts_bt: Array | None = None
+    ) -> Array:
+        _, taught = read_by(teacher, tokens_bt, ())
+        _, draft = read_by(model.replace(params=params), tokens_bt, ())
+        counts_bt = None if counts_bt is None else counts_bt[:, 1:]
+        wanted = losses.lesson(loss, taught.logits_btv[:, :-1], tokens_bt[:, 1:], counts_bt=counts_bt)
+        return losses.draft(loss, draft.logits_btv[:, :-1], wanted)
+
+    return objective
+
+
+def medusa_objective(loss: str, num_heads: int) -> DraftObjective:
     """Returns the objective of Medusa heads (Cai et al. 2024, arXiv 2401.10774, section 2.2.1).
 
     The loss is the mean over the heads, weighted by powers of ``DECAY``. The heads read the teacher's states, so the
@@ -139,7 +176,9 @@ def medusa_objective(loss: str, num_heads: int) -> Objective:
       num_heads: how many Medusa heads. Windows of text must have at least ``num_heads + 2`` tokens.
     """
 
-    def objective(params: Any, tokens_bt: Array, teacher: LanguageModel | None) -> Array:
+    def objective(
+        params: Any, tokens_bt: Array, teacher: LanguageModel | None, counts_bt: Array | None = None
+    ) -> Array:
         length = tokens_bt.shape[1]
         _, taught = read_by(teacher, tokens_bt, MedusaDrafter.capture)
         total = jnp.float32(0)
@@ -147,7 +186,8 @@ def medusa_objective(loss: str, num_heads: int) -> Objective:
             # Head i at position s predicts token s + 2 + i, like the teacher at position s + 1 + i. Example: head 0 at
             # position 3 drafts token 5; token 4 is the target's own.
             draft_btv = head_logits(params[i], taught.features[0][:, : length - 2 - i])
-            wanted = losses.lesson(loss, taught.logits_btv[:, i + 1 : -1], tokens_bt[:, i + 2 :])
+            counted_bt = None if counts_bt is None else counts_bt[:, i + 2 :]
+            wanted = losses.lesson(loss, taught.logits_btv[:, i + 1 : -1], tokens_bt[:, i + 2 :], counts_bt=counted_bt)
             total += DECAY**i * losses.draft(loss, draft_btv, wanted)
         return total / sum(DECAY**i for i in range(num_heads))
 
