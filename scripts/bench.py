@@ -7,6 +7,7 @@ python scripts/bench.py sweep acceptance --html page.html by batch; acceptance b
 python scripts/bench.py sweep --random-weights --context 256 4096 16384 --batch 1 8 64 --forced-acceptance 0.7
 python scripts/bench.py startup                           time to first token, compile time, peak memory
 python scripts/bench.py rollback --target DIR             what it costs a hybrid model to take drafts back
+python scripts/bench.py rollouts --updates 50             drafts of a policy in training
 python scripts/bench.py --peer transformers               beside transformers, with the same weights
 python scripts/bench.py prompts --prompts mt_bench.jsonl  prompts of files, by category; --limit 3 for a short run
 

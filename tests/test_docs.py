@@ -96,6 +96,18 @@ def test_the_extensions_work(place):
     assert texts[0] == texts[1]
 
 
+def test_rollouts_train_a_policy(place, monkeypatch):
+    """The page's completions are the policy's, and its updates move policy and draft."""
+    monkeypatch.setattr(specjax.engine.measuring, "measured", lambda key, lasting, widths, *_: assumed(widths))
+    names, out = run("docs/rollouts.md")
+    assert out.startswith("8 completions") and out.count("reward") == 3
+    assert names["rollout"].completions(32).mask.sum() == names["rollout"].stats.emitted.sum()
+    before = specjax.open("checkpoints/py-14m").model.params, names["drafter"]
+    for old, new in zip(before, (names["policy"].params, names["draft"].drafter), strict=True):
+        moved = [np.abs(x - y).max() for x, y in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)]
+        assert np.isfinite(moved).all() and max(moved) > 1e-5
+
+
 @pytest.mark.parametrize("page", sorted(["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]))
 def test_commands_name_scripts_and_options_that_there_are(page):
     """A script's options are those of the command that it runs."""

@@ -243,5 +243,5 @@ def test_an_update_of_other_parameters_is_refused():
         TARGET.with_params(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
     with pytest.raises(ValueError, match=r"is \(22, 16\) float32 and the model's is \(11, 16\) float32"):
         TARGET.with_params(params | {"embed_tokens": {"weight": jnp.zeros((22, 16))}})
-    with pytest.raises(ValueError, match="params is a tree .* give the model's names"):
+    with pytest.raises(ValueError, match=r"params is a tree .* give the model's names"):
         TARGET.with_params({"weights": params})

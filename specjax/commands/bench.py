@@ -32,6 +32,7 @@ from specjax.commands import (
     prompt_files,
     repeats,
     rollback,
+    rollouts,
     sweep,
 )
 from specjax.commands.console import add_dtype, add_quantize, print_table
@@ -48,6 +49,7 @@ SHIPPED = (
     "ngram",
     "cascade:ngram,eagle:{0}-eagle",
 )
+SHIPPED_FOR_ROLLOUTS = ("eagle:{0}-eagle",)
 SHIPPED_FOR_REPEATS = ("ngram", "suffix", "eagle:{0}-eagle", "cascade:suffix,eagle:{0}-eagle")
 EXCERPTS = 4  # costs are means over this many texts
 ABOUT = """Measures specjax on this machine: %(prog)s [WHAT ...].
@@ -73,6 +75,8 @@ These run when they are named:
   peer        other libraries with the same weights and prompts in the same run; needs --peer
   repeats     prompts that come again and again: a file that is edited, and the same prompt sampled several times.
               Suffix drafters remember the answers (docs/drafters.md); that time counts, too
+  rollouts    a policy that learns a toy reward for --updates: its rollouts by plain decoding, by a draft that stays
+              as it is, and by one that is trained on the rollouts (docs/rollouts.md). --batch rows run at once
   prompts     the prompts of --prompts FILE ..., laid out by the target's chat template and answered turn by turn:
               acceptance, tokens per second and speed-up of each drafter, by category, also beside --peer transformers.
               Each prompt is answered once by each drafter and by plain decoding, in turn; compilation does not count
@@ -107,7 +111,8 @@ def main(argv: list[str] | None = None, prog: str = "bench.py") -> int:
             models.open_all(args, chosen, mesh)
             if "rollback" in chosen:
                 rollback.check(args.model)
-            known = SHIPPED_FOR_REPEATS if chosen == ["repeats"] else SHIPPED
+            of_one = {("repeats",): SHIPPED_FOR_REPEATS, ("rollouts",): SHIPPED_FOR_ROLLOUTS}
+            known = of_one.get(tuple(chosen), SHIPPED)
             shipped = [spec.format(args.target) for spec in known]
             args.drafters = args.drafters or (shipped if Path(f"{args.target}-draft").is_dir() else ["ngram"])
         except ValueError as error:
@@ -162,6 +167,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--limit", type=_count, metavar="N", help="for prompts: at most N of each category of a file, evenly spread")
     add("--temperature", type=_temperature, nargs="+", default=[0.0, 1.0], metavar="T", help="default: 0 1")
     add("--new-tokens", type=_count, default=192, metavar="N", help="tokens that each row emits, at most")
+    add("--updates", type=_count, default=50, metavar="N", help="for rollouts: steps of the policy; default: 50")
     add("--repeats", type=_count, default=15, metavar="N", help="number of timings of each median")
     add("--peer", choices=peers.PEERS, nargs="+", default=[], help="for peer")
     add("--torch-threads", type=_count, default=os.cpu_count() or 1, metavar="N", help="for peer; default: all cores")
@@ -380,5 +386,6 @@ BENCHMARKS = {
     "rollback": rollback.bench_rollback,
     "peer": peers.bench_peer,
     "repeats": repeats.bench_repeats,
+    "rollouts": rollouts.bench_rollouts,
     "prompts": bench_prompts,
 }

@@ -19,7 +19,7 @@ from specjax.hf.config import read_config
 from specjax.hf.gguf import is_gguf
 from specjax.transformer import DecoderConfig
 
-DRAFTLESS = {"width", "rollback", "prompts", "repeats"}  # benchmarks for which no --draft is opened
+DRAFTLESS = {"width", "rollback", "prompts", "repeats", "rollouts"}  # benchmarks for which no --draft is opened
 SPARE = 64  # positions past prompt and new tokens, for the drafts of the last round
 
 
@@ -94,7 +94,7 @@ def _open_draft(args: argparse.Namespace, mesh: Mesh | None) -> None:
 def _check_random(args: argparse.Namespace, chosen: list[str], mesh: Mesh | None) -> None:
     if mesh is not None:
         raise ValueError("random weights are made on one device; leave out --mesh and --distributed")
-    if trained := [what for what in chosen if what in ("drafters", "peer", "prompts", "repeats")]:
+    if trained := [what for what in chosen if what in ("drafters", "peer", "prompts", "repeats", "rollouts")]:
         raise ValueError(f"{trained[0]} needs trained weights; give --target DIR without --random-weights")
 
 
