@@ -452,6 +452,26 @@ def letters(step=1):
     return tokenizer
 
 
+def rollouts_are_split_by_prompts():
+    """Each part of the mesh writes the completions of its own prompts, in its own rounds."""
+    target, prompts = table_model(np.random.default_rng(0).normal(size=(VOCAB,) * 2)), [[i, 1, 2] for i in range(8)]
+    options = {"samples": 4, "max_new_tokens": 12, "stop_tokens": tuple(range(8)), "fixed": True}
+    options |= {"drafter": NGramDrafter(DRAFTS, 1, 2), "sampling": Sampling(seed=3)}
+    wanted = specjax.rollout(target, prompts, **options)
+    mesh = make_mesh(4)
+    target = shard(target, mesh, rules={})
+    with jax.set_mesh(mesh):
+        out = specjax.rollout(target, prompts, rows=16, **options)
+        with pytest.raises(ValueError, match=r"3 prompts and 4 rows do not divide over the 4 parts"):
+            specjax.rollout(target, prompts[:3], rows=4, **options)
+        adapted = specjax.rollout(target, prompts, rows=16, **options | {"fixed": False, "costs": np.float32([1, 1.1])})
+    np.testing.assert_array_equal(out.tokens, wanted.tokens)
+    np.testing.assert_allclose(out.logprobs, wanted.logprobs, atol=1e-5)
+    rounds = np.asarray(out.rounds).reshape(4, 4)
+    assert (rounds == rounds[:, :1]).all() and len(set(rounds[:, 0].tolist())) > 1
+    assert adapted.stats.emitted.shape == (32,) and (adapted.stats.emitted > 0).all()
+
+
 def folders_load_onto_the_mesh():
     """Both kinds of folder, a mixture of experts among them: the parts are those of the whole."""
     mesh, raw = (
@@ -601,6 +621,7 @@ CHECKS = {
         latents_are_whole_and_their_heads_are_split,
         heads_of_all_kinds_are_split,
         what_is_remembered_stays_whole,
+        rollouts_are_split_by_prompts,
         folders_load_onto_the_mesh,
         drafters_load_onto_the_mesh,
         bad_meshes_and_rules_are_refused,

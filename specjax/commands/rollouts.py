@@ -24,7 +24,7 @@ from specjax.types import whole_feed
 
 PROMPT, SAMPLES = 32, 4  # tokens of a prompt, and completions of each
 GROUPS = 5  # parts of the run that are told apart
-POLICY_RATE, DRAFT_RATE = 1e-4, 5e-4  # learning rates
+POLICY_RATE, DRAFT_RATE = 3e-4, 5e-4  # learning rates
 CLIP = 0.2  # of the ratio of the policies
 
 
