@@ -255,6 +255,10 @@ class Context:
         done; a drafter lets it rest.
       width: static, how many drafts this round takes at most; None for the drafter's ``num_draft``. A drafter that
         proposes more works in vain: what is past the width is dropped.
+      price_bg: for drafters with ``cuts``: float32, how many tokens must be expected of draft j and those after it,
+        given all before it, to be worth the time that they take. 0 where the target's pass has room for draft j anyway.
+        Example: a pass has room for 0, 2 or 4 drafts, so places 0 and 2 have prices, and 1 and 3 have none. None:
+        nothing is gained by proposing fewer drafts.
     """
 
     target: LanguageModel
@@ -263,6 +267,7 @@ class Context:
     length_b: Array
     room_b: Array
     width: int | None = struct.field(pytree_node=False, default=None)
+    price_bg: Array | None = None
 
     def drafts(self, num_draft: int) -> int:
         """Returns how many of a drafter's ``num_draft`` tokens this round takes at most."""
@@ -442,6 +447,10 @@ class Drafter(Protocol):
 
     Optional: ``sparse``, static, true where whole rounds come without a proposal, as of n-grams. Such a round then
     costs what a plain one does, and rounds take all drafts or none.
+
+    Optional: ``cuts``, static, true where the drafter may propose fewer drafts in a row because their chances are not
+    worth ``context.price_bg``. Rounds then draft all or none, and once the drafts are known the target's pass has room
+    for none, half or all of them. Whether draft j is proposed must not depend on draft j or on any draft after it.
 
     Optional: ``tree_depth``, static, for drafters of trees: the most drafts on one path from the root. All their
     proposals have ``parents_bg``, and ``num_draft`` counts the drafts of the whole tree. None is a drafter of chains.

@@ -33,6 +33,7 @@ def open_block(
     *,
     window_stays: bool = False,
     argmax: bool = False,
+    cuts: bool = False,
 ) -> tuple[BlockDrafter, Any]:
     """Opens a DFlash, DFlash2 or DSpark head as a drafter of blocks.
 
@@ -47,7 +48,7 @@ def open_block(
       dtype: dtype of parameters and computation.
       ignore_config_keys: as for ``specjax.load``.
       window_stays: as for ``DFlashHead``.
-      argmax: as for ``BlockDrafter``.
+      argmax, cuts: as for ``BlockDrafter``.
 
     Returns:
       The drafter, with shapes and dtypes in place of parameters, and a tree of ``Parameter`` in the same structure.
@@ -55,8 +56,8 @@ def open_block(
     Raises:
       ValueError: a file is missing, damaged or pickled; the config is not of a block draft head, or has an unknown key
         or value; a tensor is missing, unknown, or of another shape; the draft vocabulary does not map into the
-        target's; a block has fewer drafts than ``num_draft``; or the draft head does not fit the target in width,
-        vocabulary or number of layers.
+        target's; a block has fewer drafts than ``num_draft``; ``cuts`` and no confidence head;
+        or the draft head does not fit the target in width, vocabulary or number of layers.
     """
     raw = without_keys(read_json(path / "config.json"), ignore_config_keys)
     with errors_name(path / "config.json"):
@@ -70,7 +71,7 @@ def open_block(
         head = _head(fields, target, **own, mapped=draft_of_v is not None)
         params = head_parameters(tensors, draft_of_v, head.abstract_params())
         head = dataclasses.replace(head, **drop_targets_tables(params, own, target))
-        drafter = BlockDrafter(head.abstract_params(dtype), head, num_draft, argmax=argmax)
+        drafter = BlockDrafter(head.abstract_params(dtype), head, num_draft, argmax=argmax, cuts=cuts)
     _LOG.info("%s: %s", path, head.describe())
     return drafter, params
 

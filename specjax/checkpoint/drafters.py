@@ -158,6 +158,8 @@ def load_drafter(
         return with_tree(_model_drafter(path, model, target, num_draft, tokenizer, mesh, rules), tree, siblings)
     if kind == "block" and is_pard(path):
         _no_windows(named, "a language model")
+        if named.flag("cuts"):
+            raise ValueError(f"{path} holds a language model, which has no confidence head; leave out @cuts")
         options = (mesh, rules, ignore_config_keys, quantize, named.flag("argmax"))
         return with_tree(open_pard(path, target, num_draft, dtype, *options), tree, siblings)
     with opened_as(kind, path):
@@ -192,12 +194,12 @@ def _open_block(
     named: Spec,
 ) -> tuple[BlockDrafter, Any]:
     """Opens a draft head of blocks by what its config says it is."""
-    argmax = named.flag("argmax")
+    options = {name: named.flag(name) for name in ("argmax", "cuts")}
     if is_peagle(read_json(path / "config.json")):
         _no_windows(named, "a P-EAGLE head")
-        return open_peagle(path, target, num_draft, dtype, ignore_config_keys, argmax=argmax)
+        return open_peagle(path, target, num_draft, dtype, ignore_config_keys, **options)
     stays = named.choice("window") == "stays"
-    return open_block(path, target, num_draft, dtype, ignore_config_keys, window_stays=stays, argmax=argmax)
+    return open_block(path, target, num_draft, dtype, ignore_config_keys, window_stays=stays, **options)
 
 
 def _no_windows(named: Spec, what: str) -> None:

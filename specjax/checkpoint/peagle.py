@@ -33,6 +33,7 @@ def open_peagle(
     ignore_config_keys: Iterable[str] = (),
     *,
     argmax: bool = False,
+    cuts: bool = False,
 ) -> tuple[BlockDrafter, Any]:
     """Opens a P-EAGLE head as a drafter of blocks.
 
@@ -45,13 +46,14 @@ def open_peagle(
       num_draft: g, tokens proposed per round.
       dtype: dtype of parameters and computation.
       ignore_config_keys: as for ``specjax.load``.
-      argmax: as for ``BlockDrafter``.
+      argmax, cuts: as for ``BlockDrafter``.
 
     Returns:
       The drafter, with shapes and dtypes in place of parameters, and a tree of ``Parameter`` in the same structure.
 
     Raises:
-      ValueError: as for ``specjax.checkpoint.eagle.open_eagle``; or the config has no token for the mask.
+      ValueError: as for ``specjax.checkpoint.eagle.open_eagle``; the config has no token for the mask;
+        or ``cuts`` is true.
     """
     raw = without_keys(read_json(path / "config.json"), ignore_config_keys)
     with errors_name(path / "config.json"):
@@ -66,8 +68,9 @@ def open_peagle(
         params = head_parameters(tensors, draft_of_v, head.abstract_params())
         eagle = dataclasses.replace(head.eagle, **drop_targets_tables(params, own, target))
         head = dataclasses.replace(head, eagle=eagle)
+        drafter = BlockDrafter(head.abstract_params(dtype), head, num_draft, argmax=argmax, cuts=cuts)
     _LOG.info("%s: %s", path, head.describe())
-    return BlockDrafter(head.abstract_params(dtype), head, num_draft, argmax=argmax), params
+    return drafter, params
 
 
 def fill_peagle(

@@ -12,7 +12,7 @@ _WITHOUT_FOLDER = ("ngram", "suffix")
 _FLAG = ("false", "true")
 OPTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "eagle": {"rope": ("own", "target"), "norm_output": ("states", "logits"), "window": ("slides", "stays")},
-    "block": {"argmax": _FLAG, "window": ("slides", "stays")},
+    "block": {"argmax": _FLAG, "cuts": _FLAG, "window": ("slides", "stays")},
     "mtp": {"chained": _FLAG, "zero_first": _FLAG, "chain_states": ("normed", "unnormed")},
 }
 """What the folders of draft heads leave open and engines answer differently: the answers, the default first."""

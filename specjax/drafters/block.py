@@ -11,6 +11,7 @@ from flax import struct
 from jax import Array, lax
 
 from specjax.drafters.chain import Chain, repeat
+from specjax.drafters.confidence import Calibration, Confident, pays
 from specjax.drafters.drawn import DrawnTree, check_drawn_tree
 from specjax.drafters.trees import Candidates, Path
 from specjax.rows import text_at
@@ -40,6 +41,7 @@ class Head(Protocol):
       vocab_size: size v of the target's vocabulary, in which ``step`` answers.
       most_drafts: the most drafts of one block; None: there is no limit.
       marginal: whether ``step`` returns the same logits whatever the token before the draft.
+      confidence: whether there is a confidence head, so that ``confidence_of`` answers.
     """
 
     @property
@@ -50,6 +52,8 @@ class Head(Protocol):
     def most_drafts(self) -> int | None: ...
     @property
     def marginal(self) -> bool: ...
+    @property
+    def confidence(self) -> bool: ...
 
     def axes(self, params: Any) -> Any:
         """Returns a tree like ``params`` with a tuple of one ``types.Axis`` per dimension in place of each array."""
@@ -80,6 +84,14 @@ class Head(Protocol):
           logits_bu: the draft's part of ``Block.logits_bgu``.
           state_bd: the draft's part of ``Block.states_bgd``.
           token_b: int32, the token before the draft: the row's last token, or the draft before it.
+        """
+        ...
+
+    def confidence_of(self, params: Any, state_bd: Array, token_b: Array) -> Array:
+        """Returns float32 ``[b]``, the estimated chance that a draft is accepted if all before it are; as for ``step``.
+
+        Raises:
+          ValueError: there is no confidence head.
         """
         ...
 
@@ -120,11 +132,16 @@ class BlockDrafter:
       unrolled: as for ``ModelDrafter``, for the loop over the drafts.
       argmax: each draft is the likeliest token of its distribution, in place of a drawn one. Then drafts are certain:
         their q is one-hot. Independent draws of one block contradict each other more often than likeliest tokens do.
+      cuts: a row proposes fewer drafts where the confidence head says that more would not be worth the time of a wider
+        pass of the target's (DSpark, arXiv 2607.05147, section 3.2). What confidences are worth is learnt from the
+        row's earlier rounds (``drafters.confidence``). Without effect where rounds take all drafts (``fixed``), and
+        on GPUs. Not in a ``Cascade``.
       tree_depth: for trees: the most drafts on a path. None drafts a chain.
       tree, siblings: for trees that are drawn: as for ``ModelDrafter``. The drafts are at most ``tree_depth`` deep.
 
     Raises:
-      ValueError: a path has more drafts than the draft head can draft in one block.
+      ValueError: a path has more drafts than the draft head can draft in one block; or ``cuts`` is true and there is no
+        confidence head, or a tree.
     """
 
     params: Any
@@ -132,6 +149,7 @@ class BlockDrafter:
     num_draft: int = struct.field(pytree_node=False, default=4)
     unrolled: bool = struct.field(pytree_node=False, default=True)
     argmax: bool = struct.field(pytree_node=False, default=False)
+    cuts: bool = struct.field(pytree_node=False, default=False)
     tree_depth: int | None = struct.field(pytree_node=False, default=None)
     tree: tuple[Path, ...] | None = struct.field(pytree_node=False, default=None)
     siblings: str = struct.field(pytree_node=False, default="chosen")
@@ -142,6 +160,13 @@ class BlockDrafter:
         most, name = self.head.most_drafts, "num_draft" if self.tree_depth is None else "tree_depth"
         if most is not None and getattr(self, name) > most:
             raise ValueError(f"{name} is {getattr(self, name)} and a block has {most} drafts; draft at most that many")
+        if self.cuts and not self.head.confidence:
+            raise ValueError(
+                "cuts is True and the draft head has no confidence head; give a DSpark head that has one, or leave out "
+                "cuts"
+            )
+        if self.cuts and self.tree_depth is not None:
+            raise ValueError("cuts is True and a tree is drafted; leave out cuts, which is for chains")
 
     @property
     def capture(self) -> tuple[int, ...]:
@@ -163,39 +188,76 @@ class BlockDrafter:
         """
         if self.tree_depth is not None:
             self._check_tree(self.tree_depth)
-        return self.head.init(self.params, target, rows, slots)
+        own = self.head.init(self.params, target, rows, slots)
+        return Confident(own, Calibration.start(rows, self.num_draft)) if self.cuts else own
 
     def observe(self, state: Any, context: Context, event: Event) -> Any:
         """Gives the draft head the target's true states."""
-        return self.head.observe(self.params, state, context, event)
+        if not self.cuts:
+            return self.head.observe(self.params, state, context, event)
+        calibration = state.calibration
+        if event.drafted:
+            calibration = calibration.after(event.kept_b - 1, event.kept_b > 0)
+        return Confident(self.head.observe(self.params, state.own, context, event), calibration)
 
     def propose(self, state: Any, context: Context, draw: Draw) -> tuple[Proposal, Any]:
         """Draws up to ``num_draft`` tokens from one pass."""
         if self.tree_depth is not None:
             block, state = self.head.block(self.params, state, context, self.tree_depth)
             return self._choose(block, context) if self.tree is None else self._draw_tree(block, context, draw), state
+        own_state, calibration = (state.own, state.calibration) if self.cuts else (state, None)
         length_b, g = context.length_b, context.drafts(self.num_draft)
-        block, state = self.head.block(self.params, state, context, g)
+        block, own_state = self.head.block(self.params, own_state, context, g)
         draw = likeliest(draw) if self.argmax else draw
 
-        # A row proposes no more where a bias bans all tokens that the draft head can draft.
+        # A row proposes no more where a bias bans all tokens that the draft head can draft, or where more does not pay.
         def add(i: int | Array, carry: Any) -> Any:
-            chain, drafting_b, drafted_b, token_b, own = carry
+            chain, drafting_b, drafted_b, token_b, own, trust = carry
             logits_bu, state_bd = (
                 lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False) for x in (block.logits_bgu, block.states_bgd)
             )
+            if trust is not None:
+                assert calibration is not None
+                trust, goes_on_b = self._trust(calibration, context.price_bg, trust, i, state_bd, token_b)
+                drafting_b = drafting_b & goes_on_b
             logits_bv, own = self.head.step(self.params, own, logits_bu, state_bd, token_b)
             chain, token_b = chain.add(draw, logits_bv, i)
             drafting_b = drafting_b & chain.lawful(i)
-            return chain, drafting_b, drafted_b + drafting_b.astype(jnp.int32), token_b, own
+            return chain, drafting_b, drafted_b + drafting_b.astype(jnp.int32), token_b, own, trust
 
         chain = Chain.empty(length_b.shape[0], g, context.target.vocab_size)
         last_b = text_at(context.tokens_bs, length_b - 1, 1)[:, 0]
         own = self.head.start(self.params, length_b.shape[0])
-        carry = (chain, block.ready_b, jnp.zeros_like(length_b), last_b, own)
-        chain, _, drafted_b, _, _ = repeat(0, g, add, carry, self.unrolled)
+        trust = None if calibration is None else (jnp.ones(length_b.shape, jnp.float32), calibration.bin_bg)
+        carry = (chain, block.ready_b, jnp.zeros_like(length_b), last_b, own, trust)
+        chain, _, drafted_b, _, _, trust = repeat(0, g, add, carry, self.unrolled)
+        if calibration is not None and trust is not None:
+            most_b = jnp.maximum(context.room_b, 0)
+            calibration = calibration.proposed(trust[1], jnp.minimum(drafted_b, most_b))
         proposal = chain.propose(drafted_b)
-        return (dataclasses.replace(proposal, probs_bgv=None) if self.argmax else proposal), state
+        proposal = dataclasses.replace(proposal, probs_bgv=None) if self.argmax else proposal
+        return proposal, own_state if calibration is None else Confident(own_state, calibration)
+
+    def _trust(
+        self,
+        calibration: Calibration,
+        price_bg: Array | None,
+        trust: tuple[Array, Array],
+        i: int | Array,
+        state_bd: Array,
+        token_b: Array,
+    ) -> tuple[tuple[Array, Array], Array]:
+        """Returns the chance that drafts up to draft ``i`` are accepted, with bins, and whether draft ``i`` pays.
+
+        It is asked before draft ``i`` is drawn, and reads the token before it.
+        """
+        reached_b, bin_bg = trust
+        confidence_b = self.head.confidence_of(self.params, state_bd, token_b)
+        chance_b, bin_b = calibration.chance(confidence_b, i)
+        reached_b = reached_b * chance_b
+        bin_bg = lax.dynamic_update_index_in_dim(bin_bg, bin_b, i, axis=1)
+        free_b = jnp.ones(token_b.shape, bool)
+        return (reached_b, bin_bg), free_b if price_bg is None else pays(reached_b, i, calibration.rate_bg, price_bg)
 
     def _check_tree(self, depth: int) -> None:
         if self.argmax:

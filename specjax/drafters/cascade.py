@@ -46,13 +46,18 @@ class Cascade:
 
         Raises:
           TypeError: one of the two is not a drafter.
-          ValueError: the two draft different numbers of tokens, the second is a ``Cascade``, or one proposes trees.
+          ValueError: the two draft different numbers of tokens, the second is a ``Cascade``, or one proposes trees or
+            cuts its drafts.
         """
         for name, part in (("first", self.first), ("second", self.second)):
             if isinstance(part, type) or not hasattr(part, "propose"):
                 raise TypeError(f"the cascade's {name} drafter is {part!r}; give two drafters")
             if getattr(part, "tree_depth", None) is not None:
                 raise ValueError(f"the cascade's {name} drafter proposes trees; give two drafters of chains")
+            if getattr(part, "cuts", False):
+                raise ValueError(
+                    f"the cascade's {name} drafter cuts its drafts, which it learns from its own alone; leave out cuts"
+                )
         if isinstance(self.second, Cascade):
             raise ValueError("the cascade's second drafter is a Cascade; nest on the left: Cascade(Cascade(a, b), c)")
         first, second = self.first.num_draft, self.second.num_draft

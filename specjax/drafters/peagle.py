@@ -40,6 +40,7 @@ class PEagleHead:
 
     most_drafts = None
     marginal = True
+    confidence = False
 
     def __post_init__(self):
         check_integer("mask_token_id", self.mask_token, 0, self.vocab_size - 1)
@@ -110,6 +111,11 @@ class PEagleHead:
         """Returns the logits as they are."""
         del params, state_bd, token_b
         return logits_bu, carry
+
+    def confidence_of(self, params: Any, state_bd: Array, token_b: Array) -> Array:
+        """Raises ValueError: there is no confidence head."""
+        del params, state_bd, token_b
+        raise ValueError("a P-EAGLE head has no confidence head; give a DSpark head that has one")
 
     def _chain(self, params: Any) -> FeatureDrafter:
         return FeatureDrafter(_of_eagle(params), self.eagle, 1)

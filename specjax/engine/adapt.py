@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 
@@ -25,6 +26,7 @@ _TRIAL = 2.5  # drafts, at the first position and in all rows together, before t
 _LEAST, _MOST = 3, 8  # rounds of a trial; the most count where rows propose too little to be judged
 _PAUSE = 250.0  # plain rounds between two trials if no draft was accepted
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 8.0, 1024.0
+_UNCUT = 16  # rounds: in one of so many, drafters that cut their drafts cut none
 
 UNOBSERVED = 16
 """The most tokens of a row that plain rounds leave for the drafter to observe later, all in one pass."""
@@ -38,16 +40,32 @@ def places_past(num_draft: int, adapts: bool) -> int:
 def widths_of(drafter: Drafter) -> tuple[int, ...]:
     """Returns the widths of rounds that are compiled: none, half and all of the drafts. Example: (0, 2, 4).
 
-    A drafter that is ``sparse`` drafts all or none. Its rounds have a second pass for where nothing is proposed, so
-    each width compiles for twice as long. A tree is drafted whole or not at all.
+    A drafter that is ``sparse`` or ``cuts`` drafts all or none. Its rounds have further passes for where less is
+    proposed, so each width compiles for several times as long. A tree is drafted whole or not at all.
     """
     g = drafter.num_draft
-    whole = getattr(drafter, "sparse", False) or depth_of(drafter) is not None
+    whole = passes_of(drafter) or depth_of(drafter) is not None
     return (0, g) if whole else tuple(sorted({0, (g + 1) // 2, g}))
 
 
+def passes_of(drafter: Drafter) -> tuple[int, ...]:
+    """Returns for how many drafts the target's pass may have room once the drafts are known.
+
+    It is empty for drafters whose rounds have one pass, with room for all that the round drafts.
+    """
+    g = drafter.num_draft
+    if getattr(drafter, "cuts", False):
+        return tuple(sorted({0, (g + 1) // 2, g}))
+    return (0, g) if getattr(drafter, "sparse", False) else ()
+
+
 def kept_by(drafter: Drafter) -> tuple[int, ...]:
-    """Returns the most drafts that a round of each width keeps: the width itself, or the depth of a tree."""
+    """Returns the most drafts that a round of each cost keeps: of each width, or of each pass of a drafter that cuts.
+
+    Example: (0, 0, 2, 4) is a plain round, and rounds of four drafts that propose none, up to two, and up to four.
+    """
+    if getattr(drafter, "cuts", False):
+        return (0, *passes_of(drafter))
     return widths_of(drafter) if depth_of(drafter) is None else (0, longest_path(drafter))
 
 
@@ -59,7 +77,8 @@ class Adapt:
       tried_bg: float32, how often draft j was verified after draft j - 1 was accepted; earlier rounds count less.
       kept_bg: float32, how often it was accepted then.
       proposing_b: float32, the share of rounds in which the row proposed anything, among those that drafted.
-      wide_b: float32, the share of these rounds in which the target's pass had room for drafts; the same in all rows.
+      wide_b: float32, the mean share of the widest pass's further time that the passes of these rounds took; the same
+        in all rows. Example: passes over all drafts in half of the rounds, and over none in the others: 0.5.
       looked_b: int32, the rounds of the trial so far; the same in all rows.
       width_b: int32, the number of the next round's width in ``widths``; the same in all rows.
       rest_b: float32, how many plain rounds are to come before drafting is tried again.
@@ -67,7 +86,8 @@ class Adapt:
       features: what plain rounds kept for the drafter: ``[b, UNOBSERVED, d]``, one per index of its ``capture``.
       unobserved_b: int32, how many tokens of plain rounds the drafter has not seen; at most ``UNOBSERVED`` if it
         captures features.
-      widths: of the rounds that are compiled, from ``kept_by``. Drafts of a tree count by depth, here and above.
+      widths: the most drafts that rounds of the widths that are compiled keep. Drafts of a tree count by depth, here
+        and above.
     """
 
     tried_bg: Array
@@ -87,11 +107,12 @@ class Adapt:
         """Returns what is known before the first round.
 
         Args:
-          cost_bw: float32, the time of a round of each width, over that of a plain one; the same in all rows.
+          cost_bw: float32, the time of a round of each width, over that of a plain one; the same in all rows. Costs of
+            a drafter that cuts are those of ``kept_by``, here and below.
           widths: from ``kept_by``.
           features: shapes ``[1, 1, d]`` and dtypes of the states that the drafter captures.
         """
-        rows = cost_bw.shape[0]
+        rows, widths = cost_bw.shape[0], widths if widths[1] else (0, widths[-1])
         zero_bg = jnp.zeros((rows, widths[-1]), jnp.float32)
         zero_b = jnp.zeros((rows,), jnp.int32)
         return cls(
@@ -100,7 +121,7 @@ class Adapt:
             proposing_b=jnp.ones((rows,), jnp.float32),
             wide_b=jnp.ones((rows,), jnp.float32),
             looked_b=zero_b,
-            width_b=zero_b + _narrowest(cost_bw[0], widths),
+            width_b=zero_b + _narrowest(_by_width(cost_bw[0], widths), widths),
             rest_b=jnp.zeros((rows,), jnp.float32),
             pause_b=jnp.zeros((rows,), jnp.float32),
             features=tuple(jnp.zeros((rows, UNOBSERVED, x.shape[-1]), x.dtype) for x in features),
@@ -114,7 +135,7 @@ class Adapt:
         return jnp.min(self.width_b)
 
     def after_drafts(
-        self, cost_bw: Array, running_b: Array, room_b: Array, length_b: Array, verdict: Verdict, wide: bool
+        self, cost_bw: Array, running_b: Array, room_b: Array, length_b: Array, verdict: Verdict, wide: float | Array
     ) -> "Adapt":
         """Returns what is known after a round with drafts.
 
@@ -122,9 +143,10 @@ class Adapt:
           cost_bw: as for ``start``.
           running_b: bool, the rows that ran.
           room_b: int32, how many drafts each could use.
-          length_b: int32, how many drafts each row proposed; of a tree, its depth.
+          length_b: int32, how many drafts each row proposed; of a tree, its depth. Of a drafter that cuts, how many it
+            could have proposed: a draft that was cut counts as one that was rejected.
           verdict: what became of them.
-          wide: whether the target's pass had room for drafts; not in a round without proposals.
+          wide: the share of the widest pass's further time that the target's pass took: 0 without proposals.
         """
         # On a GPU, rounds of a block go on after the last row is done, or after drafting was given up.
         counted = jnp.any(running_b) & (self.width > 0)
@@ -155,7 +177,7 @@ class Adapt:
         over = ~jnp.any((rest_b > 0) & running_b)
         return dataclasses.replace(
             self,
-            width_b=jnp.where(over, jnp.full_like(self.width_b, _narrowest(cost_bw[0], self.widths)), 0),
+            width_b=jnp.where(over, jnp.full_like(self.width_b, self._trial(cost_bw)), 0),
             rest_b=rest_b,
             features=features,
             unobserved_b=self.unobserved_b + running_b.astype(jnp.int32),
@@ -176,17 +198,38 @@ class Adapt:
             unobserved_b=jnp.where(rows_b, 0, self.unobserved_b),
         )
 
+    def _trial(self, cost_bw: Array) -> Array:
+        return _narrowest(_by_width(cost_bw[0], self.widths), self.widths)
+
+    def price(self, cost_bw: Array, passes: tuple[int, ...], running_b: Array, room_b: Array) -> Array:
+        """Returns ``Context.price_bg`` for a drafter whose pass has room for one of ``passes``.
+
+        A round that takes more time than another should bring as many tokens more as rounds bring in that time on
+        average. In a batch the rows that run share the price, since the pass is as wide as its longest row: so all rows
+        that cut while one goes on lose less than one row's price together.
+
+        No draft has a price in a trial and in each ``_UNCUT``-th round, so that drafts whose chances are
+        underestimated are tried, too.
+        """
+        emitted_w, cost_w = self._expected(running_b, room_b), self._spent(cost_bw)
+        rate = jnp.maximum(emitted_w[-1] / cost_w[-1], 1.0)
+        step_p = jnp.diff(cost_bw[0, -len(passes) :])
+        uncut = (self.looked_b[0] < _LEAST) | (self.looked_b[0] % _UNCUT == _UNCUT - 1)
+        step_p = jnp.where(uncut | ~jnp.isfinite(step_p), 0.0, step_p)
+        share = rate / jnp.maximum(jnp.sum(running_b.astype(jnp.float32)), 1)
+        price_g = jnp.zeros((self.tried_bg.shape[1],), jnp.float32).at[np.asarray(passes[:-1])].set(share * step_p)
+        return jnp.broadcast_to(price_g[None], self.tried_bg.shape)
+
+    def _spent(self, cost_bw: Array) -> Array:
+        """Returns the mean time of rounds of each width; one without proposals takes the time of a plain one."""
+        cost_w = _by_width(cost_bw[0], self.widths)
+        return 1 + self.wide_b[0] * (cost_w - 1)
+
     def _choose(self, cost_bw: Array, running_b: Array, room_b: Array) -> "Adapt":
         """Returns the same with the width that is soonest done, and a pause before a trial if that is none."""
-        # 1. A trial takes the fewest drafts that might pay, since it may be in vain. A round without proposals costs
-        # what a plain one does.
-        cost_w = 1 + self.wide_b[0] * (cost_bw[0] - 1)
-        others_tried_bg = jnp.sum(self.tried_bg, axis=0)[None] - self.tried_bg
-        others_kept_bg = jnp.sum(self.kept_bg, axis=0)[None] - self.kept_bg
-        prior_bg = (_WEIGHT * PRIOR + others_kept_bg) / (_WEIGHT + others_tried_bg)
-        expected_bg = (_WEIGHT * prior_bg + self.kept_bg) / (_WEIGHT + self.tried_bg)
-        left_b = jnp.where(running_b, room_b + 1, 0).astype(jnp.float32)
-        best = jnp.argmax(self._emitted(expected_bg, left_b) / cost_w)
+        # 1. A trial takes the fewest drafts that might pay, since it may be in vain.
+        cost_w, left_b = self._spent(cost_bw), self._left(running_b, room_b)
+        best = jnp.argmax(self._expected(running_b, room_b) / cost_w)
         looked, tried = self.looked_b[0], jnp.sum(jnp.where(running_b, self.tried_bg[:, 0], 0))
         trying = (looked < _LEAST) | ((tried < _TRIAL) & (looked < _MOST))
         width = jnp.where(trying, _narrowest(cost_w, self.widths), best)
@@ -211,6 +254,18 @@ class Adapt:
             pause_b=jnp.where(stops, pause_b, jnp.where(judged, 0.0, self.pause_b)),
         )
 
+    def _left(self, running_b: Array, room_b: Array) -> Array:
+        """Returns float32, the most tokens that each row may still emit."""
+        return jnp.where(running_b, room_b + 1, 0).astype(jnp.float32)
+
+    def _expected(self, running_b: Array, room_b: Array) -> Array:
+        """Returns float32 ``[widths]``, the tokens that are expected of a round of each width."""
+        others_tried_bg = jnp.sum(self.tried_bg, axis=0)[None] - self.tried_bg
+        others_kept_bg = jnp.sum(self.kept_bg, axis=0)[None] - self.kept_bg
+        prior_bg = (_WEIGHT * PRIOR + others_kept_bg) / (_WEIGHT + others_tried_bg)
+        expected_bg = (_WEIGHT * prior_bg + self.kept_bg) / (_WEIGHT + self.tried_bg)
+        return self._emitted(expected_bg, self._left(running_b, room_b))
+
     def _emitted(self, accept_bg: Array, left_b: Array) -> Array:
         """Returns float32 ``[widths]``, the tokens of a round at these probabilities: a mean over rows.
 
@@ -223,6 +278,24 @@ class Adapt:
         share_b1 = ((left_b / jnp.maximum(jnp.max(left_b), 1)) ** _SLOWEST)[:, None]
         rounds_w = jnp.sum(share_b1 / emitted_bw**_SLOWEST, axis=0) / jnp.maximum(jnp.sum(share_b1), 1e-6)
         return jnp.maximum(rounds_w, 1e-30) ** (-1 / _SLOWEST)
+
+
+def share_of(cost_p: Array, number: int) -> Array:
+    """Returns the share of the widest pass's further time that a pass takes, from the costs of all passes."""
+    further = cost_p[-1] - 1
+    known = jnp.isfinite(further) & (further > 0)
+    return jnp.where(known, jnp.maximum(cost_p[number] - 1, 0) / jnp.where(known, further, 1.0), 1.0)
+
+
+def _by_width(cost_w: Array, widths: tuple[int, ...]) -> Array:
+    """Returns the costs of the widths that rounds have; of a drafter that cuts, a plain round's and the widest pass's.
+
+    Costs that are infinite force one pass. Then the cost of a round with drafts is that of the pass.
+    """
+    if len(cost_w) == len(widths):
+        return cost_w
+    most = jnp.where(jnp.isinf(cost_w[-1]), jnp.min(cost_w[1:]), cost_w[-1])
+    return jnp.stack([cost_w[0], most])
 
 
 def _narrowest(cost_w: Array, widths: tuple[int, ...]) -> Array:

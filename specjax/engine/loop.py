@@ -77,7 +77,8 @@ def generate(
         above 0, which of the target's texts a seed gives depends on the other rows and on the machine's speed, unless
         the rule is ``coupled``.
       costs: floats, the time of a round of 0, half and all drafts, over that of a plain round; of 0 and all for a
-        drafter that is ``sparse``. None measures them, once for each target, drafter and batch; under ``jit`` it takes
+        drafter that is ``sparse``. For one that ``cuts``: of a plain round, and of rounds that draft all and propose
+        none, half and all. None measures them, once for each target, drafter and batch; under ``jit`` it takes
         each draft for a tenth of a plain round.
 
     Returns:

@@ -102,7 +102,7 @@ def costs_of_run(target, state, drafter, limit, options) -> np.ndarray:
             limit_b=_filled(copy.request.limit_b, gathered(state.length_b) + new),
             stop_tokens_bk=_filled(copy.request.stop_tokens_bk, -1),
         )
-        width_b = _filled(copy.adapt.width_b, int(np.argmin(cost_w)))
+        width_b = _filled(copy.adapt.width_b, min(int(np.argmin(cost_w)), len(copy.adapt.widths) - 1))
         adapt = dataclasses.replace(copy.adapt, width_b=width_b, rest_b=_filled(copy.adapt.rest_b, 0))
         copy = dataclasses.replace(copy, request=request, adapt=adapt)
         before = gathered(jax.block_until_ready(copy).stats.rounds)

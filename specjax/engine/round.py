@@ -10,7 +10,7 @@ from flax import struct
 from jax import Array, lax
 
 from specjax import sampling as sampling_lib
-from specjax.engine.adapt import UNOBSERVED
+from specjax.engine.adapt import UNOBSERVED, passes_of, share_of
 from specjax.engine.state import Logprobs, State
 from specjax.engine.tree import KeptPath, deepest, depth_of, longest_path
 from specjax.platforms import by_platform
@@ -80,7 +80,8 @@ def one_round(
         return _finish(target, state, drafter, verify, laws, proposal, drafted=False)
 
     # 1. Draft. A row uses no more drafts than it has room for; of a tree, what is kept is cut later.
-    context = dataclasses.replace(context_of(target, state), width=width)
+    passes = () if state.adapt is None else passes_of(drafter)
+    context = dataclasses.replace(context_of(target, state), width=width, price_bg=_price(state, drafter, passes))
     proposal, draft = drafter.propose(state.draft, context, laws.draw(verify.shares_noise))
     width = context.drafts(drafter.num_draft)
     _check_proposal(proposal, width, state, target, drafter)
@@ -92,25 +93,41 @@ def one_round(
     proposal = dataclasses.replace(proposal, length_b=length_b)
     state = dataclasses.replace(state, draft=draft)
 
-    cost_bw = state.request.cost_bw
-
     def wide(state: State) -> State:
         return _finish(target, state, drafter, verify, laws, proposal, drafted=True)
 
-    def either(state: State) -> State:
-        # Without a proposal in any row the target's pass is one token wide. Two loops, one of no turn and one of one
-        # turn, since lax.cond would copy all caches in both of its branches.
-        # Where a plain round costs infinitely much, as when the cost of a wide one is measured, there is none.
+    def narrowest(state: State) -> State:
+        # The target's pass has room for the longest proposal. One loop for each pass, of one turn or none, since
+        # lax.switch would copy all caches in all of its branches.
+        cost_bw = state.request.cost_bw
         assert cost_bw is not None
-        turns = (jnp.any(length_b > 0) | jnp.isinf(cost_bw[0, 0])).astype(jnp.int32)
-        state = lax.fori_loop(jnp.int32(0), turns, lambda _, state: wide(state), state)
-        narrow = functools.partial(_finish, target, drafter=drafter, verify=verify, laws=laws, drafted=True)
-        return lax.fori_loop(0, 1 - turns, lambda _, state: narrow(state, proposal=_without_drafts(proposal)), state)
+        number = jnp.sum(jnp.max(length_b) > jnp.asarray(passes[:-1], jnp.int32), dtype=jnp.int32)
+        # Where a plain round costs infinitely much, the cost of one pass is measured, and all rounds have that pass.
+        cost_p = cost_bw[0, -len(passes) :]
+        number = jnp.where(jnp.isinf(cost_bw[0, 0]), jnp.argmin(cost_p), number)
+        for each, room in enumerate(passes):
+            fits = proposal.first(room) if room else _without_drafts(proposal)
+            share = share_of(cost_p, each) if getattr(drafter, "cuts", False) else float(room > 0)
+            finish = functools.partial(_finish, target, drafter=drafter, verify=verify, laws=laws, drafted=True)
+            finish = functools.partial(finish, proposal=fits, wide=share)
+            turns = (number == each).astype(jnp.int32)
+            state = lax.fori_loop(jnp.int32(0), turns, lambda _, state, finish=finish: finish(state), state)
+        return state
 
-    if state.adapt is None or not getattr(drafter, "sparse", False):
+    if not passes:
         return wide(state)
     # A GPU's host would wait for each of the loops, and a pass over few tokens costs there what one over one does.
-    return by_platform(state, cuda=wide, rocm=wide, default=either)
+    return by_platform(state, cuda=wide, rocm=wide, default=narrowest)
+
+
+def _price(state: State, drafter: Drafter, passes: tuple[int, ...]) -> Array | None:
+    """Returns ``Context.price_bg`` for a drafter that cuts. On a GPU no draft has a price, as the pass stays wide."""
+    if not (passes and getattr(drafter, "cuts", False)):
+        return None
+    adapt, cost_bw = state.adapt, state.request.cost_bw
+    assert adapt is not None and cost_bw is not None
+    price_bg = adapt.price(cost_bw, passes, ~state.done_b, _room(state))
+    return by_platform(price_bg, cuda=jnp.zeros_like, rocm=jnp.zeros_like, default=lambda x: x)
 
 
 def _finish(
@@ -121,8 +138,12 @@ def _finish(
     laws: "_Laws",
     proposal: Proposal,
     drafted: bool,
+    wide: float | Array = 1.0,
 ) -> State:
-    """Returns the state after the target's pass over a proposal, and all that follows from it."""
+    """Returns the state after the target's pass over a proposal, and all that follows from it.
+
+    ``wide`` is as for ``Adapt.after_drafts``.
+    """
     # 2. One target pass over [last token, drafts]. Rows that are done rest.
     request, running_b, room_b = state.request, ~state.done_b, _room(state)
     start_b = state.length_b - 1
@@ -156,10 +177,11 @@ def _finish(
     logprobs, adapt = state.logprobs, state.adapt
     if logprobs is not None:
         logprobs = _log(logprobs, state.length_b, emitted_bt, count_b, output.logits_btv, target_btv)
-    wide = proposal.tokens_bg.shape[1] > 0
     if adapt is not None and request.cost_bw is not None:
         if drafted:
             drafted_b = proposal.length_b if depth_b is None else depth_b
+            if getattr(drafter, "cuts", False):
+                drafted_b = jnp.clip(room_b, 0, drafter.num_draft)
             adapt = adapt.after_drafts(request.cost_bw, running_b, room_b, drafted_b, verdict, wide)
         else:
             adapt = adapt.after_plain(request.cost_bw, running_b, output.features)
