@@ -16,7 +16,17 @@ import jax
 import pytest
 
 from specjax.aot import cost, hlo, promises, rounds, thunks
-from specjax.aot.programs import SAMPLING, SMALL, Setting, draft_config, eagle_head, held_bytes, ideal_bytes, model
+from specjax.aot.programs import (
+    SAMPLING,
+    SMALL,
+    Setting,
+    draft_config,
+    eagle_head,
+    held_bytes,
+    ideal_bytes,
+    make_drafter,
+    model,
+)
 from specjax.aot.report import check_memory
 from specjax.aot.topology import TOPOLOGIES
 from specjax.aot.values import Frame
@@ -453,6 +463,17 @@ def test_ideal_bytes_are_weights_and_what_is_used():
         assert 1.5 * extra < again <= 2 * extra
 
 
+def test_a_tree_is_one_wider_pass_of_the_target_and_a_draft_pass_for_each_depth():
+    for drafter in ("ngram", "model", "eagle"):
+        chain = Setting(SMALL, TOPOLOGIES["v5e:2x2"], drafter)
+        tree = dataclasses.replace(chain, tree=16)
+        assert (chain.drafts, tree.drafts) == (4, 16)
+        made = make_drafter(tree)
+        assert (made.num_draft, made.tree_depth) == (16, 4)
+        assert ideal_bytes(tree) == pytest.approx(ideal_bytes(chain), rel=0.01)
+        assert ideal_bytes(dataclasses.replace(tree, tree=2)) < ideal_bytes(tree) or drafter == "ngram"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantised_weights_are_counted_as_they_are_stored(kind):
     """Embeddings are tied, so a pass reads every parameter once."""
@@ -498,6 +519,9 @@ def test_two_depths_give_any_depth():
         (["--rows", "1", "8"], "--rows has 2 numbers"),
         (["--table", "x", "--depths", "2", "2"], "--depths has [2, 2]; give one"),
         (["--table", "x", "--quantize", "int8"], "--quantize and --table are given"),
+        (["--table", "x", "--tree", "8"], "--tree and --table are given"),
+        (["--tree", "8", "--drafter", "none"], "--tree is 8 and there is no drafter"),
+        (["--tree", "0"], "--tree is 0; give 1 to 256"),
         (["--target", "llama-3.3-70b"], "the model does not fit"),
     ],
 )
@@ -591,6 +615,14 @@ def test_a_tpu_keeps_every_promise(tmp_path):
     assert made.keys() >= KEYS and all(of["holds"] for of in made["promises"].values())
     assert (made["host_waits"], made["cache_copies"], made["collectives"], made["undecided"]) == (0, 0, {}, [])
     assert made["estimated_ms"] > made["ideal_ms"] > 0 and made["memory_needed"] < made["memory_available"]
+
+
+@needs_tpu
+@pytest.mark.parametrize("drafter", ["eagle", "ngram"])
+def test_a_tree_on_a_tpu_keeps_every_promise(drafter, tmp_path):
+    made = compiled(tmp_path, "--rows", "2", "--drafter", drafter, "--tree", "8")
+    assert (made["tree"], made["cache_copies"], made["undecided"]) == (8, 0, [])
+    assert all(of["holds"] for of in made["promises"].values())
 
 
 @needs_tpu

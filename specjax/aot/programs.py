@@ -15,6 +15,7 @@ from specjax.drafters.eagle import EagleHead
 from specjax.drafters.feature import FeatureDrafter
 from specjax.drafters.model import ModelDrafter
 from specjax.drafters.ngram import NGramDrafter
+from specjax.drafters.with_tree import with_tree
 from specjax.engine.loop import lower
 from specjax.planning import Mesh as PlannedMesh
 from specjax.planning import Model, cache_bytes, check_mesh, forward, token_bytes, weights
@@ -24,6 +25,7 @@ from specjax.sharding import RULES, make_mesh, shardings
 from specjax.transformer.config import DecoderConfig
 from specjax.transformer.decoder import abstract_params, decoder_model
 from specjax.types import Drafter, LanguageModel
+from specjax.verify import default_rule
 
 SMALL = DecoderConfig(4096, 512, 1024, 2, num_attention_heads=8, num_key_value_heads=4, head_dim=64)
 """A model that compiles in seconds."""
@@ -55,9 +57,10 @@ class Setting:
       rows: rows of the batch.
       slots: tokens that each row has room for.
       used: tokens of each row in the round that is looked at.
-      num_draft: drafts of a round.
+      num_draft: drafts of a round; of a tree, the most on one path.
       tensor: devices that the target is split over.
       quantize: how the target's weights are stored: a kind of ``specjax.quantize``; None: bfloat16.
+      tree: drafts of a tree, which replaces the chain: the one that ``load_drafter(.., tree=)`` makes; None: a chain.
 
     Raises:
       ValueError: a number is out of its range, a name is unknown, or the devices do not divide the target.
@@ -73,18 +76,22 @@ class Setting:
     num_draft: int = 4
     tensor: int = 1
     quantize: Kind | None = None
+    tree: int | None = None
 
     def __post_init__(self):
         for name, choices in (("drafter", DRAFTERS), ("sampling", tuple(SAMPLING))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"--{name} is {getattr(self, name)!r}; choose from {', '.join(choices)}")
-        least = PROMPT + NEW + self.num_draft + 1
+        if self.tree is not None and self.drafter == "none":
+            raise ValueError(f"--tree is {self.tree} and there is no drafter; give another --drafter for a tree")
+        most = max(self.num_draft, self.tree or 0)
         limits = {
             "rows": (1, 2**20),
             "num_draft": (1, 64),
-            "slots": (least, min(self.target.max_position_embeddings + self.num_draft + 1, 2**30)),
-            "used": (self.num_draft + 2, self.slots - self.num_draft - 1),
+            "slots": (PROMPT + NEW + most + 1, min(self.target.max_position_embeddings + most + 1, 2**30)),
+            "used": (most + 2, self.slots - most - 1),
         }
+        limits |= {} if self.tree is None else {"tree": (1, 256)}
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
                 option = name.replace("_", "-")
@@ -96,7 +103,12 @@ class Setting:
     @property
     def drafts(self) -> int:
         """Drafts of a round; 0 without a drafter."""
-        return 0 if self.drafter == "none" else self.num_draft
+        return 0 if self.drafter == "none" else self.tree or self.num_draft
+
+    @property
+    def passes(self) -> int:
+        """Passes of a draft model or an EAGLE head in a round: one for each draft of the longest path."""
+        return min(self.num_draft, self.tree or self.num_draft)
 
     @property
     def mesh(self) -> PlannedMesh:
@@ -170,9 +182,17 @@ def model(config: DecoderConfig) -> LanguageModel:
 
 
 def make_drafter(setting: Setting) -> Drafter | None:
-    """Returns the drafter with abstract parameters."""
+    """Returns the drafter with abstract parameters.
+
+    Raises:
+      ValueError: there is no tree of so many drafts.
+    """
     if setting.drafter == "none":
         return None
+    return with_tree(_chain(setting), setting.tree)
+
+
+def _chain(setting: Setting) -> Drafter:
     if setting.drafter == "ngram":
         return NGramDrafter(setting.num_draft)
     if setting.drafter == "model":
@@ -193,6 +213,7 @@ def lowered(setting: Setting) -> jax.stages.Lowered:
         mesh=mesh,
         # A draft is whole on every device, as `load_drafter` puts it.
         drafter=None if drafter is None else _placed(drafter, mesh, {}),
+        verify=default_rule(drafter),
         sampling=SAMPLING[setting.sampling],
         max_new_tokens=NEW,
         slots=setting.slots,
@@ -241,13 +262,14 @@ def ideal_bytes(setting: Setting) -> float:
 
     total = read(setting.planned, setting.mesh, setting.drafts + 1)
     if setting.drafter == "model":
-        total += setting.num_draft * read(Model(draft_config(setting.target)), PlannedMesh(), 1)
+        total += setting.passes * read(Model(draft_config(setting.target)), PlannedMesh(), 1)
     if setting.drafter == "eagle":
-        # The target's states are fused once; the layer runs once over them and once for each draft but the first.
+        # The target's states are fused once; the layer runs once over them and once for each draft of a path but the
+        # first.
         head = eagle_head(setting.target)
         sizes = {name: _bytes(part) for name, part in head.abstract_params(DTYPE).items() if name != "embed_tokens"}
         entries = token_bytes(Model(head.decoder)) * setting.rows * setting.used
-        total += sizes.pop("fc") + setting.num_draft * (sum(sizes.values()) + entries)
+        total += sizes.pop("fc") + setting.passes * (sum(sizes.values()) + entries)
     return total
 
 

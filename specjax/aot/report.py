@@ -146,7 +146,7 @@ def report(setting: Setting, program: Program, limits: Limits = Limits()) -> dic
 
 
 def _described(setting: Setting) -> dict[str, Any]:
-    names = ("drafter", "sampling", "rows", "slots", "used", "num_draft", "tensor", "quantize")
+    names = ("drafter", "sampling", "rows", "slots", "used", "num_draft", "tree", "tensor", "quantize")
     return {
         "topology": setting.topology.name,
         "layers": setting.target.num_hidden_layers,

@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None, prog: str = "aot.py") -> int:
         if args.table:
             if args.quantize:
                 raise ValueError("--quantize and --table are given: give one of them")
+            if args.tree is not None:
+                raise ValueError("--tree and --table are given: give one of them")
             return table(args.table, args.topology, args.tensor, args.target or "small", target, args.rows, args.depths)
         setting = Setting(
             target if args.layers is None else with_layers(target, args.layers),
@@ -52,6 +54,7 @@ def main(argv: list[str] | None = None, prog: str = "aot.py") -> int:
             args.num_draft,
             args.tensor,
             args.quantize,
+            args.tree,
         )
         # A large cache on several chips is moved by XLA's own choice, which only its size can change.
         moves = args.most_moves if args.most_moves is not None else (None if args.target else MOST_MOVES)
@@ -84,6 +87,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--drafter", choices=DRAFTERS, default="ngram", help="default: %(default)s")
     parser.add_argument("--quantize", choices=KINDS, help="store the target's weights so; default: bfloat16")
     parser.add_argument("--num-draft", type=int, default=4, metavar="G", help="drafts of a round; default: %(default)s")
+    parser.add_argument(
+        "--tree", type=int, metavar="NODES", help="draft a tree of so many drafts, at most --num-draft on a path"
+    )
     parser.add_argument(
         "--rows", type=int, nargs="+", default=[1], metavar="N", help="rows of the batch; several with --table alone"
     )
