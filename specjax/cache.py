@@ -81,16 +81,44 @@ def update(stored: LayerCache | None, new: LayerCache, start_b: Array) -> LayerC
     return by_platform(stored, new, start_b, cuda=scattered, rocm=scattered, tpu=on_tpu, cpu=on_cpu, default=row_by_row)
 
 
-def gather_slots(stored: LayerCache, start_b: Array, path_bt: Array) -> LayerCache:
+def gather_slots(stored: LayerCache, start_b: Array, path_bt: Array, places: int) -> LayerCache:
     """Returns the layer's arrays with the entries of slots ``start_b[i] + path_bt[i, j]`` moved to ``start_b[i] + j``.
 
     Args:
       stored: arrays ``[b, k, s, h]``.
       start_b: int32.
-      path_bt: int32, at least 0. The caller guarantees that all these slots exist.
+      path_bt: int32, 0 to ``places`` - 1.
+      places: how many places a pass over the tree has. The caller guarantees that slots for all of them exist.
     """
+    # On a TPU a gather from the whole cache would copy and pad the cache.
+    ways = {"tpu": functools.partial(_moved, places=places), "default": _taken}
+    return by_platform(stored, start_b, path_bt, **ways)
+
+
+def _taken(stored: LayerCache, start_b: Array, path_bt: Array) -> LayerCache:
     slot_b1t1 = (start_b[:, None] + path_bt)[:, None, :, None]
     return update(stored, tuple(jnp.take_along_axis(array, slot_b1t1, axis=2) for array in stored), start_b)
+
+
+def _moved(stored: LayerCache, start_b: Array, path_bt: Array, places: int) -> LayerCache:
+    # The places of the pass are a slice of each row, from which the path is taken.
+    def read(row: int | Array, array: Array) -> Array:
+        begin = lax.dynamic_index_in_dim(start_b, row, keepdims=False)
+        zero = jnp.zeros((), begin.dtype)
+        index = (jnp.asarray(row, begin.dtype), zero, begin, zero)
+        return lax.dynamic_slice(array, index, (1, array.shape[1], places, array.shape[3]))[0]
+
+    rows = start_b.shape[0]
+
+    def block(array: Array) -> Array:
+        if rows > MOST_UNROLLED_ROWS:
+            return lax.map(lambda row: read(row, array), jnp.arange(rows, dtype=jnp.int32))
+        return jnp.stack([read(row, array) for row in range(rows)])
+
+    place_b1t1 = path_bt[:, None, :, None]
+    stored = tuple(map(_unpadded, stored))
+    path = tuple(jnp.take_along_axis(block(array), place_b1t1, axis=2) for array in stored)
+    return tuple(map(_unpadded, update(stored, path, start_b)))
 
 
 def scattered(stored: LayerCache, new: LayerCache, start_b: Array) -> LayerCache:

@@ -324,7 +324,7 @@ BREAKS = {
     "a round does not talk to the host": in_round(
         '%extra = s32[] custom-call(%first), custom_call_target="xla_ffi_python_cpu_callback"'
     ),
-    "no sort": in_round("%extra = f32[2]{0} sort(%temperature.3), dimensions={0}"),
+    "no sort": in_round("%extra = f32[2,4096]{1,0} sort(%temperature.3), dimensions={1}"),
     "one device communicates with none": in_round("%extra = f32[2]{0} all-reduce(%temperature.3), to_apply=%or.1"),
 }
 
@@ -618,9 +618,8 @@ def test_a_tpu_keeps_every_promise(tmp_path):
 
 
 @needs_tpu
-@pytest.mark.parametrize("drafter", ["eagle", "ngram"])
-def test_a_tree_on_a_tpu_keeps_every_promise(drafter, tmp_path):
-    made = compiled(tmp_path, "--rows", "2", "--drafter", drafter, "--tree", "8")
+def test_a_tree_on_a_tpu_keeps_every_promise(tmp_path):
+    made = compiled(tmp_path, "--rows", "2", "--drafter", "eagle", "--tree", "8")
     assert (made["tree"], made["cache_copies"], made["undecided"]) == (8, 0, [])
     assert all(of["holds"] for of in made["promises"].values())
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reference_model
 from jitted import jit
+from test_platforms import known
 
 from specjax import cache as cache_lib
 from specjax.transformer.config import DecoderConfig
@@ -39,6 +40,23 @@ def test_each_way_of_writing_equals_the_twin(way, start, dtype):
     for after, old, block in zip(written, before, new, strict=True):
         assert after.dtype == dtype
         np.testing.assert_array_equal(after, reference_model.write(old, block, start))
+
+
+@pytest.mark.parametrize("rows", [3, cache_lib.MOST_UNROLLED_ROWS + 2])
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_a_kept_path_moves_to_the_slots_after_the_rows_end(platform, rows):
+    """In plain Python, and by the ways of both platforms; other slots stay as they are."""
+    rng, places = np.random.default_rng(rows), 6
+    stored = tuple(rng.normal(size=(rows, 2, 16, width)).astype(np.float32) for width in (4, 8))
+    start_b = rng.integers(0, 16 - places + 1, size=rows).astype(np.int32)
+    path_bt = np.sort(rng.integers(0, places, size=(rows, 4)), axis=1).astype(np.int32)
+    with known(platform):
+        found = jit(cache_lib.gather_slots, static_argnums=3)(stored, start_b, path_bt, places)
+    for array, moved in zip(stored, found, strict=True):
+        wanted = array.copy()
+        for row, start in enumerate(start_b):
+            wanted[row, :, start : start + 4] = array[row][:, start + path_bt[row]]
+        np.testing.assert_array_equal(moved, wanted)
 
 
 def test_a_write_of_the_whole_row_in_the_dtype_of_the_cache():

@@ -10,6 +10,7 @@ import reference
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.special import chdtrc
+from test_platforms import known
 
 from specjax import sampling
 from specjax.sampling import RoundDraws, Sampling, exponential_race
@@ -530,3 +531,17 @@ def test_seeds_use_all_32_bits(seed):
     np.testing.assert_array_equal(Sampling(seed=np.uint32(seed)).per_row(2).seed, wanted)
     np.testing.assert_array_equal(Sampling(seed=[seed, 0]).per_row(2).seed, np.array([seed, 0], np.uint32))
     np.testing.assert_array_equal(Sampling(seed=np.array([seed, 0])).per_row(2).seed, np.array([seed, 0], np.uint32))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_the_largest_are_the_same_searched_and_sorted(dtype):
+    """As a TPU searches, and as other devices sort: with ties, and with scores of -inf, which are ids all the same."""
+    rng = np.random.default_rng(0)
+    scores = rng.integers(-3, 4, size=(50, 2, 9)).astype(dtype)
+    if dtype == "float32":
+        scores[scores == -3] = -np.inf
+        scores[:5] = -np.inf
+    wanted = jax.lax.top_k(jnp.asarray(scores), 7)[1]
+    np.testing.assert_array_equal(sampling.largest(jnp.asarray(scores), 7), wanted)
+    with known("tpu"):
+        np.testing.assert_array_equal(sampling.largest(jnp.asarray(scores), 7), wanted)

@@ -5,11 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import Array, lax
+from jax import Array
 
 from specjax.drafters.chain import Chain, place
 from specjax.drafters.drawn import DrawnTree, check_drawn_tree
 from specjax.drafters.trees import Path, check_static_tree, in_order, parents_of
+from specjax.sampling import largest
 from specjax.transformer.products import product
 from specjax.types import Context, Draw, Event, LanguageModel, Proposal, whole_feed
 
@@ -174,7 +175,7 @@ class MedusaDrafter:
         tops = []
         for i in range(max(map(len, tree))):
             most = 1 + max(path[i] for path in tree if len(path) == i + 1)
-            tops.append(lax.top_k(self.logits(i, state), most)[1].astype(jnp.int32))
+            tops.append(largest(self.logits(i, state), most))
         tokens_bg = jnp.stack([tops[len(path) - 1][:, path[-1]] for path in tree], axis=1)
         rows, g = tokens_bg.shape
         length_b = jnp.where(context.length_b >= 2, jnp.int32(g), 0)

@@ -5,9 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import Array, lax
+from jax import Array
 
 from specjax.checks import check_integer
+from specjax.sampling import largest
 from specjax.types import Context, Draw, Event, LanguageModel, Proposal
 
 
@@ -79,7 +80,8 @@ class NGramDrafter:
         if self.tree_depth is not None:
             slots = tokens_bs.shape[1]
             score_bs = _scores(tokens_bs, last_b, self.max_n)
-            score_bm, slot_bm = lax.top_k(score_bs, min(self.matches, slots))
+            slot_bm = largest(score_bs, min(self.matches, slots))
+            score_bm = jnp.take_along_axis(score_bs, slot_bm, axis=1)
             copy = functools.partial(_copy, tokens_bs, last_b, count=self.tree_depth)
             path_bmd = jax.vmap(copy, in_axes=1, out_axes=1)(slot_bm % slots)
             return _merged(path_bmd, score_bm >= self.min_n * slots, self.num_draft), state

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
 
+from specjax.sampling import largest
+
 Path = tuple[int, ...]
 """A draft of a static tree, by the ranks from the root on: (0, 2) is the third child of the first child. Children are
 the likeliest tokens by probability, or drawn tokens in the order of drawing."""
@@ -133,7 +135,9 @@ class Candidates:
         ``log_probs_bkv`` may be ``[b, 1, v]``, the same for all of them.
         """
         rows, k = scores_bk.shape
-        log_prob_bkc, token_bkc = (jnp.broadcast_to(x, (rows, k, top_k)) for x in lax.top_k(log_probs_bkv, top_k))
+        token_bkc = largest(log_probs_bkv, top_k)
+        log_prob_bkc = jnp.take_along_axis(log_probs_bkv, token_bkc, axis=-1)
+        log_prob_bkc, token_bkc = (jnp.broadcast_to(x, (rows, k, top_k)) for x in (log_prob_bkc, token_bkc))
         parent_bkc = jnp.broadcast_to(parents_bk[:, :, None], token_bkc.shape)
         score_bkc = scores_bk[:, :, None] + log_prob_bkc
         return cls(*(x.reshape(rows, -1) for x in (token_bkc.astype(jnp.int32), score_bkc, parent_bkc)))

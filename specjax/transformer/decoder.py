@@ -328,7 +328,9 @@ def _functions(config: DecoderConfig, dtype: jnp.dtype) -> _Functions:
         return KVCache(tuple(layers))
 
     def gather(cache, feed, path_bt):
-        return KVCache(tuple(gather_slots(stored, feed.start_b, path_bt) for stored in cache.layers))
+        return KVCache(
+            tuple(gather_slots(stored, feed.start_b, path_bt, feed.tokens_bt.shape[1]) for stored in cache.layers)
+        )
 
     if not any(layer.recurrent for layer in config.each_layer):
         return _Functions(forward, init_cache, embed, unembed, early_exit, axes, None, gather)
