@@ -19,7 +19,7 @@ from specjax import ModelDrafter, NGramDrafter, Sampling, Verdict, verify
 from specjax.engine import adapt as adapt_lib
 from specjax.engine import costs as costs_lib
 from specjax.engine import programs
-from specjax.engine.adapt import Adapt, widths_of
+from specjax.engine.adapt import Adapt, kept_by
 from specjax.testing import table_model
 
 VOCAB = 7
@@ -163,7 +163,7 @@ def test_plain_rounds_starve_no_drafter(drafter):
         "drafter": drafter,
         "sampling": Sampling(seed=3),
         "slots": 128,
-        "costs": (1.0, 1.2, 1.4)[: len(widths_of(drafter))],
+        "costs": (1.0, 1.2, 1.4, 1.6)[: len(kept_by(drafter))],
     }
     state = specjax.prefill(target, prompts, max_new_tokens=60, **options)
     for plain in (3, 21):

@@ -303,9 +303,8 @@ def test_law_of_two_rows_that_share_the_price(rule):
 
 # The loop.
 
-HEAD = dataclasses.replace(test_laws.DSPARK, confidence=True, confidence_with_markov=True)
-PARAMS = test_laws.lively(HEAD.init_params(jax.random.key(2)), 30)
-CUTS = BlockDrafter(PARAMS, HEAD, test_laws.DRAFTS, cuts=True)
+CUTS = test_laws.SLOW["dspark, cut"]
+HEAD, PARAMS = CUTS.head, CUTS.params
 
 
 @struct.dataclass

@@ -161,10 +161,12 @@ DRAFTERS = {
     "n-gram, else a model": Cascade(NGramDrafter(DRAFTS, 1, 2), ModelDrafter(table_model(random_table(1)), DRAFTS)),
     "n-gram, else early exit": Cascade(NGramDrafter(DRAFTS, 2, 2), EarlyExitDrafter(1, DRAFTS)),
 }
+TRUSTED = dataclasses.replace(DSPARK, confidence=True, confidence_with_markov=True)
 BLOCK = BlockDrafter(lively(DSPARK.init_params(jax.random.key(2)), 30), DSPARK, DRAFTS)
 SLOW = {
     "dspark": BLOCK,
     "dspark, likeliest drafts": dataclasses.replace(BLOCK, argmax=True),
+    "dspark, cut": BlockDrafter(lively(TRUSTED.init_params(jax.random.key(2)), 30), TRUSTED, DRAFTS, cuts=True),
     "pard": PardDrafter(table_model(random_table(1)), DRAFTS, mask_token=1),
     "two mtp modules": MTPDrafter(lively(init_mtp_params(TWO_MTP, jax.random.key(1)), 50), TWO_MTP, DRAFTS),
     "eagle-1": FeatureDrafter(lively(EAGLE_1.init_params(jax.random.key(1)), 30), EAGLE_1, DRAFTS),

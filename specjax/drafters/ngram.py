@@ -12,8 +12,27 @@ from specjax.sampling import largest
 from specjax.types import Context, Draw, Event, LanguageModel, Proposal
 
 
+class Copies:
+    """What drafters that copy have in common: rounds often propose nothing, and rows have no state."""
+
+    max_positions = None
+    sparse = True
+
+    @property
+    def capture(self) -> tuple[int, ...]:
+        return ()
+
+    def init(self, target: LanguageModel, rows: int, slots: int) -> None:
+        """Returns None: the drafter reads the row's tokens, and perhaps a memory of its own."""
+        del target, rows, slots
+
+    def observe(self, state: None, context: Context, event: Event) -> None:
+        """Returns None: there is no state."""
+        del state, context, event
+
+
 @struct.dataclass
-class NGramDrafter:
+class NGramDrafter(Copies):
     """Finds an earlier occurrence of the row's last tokens and proposes the tokens after it.
 
     This is prompt lookup decoding (Saxena 2023). The longest match wins, and the most recent of equally long matches. A
@@ -44,8 +63,6 @@ class NGramDrafter:
     matches: int = struct.field(pytree_node=False, default=8)
 
     vocab_size = None
-    max_positions = None
-    sparse = True
     siblings = "chosen"
 
     def __post_init__(self):
@@ -60,18 +77,6 @@ class NGramDrafter:
                 f"num_draft is {self.num_draft}, and {self.matches} matches of {self.tree_depth} tokens have fewer; "
                 "give more matches, or draft fewer tokens"
             )
-
-    @property
-    def capture(self) -> tuple[int, ...]:
-        return ()
-
-    def init(self, target: LanguageModel, rows: int, slots: int) -> None:
-        """Returns None: the drafter needs nothing but the row's tokens."""
-        del target, rows, slots
-
-    def observe(self, state: None, context: Context, event: Event) -> None:
-        """Returns None: there is no state."""
-        del state, context, event
 
     def propose(self, state: None, context: Context, draw: Draw) -> tuple[Proposal, None]:
         """Returns what follows the best matches. The row's tokens decide it, so there are no probabilities."""

@@ -9,16 +9,16 @@ from flax import struct
 from jax import Array, lax
 
 from specjax.checks import check_integer
-from specjax.drafters.ngram import copied_from_row
+from specjax.drafters.ngram import Copies, copied_from_row
 from specjax.rows import text_at
-from specjax.types import Context, Draw, Event, LanguageModel, Proposal
+from specjax.types import Context, Draw, Proposal
 
 _BREAK = -1  # in the memory: between two texts, and where nothing is remembered yet
 _STRETCHES = 5
 
 
 @struct.dataclass
-class SuffixDrafter:
+class SuffixDrafter(Copies):
     """Finds a row's last tokens in remembered text and in the row itself, and proposes what followed there.
 
     This is drafting from a suffix array (REST, He et al. 2023, arXiv 2311.08252), with drafts whose number depends on
@@ -57,9 +57,6 @@ class SuffixDrafter:
     max_n: int = struct.field(pytree_node=False, default=16)
     min_share: float = struct.field(pytree_node=False, default=0.5)
 
-    max_positions = None
-    sparse = True
-
     def __post_init__(self):
         check_integer("vocab_size", self.vocab_size, 1)
         check_integer("num_draft", self.num_draft, 1)
@@ -87,10 +84,6 @@ class SuffixDrafter:
         place_m = jnp.arange(capacity, dtype=jnp.int32)
         return cls(jnp.full_like(place_m, _BREAK), place_m, vocab_size, num_draft, **options)  # pyright: ignore
 
-    @property
-    def capture(self) -> tuple[int, ...]:
-        return ()
-
     def remember(self, tokens_bt: Array, length_b: Array) -> "SuffixDrafter":
         """Returns a drafter that has also remembered texts; see ``specjax.remember``, which checks its arguments.
 
@@ -98,14 +91,6 @@ class SuffixDrafter:
         """
         text_m, order_m = _remembered(self.text_m, tokens_bt, length_b, self.vocab_size, self.max_n + self.num_draft)
         return dataclasses.replace(self, text_m=text_m, order_m=order_m)
-
-    def init(self, target: LanguageModel, rows: int, slots: int) -> None:
-        """Returns None: the memory is the drafter's, and the rest is the row's tokens."""
-        del target, rows, slots
-
-    def observe(self, state: None, context: Context, event: Event) -> None:
-        """Returns None: there is no state."""
-        del state, context, event
 
     def propose(self, state: None, context: Context, draw: Draw) -> tuple[Proposal, None]:
         """Returns what followed the longest match. It follows from known tokens, so there are no probabilities."""
