@@ -7,6 +7,8 @@
 - ``rollout``: several completions of each prompt, for reinforcement learning.
 - ``load``, ``load_drafter``, ``save``, ``save_drafter``, ``convert_hf``, ``export_hf``: folders.
 - ``quantize``, ``dequantize``: weights in 8 or 4 bits.
+- ``adapt``: a model of your own of the common signature; ``from_left_padded``: its prompts. ``check_model`` and
+  ``check_drafter`` test what is yours.
 - ``LanguageModel`` and ``Drafter``: the contracts for models and drafters of your own (``specjax.types``).
 
 Array names inside the library end in a shape suffix, one letter per axis: b rows, t query tokens, s cache slots,
@@ -21,6 +23,8 @@ from specjax import testing as testing
 from specjax import text as text
 from specjax import transformer as transformer
 from specjax import verify as verify
+from specjax.adapters.adapt import adapt as adapt
+from specjax.adapters.padded import from_left_padded as from_left_padded
 from specjax.checking.drafter import check_drafter as check_drafter
 from specjax.checking.model import check_model as check_model
 from specjax.checkpoint.convert import convert_hf as convert_hf
@@ -106,6 +110,7 @@ __all__ = [
     "Stats",
     "SuffixDrafter",
     "Verdict",
+    "adapt",
     "check_drafter",
     "check_model",
     "compile",
@@ -114,6 +119,7 @@ __all__ = [
     "dequantize",
     "export_hf",
     "extend",
+    "from_left_padded",
     "generate",
     "hf",
     "insert",

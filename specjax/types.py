@@ -8,6 +8,7 @@ relies on it to replace rows (``specjax.insert``) and to split rows over devices
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -182,9 +183,30 @@ class LanguageModel:
     windows: tuple[int | None, ...] | None = struct.field(pytree_node=False, default=None)
     axes: Callable[[], Any] | None = struct.field(pytree_node=False, default=None)
 
+    def read(self, feed: Feed, cache: Cache, capture: tuple[int, ...] = ()) -> Output:
+        """Returns what ``forward`` does.
+
+        Raises:
+          ValueError: ``forward`` does not take four arguments, or returns no ``Output``.
+        """
+        try:
+            inspect.signature(self.forward).bind(self.params, feed, cache, capture)
+        except TypeError as error:
+            raise ValueError(
+                f"the model's forward cannot be called with (params, feed, cache, capture): {error}; define "
+                "forward(params, feed, cache, capture=()), or use specjax.adapt"
+            ) from None
+        output = self.forward(self.params, feed, cache, capture)
+        if not isinstance(output, Output):
+            raise ValueError(
+                f"the model's forward returned a {type(output).__name__}; return specjax.Output(logits_btv, features, "
+                "cache), or use specjax.adapt for a model that returns (logits, cache)"
+            )
+        return output
+
     def run(self, feed: Feed, cache: Cache) -> tuple[Array, Cache]:
         """Runs a pass and keeps all its real places; returns the logits ``[b, t, v]`` and the cache."""
-        output = self.forward(self.params, feed, cache)
+        output = self.read(feed, cache)
         return output.logits_btv, self.keep(output.cache, feed, feed.count_b)
 
     def keep(self, cache: Cache, feed: Feed, kept_b: Array) -> Cache:

@@ -230,6 +230,17 @@ def without_capture():
     return mean_model(forward)
 
 
+def assigns_to_its_cache(params, feed, cache, capture=()):
+    out = mean_forward(params, feed, cache["states"])
+    cache["states"] = out.cache
+    return out._replace(cache=cache)
+
+
+def assigns_to_its_params(params, feed, cache, capture=()):
+    params["embedding"] = 2 * params["embedding"]
+    return mean_forward(params, feed, cache, capture)
+
+
 def drawn_when_traced():
     rng = np.random.default_rng(0)
     return logits_with(lambda x: x + jnp.asarray(rng.normal(size=x.shape[1:]), x.dtype)[None])
@@ -308,7 +319,12 @@ WRONG = {
     "logits without vocabulary": (lambda: logits_with(lambda x: x[..., 0]), "logits_btv is"),
     "integer logits": (lambda: logits_with(lambda x: x.astype(jnp.int32)), "logits_btv is"),
     "no Output": (lambda: forward_with(lambda out, feed: tuple(out)), "forward returned a tuple"),
-    "no capture": (without_capture, "raised TypeError"),
+    "no capture": (without_capture, "cannot be called with (params, feed, cache, capture)"),
+    "cache changed in place": (
+        lambda: LanguageModel(PARAMS, assigns_to_its_cache, lambda *sizes: {"states": init_cache(*sizes)}, VOCAB),
+        "mutates its argument cache",
+    ),
+    "params changed in place": (lambda: mean_model(assigns_to_its_params), "mutates its argument params"),
     "features of the last place": (
         lambda: forward_with(lambda out, feed: out._replace(features=tuple(x[:, -1] for x in out.features))),
         "features has the shapes",

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import specjax
 from specjax import training
@@ -106,6 +107,14 @@ def test_rollouts_train_a_policy(place, monkeypatch):
     for old, new in zip(before, (names["policy"].params, names["draft"].drafter), strict=True):
         moved = [np.abs(x - y).max() for x, y in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)]
         assert np.isfinite(moved).all() and max(moved) > 1e-5
+
+
+def test_your_model_works(place):
+    """Adapting again compiles nothing, and every generation of the page has its tokens."""
+    names, _ = run("docs/your_model.md")
+    assert names["generation"].stats.emitted.tolist() == [16, 16]
+    target = specjax.adapt(names["model"], names["empty_cache"], max_positions=1024)
+    assert target.forward is specjax.adapt(names["Decoder"](nnx.Rngs(3)), names["empty_cache"]).forward
 
 
 @pytest.mark.parametrize("page", sorted(["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]))

@@ -10,10 +10,19 @@ from specjax.types import Cache, LanguageModel, Output, whole_feed
 BLOCK = 5
 """Places of a short pass."""
 
+_BROKEN = "the model breaks the contract of specjax.LanguageModel"
+
 
 def broken_model(clause: str) -> ValueError:
     """Returns the error that names a clause."""
-    return ValueError(f"the model breaks the contract of specjax.LanguageModel: {clause}")
+    return ValueError(f"{_BROKEN}: {clause}")
+
+
+def _same_leaves(tree: Any, other: Any) -> bool:
+    """Returns whether two trees hold the same objects in the same places."""
+    if jax.tree.structure(tree) != jax.tree.structure(other):
+        return False
+    return all(x is y for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True))
 
 
 def states_to_compare(target: LanguageModel) -> tuple[int, ...]:
@@ -37,18 +46,22 @@ def check_shapes(target: LanguageModel, rows: int, slots: int, capture: tuple[in
     feed = whole_feed(jnp.zeros((rows, BLOCK), jnp.int32))
 
     def run(params: Any) -> Output:
-        return target.forward(params, feed, target.init_cache(rows, slots), capture)
+        given = {"params": params, "cache": target.init_cache(rows, slots)}
+        before = jax.tree.map(lambda x: x, given)  # in containers of its own
+        output = target.replace(params=given["params"]).read(feed, given["cache"], capture)
+        for name, tree in given.items():
+            if not _same_leaves(tree, before[name]):
+                raise broken_model(f"forward mutates its argument {name}; return new values in output.cache alone")
+        return output
 
     try:
         output = jax.eval_shape(run, target.params)
     except Exception as error:
+        if str(error).startswith(_BROKEN):
+            raise
         raise broken_model(
             f"forward(params, feed, cache, capture={capture}) raised {type(error).__name__}: {error}"
         ) from error
-    if not isinstance(output, Output):
-        raise broken_model(
-            f"forward returned a {type(output).__name__}; return specjax.Output(logits_btv, features, cache)"
-        )
     shape = (rows, BLOCK, target.vocab_size)
     logits = output.logits_btv
     if logits.shape != shape or not jnp.issubdtype(logits.dtype, jnp.floating):

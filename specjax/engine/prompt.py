@@ -101,7 +101,7 @@ def _read(target: LanguageModel, state: State, drafter: Drafter, start_b: Array,
 
     def read(first_b: Array, count_b: Array, cache: Cache, draft: Any) -> tuple[Cache, Any]:
         feed = Feed(text_at(state.tokens_bs, first_b, chunk), first_b, count_b)
-        output = target.forward(target.params, feed, cache, drafter.capture)
+        output = target.read(feed, cache, drafter.capture)
         cache = target.keep(output.cache, feed, count_b)
         context = dataclasses.replace(context_of(target, state), cache=cache)
         return cache, drafter.observe(draft, context, Event(feed, output.features, count_b))

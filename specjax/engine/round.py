@@ -151,7 +151,7 @@ def _finish(
     count_b = jnp.where(state.done_b, 0, proposal.length_b + 1)
     feed = Feed(jnp.concatenate([last_b1, proposal.tokens_bg], axis=1), start_b, count_b, _parents(proposal))
     cache = state.cache if proposal.cache is None else proposal.cache
-    output = target.forward(target.params, feed, cache, drafter.capture)
+    output = target.read(feed, cache, drafter.capture)
     _check("the target's logits_btv", output.logits_btv, (*feed.tokens_bt.shape, target.vocab_size))
 
     # 3. Verify. From here on the path of a tree that was kept is a chain, and nothing later knows of the tree.

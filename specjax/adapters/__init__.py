@@ -1,0 +1,1 @@
+"""Models that were not written for specjax, as ``specjax.LanguageModel``."""

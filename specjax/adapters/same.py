@@ -1,0 +1,70 @@
+"""Functions and static values that compare equal by content, so that what is compiled for one serves the other."""
+
+import functools
+import types
+from collections.abc import Hashable
+from typing import Any
+
+
+class Same:
+    """Holds a value, and equals another one that holds the same content.
+
+    Two functions have the same content if they have the same code in the same module, and the values that they close
+    over have. A lambda that is written once and made anew in each step is one function. A value that cannot be hashed,
+    such as an array, is the same as itself alone.
+    """
+
+    __slots__ = ("_key", "value")
+
+    def __init__(self, value: Any):
+        self.value = value
+        self._key = _key(value, ())
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self._key == other._key
+
+
+class _Itself:
+    """Equals only the holder of the same object, which it keeps alive."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self.value is other.value
+
+
+def _key(value: Any, outer: tuple[Any, ...]) -> Hashable:
+    """Returns what stands for a value. ``outer`` are the functions that hold it: one may close over itself."""
+    if any(value is each for each in outer):
+        return ("outer", len(outer))
+    part = functools.partial(_key, outer=(*outer, value))
+    if isinstance(value, functools.partial):
+        named = tuple((name, part(each)) for name, each in sorted(value.keywords.items()))
+        return ("partial", part(value.func), tuple(map(part, value.args)), named)
+    if isinstance(value, types.MethodType):
+        return ("method", part(value.__func__), part(value.__self__))
+    if isinstance(value, types.FunctionType):
+        defaults = tuple(map(part, value.__defaults__ or ()))
+        named = tuple((name, part(each)) for name, each in sorted((value.__kwdefaults__ or {}).items()))
+        return ("function", value.__code__, id(value.__globals__), defaults, named, _cells(value, part))
+    try:
+        hash(value)
+    except TypeError:
+        return _Itself(value)
+    return (type(value), value)
+
+
+def _cells(function: types.FunctionType, part: Any) -> Hashable:
+    try:
+        return tuple(part(cell.cell_contents) for cell in function.__closure__ or ())
+    except ValueError:  # a variable that has no value yet
+        return _Itself(function)
