@@ -44,15 +44,28 @@ ROWS = {
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory):
-    """All benchmarks in one run, as small as may be; standard output, and what is written as JSON."""
-    folder, out = tmp_path_factory.mktemp("bench"), io.StringIO()
+def folder(tmp_path_factory):
+    """A folder with a target and a draft."""
+    folder = tmp_path_factory.mktemp("bench")
     tokenizer = training.train_tokenizer([TEXT], 262)
     raw = {"model_type": "llama", "vocab_size": tokenizer.get_vocab_size(), "max_position_embeddings": 512}
     raw |= {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     for seed, name in enumerate(("target", "draft")):
         params = init_params(decoder_config(raw), jax.random.key(seed))
         specjax.save(folder / name, raw, params, tokenizer, {})
+    return folder
+
+
+def held_out(patch):
+    """Makes ``TEXT`` the one module from which excerpts are taken."""
+    name = next(f"m{i}" for i in range(999) if stdlib.is_held_out(f"m{i}"))
+    patch.setattr(stdlib, "modules", lambda: {name: TEXT})
+
+
+@pytest.fixture(scope="module")
+def figures(folder):
+    """All benchmarks in one run, as small as may be; standard output, and what is written as JSON."""
+    out = io.StringIO()
     argv = ["--target", folder / "target", "--draft", folder / "draft", "--json", folder / "out.json"]
     argv += ["--num-draft", 1, "--batch", 2, "--prompts", 1, "--new-tokens", 8, "--repeats", 1]
     argv += ["--drafters", "ngram", "suffix", "early-exit:1"]
@@ -61,8 +74,7 @@ def figures(tmp_path_factory):
         patch.setattr(measure, "LOOP", 1)
         patch.setattr(repeats, "TIMES", 2)
         patch.setattr(bench, "EXCERPTS", 1)
-        held_out = next(f"m{i}" for i in range(999) if stdlib.is_held_out(f"m{i}"))
-        patch.setattr(stdlib, "modules", lambda: {held_out: TEXT})
+        held_out(patch)
         with contextlib.redirect_stdout(out):
             assert bench.main([*COLUMNS, *(str(value) for value in argv)]) == 0
     return out.getvalue().splitlines(), json.loads((folder / "out.json").read_text(encoding="utf-8"))
@@ -104,3 +116,22 @@ def test_what_follows_from_others_does(figures):
         assert all(0 <= float(share) <= 1 for share in row["accepted by position"].split())
     for row in written["drafters"]:
         np.testing.assert_allclose(row["promised"], row["emitted per round"] / (row["c"] + row["w"]))
+
+
+def test_rollouts_of_a_policy_in_training(folder, monkeypatch, capsys):
+    """The draft that keeps up and the one that does not write the texts of plain decoding; others are refused."""
+    held_out(monkeypatch)
+    main = importlib.import_module("specjax.commands.bench").main
+    argv = ["rollouts", "--target", folder / "target", "--json", folder / "rollouts.json", "--prompts", 2]
+    argv += ["--updates", 6, "--new-tokens", 6, "--num-draft", 1, "--batch", 3, "--drafters"]
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a decay rate to the power of a step count
+        assert main([str(value) for value in [*argv, f"model:{folder / 'draft'}"]]) == 0
+    rows = json.loads((folder / "rollouts.json").read_text(encoding="utf-8"))["rollouts"]
+    assert [row["updates"] for row in rows] == ["1 to 2", "3 to 3", "4 to 4", "5 to 5", "6 to 6"]
+    for row in rows:
+        assert row["same texts"] == 1 and 0 <= row["reward"] <= 1
+        assert 1 <= row["tokens per pass, frozen"] <= 2 and 1 <= row["refreshed"] <= 2
+        assert row["with training"] < row["speed-up, refreshed"]
+        assert all(0 <= row[f"resting, {which}"] < 1 for which in ("all rows", "replaced"))
+    with pytest.raises(SystemExit, match="drafter is a NGramDrafter, for which there is no training"):
+        main([str(value) for value in [*argv, "ngram"]])

@@ -152,6 +152,20 @@ def test_rows_that_are_done_go_on_with_the_next_completion():
     np.testing.assert_allclose(replaced.resting_share, 1 - emitted.sum() / replaced.rounds.sum(), rtol=1e-6)
 
 
+def test_limits_that_are_traced_may_be_nothing():
+    """As under ``generate``, whose values are not checked either inside the caller's jit."""
+    limits = np.int32([0, 3, 0, 0, 5, 0])
+
+    @jax.jit
+    def lengths(limits):
+        options = {"max_new_tokens": limits, "slots": 32, "sampling": Sampling(seed=2)}
+        rolled = specjax.rollout(TAIL, np.asarray([[0, 1], [1, 2]]), samples=3, rows=2, **options)
+        return rolled.lengths, specjax.generate(TAIL, np.repeat([[0, 1], [1, 2]], 3, axis=0), **options).lengths
+
+    rolled, generated = lengths(limits)
+    assert rolled.tolist() == generated.tolist() == (2 + limits).tolist()
+
+
 def test_shapes_of_losses():
     rollout = tail(8)
     given = rollout.completions(LONGEST)

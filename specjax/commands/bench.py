@@ -168,6 +168,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--temperature", type=_temperature, nargs="+", default=[0.0, 1.0], metavar="T", help="default: 0 1")
     add("--new-tokens", type=_count, default=192, metavar="N", help="tokens that each row emits, at most")
     add("--updates", type=_count, default=50, metavar="N", help="for rollouts: steps of the policy; default: 50")
+    add("--learning-rate", type=_temperature, default=3e-4, metavar="R", help="for rollouts: of the policy")
     add("--repeats", type=_count, default=15, metavar="N", help="number of timings of each median")
     add("--peer", choices=peers.PEERS, nargs="+", default=[], help="for peer")
     add("--torch-threads", type=_count, default=os.cpu_count() or 1, metavar="N", help="for peer; default: all cores")

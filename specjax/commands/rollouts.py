@@ -24,7 +24,7 @@ from specjax.types import whole_feed
 
 PROMPT, SAMPLES = 32, 4  # tokens of a prompt, and completions of each
 GROUPS = 5  # parts of the run that are told apart
-POLICY_RATE, DRAFT_RATE = 3e-4, 5e-4  # learning rates
+DRAFT_RATE = 5e-4  # the learning rate of the draft
 CLIP = 0.2  # of the ratio of the policies
 
 
@@ -51,26 +51,27 @@ class Way:
 
 @dataclasses.dataclass
 class Policy:
-    """The policy in training: the target, float32 parameters and the optimiser's state."""
+    """The policy in training: the target, float32 parameters, the optimiser's state and the learning rate."""
 
     target: specjax.LanguageModel
     params: Any
     moments: Any
+    rate: float
 
     @classmethod
-    def of(cls, target: specjax.LanguageModel) -> "Policy":
+    def of(cls, target: specjax.LanguageModel, rate: float) -> "Policy":
         params = jax.tree.map(lambda x: x.astype(jnp.float32), target.params)
-        return cls(target, params, optax.adam(POLICY_RATE).init(params))
+        return cls(target, params, optax.adam(rate).init(params), rate)
 
     def update(self, rollout: specjax.Rollout, reward_n: Array) -> None:
         """Takes one step of GRPO (Shao et al. 2024, arXiv 2402.03300, section 4.1), without its KL term."""
-        self.params, self.moments = _update(self.params, self.moments, self.target, rollout, reward_n)
+        self.params, self.moments = _update(self.rate, self.params, self.moments, self.target, rollout, reward_n)
         cast = jax.tree.map(lambda new, old: new.astype(old.dtype), self.params, self.target.params)
         self.target = self.target.with_params(cast)
 
 
-@jax.jit
-def _update(params: Any, moments: Any, target: specjax.LanguageModel, rollout: specjax.Rollout, reward_n: Array) -> Any:
+@functools.partial(jax.jit, static_argnums=0)
+def _update(rate: float, params: Any, moments: Any, target: Any, rollout: specjax.Rollout, reward_n: Array) -> Any:
     reward_pm = reward_n.reshape(-1, SAMPLES)  # completions of a prompt follow each other
     centred_pm = reward_pm - reward_pm.mean(1, keepdims=True)
     advantage_n1 = (centred_pm / (reward_pm.std(1, keepdims=True) + 1e-4)).reshape(-1, 1)
@@ -85,7 +86,7 @@ def _update(params: Any, moments: Any, target: specjax.LanguageModel, rollout: s
         gain_nt = jnp.minimum(ratio_nt * advantage_n1, clipped_nt * advantage_n1)
         return -jnp.sum(jnp.where(mask_nt, gain_nt, 0)) / jnp.maximum(mask_nt.sum(), 1)
 
-    updates, moments = optax.adam(POLICY_RATE).update(jax.grad(loss)(params), moments)
+    updates, moments = optax.adam(rate).update(jax.grad(loss)(params), moments)
     return optax.apply_updates(params, updates), moments
 
 
@@ -118,7 +119,7 @@ def _train(
     stop: tuple[int, ...],
 ) -> list[dict[str, Any]]:
     """Returns a row for each part of the run of one drafter."""
-    policy = Policy.of(args.model)
+    policy = Policy.of(args.model, args.learning_rate)
     prompts = models.prompts(args, PROMPT, args.prompts)
     batch = min((args.batch or [8])[0], len(prompts) * SAMPLES)
     ways = {"plain": Way(), "frozen": Way(drafter), "refreshed": Way(drafter, trainer.init(drafter))}

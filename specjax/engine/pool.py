@@ -119,9 +119,10 @@ def _run(
     zero = jnp.int32(0)
     work = load(_Work(state, jnp.arange(rows, dtype=jnp.int32), zero, zero, ended))
 
-    # 3. Rounds run until a row is done, if it can go on with another completion; else until all rows are done.
-    def running(work: _Work) -> Array:
-        return ~jnp.all(work.state.done_b)
+    # 3. Rounds run until a row is done, if it can go on with another completion; else until all rows are done. A row
+    # whose limit is traced and 0 is done as it begins.
+    def unfinished(work: _Work) -> Array:
+        return jnp.any(work.index_b < total)
 
     def body(work: _Work) -> _Work:
         most_done = jnp.where(work.next < count, 1, rows)
@@ -132,7 +133,7 @@ def _run(
         ran, state = rounds_while(holds, target, work.state, drafter, verify, True)
         return load(dataclasses.replace(work, state=state, rounds=work.rounds + ran))
 
-    work = lax.while_loop(running, body, work)
+    work = lax.while_loop(unfinished, body, work)
     ended, logs = work.ended, work.ended.logprobs
     generation = Generation(
         tokens=ended.tokens_ns,
@@ -263,7 +264,7 @@ def _load(
         state,
         tokens_bs=chosen(jnp.where(inside_bs, prompt_ps[from_b], 0), state.tokens_bs),
         length_b=length_b,
-        done_b=state.done_b & ~loads_b,
+        done_b=jnp.where(loads_b, length_b >= request_b.limit_b, state.done_b),
         cache=cache,
         draft=draft,
         stats=jax.tree.map(lambda x: chosen(jnp.zeros_like(x), x), state.stats),
