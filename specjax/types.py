@@ -232,7 +232,7 @@ class LanguageModel:
                     f"params{jax.tree_util.keystr(path)} is {jnp.shape(new)} {jnp.result_type(new)} and the model's is "
                     f"{old.shape} {old.dtype}; cast it, or make a new LanguageModel, which compiles once more"
                 )
-        return self.replace(params=params)
+        return dataclasses.replace(self, params=params)
 
     def require(self, *names: str) -> None:
         """Raises ValueError unless the model says each of the optional fields ``names``, such as "embed"."""

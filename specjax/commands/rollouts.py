@@ -75,13 +75,14 @@ def _update(rate: float, params: Any, moments: Any, target: Any, rollout: specja
     reward_pm = reward_n.reshape(-1, SAMPLES)  # completions of a prompt follow each other
     centred_pm = reward_pm - reward_pm.mean(1, keepdims=True)
     advantage_n1 = (centred_pm / (reward_pm.std(1, keepdims=True) + 1e-4)).reshape(-1, 1)
-    mask_nt = rollout.mask[:, 1:]
+    mask_nt, old_nt = rollout.mask[:, 1:], rollout.logprobs
+    assert old_nt is not None
 
     def loss(params: Any) -> Array:
         cache = target.init_cache(*rollout.tokens.shape)
         logits = target.forward(params, whole_feed(rollout.tokens), cache).logits_btv.astype(jnp.float32)
         log_nt = -optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], rollout.tokens[:, 1:])
-        ratio_nt = jnp.exp(jnp.where(mask_nt, log_nt - rollout.logprobs[:, 1:], 0))
+        ratio_nt = jnp.exp(jnp.where(mask_nt, log_nt - old_nt[:, 1:], 0))
         clipped_nt = jnp.clip(ratio_nt, 1 - CLIP, 1 + CLIP)
         gain_nt = jnp.minimum(ratio_nt * advantage_n1, clipped_nt * advantage_n1)
         return -jnp.sum(jnp.where(mask_nt, gain_nt, 0)) / jnp.maximum(mask_nt.sum(), 1)
@@ -149,7 +150,7 @@ def _train(
         reward_n = jnp.sum(jnp.asarray(rewarded_v)[plain.tokens] & plain.mask, 1) / jnp.maximum(plain.mask.sum(1), 1)
         rewards.append(float(reward_n.mean()))
         told = {which: way.tokens_per_pass[-1] for which, way in ways.items() if way.drafter is not None}
-        bar.set_postfix(reward=rewards[-1], **told)
+        bar.set_postfix(told | {"reward": rewards[-1]})
         old = policy.params, policy.moments, policy.target
         policy.update(plain, reward_n)
         if update < 0:

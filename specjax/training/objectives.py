@@ -1,5 +1,6 @@
 """Objectives: the functions that the optimiser minimises."""
 
+import dataclasses
 from typing import Any, Protocol
 
 import jax
@@ -157,7 +158,7 @@ def model_objective(loss: str, model: LanguageModel) -> DraftObjective:
         params: Any, tokens_bt: Array, teacher: LanguageModel | None, counts_bt: Array | None = None
     ) -> Array:
         _, taught = read_by(teacher, tokens_bt, ())
-        _, draft = read_by(model.replace(params=params), tokens_bt, ())
+        _, draft = read_by(dataclasses.replace(model, params=params), tokens_bt, ())
         counts_bt = None if counts_bt is None else counts_bt[:, 1:]
         wanted = losses.lesson(loss, taught.logits_btv[:, :-1], tokens_bt[:, 1:], counts_bt=counts_bt)
         return losses.draft(loss, draft.logits_btv[:, :-1], wanted)

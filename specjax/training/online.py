@@ -177,7 +177,7 @@ def _params_of(drafter: Any) -> Any:
 
 def _with_params(drafter: Any, params: Any) -> Any:
     if isinstance(drafter, ModelDrafter):
-        return drafter.replace(model=drafter.model.replace(params=params))
+        return dataclasses.replace(drafter, model=dataclasses.replace(drafter.model, params=params))
     return drafter.replace(params=params)
 
 
