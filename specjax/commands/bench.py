@@ -111,8 +111,8 @@ def main(argv: list[str] | None = None, prog: str = "bench.py") -> int:
             models.open_all(args, chosen, mesh)
             if "rollback" in chosen:
                 rollback.check(args.model)
-            of_one = {("repeats",): SHIPPED_FOR_REPEATS, ("rollouts",): SHIPPED_FOR_ROLLOUTS}
-            known = of_one.get(tuple(chosen), SHIPPED)
+            of_one = {"repeats": SHIPPED_FOR_REPEATS, "rollouts": SHIPPED_FOR_ROLLOUTS}
+            known = of_one.get(chosen[0], SHIPPED) if len(chosen) == 1 else SHIPPED
             shipped = [spec.format(args.target) for spec in known]
             args.drafters = args.drafters or (shipped if Path(f"{args.target}-draft").is_dir() else ["ngram"])
         except ValueError as error:
