@@ -20,7 +20,6 @@ from specjax import training
 from specjax.checkpoint.spec import short_name
 from specjax.commands import models
 from specjax.commands.console import print_table
-from specjax.types import whole_feed
 
 PROMPT, SAMPLES = 32, 4  # tokens of a prompt, and completions of each
 GROUPS = 5  # parts of the run that are told apart
@@ -79,8 +78,8 @@ def _update(rate: float, params: Any, moments: Any, target: Any, rollout: specja
     assert old_nt is not None
 
     def loss(params: Any) -> Array:
-        cache = target.init_cache(*rollout.tokens.shape)
-        logits = target.forward(params, whole_feed(rollout.tokens), cache).logits_btv.astype(jnp.float32)
+        feed = specjax.Feed(rollout.tokens, jnp.zeros_like(rollout.lengths), rollout.lengths)
+        logits = target.forward(params, feed, target.init_cache(*rollout.tokens.shape)).logits_btv.astype(jnp.float32)
         log_nt = -optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], rollout.tokens[:, 1:])
         ratio_nt = jnp.exp(jnp.where(mask_nt, log_nt - old_nt[:, 1:], 0))
         clipped_nt = jnp.clip(ratio_nt, 1 - CLIP, 1 + CLIP)
