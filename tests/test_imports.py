@@ -88,7 +88,7 @@ def test_the_contracts_import_nothing_and_the_engine_knows_no_model():
     for room in ("sharding", "verify", "testing"):
         assert ALLOWED[room] == {"types"}
     assert ALLOWED["cache"] == {"types", "platforms"} and ALLOWED["filters"] == {"platforms", "sharding"}
-    assert ALLOWED["sampling"] == {"types", "filters"}
+    assert ALLOWED["sampling"] == {"types", "filters", "search"}
     assert ALLOWED["engine"] == {"types", "platforms", "rows", "sampling", "sharding", "verify", "cache"}
     for room in ("transformer", "drafters", "checkpoint"):
         assert ALLOWED[room].isdisjoint({"engine", "training"})

@@ -15,7 +15,7 @@ from specjax.drafters.confidence import Calibration, Confident, pays
 from specjax.drafters.drawn import DrawnTree, check_drawn_tree
 from specjax.drafters.trees import Candidates, Path
 from specjax.rows import text_at
-from specjax.sampling import most_likely
+from specjax.search import most_likely
 from specjax.types import Context, Draw, Event, LanguageModel, Proposal
 
 

@@ -10,7 +10,7 @@ from jax import Array
 from specjax.drafters.chain import Chain, place
 from specjax.drafters.drawn import DrawnTree, check_drawn_tree
 from specjax.drafters.trees import Path, check_static_tree, in_order, parents_of
-from specjax.sampling import largest
+from specjax.search import largest
 from specjax.transformer.products import product
 from specjax.types import Context, Draw, Event, LanguageModel, Proposal, whole_feed
 

@@ -8,7 +8,7 @@ from flax import struct
 from jax import Array
 
 from specjax.checks import check_integer
-from specjax.sampling import largest
+from specjax.search import largest
 from specjax.types import Context, Draw, Event, LanguageModel, Proposal
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
 
-from specjax.sampling import largest
+from specjax.search import largest
 
 Path = tuple[int, ...]
 """A draft of a static tree, by the ranks from the root on: (0, 2) is the third child of the first child. Children are
