@@ -60,11 +60,13 @@ def place(tmp_path, monkeypatch):
         yield
 
 
-def run(page):
-    """Runs a page's blocks of Python one after the other; returns their names and what they print."""
+def run(page, before=None):
+    """Runs a page's blocks of Python one after the other, those before a heading; returns their names and what they
+    print."""
     names, out = {"__name__": page}, io.StringIO()
+    text = (ROOT / page).read_text(encoding="utf-8").split(f"\n{before}\n")[0]
     with contextlib.redirect_stdout(out):
-        for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL):
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
             exec(compile(block, page, "exec"), names)
     return names, out.getvalue()
 
@@ -110,11 +112,14 @@ def test_rollouts_train_a_policy(place, monkeypatch):
 
 
 def test_your_model_works(place):
-    """Adapting again compiles nothing, and every generation of the page has its tokens."""
-    names, _ = run("docs/your_model.md")
+    """Another module has the functions of the first. Sections of packages are run by tests of these packages."""
+    names, _ = run("docs/your_model.md", before="## Models of packages")
     assert names["generation"].stats.emitted.tolist() == [16, 16]
     target = specjax.adapt(names["model"], names["empty_cache"], max_positions=1024)
     assert target.forward is specjax.adapt(names["Decoder"](nnx.Rngs(3)), names["empty_cache"]).forward
+    sections = re.findall(r"^### (.*)$", (ROOT / "docs/your_model.md").read_text(encoding="utf-8"), re.MULTILINE)
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_adapt_*.py"))
+    assert sections and all(f'run_section("{section}")' in tests for section in sections)
 
 
 @pytest.mark.parametrize("page", sorted(["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]))

@@ -5,7 +5,7 @@ simple to hard, so that the first one that fails names the cause.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from specjax.checking.passes import Block, counts, mixed, prompt
 from specjax.checking.shapes import BLOCK, broken_model, check_same_tree, check_shapes, states_to_compare
 from specjax.checking.tolerances import default_tolerance, finite, spread
 from specjax.checks import check_integer, check_positive
@@ -20,9 +21,6 @@ from specjax.types import Cache, Feed, LanguageModel, whole_feed
 
 _MOST_LOGITS = 4096
 """Logits of a place that are compared: of a larger vocabulary every second, third or later one, to save memory."""
-
-Block = tuple[int, Any, Any]
-"""A pass over so many places: how many of each row are real, and how many of these stay."""
 
 
 def check_model(
@@ -237,18 +235,20 @@ class _Checker:
         self._replay(
             "rows at different start_b give other logits than rows at the same (shared index): keep write index, "
             "position and mask per row",
-            ((BLOCK, n_b, n_b) for n_b in self._counts(1)),
+            ((BLOCK, n_b, n_b) for n_b in counts(self.rng, rows, 1)),
         )
         self._replay(
             "a row that rests (count_b is 0) changes; its later passes must be as if there had been none",
-            ((BLOCK, n_b, n_b) for n_b in self._counts(0)),
+            ((BLOCK, n_b, n_b) for n_b in counts(self.rng, rows, 0)),
         )
         self._replay(
             "a prompt that is right-padded, or read in several passes, gives other logits than one pass over it: keep "
             "nothing of places past count_b, and read what earlier passes wrote",
-            self._prompt(),
+            prompt(self.rng, rows, self.slots),
         )
-        self._replay("uneven passes with padding, rejected places and resting rows give other logits", self._mixed())
+        self._replay(
+            "uneven passes with padding, rejected places and resting rows give other logits", mixed(self.rng, rows)
+        )
 
     def _check_reads(self) -> None:
         """Raises if a pass of one place does not depend on what earlier passes read, and one pass over all does."""
@@ -267,29 +267,6 @@ class _Checker:
                 "a pass does not read what earlier passes wrote (the cache is not read): other tokens in earlier "
                 f"passes give place {at} the same logits"
             )
-
-    def _counts(self, least: int) -> Iterator[Any]:
-        """Yields counts of each row without end, from ``least`` to the whole block; first, different ones."""
-        yield np.arange(self.rows, dtype=np.int32) % BLOCK + least
-        while True:
-            yield self.rng.integers(least, BLOCK + 1, self.rows).astype(np.int32)
-
-    def _prompt(self) -> Iterator[Block]:
-        """Yields two wide passes and then short ones without end, rows of different counts."""
-        half, row_b = self.slots // 2, np.arange(self.rows, dtype=np.int32)
-        first_b = np.maximum(half - 3 - row_b * (half // self.rows), 1)
-        second_b = np.where(row_b == 0, 0, 1 + row_b * 3 % (half - 1))
-        yield half, first_b, first_b
-        yield half, second_b, second_b
-        for n_b in self._counts(0):
-            yield BLOCK, n_b, n_b
-
-    def _mixed(self) -> Iterator[Block]:
-        """Yields passes of everything at once, without end."""
-        while True:
-            width = int(self.rng.choice([1, BLOCK]))
-            count_b = self.rng.integers(0, width + 1, self.rows).astype(np.int32)
-            yield width, count_b, self.rng.integers(0, count_b + 1).astype(np.int32)
 
     def _replay(self, clause: str, blocks: Iterable[Block]) -> None:
         """Feeds the text in blocks until one does not fit, and raises with the clause where logits are wrong.
