@@ -16,6 +16,7 @@ import traceback
 from collections import Counter
 
 import conftest  # noqa: F401  (the suite's strictness, and its compilations)
+import foreign
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -443,6 +444,25 @@ def what_is_remembered_stays_whole():
     assert np.sum(second.stats.rounds) < np.sum(first.stats.rounds)
 
 
+def adapted_models_run_on_a_mesh():
+    """Rows over devices, all weights on each; and weights that the caller splits."""
+    prompts, settings = [[i % 5, 2, 3, i] for i in range(8)], {"max_new_tokens": 8, "fixed": True}
+    settings |= {"sampling": Sampling(0.0), "drafter": EarlyExitDrafter(1, 2)}
+    for way, mesh in (("mapped", make_mesh(8)), ("scratch", make_mesh(4, 2))):
+        target = specjax.adapt(
+            foreign.Decoder(), foreign.empty, way=way, call=foreign.states_of, early_exit=foreign.early_exit
+        )
+        wanted = specjax.generate(target, prompts, **settings)
+        columns = jax.sharding.NamedSharding(mesh, PartitionSpec(None, "tensor"))
+        on_mesh = shard(target, mesh, rules={})
+        split = lambda x, columns=columns: x if x.shape[-1] % 2 else jax.device_put(x, columns)
+        on_mesh = on_mesh.replace(params=jax.tree.map(split, on_mesh.params))
+        with jax.set_mesh(mesh):
+            out = specjax.generate(on_mesh, prompts, **settings)
+        np.testing.assert_array_equal(out.tokens, wanted.tokens)
+        assert len(out.tokens.sharding.device_set) == 8
+
+
 def letters(step=1):
     """Returns a tokenizer of one byte per token, in this order or backwards."""
     tokenizer = Tokenizer(
@@ -622,6 +642,7 @@ CHECKS = {
         heads_of_all_kinds_are_split,
         what_is_remembered_stays_whole,
         rollouts_are_split_by_prompts,
+        adapted_models_run_on_a_mesh,
         folders_load_onto_the_mesh,
         drafters_load_onto_the_mesh,
         bad_meshes_and_rules_are_refused,
