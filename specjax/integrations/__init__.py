@@ -1,0 +1,1 @@
+"""specjax inside other libraries' own interfaces; each module needs the library that it is named after."""
