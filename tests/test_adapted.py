@@ -1,5 +1,6 @@
 """``specjax.adapt``: models of others have the text and the law of one pass without a cache, and compile once."""
 
+import dataclasses
 import functools
 
 import foreign
@@ -226,6 +227,31 @@ def test_other_code_and_other_closures_are_other_functions():
     assert same.forward is not other.forward is not adapted().forward
     partly = [adapted(call=functools.partial(scaled_by, scale)) for scale in (2.0, 2.0, 3.0)]
     assert partly[0].forward is partly[1].forward is not partly[2].forward
+
+
+@dataclasses.dataclass
+class Config:
+    """Can be changed and so has no hash, as of tunix."""
+
+    scale: float = 2.0
+
+
+class Configured(foreign.Decoder):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    def __call__(self, *args):
+        return scaled_by(self.config.scale, super().__call__, *args)
+
+
+def test_a_configuration_without_a_hash_counts_by_its_content():
+    first, again, other = (specjax.adapt(Configured(Config(x)), foreign.empty) for x in (2.0, 2.0, 3.0))
+    assert first.forward is again.forward is not other.forward
+    model = Configured(Config())
+    assert specjax.adapt(model, foreign.empty).forward is first.forward
+    model.config.scale = 3.0
+    assert specjax.adapt(model, foreign.empty).forward is other.forward
 
 
 def scaled_by(scale, model, *args):

@@ -10,8 +10,8 @@ class Same:
     """Holds a value, and equals another one that holds the same content.
 
     Two functions have the same content if they have the same code in the same module, and the values that they close
-    over have. A lambda that is written once and made anew in each step is one function. A value that cannot be hashed,
-    such as an array, is the same as itself alone.
+    over have. A lambda that is written once and made anew in each step is one function. An array is the same as itself
+    alone, and so is what holds one.
     """
 
     __slots__ = ("_key", "value")
@@ -27,19 +27,26 @@ class Same:
         return isinstance(other, Same) and self._key == other._key
 
 
-class _Itself:
-    """Equals only the holder of the same object, which it keeps alive."""
+class _Unhashable:
+    """Equals the holder of an equal value that read the same when it was held: a configuration that was changed in
+    place since then is another one. An array equals itself alone."""
 
-    __slots__ = ("value",)
+    __slots__ = ("_text", "value")
 
     def __init__(self, value: Any):
         self.value = value
+        self._text = str(id(value)) if hasattr(value, "__array__") else repr(value)
 
     def __hash__(self) -> int:
-        return id(self.value)
+        return hash(self._text)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Itself) and self.value is other.value
+        if not isinstance(other, _Unhashable) or self._text != other._text:
+            return False
+        try:
+            return self.value is other.value or bool(self.value == other.value)
+        except Exception:  # such as a tuple of arrays, which has no truth value
+            return False
 
 
 def _key(value: Any, outer: tuple[Any, ...]) -> Hashable:
@@ -59,7 +66,7 @@ def _key(value: Any, outer: tuple[Any, ...]) -> Hashable:
     try:
         hash(value)
     except TypeError:
-        return _Itself(value)
+        return _Unhashable(value)
     return (type(value), value)
 
 
@@ -67,4 +74,4 @@ def _cells(function: types.FunctionType, part: Any) -> Hashable:
     try:
         return tuple(part(cell.cell_contents) for cell in function.__closure__ or ())
     except ValueError:  # a variable that has no value yet
-        return _Itself(function)
+        return id(function)
