@@ -15,7 +15,7 @@ from specjax.adapters import ways
 from specjax.adapters.called import Bound, Call, Caller, invoked
 from specjax.adapters.layout import InitForeign, Layout
 from specjax.adapters.same import Same
-from specjax.types import Feed, LanguageModel, Output, whole_feed
+from specjax.types import Feed, InitCache, LanguageModel, Output, whole_feed
 
 WAYS = MappingProxyType({"mapped": ways.mapped, "scratch": ways.scratch, "indexed": ways.indexed})
 
@@ -147,7 +147,7 @@ class _Functions:
 
 
 @functools.lru_cache(maxsize=256)
-def layout_init(layout: Layout, way: str) -> Callable[[int, int], Any]:
+def layout_init(layout: Layout, way: str) -> InitCache:
     """Returns ``init_cache`` of a layout."""
 
     def init_cache(rows: int, slots: int) -> tuple[Array, ...]:
@@ -178,8 +178,10 @@ def _functions(
         logits_btv, cache, _ = run(dataclasses.replace(caller, function=function), params, feed, cache)
         return Output(logits_btv, (), cache)
 
-    shared = [None if each is None else functools.partial(bound, each.value) for each in (embed, unembed)]
-    return _Functions(caller, way, forward, *shared, None if early is None else exit_early)
+    def shared(function: Same | None) -> Any:
+        return None if function is None else functools.partial(bound, function.value)
+
+    return _Functions(caller, way, forward, shared(embed), shared(unembed), None if early is None else exit_early)
 
 
 def _at_depth(early_exit: Call, depth: int, *args: Any) -> Any:

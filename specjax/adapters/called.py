@@ -53,7 +53,7 @@ class Bound:
         return result
 
 
-def taken(result: Any, given: Any, shape: tuple[int, int]) -> tuple[Array, Any, dict[int, Array]]:
+def taken(result: Any, given: Any, shape: tuple[int, ...]) -> tuple[Array, Any, dict[int, Array]]:
     """Returns logits, cache and hidden states of a pass.
 
     Args:

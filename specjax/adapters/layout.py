@@ -114,7 +114,7 @@ class Layout:
     def kept(self, cache: Any) -> tuple[Array, ...]:
         """Returns the arrays that specjax keeps of a foreign cache, rows first."""
         return tuple(
-            jnp.moveaxis(x, leaf.rows, 0)
+            jnp.moveaxis(x, leaf.rows or 0, 0)
             for leaf, x in zip(self.leaves, jax.tree.leaves(cache), strict=True)
             if not leaf.index
         )
@@ -127,9 +127,11 @@ class Layout:
           index_b: int32, for each row. An index that has no rows gets the first row's.
         """
         arrays = iter(kept)
-        leaves = [
-            _index(leaf, index_b) if leaf.index else jnp.moveaxis(next(arrays), 0, leaf.rows) for leaf in self.leaves
-        ]
+
+        def array(leaf: Leaf) -> Array:
+            return _index(leaf, index_b) if leaf.index else jnp.moveaxis(next(arrays), 0, leaf.rows or 0)
+
+        leaves = [array(leaf) for leaf in self.leaves]
         return jax.tree.unflatten(self.tree, leaves)
 
     @property

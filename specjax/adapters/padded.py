@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 
 def from_left_padded(tokens: Any, mask: Any) -> tuple[Array, Array]:
@@ -29,7 +29,7 @@ def from_left_padded(tokens: Any, mask: Any) -> tuple[Array, Array]:
     if not jnp.issubdtype(tokens_bt.dtype, jnp.integer):
         raise ValueError(f"tokens is {tokens_bt.dtype}; give integers")
     mask_bt = mask_bt != 0
-    if not isinstance(mask_bt, jax.core.Tracer):
+    if not isinstance(mask_bt, Tracer):
         held_bt = np.asarray(mask_bt)
         wrong = np.flatnonzero((held_bt[:, :-1] & ~held_bt[:, 1:]).any(axis=1) | ~held_bt.any(axis=1))
         if wrong.size:

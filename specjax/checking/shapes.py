@@ -1,5 +1,6 @@
 """What shapes and dtypes say of a model: passes are traced and not computed."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -48,7 +49,7 @@ def check_shapes(target: LanguageModel, rows: int, slots: int, capture: tuple[in
     def run(params: Any) -> Output:
         given = {"params": params, "cache": target.init_cache(rows, slots)}
         before = jax.tree.map(lambda x: x, given)  # in containers of its own
-        output = target.replace(params=given["params"]).read(feed, given["cache"], capture)
+        output = dataclasses.replace(target, params=given["params"]).read(feed, given["cache"], capture)
         for name, tree in given.items():
             if not _same_leaves(tree, before[name]):
                 raise broken_model(f"forward mutates its argument {name}; return new values in output.cache alone")

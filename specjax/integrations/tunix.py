@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from tunix.generate.tokenizer_adapter import TokenizerAdapter
-from tunix.rl import common
-from tunix.rl.rollout import base_rollout
+from tunix.generate.tokenizer_adapter import TokenizerAdapter  # pyright: ignore[reportMissingImports]
+from tunix.rl import common  # pyright: ignore[reportMissingImports]
+from tunix.rl.rollout import base_rollout  # pyright: ignore[reportMissingImports]
 
 from specjax import verify as verify_lib
 from specjax.adapters.adapt import adapt
@@ -21,7 +21,7 @@ from specjax.sampling import Sampling
 from specjax.types import Drafter, LanguageModel, VerifyRule
 
 
-def language_model(model: nnx.Module) -> LanguageModel:
+def language_model(model: Any) -> LanguageModel:
     """Returns a model of tunix that makes its own cache, such as Qwen3 and Gemma, as ``specjax.LanguageModel``.
 
     Raises:
@@ -124,7 +124,7 @@ class SpecjaxRollout(base_rollout.BaseRollout):
         self.last = rollout(
             self.target,
             prompt_pt,
-            [len(row) for row in tokens],
+            np.asarray([len(row) for row in tokens]),
             samples=samples,
             rows=self._rows,
             drafter=self.drafter,
