@@ -319,6 +319,7 @@ def shipped():
         ("py-14m-mtp", "mtp"),
         ("py-14m-eagle", "eagle"),
         ("py-14m-medusa", "medusa"),
+        ("py-14m-dspark", "block"),
     ],
 )
 def test_the_shipped_drafts_draft_greedy_text_of_their_target(name, kind, shipped):

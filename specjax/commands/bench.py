@@ -44,6 +44,7 @@ SHIPPED = (
     "model:{0}-draft",
     "mtp:{0}-mtp",
     "eagle:{0}-eagle",
+    "block:{0}-dspark",
     "medusa:{0}-medusa",
     "early-exit:4",
     "ngram",
