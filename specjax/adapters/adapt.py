@@ -88,7 +88,7 @@ def adapt(
     return LanguageModel(
         params=params,
         forward=functions.forward,
-        init_cache=layout_init(layout, way),
+        init_cache=_init(layout, way),
         vocab_size=found.vocab_size,
         max_positions=max_positions,
         embed=functions.embed,
@@ -147,7 +147,7 @@ class _Functions:
 
 
 @functools.lru_cache(maxsize=256)
-def layout_init(layout: Layout, way: str) -> InitCache:
+def _init(layout: Layout, way: str) -> InitCache:
     """Returns ``init_cache`` of a layout."""
 
     def init_cache(rows: int, slots: int) -> tuple[Array, ...]:
@@ -178,10 +178,14 @@ def _functions(
         logits_btv, cache, _ = run(dataclasses.replace(caller, function=function), params, feed, cache)
         return Output(logits_btv, (), cache)
 
-    def shared(function: Same | None) -> Any:
-        return None if function is None else functools.partial(bound, function.value)
-
-    return _Functions(caller, way, forward, shared(embed), shared(unembed), None if early is None else exit_early)
+    return _Functions(
+        caller,
+        way,
+        forward,
+        None if embed is None else functools.partial(bound, embed.value),
+        None if unembed is None else functools.partial(bound, unembed.value),
+        None if early is None else exit_early,
+    )
 
 
 def _at_depth(early_exit: Call, depth: int, *args: Any) -> Any:
@@ -210,7 +214,7 @@ def _found(functions: _Functions, tree: Any, leaves: tuple[jax.ShapeDtypeStruct,
     """
     caller, params = functions.caller, jax.tree.unflatten(tree, leaves)
     feed = whole_feed(jnp.zeros((2, 3), jnp.int32))
-    init = layout_init(caller.layout, functions.way)
+    init = _init(caller.layout, functions.way)
 
     def traced(way: str, dtype: Any = None) -> Any:
         cache = jax.eval_shape(lambda: init(2, 16))

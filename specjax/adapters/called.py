@@ -128,5 +128,5 @@ class Caller:
         given = self.layout.foreign(kept, index_b)
         fresh = jax.tree.map(lambda x: x, given)
         result = self.bound(self.function, params, tokens_bt, position_bt, fresh, seen_bts)
-        logits_btv, cache, states = taken(result, given, tokens_bt.shape)
+        logits_btv, cache, states = taken(result, given, (tokens_bt.shape[0], tokens_bt.shape[1]))
         return logits_btv, self.layout.kept(cache), states

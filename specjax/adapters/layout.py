@@ -41,6 +41,12 @@ class Leaf:
         return tuple(sizes.get(axis, size) for axis, size in enumerate(self.shape))
 
     @property
+    def row_axis(self) -> int:
+        """The axis of the rows of an array that has one."""
+        assert self.rows is not None
+        return self.rows
+
+    @property
     def slots_kept(self) -> int:
         """The axis of the slots once the rows are the first axis."""
         assert self.rows is not None and self.slots is not None
@@ -114,7 +120,7 @@ class Layout:
     def kept(self, cache: Any) -> tuple[Array, ...]:
         """Returns the arrays that specjax keeps of a foreign cache, rows first."""
         return tuple(
-            jnp.moveaxis(x, leaf.rows or 0, 0)
+            jnp.moveaxis(x, leaf.row_axis, 0)
             for leaf, x in zip(self.leaves, jax.tree.leaves(cache), strict=True)
             if not leaf.index
         )
@@ -127,11 +133,10 @@ class Layout:
           index_b: int32, for each row. An index that has no rows gets the first row's.
         """
         arrays = iter(kept)
-
-        def array(leaf: Leaf) -> Array:
-            return _index(leaf, index_b) if leaf.index else jnp.moveaxis(next(arrays), 0, leaf.rows or 0)
-
-        leaves = [array(leaf) for leaf in self.leaves]
+        leaves = [
+            _index(leaf, index_b) if leaf.index else jnp.moveaxis(next(arrays), 0, leaf.row_axis)
+            for leaf in self.leaves
+        ]
         return jax.tree.unflatten(self.tree, leaves)
 
     @property
