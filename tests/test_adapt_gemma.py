@@ -35,7 +35,14 @@ def gemma4():
     from gemma.gm.nn.gemma4 import _config, _modules, _transformer
 
     kinds = (_modules.AttentionType.LOCAL_SLIDING, _modules.AttentionType.GLOBAL)
-    config = _config.TransformerConfig(**SIZES, attention_types=kinds, final_logit_softcap=30.0, per_layer_input_dim=8)
+    config = _config.TransformerConfig(
+        **SIZES,
+        attention_types=kinds,
+        final_logit_softcap=30.0,
+        per_layer_input_dim=8,
+        local_rope_proportion=1.0,
+        global_rope_proportion=0.25,
+    )
     return _transformer.Transformer(config=config, dtype=jnp.float32)
 
 
