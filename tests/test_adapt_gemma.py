@@ -47,7 +47,7 @@ def gemma4():
 
 
 CASES = [("gemma 2", "mapped"), ("gemma 2", "scratch"), ("gemma 3", "mapped"), ("gemma 3", "scratch")]
-CASES += [("gemma 4", "mapped"), ("gemma 4", "indexed")]
+CASES += [("gemma 4", "indexed")]
 
 
 @pytest.mark.parametrize(("name", "way"), CASES)
