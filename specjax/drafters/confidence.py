@@ -11,9 +11,9 @@ from jax import Array
 BINS = 5
 """Bins of confidence at each position, of equal width."""
 
-_WEIGHT = 2.0  # in drafts: of the confidence itself in what is expected of its bin
+_WEIGHT = 8.0  # in drafts: of the confidence itself in what is expected of its bin
 _RATE, _RATE_WEIGHT = 0.8, 2.0  # the acceptance of a position before anything is known, and its weight in drafts
-_MEMORY = 0.99  # of evidence, per round: the last 100 rounds or so count
+_MEMORY = 0.99  # of evidence, per draft at a position: the last 100 or so count
 
 
 @struct.dataclass
@@ -68,10 +68,12 @@ class Calibration:
         place_g = jnp.arange(self.bin_bg.shape[1], dtype=jnp.int32)[None]
         tried_bg = (place_g < self.length_b[:, None]) & (place_g <= accepted_b[:, None])
         bins_bgk = jax.nn.one_hot(self.bin_bg, BINS, dtype=jnp.float32)
-        memory_b11 = jnp.where(ran_b, _MEMORY, 1.0)[:, None, None]
+        tried_bg = tried_bg & ran_b[:, None]
+        # Evidence fades as more comes, so that rounds that cut nothing add up, however seldom they are.
+        memory_bg1 = jnp.where(tried_bg, _MEMORY, 1.0)[..., None]
 
         def counted(counts_bgk: Array, true_bg: Array) -> Array:
-            return memory_b11 * counts_bgk + jnp.where((true_bg & ran_b[:, None])[..., None], bins_bgk, 0.0)
+            return memory_bg1 * counts_bgk + jnp.where(true_bg[..., None], bins_bgk, 0.0)
 
         kept_bg = tried_bg & (place_g < accepted_b[:, None])
         tried_bgk, kept_bgk = counted(self.tried_bgk, tried_bg), counted(self.kept_bgk, kept_bg)
