@@ -59,3 +59,12 @@ def assert_law(out, start, logits_of):
     assert np.abs(score).max() < stats.norm.isf(1e-3 / enough.sum())
     # The chi-square statistic of all of them together. Scores of one group are weakly dependent.
     assert (score**2).sum() < stats.chi2.isf(1e-4, enough.sum())
+
+
+def assert_texts_and_law(target, second, logits_of):
+    """Greedy texts, plain and with drafts of n-grams and of a second model, and the law at temperature 1."""
+    for drafter in (None, specjax.NGramDrafter(3, 1, 2), specjax.ModelDrafter(second, 3)):
+        assert_greedy(generate(target, drafter), PROMPTS, logits_of)
+    drafted = generate(target, drafter, [[1, 2, 3]] * 64, temperature=1.0)
+    assert 0 < drafted.stats.accepted.sum() < drafted.stats.drafted.sum()
+    assert_law(drafted, 3, logits_of)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from adapted_texts import PROMPTS, assert_greedy, assert_law, generate, moved, run_section
+from adapted_texts import assert_texts_and_law, moved, run_section
 
 import specjax
 
@@ -60,11 +60,6 @@ def test_texts_and_law_are_those_of_a_pass_without_a_cache(model):
     second = target.replace(
         params=[x + 0.02 * jnp.sin(jnp.arange(x.size) * 9.0).reshape(x.shape).astype(x.dtype) for x in target.params]
     )
-    for drafter in (None, specjax.NGramDrafter(3, 1, 2), specjax.ModelDrafter(second, 3)):
-        out = generate(target, drafter)
-        assert_greedy(out, PROMPTS, logits_of(model))
-    drafted = generate(target, drafter, [[1, 2, 3]] * 64, temperature=1.0)
-    assert 0 < drafted.stats.accepted.sum() < drafted.stats.drafted.sum()
-    assert_law(drafted, 3, logits_of(model))
+    assert_texts_and_law(target, second, logits_of(model))
     again = specjax.adapt(values_of(model), empty, call=call)
     assert again.forward is target.forward
