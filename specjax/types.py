@@ -465,7 +465,8 @@ class Drafter(Protocol):
     A drafter with its own cache must write the tokens that ``draw`` returned, even if it would have chosen others:
     inside a ``Cascade``, ``draw`` may return another drafter's tokens.
 
-    A round may take fewer drafts than ``num_draft``: ``context.width``. The state is the same for all widths.
+    A round may take fewer drafts than ``num_draft``: ``context.width``. The state is the same for all widths. A
+    drafter of trees then proposes its tree of so many drafts.
 
     Optional: ``sparse``, static, true where whole rounds come without a proposal, as of n-grams. Such a round then
     costs what a plain one does, and rounds take all drafts or none.

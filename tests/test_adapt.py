@@ -182,12 +182,20 @@ def test_plain_rounds_starve_no_drafter(drafter):
             np.testing.assert_array_equal(found, np.asarray(getattr(anew.stats, name)))
 
 
-@pytest.mark.parametrize("rule", [verify.token, verify.block], ids=["token", "block"])
-def test_the_loops_law_is_the_targets(rule, monkeypatch):
+CHAIN = test_laws.DRAFTERS["another model"]
+TREE = dataclasses.replace(CHAIN, num_draft=5, tree=((0,), (1,), (0, 0), (0, 1), (1, 0)), siblings="distinct")
+
+
+@pytest.mark.parametrize(
+    ("drafter", "rule"),
+    [(CHAIN, verify.token), (CHAIN, verify.block), (TREE, verify.recursive), (TREE, verify.traversal)],
+    ids=["token", "block", "tree, recursive", "tree, traversal"],
+)
+def test_the_loops_law_is_the_targets(drafter, rule, monkeypatch):
     """Four thousand batches of three rows, each of which chooses its own widths by what it accepts."""
     monkeypatch.setattr(adapt_lib, "_LEAST", 1)  # texts are short
     prompt_bt, length_b = specjax.pad_prompts(test_laws.PROMPTS)
-    drafter, tokens = test_laws.DRAFTERS["another model"], test_laws.TOKENS
+    tokens = test_laws.TOKENS
 
     @jax.jit
     def texts(seed_nb):
@@ -195,12 +203,12 @@ def test_the_loops_law_is_the_targets(rule, monkeypatch):
             options = {"sampling": Sampling(seed=seed_b), "max_new_tokens": tokens, "slots": 32, "costs": (1, 1.5, 2)}
             out = specjax.generate(test_laws.TARGET, prompt_bt, length_b, drafter=drafter, verify=rule, **options)
             at_bt = length_b[:, None] + np.arange(tokens)
-            return jnp.take_along_axis(out.tokens, at_bt, axis=1), out.stats.drafted_at
+            return jnp.take_along_axis(out.tokens, at_bt, axis=1), out.stats.drafted
 
         return jax.lax.map(batch, seed_nb)
 
-    found_nbt, drafted_at = texts(np.arange(12000, dtype=np.uint32).reshape(4000, 3))
-    assert len(np.unique(np.asarray(drafted_at).max(1), axis=0)) > 3, "batches take other widths"
+    found_nbt, drafted_nb = texts(np.arange(12000, dtype=np.uint32).reshape(4000, 3))
+    assert len(np.unique(np.asarray(drafted_nb).max(1))) > 3, "batches take other widths"
     assert test_laws.p_value(np.asarray(found_nbt).swapaxes(0, 1), test_laws.TARGET, {}) > 1e-3
 
 
@@ -245,6 +253,16 @@ def test_where_rounds_without_proposals_cost_nothing_they_go_on():
     adapt = looked_at(begun(cost_w, (0, 4)), cost_w, 4, 0, times=2)
     adapt = looked_at(adapt, cost_w, 0, 0, times=700, wide=False)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(adapt))
+
+
+def test_each_tree_is_judged_by_its_own_rounds():
+    """The larger one is taken where its longer paths are worth its time."""
+    for cost_w, kept, best in [((1, 1.2, 1.6), (1, 3), 2), ((1, 1.2, 2.9), (1, 3), 1), ((1, 1.2, 1.6), (3, 3), 1)]:
+        adapt, widths = Adapt.start(jnp.asarray([cost_w], jnp.float32), (0, 3, 3), (), trees=True), []
+        for _ in range(60):
+            widths.append(int(adapt.width))
+            adapt = looked_at(adapt, cost_w, 3, kept[widths[-1] - 1])
+        assert widths[:3] == [1, 1, 1] and widths.count(best) > 45, widths
 
 
 def test_a_row_that_is_inserted_waits_while_others_pause():
@@ -303,8 +321,8 @@ def test_half_of_the_drafts_are_taken_where_these_pay():
 def test_a_trial_finds_that_drafts_pay_again():
     """After so many plain rounds as were to come, though the last drafts were rejected."""
     state = specjax.prefill(TARGET, [[1, 2]], drafter=GOOD, sampling=GREEDY, max_new_tokens=400, costs=CHEAP)
-    zero_bg = jnp.zeros_like(state.adapt.tried_bg)
-    bad = dataclasses.replace(state.adapt, tried_bg=zero_bg + 1, kept_bg=zero_bg, width_b=state.adapt.width_b * 0)
+    zero_be = jnp.zeros_like(state.adapt.tried_be)
+    bad = dataclasses.replace(state.adapt, tried_be=zero_be + 1, kept_be=zero_be, width_b=state.adapt.width_b * 0)
     state = dataclasses.replace(state, adapt=dataclasses.replace(bad, rest_b=jnp.full((1,), 50.0)))
     out = specjax.run(TARGET, state, drafter=GOOD).generation
     plain = int(out.stats.rounds[0]) - rounds_with_drafts(out.stats)

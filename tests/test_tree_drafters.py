@@ -102,6 +102,30 @@ def test_text_is_that_of_plain_decoding_and_little_slots_are_enough(drafter):
     assert outs[0].stats.accepted.sum() > 0
 
 
+@every_drafter
+def test_a_smaller_tree_is_a_part_of_the_whole_one(drafter):
+    """What a round of fewer drafts has are the most valuable drafts. Here the likeliest tokens are drawn."""
+
+    def likeliest(logits_bv, drafts_bg, index, before_bg=None, siblings=None):
+        token = jax.lax.top_k(logits_bv, siblings or 1)[1].astype(jnp.int32)
+        return token if siblings else token[:, 0], jax.nn.softmax(logits_bv)
+
+    state = specjax.prefill(TARGET, PROMPTS, drafter=drafter, max_new_tokens=20, fixed=True)
+    width = drafter.tree_depth
+
+    @jit
+    def propose(draft):
+        whole = context_of(TARGET, state)
+        narrow = dataclasses.replace(whole, width=width)
+        return drafter.propose(draft, whole, likeliest)[0], drafter.propose(draft, narrow, likeliest)[0].first(width)
+
+    whole, narrow = propose(state.draft)
+    np.testing.assert_array_equal(narrow.length_b, np.minimum(whole.length_b, width))
+    for row in range(1, len(PROMPTS)):
+        found = paths(narrow, row)[: int(narrow.length_b[row])]
+        assert set(found) <= set(paths(whole, row)[: int(whole.length_b[row])])
+
+
 @jit(static_argnums=0)
 def proposed(kind, target, state, drafter):
     """Returns the drafter's proposal, and the one after it has read each row's text anew, in one pass."""

@@ -178,23 +178,24 @@ def test_rows_that_are_inserted_give_their_own_text():
     assert out == [news[1], olds[1], news[0], olds[3]]
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_rounds_that_adapt_draft_the_tree_or_nothing(number):
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_rounds_that_adapt_draft_one_of_two_trees_or_nothing(number):
     """Whichever is chosen, the text is that of plain decoding; then the drafts are counted by depth."""
     drafter, sampling = DRAFTERS["chosen"], Sampling(seed=5)
-    costs = [1.0, 1.0] if number else [1.0, 100.0]
+    costs = [1.0 if each == number else 100.0 for each in range(3)] if number < 2 else [1.0, 1.0, 1.0]
     out = run(drafter, sampling, fixed=False, costs=costs, max_new_tokens=40)
     assert texts(out) == texts(run(None, sampling, max_new_tokens=40))
     assert (out.stats.drafted > 0).all() == bool(number)
     assert out.stats.drafted_at.shape == (ROWS, 3)
     state = specjax.prefill(
-        TARGET, PROMPT, LENGTH, drafter=drafter, sampling=sampling, max_new_tokens=40, costs=[1.0, 1.5]
+        TARGET, PROMPT, LENGTH, drafter=drafter, sampling=sampling, max_new_tokens=40, costs=[1.0, 1.5, 1.8]
     )
     state = specjax.run(TARGET, force(state, number), drafter=drafter, verify=verify.walk, rounds=3)
-    np.testing.assert_array_equal(state.stats.drafted, 3 * number * len(BUSHY))
-    tried_b = np.asarray(state.adapt.tried_bg[:, 0])
-    assert state.adapt.widths == (0, 3)
-    assert (tried_b > 2.8).all() if number else not tried_b.any()
+    np.testing.assert_array_equal(state.stats.drafted, 3 * [0, 3, len(BUSHY)][number])
+    assert state.adapt.widths == (0, 3, 3)
+    first, second = np.asarray(state.adapt.tried_be).reshape(ROWS, 2, 3)[:, :, 0].T
+    assert (first > 2.8).all() if number == 1 else not first.any()
+    assert (second > 2.8).all() if number == 2 else not second.any()
 
 
 # Faults.

@@ -291,8 +291,8 @@ class BlockDrafter:
         return token_b1, jax.tree.map(lambda x: x[:, None], self.head.start(self.params, token_b1.shape[0]))
 
     def _choose(self, block: Block, context: Context) -> Proposal:
-        """Returns the likeliest drafts of a tree. Those of a depth are among the ``num_draft`` likeliest there."""
-        g, (token_bk, own) = self.num_draft, self._root(context)
+        """Returns the likeliest g drafts of a tree. Those of a depth are among the g likeliest there."""
+        g, (token_bk, own) = context.drafts(self.num_draft), self._root(context)
         score_bk, first, levels = jnp.zeros(token_bk.shape, jnp.float32), -1, []
         for depth in range(block.logits_bgu.shape[1]):
             logits_bkv, own = self._after(block, depth, token_bk, own)
@@ -314,7 +314,7 @@ class BlockDrafter:
         assert self.tree is not None
         token_bk, own = self._root(context)
         rows = token_bk.shape[0]
-        drawn = DrawnTree.of(self.tree[: self.num_draft], self.siblings, rows)
+        drawn = DrawnTree.of(self.tree[: context.drafts(self.num_draft)], self.siblings, rows)
         for depth in range(drawn.shape.depth):
             logits_bkv, own = self._after(block, depth, token_bk, own)
             before = drawn.shape.last_fed(depth)

@@ -175,7 +175,7 @@ class FeatureDrafter:
     def propose(self, state: FeatureState, context: Context, draw: Draw) -> tuple[Proposal, FeatureState]:
         """Samples a chain of ``num_draft`` tokens or a tree, or grows one; the head goes on from its own states."""
         if self.tree is not None:
-            return self._draw_tree(self.tree[: self.num_draft], state, context, draw)
+            return self._draw_tree(self.tree[: context.drafts(self.num_draft)], state, context, draw)
         if self.tree_depth is not None:
             return self._grow(state, context, self.tree_depth)
         target, length_b, g = context.target, context.length_b, context.drafts(self.num_draft)
@@ -279,9 +279,10 @@ class FeatureDrafter:
             found = found + grown
 
         # 3. The drafts of the highest scores, whoever got children.
-        index_bg, parents_bg = found.best(self.num_draft)
+        g = context.drafts(self.num_draft)
+        index_bg, parents_bg = found.best(g)
         tokens_bg = jnp.take_along_axis(found.tokens_bc, index_bg, axis=1)
-        drafted_b = jnp.where(length_b >= 2, jnp.int32(self.num_draft), 0)
+        drafted_b = jnp.where(length_b >= 2, jnp.int32(g), 0)
         proposal = Proposal(tokens_bg, None, drafted_b, parents_bg=parents_bg)
         return proposal, FeatureState(cache, state.state_bd)
 

@@ -144,7 +144,7 @@ class MedusaDrafter:
     def propose(self, state: Array, context: Context, draw: Draw) -> tuple[Proposal, Array]:
         """Samples one token from each of the first ``num_draft`` heads, or a tree, or takes the likeliest ones."""
         if self.tree is not None:
-            tree = self.tree[: self.num_draft]
+            tree = self.tree[: context.drafts(self.num_draft)]
             if self.siblings == "chosen":
                 return self._choose(in_order(tree), state, context), state
             return self._draw_tree(tree, state, context, draw), state

@@ -109,7 +109,7 @@ class ModelDrafter:
     def propose(self, state: ModelState, context: Context, draw: Draw) -> tuple[Proposal, ModelState]:
         """Samples a chain of ``num_draft`` tokens, or a tree."""
         if self.tree is not None:
-            return self._draw_tree(self.tree[: self.num_draft], state, context, draw)
+            return self._draw_tree(self.tree[: context.drafts(self.num_draft)], state, context, draw)
         length_b, running_b = context.length_b, context.running_b.astype(jnp.int32)
         # 1. Feed what the cache lacks of the row, which gives the first draft's logits.
         feed = self._missing(state, context, self._window)

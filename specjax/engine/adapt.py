@@ -5,6 +5,7 @@ The choice looks at earlier rounds alone, never at the drafts that it admits. So
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -41,11 +42,13 @@ def widths_of(drafter: Drafter) -> tuple[int, ...]:
     """Returns the widths of rounds that are compiled: none, half and all of the drafts. Example: (0, 2, 4).
 
     A drafter that is ``sparse`` or ``cuts`` drafts all or none. Its rounds have further passes for where less is
-    proposed, so each width compiles for several times as long. A tree is drafted whole or not at all.
+    proposed, so each width compiles for several times as long. The smaller one of two trees has as many drafts as a
+    path. Example: (0, 5, 32).
     """
-    g = drafter.num_draft
-    whole = passes_of(drafter) or depth_of(drafter) is not None
-    return (0, g) if whole else tuple(sorted({0, (g + 1) // 2, g}))
+    g, depth = drafter.num_draft, depth_of(drafter)
+    if passes_of(drafter):
+        return (0, g)
+    return tuple(sorted({0, (g + 1) // 2 if depth is None else depth, g}))
 
 
 def passes_of(drafter: Drafter) -> tuple[int, ...]:
@@ -66,16 +69,19 @@ def kept_by(drafter: Drafter) -> tuple[int, ...]:
     """
     if getattr(drafter, "cuts", False):
         return (0, *passes_of(drafter))
-    return widths_of(drafter) if depth_of(drafter) is None else (0, longest_path(drafter))
+    return tuple(min(width, longest_path(drafter)) for width in widths_of(drafter))
 
 
 @struct.dataclass
 class Adapt:
     """What is known of drafting. Rows first, as in all of the loop's state.
 
+    Evidence is kept for each draft of a chain, since a round of fewer drafts has the first ones of a wider round. A
+    smaller tree has other drafts than a larger one, so trees have evidence for each width, and in it for each depth.
+
     Attributes:
-      tried_bg: float32, how often draft j was verified after draft j - 1 was accepted; earlier rounds count less.
-      kept_bg: float32, how often it was accepted then.
+      tried_be: float32, how often draft j was verified after draft j - 1 was accepted; earlier rounds count less.
+      kept_be: float32, how often it was accepted then.
       proposing_b: float32, the share of rounds in which the row proposed anything, among those that drafted.
       wide_b: float32, the mean share of the widest pass's further time that the passes of these rounds took; the same
         in all rows. Example: passes over all drafts in half of the rounds, and over none in the others: 0.5.
@@ -88,10 +94,11 @@ class Adapt:
         captures features.
       widths: the most drafts that rounds of the widths that are compiled keep. Drafts of a tree count by depth, here
         and above.
+      trees: whether the drafter proposes trees.
     """
 
-    tried_bg: Array
-    kept_bg: Array
+    tried_be: Array
+    kept_be: Array
     proposing_b: Array
     wide_b: Array
     looked_b: Array
@@ -101,9 +108,10 @@ class Adapt:
     features: tuple[Array, ...]
     unobserved_b: Array
     widths: tuple[int, ...] = struct.field(pytree_node=False)
+    trees: bool = struct.field(pytree_node=False)
 
     @classmethod
-    def start(cls, cost_bw: Array, widths: tuple[int, ...], features: tuple[Any, ...]) -> "Adapt":
+    def start(cls, cost_bw: Array, widths: tuple[int, ...], features: tuple[Any, ...], trees: bool = False) -> "Adapt":
         """Returns what is known before the first round.
 
         Args:
@@ -111,13 +119,14 @@ class Adapt:
             a drafter that cuts are those of ``kept_by``, here and below.
           widths: from ``kept_by``.
           features: shapes ``[1, 1, d]`` and dtypes of the states that the drafter captures.
+          trees: whether the drafter proposes trees.
         """
         rows, widths = cost_bw.shape[0], widths if widths[1] else (0, widths[-1])
-        zero_bg = jnp.zeros((rows, widths[-1]), jnp.float32)
+        zero_be = jnp.zeros((rows, sum(widths) if trees else widths[-1]), jnp.float32)
         zero_b = jnp.zeros((rows,), jnp.int32)
         return cls(
-            tried_bg=zero_bg,
-            kept_bg=zero_bg,
+            tried_be=zero_be,
+            kept_be=zero_be,
             proposing_b=jnp.ones((rows,), jnp.float32),
             wide_b=jnp.ones((rows,), jnp.float32),
             looked_b=zero_b,
@@ -127,6 +136,7 @@ class Adapt:
             features=tuple(jnp.zeros((rows, UNOBSERVED, x.shape[-1]), x.dtype) for x in features),
             unobserved_b=zero_b,
             widths=widths,
+            trees=trees,
         )
 
     @property
@@ -150,19 +160,18 @@ class Adapt:
         """
         # On a GPU, rounds of a block go on after the last row is done, or after drafting was given up.
         counted = jnp.any(running_b) & (self.width > 0)
-        place_g = jnp.arange(self.tried_bg.shape[1], dtype=jnp.int32)[None]
-        accepted_b1 = verdict.num_accepted_b[:, None]
-        proposed_bg = place_g < length_b[:, None]
-        counts_bg = proposed_bg & (place_g <= accepted_b1) & running_b[:, None]
-        kept_bg = (place_g < accepted_b1).astype(jnp.float32)
+        place_1e, accepted_b1 = self._places(), verdict.num_accepted_b[:, None]
+        proposed_be = (place_1e >= 0) & (place_1e < length_b[:, None])
+        counts_be = proposed_be & (place_1e <= accepted_b1) & running_b[:, None]
+        kept_be = (place_1e < accepted_b1).astype(jnp.float32)
         # Bad luck at a position is forgotten though narrow rounds draft nothing there.
-        memory_bg = jnp.where(running_b[:, None] & (counts_bg | ~proposed_bg), _MEMORY, 1.0)
+        memory_be = jnp.where(running_b[:, None] & (counts_be | ~proposed_be), _MEMORY, 1.0)
         free_b = running_b & (room_b > 0)
         share_b = _MEMORY * self.proposing_b + (1 - _MEMORY) * (length_b > 0).astype(jnp.float32)
         after = dataclasses.replace(
             self,
-            tried_bg=memory_bg * self.tried_bg + counts_bg.astype(jnp.float32),
-            kept_bg=memory_bg * self.kept_bg + jnp.where(counts_bg, kept_bg, 0),
+            tried_be=memory_be * self.tried_be + counts_be.astype(jnp.float32),
+            kept_be=memory_be * self.kept_be + jnp.where(counts_be, kept_be, 0),
             proposing_b=jnp.where(free_b, share_b, self.proposing_b),
             wide_b=_MEMORY * self.wide_b + (1 - _MEMORY) * wide,
             looked_b=self.looked_b + 1,
@@ -192,11 +201,31 @@ class Adapt:
         new_b1 = rows_b[:, None]
         return dataclasses.replace(
             self,
-            tried_bg=jnp.where(new_b1, 0, self.tried_bg),
-            kept_bg=jnp.where(new_b1, 0, self.kept_bg),
+            tried_be=jnp.where(new_b1, 0, self.tried_be),
+            kept_be=jnp.where(new_b1, 0, self.kept_be),
             proposing_b=jnp.where(rows_b, 1, self.proposing_b),
             unobserved_b=jnp.where(rows_b, 0, self.unobserved_b),
         )
+
+    def _entries(self) -> list[range]:
+        """Returns the entries of the evidence for each width, by depth."""
+        if not self.trees:
+            return [range(width) for width in self.widths]
+        ends = itertools.accumulate(self.widths)
+        return [range(end - width, end) for width, end in zip(self.widths, ends, strict=True)]
+
+    def _places(self) -> Array:
+        """Returns int32 ``[1, e]``, the draft of this round's paths that each entry is about; -1 for none."""
+        if not self.trees:
+            return jnp.arange(self.widths[-1], dtype=jnp.int32)[None]
+        entries = [(number, depth) for number, width in enumerate(self.widths) for depth in range(width)]
+        number_e, depth_e = jnp.asarray(entries, jnp.int32).T
+        return jnp.where(number_e == self.width, depth_e, -1)[None]
+
+    def _first_tried(self) -> Array:
+        """Returns float32 ``[b]``, how often first drafts were verified."""
+        first = {entries.start for entries in self._entries() if entries}
+        return jnp.sum(self.tried_be[:, np.asarray(sorted(first))], axis=1)
 
     def _trial(self, cost_bw: Array) -> Array:
         return _narrowest(_by_width(cost_bw[0], self.widths), self.widths)
@@ -217,8 +246,8 @@ class Adapt:
         uncut = (self.looked_b[0] < _LEAST) | (self.looked_b[0] % _UNCUT == _UNCUT - 1)
         step_p = jnp.where(uncut | ~jnp.isfinite(step_p), 0.0, step_p)
         share = rate / jnp.maximum(jnp.sum(running_b.astype(jnp.float32)), 1)
-        price_g = jnp.zeros((self.tried_bg.shape[1],), jnp.float32).at[np.asarray(passes[:-1])].set(share * step_p)
-        return jnp.broadcast_to(price_g[None], self.tried_bg.shape)
+        price_g = jnp.zeros((self.tried_be.shape[1],), jnp.float32).at[np.asarray(passes[:-1])].set(share * step_p)
+        return jnp.broadcast_to(price_g[None], self.tried_be.shape)
 
     def _spent(self, cost_bw: Array) -> Array:
         """Returns the mean time of rounds of each width; one without proposals takes the time of a plain one."""
@@ -230,24 +259,24 @@ class Adapt:
         # 1. A trial takes the fewest drafts that might pay, since it may be in vain.
         cost_w, left_b = self._spent(cost_bw), self._left(running_b, room_b)
         best = jnp.argmax(self._expected(running_b, room_b) / cost_w)
-        looked, tried = self.looked_b[0], jnp.sum(jnp.where(running_b, self.tried_bg[:, 0], 0))
+        looked, tried = self.looked_b[0], jnp.sum(jnp.where(running_b, self._first_tried(), 0))
         trying = (looked < _LEAST) | ((tried < _TRIAL) & (looked < _MOST))
         width = jnp.where(trying, _narrowest(cost_w, self.widths), best)
 
         # 2. The pause. Without the prior, how much of what drafts cost was lost: all if none was accepted. It is little
         # where text that is now easy and now hard is the cause, so that drafts soon pay again: hence the third power.
-        found_bg = self.kept_bg / jnp.maximum(self.tried_bg, 1)
-        kept_w = self._emitted(found_bg, left_b) - 1
+        found_be = self.kept_be / jnp.maximum(self.tried_be, 1)
+        kept_w = self._emitted(found_be, left_b) - 1
         lost = 1 - jnp.max(kept_w[1:] / jnp.maximum(cost_w[1:] - 1, 1e-3))
         pause_b = jnp.maximum(_PAUSE * lost**3, 2 * self.pause_b)
         pause_b = jnp.ceil(jnp.clip(pause_b, _SHORTEST_PAUSE, _LONGEST_PAUSE))
         stops, judged = width == 0, ~trying
         # Little of the evidence remains, so that a few drafts of the next trial count.
-        few_b1 = jnp.where(stops, 1 / jnp.maximum(self.tried_bg[:, 0], 1), 1.0)[:, None]
+        few_b1 = jnp.where(stops, 1 / jnp.maximum(self._first_tried(), 1), 1.0)[:, None]
         return dataclasses.replace(
             self,
-            tried_bg=self.tried_bg * few_b1,
-            kept_bg=self.kept_bg * few_b1,
+            tried_be=self.tried_be * few_b1,
+            kept_be=self.kept_be * few_b1,
             looked_b=jnp.where(stops, 0, self.looked_b),
             width_b=jnp.full_like(self.width_b, width),
             rest_b=jnp.where(stops, pause_b, self.rest_b),
@@ -260,20 +289,24 @@ class Adapt:
 
     def _expected(self, running_b: Array, room_b: Array) -> Array:
         """Returns float32 ``[widths]``, the tokens that are expected of a round of each width."""
-        others_tried_bg = jnp.sum(self.tried_bg, axis=0)[None] - self.tried_bg
-        others_kept_bg = jnp.sum(self.kept_bg, axis=0)[None] - self.kept_bg
-        prior_bg = (_WEIGHT * PRIOR + others_kept_bg) / (_WEIGHT + others_tried_bg)
-        expected_bg = (_WEIGHT * prior_bg + self.kept_bg) / (_WEIGHT + self.tried_bg)
-        return self._emitted(expected_bg, self._left(running_b, room_b))
+        prior_be, found = PRIOR, []
+        for entries in self._entries()[1:] if self.trees else [range(self.widths[-1])]:
+            tried_be, kept_be = (x[:, entries.start : entries.stop] for x in (self.tried_be, self.kept_be))
+            others_tried_be = jnp.sum(tried_be, axis=0)[None] - tried_be
+            others_kept_be = jnp.sum(kept_be, axis=0)[None] - kept_be
+            prior_be = (_WEIGHT * prior_be + others_kept_be) / (_WEIGHT + others_tried_be)
+            found.append((_WEIGHT * prior_be + kept_be) / (_WEIGHT + tried_be))
+            prior_be = (1 + found[-1]) / 2  # a larger tree has more drafts at each depth
+        return self._emitted(jnp.concatenate(found, axis=1), self._left(running_b, room_b))
 
-    def _emitted(self, accept_bg: Array, left_b: Array) -> Array:
+    def _emitted(self, accept_be: Array, left_b: Array) -> Array:
         """Returns float32 ``[widths]``, the tokens of a round at these probabilities: a mean over rows.
 
         A batch is done when its last row is. So the mean is that which gives the norm of the rounds that rows still
         take, and rows count by the most tokens that they may still emit, ``left_b``.
         """
-        reached_bg = jnp.cumprod(accept_bg, axis=1)
-        kept_bw = jnp.stack([jnp.sum(reached_bg[:, :width], axis=1) for width in self.widths], axis=1)
+        accepts = [accept_be[:, entries.start : entries.stop] for entries in self._entries()]
+        kept_bw = jnp.stack([jnp.sum(jnp.cumprod(each, axis=1), axis=1) for each in accepts], axis=1)
         emitted_bw = 1 + self.proposing_b[:, None] * kept_bw
         share_b1 = ((left_b / jnp.maximum(jnp.max(left_b), 1)) ** _SLOWEST)[:, None]
         rounds_w = jnp.sum(share_b1 / emitted_bw**_SLOWEST, axis=0) / jnp.maximum(jnp.sum(share_b1), 1e-6)

@@ -11,7 +11,7 @@ from specjax.engine.adapt import Adapt, kept_by
 from specjax.engine.request import CHUNK, Request
 from specjax.engine.round import NoDrafter, context_of, observe_plain
 from specjax.engine.state import Logprobs, State
-from specjax.engine.tree import longest_path
+from specjax.engine.tree import depth_of, longest_path
 from specjax.rows import append, text_at
 from specjax.types import Cache, Drafter, Event, Feed, LanguageModel, Stats
 
@@ -55,7 +55,7 @@ def _adapt(cost_bw: Array | None, target: LanguageModel, drafter: Drafter) -> Ad
     if cost_bw is None:
         return None
     specs = target.state_specs(drafter.capture) if drafter.capture else ()
-    return Adapt.start(cost_bw, kept_by(drafter), specs)
+    return Adapt.start(cost_bw, kept_by(drafter), specs, trees=depth_of(drafter) is not None)
 
 
 def extend(
