@@ -22,6 +22,9 @@ SCRATCH = 16
 def mapped(call: Caller, params: Any, feed: Feed, kept: tuple[Array, ...]) -> Passed:
     """Maps the model over rows: each is a batch of one, with a write index of its own."""
 
+    if feed.tokens_bt.shape[0] == 1:  # a mapped write is a scatter, for which XLA copies the cache on a CPU
+        return indexed(call, params, feed, kept)
+
     def row(tokens_t: Array, position_t: Array, start: Array, kept: tuple[Array, ...]) -> Passed:
         single = jax.tree.map(lambda x: x[None], (tokens_t, position_t, start, kept))
         return jax.tree.map(lambda x: x[0], indexed_at(call, params, *single))
@@ -58,7 +61,7 @@ def scratch(call: Caller, params: Any, feed: Feed, kept: tuple[Array, ...]) -> P
     index_b = jnp.full_like(feed.start_b, at)
     logits_btv, written, states = call(params, feed.tokens_bt, feed.position_bt, seen_bts, wide, index_b)
     move = functools.partial(_moved, at=at, feed=feed)
-    return logits_btv, tuple(map(move, leaves, written)), states
+    return logits_btv, tuple(map(move, leaves, kept, written)), states
 
 
 def _slots(call: Caller, kept: tuple[Array, ...]) -> int:
@@ -71,11 +74,10 @@ def _padded(array: Array, axis: int, more: int) -> Array:
     return jnp.pad(array, [(0, more if each == axis else 0) for each in range(array.ndim)])
 
 
-def _moved(leaf: Leaf, array: Array, at: int, feed: Feed) -> Array:
-    """Returns the array with its scratch slots written at each row's place, and without those that were added."""
+def _moved(leaf: Leaf, array: Array, written: Array, at: int, feed: Feed) -> Array:
+    """Returns the array with what was written at scratch slots written at each row's place."""
     axis = leaf.slots_kept
-    new = lax.slice_in_dim(array, at, at + feed.tokens_bt.shape[1], axis=axis)
-    array = lax.slice_in_dim(array, 0, at + SCRATCH, axis=axis)
+    new = lax.slice_in_dim(written, at, at + feed.tokens_bt.shape[1], axis=axis)
     (moved,) = kv.update((_flat(array, axis),), (_flat(new, axis),), feed.start_b)
     return moved.reshape(array.shape)
 
