@@ -1,12 +1,15 @@
 """Models of gemma through ``specjax.adapt``; skipped without the package (``pip install 'specjax[gemma]'``), which asks
 for Python 3.12."""
 
+import argparse
+
 import jax
 import jax.numpy as jnp
 import pytest
 from adapted_texts import assert_texts_and_law, moved, run_section
 
 import specjax
+from specjax.commands import adapted
 
 pytest.importorskip("gemma.gm.nn", reason="gemma is not installed: pip install 'specjax[gemma]' on Python 3.12")
 
@@ -63,3 +66,9 @@ def test_texts_and_law_are_those_of_a_pass_without_a_cache(name, way):
     logits_of = jax.jit(lambda tokens: model.apply({"params": params}, tokens).logits)
     assert_texts_and_law(target, second, logits_of)
     assert specjax.adapt(params, names["empty_cache"], call=names["call"], way=way).forward is target.forward
+
+
+def test_the_benchmark_has_the_texts_of_the_packages_own_sampler():
+    args = argparse.Namespace(package=["gemma"], batch=[2], num_draft=[2], new_tokens=4, repeats=1)
+    rows = adapted.bench_adapted(args)
+    assert len(rows) >= 3 and {row["text equal"] for row in rows} == {"2 of 2"}

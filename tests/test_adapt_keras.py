@@ -1,5 +1,6 @@
 """Models of keras-hub on JAX through ``specjax.adapt``; skipped without it (``pip install 'specjax[keras]'``)."""
 
+import argparse
 import os
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from adapted_texts import assert_texts_and_law, moved, run_section
 
 import specjax
+from specjax.commands import adapted
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 keras = pytest.importorskip("keras", reason="keras-hub is not installed: pip install 'specjax[keras]'")
@@ -63,3 +65,9 @@ def test_texts_and_law_are_those_of_a_pass_without_a_cache(model):
     assert_texts_and_law(target, second, logits_of(model))
     again = specjax.adapt(values_of(model), empty, call=call)
     assert again.forward is target.forward
+
+
+def test_the_benchmark_has_the_texts_of_the_packages_own_sampler():
+    args = argparse.Namespace(package=["keras-hub"], batch=[2], num_draft=[2], new_tokens=4, repeats=1)
+    rows = adapted.bench_adapted(args)
+    assert len(rows) >= 3 and {row["text equal"] for row in rows} == {"2 of 2"}

@@ -1,5 +1,7 @@
 """Models of google-tunix through ``specjax.adapt``; skipped without the package (``pip install 'specjax[tunix]'``)."""
 
+import argparse
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from adapted_texts import PROMPTS, assert_greedy, assert_texts_and_law, generate
 from flax import nnx
 
 import specjax
+from specjax.commands import adapted
 
 pytest.importorskip("tunix.models.qwen3.model", reason="google-tunix is not installed: pip install 'specjax[tunix]'")
 
@@ -102,3 +105,9 @@ def test_a_model_of_the_same_sizes_is_the_same_architecture(models):
     again = run_section("tunix")
     assert again["target"].forward is specjax.adapt(*models["qwen3"]).forward
     assert again["target"].init_cache is specjax.adapt(*models["qwen3"]).init_cache
+
+
+def test_the_benchmark_has_the_texts_of_the_packages_own_sampler():
+    args = argparse.Namespace(package=["tunix"], batch=[2], num_draft=[2], new_tokens=4, repeats=1)
+    rows = adapted.bench_adapted(args)
+    assert len(rows) >= 3 and {row["text equal"] for row in rows} == {"2 of 2"}

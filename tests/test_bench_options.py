@@ -16,8 +16,9 @@ import tiny
 
 import specjax
 from specjax import training
-from specjax.commands import bench_page, figures, machine, measure, models, peers, plots, stdlib
+from specjax.commands import adapted, bench_page, figures, machine, measure, models, peers, plots, stdlib
 from specjax.hf.config import decoder_config
+from specjax.testing import table_model
 from specjax.transformer.decoder import init_params
 
 TEXT = "".join(f"def f{i}(x):\n    return x + {i}\n\n\n" for i in range(200))
@@ -194,6 +195,8 @@ def test_keras_hub_beside_specjax(run, folder, monkeypatch):
         (["rollback", "--target", "{}/target"], "no layer of --target is recurrent"),
         (["--peer", "vllm"], "--peer: invalid choice: 'vllm'"),
         (["peer"], "peer is asked for without --peer; give --peer with one of transformers, keras-hub"),
+        (["adapted"], "adapted is asked for without --package; give --package with one of tunix, keras-hub, gemma"),
+        (["speed", "--package", "tunix"], "--package tunix is for the benchmark adapted; name it"),
         (["prompts"], "prompts is asked for without files; give --prompts FILE.jsonl"),
         (
             ["speed", "--prompts", "a.jsonl"],
@@ -230,6 +233,32 @@ def test_a_peer_that_is_missing_has_its_cure(monkeypatch):
         peers.check("transformers")
     with pytest.raises(ValueError, match="pip install keras-hub"):
         peers.check("keras-hub")
+
+
+def test_a_package_that_is_missing_has_its_cure(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'specjax\[keras\]'"):
+        adapted.check(["keras-hub"])
+
+
+def test_adapted_models_stand_beside_their_own_samplers(monkeypatch):
+    """The model repeats each row's last token; so does the sampler, but for one token of the first row."""
+    vocab = 5
+    monkeypatch.setattr(adapted, "VOCAB", vocab)
+
+    def own(prompts, count):
+        texts = np.repeat(prompts[:, -1:], count, axis=1)
+        texts[0, 2] += 1
+        return texts
+
+    repeats = table_model(np.broadcast_to(9 * np.eye(vocab, dtype=np.float32), (vocab, vocab, vocab)))
+    made = adapted.Adapted("a package", own, {"mapped": repeats})
+    monkeypatch.setitem(adapted.PACKAGES, "tunix", lambda slots: made)
+    args = argparse.Namespace(package=["tunix"], batch=[2], num_draft=[2], new_tokens=8, repeats=1)
+    found = adapted.bench_adapted(args)
+    assert [row["decoding"] for row in found] == ["own sampler", "mapped, plain", "mapped, n-grams"]
+    assert [row["text equal"] for row in found] == ["2 of 2", "1 of 2", "1 of 2"]
+    assert found[0]["beside own sampler"] == 1 and found[2]["tokens per pass"] > found[1]["tokens per pass"] == 1
 
 
 def test_acceptance_by_definition():

@@ -20,6 +20,7 @@ from tqdm import tqdm
 import specjax
 from specjax.checkpoint.spec import short_name
 from specjax.commands import (
+    adapted,
     bench_page,
     compilation_cache,
     figures,
@@ -74,6 +75,8 @@ These run when they are named:
   rollback    of a target with recurrent layers: the target's pass with and without rollback,
               and the memory that a round keeps for it
   peer        other libraries with the same weights and prompts in the same run; needs --peer
+  adapted     models of other packages through specjax.adapt, beside the packages' own samplers: random weights,
+              greedy; needs --package (docs/your_model.md)
   repeats     prompts that come again and again: a file that is edited, and the same prompt sampled several times.
               Suffix drafters remember the answers (docs/drafters.md); that time counts, too
   rollouts    a policy that learns a toy reward for --updates: its rollouts by plain decoding, by a draft that stays
@@ -172,6 +175,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--learning-rate", type=_temperature, default=3e-4, metavar="R", help="for rollouts: of the policy")
     add("--repeats", type=_count, default=15, metavar="N", help="number of timings of each median")
     add("--peer", choices=peers.PEERS, nargs="+", default=[], help="for peer")
+    add("--package", choices=adapted.PACKAGES, nargs="+", default=[], help="for adapted")
     add("--torch-threads", type=_count, default=os.cpu_count() or 1, metavar="N", help="for peer; default: all cores")
     add("--json", type=Path, metavar="FILE", help="also write the figures there")
     add("--html", type=Path, metavar="FILE", help="also write a page with plots there")
@@ -225,6 +229,12 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("prompts compares greedy answers with --peer; give --temperature 0, too")
     if "peer" in args.what and not args.peer:
         raise ValueError(f"peer is asked for without --peer; give --peer with one of {', '.join(peers.PEERS)}")
+    if "adapted" in args.what and not args.package:
+        names = ", ".join(adapted.PACKAGES)
+        raise ValueError(f"adapted is asked for without --package; give --package with one of {names}")
+    if args.package and "adapted" not in args.what:
+        raise ValueError(f"--package {args.package[0]} is for the benchmark adapted; name it")
+    adapted.check(args.package)
     if args.peer and args.forced_acceptance:
         raise ValueError("--peer compares texts, and --forced-acceptance makes text without meaning; leave one out")
     if args.peer and (args.quantize or args.quantize_draft):
@@ -387,6 +397,7 @@ BENCHMARKS = {
     "acceptance": bench_acceptance,
     "rollback": rollback.bench_rollback,
     "peer": peers.bench_peer,
+    "adapted": adapted.bench_adapted,
     "repeats": repeats.bench_repeats,
     "rollouts": rollouts.bench_rollouts,
     "prompts": bench_prompts,
