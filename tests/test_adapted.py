@@ -168,7 +168,7 @@ def train(model, seed):
 
 @pytest.mark.parametrize("again", ["adapted", "replaced"])
 def test_new_weights_compile_nothing(again):
-    """The functions of the adapter are made anew in each step, as in the loop of one who trains."""
+    """In 50 steps, each of which makes the functions of the adapter anew, as in the loop of one who trains."""
 
     def step(model, target=None):
         if again == "replaced" and target is not None:
@@ -182,7 +182,7 @@ def test_new_weights_compile_nothing(again):
     model = foreign.Decoder()
     target = step(model)
     first = texts(generate(target, drafter=ModelDrafter(target, 3)))
-    for seed in range(3):
+    for seed in range(50):
         train(model, seed)
         with compilations() as names:
             target = step(model, target)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import recurrent
 from flax import struct
 from jax import lax
 
+import specjax
 from specjax import Cascade, ModelDrafter, NGramDrafter, Proposal, check_drafter, check_model
 from specjax.drafters.pard import PardDrafter
 from specjax.testing import table_model
@@ -361,6 +363,13 @@ def test_the_broken_clause_is_named(make, words):
     with pytest.raises(ValueError, match=r"breaks the contract of specjax\.LanguageModel") as caught:
         check_model(make(), length=32)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["no Output", "no capture"])
+def test_generation_says_the_same(name):
+    make, words = WRONG[name]
+    with pytest.raises(ValueError, match=re.escape(words)):
+        specjax.generate(make(), [[1, 2]], max_new_tokens=4)
 
 
 def test_right_early_exit_passes():

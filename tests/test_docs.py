@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from adapted_texts import assert_texts_and_law, moved
 from flax import nnx
 
 import specjax
@@ -120,6 +121,23 @@ def test_your_model_works(place):
     sections = re.findall(r"^### (.*)$", (ROOT / "docs/your_model.md").read_text(encoding="utf-8"), re.MULTILINE)
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_adapt_*.py"))
     assert sections and all(f'run_section("{section}")' in tests for section in sections)
+
+
+def test_the_decoder_of_your_model_has_the_text_and_the_law_of_one_pass(place):
+    names, _ = run("docs/your_model.md", before="## Three ways")
+    model, empty_cache = names["model"], names["empty_cache"]
+    nnx.update(model, jax.tree.map(moved, nnx.state(model)))
+    second = names["Decoder"](nnx.Rngs(0))
+    nnx.update(second, jax.tree.map(lambda x: 0.9 * x, nnx.state(model)))
+
+    @nnx.jit
+    def logits_of(tokens):
+        (rows, places), place = tokens.shape, np.arange(tokens.shape[1])
+        seen = np.broadcast_to(place[:, None] >= place, (rows, places, places))
+        return model(tokens, np.broadcast_to(place, tokens.shape), empty_cache(rows, places), seen)[0]
+
+    target, second = (specjax.adapt(each, empty_cache, max_positions=1024) for each in (model, second))
+    assert_texts_and_law(target, second, logits_of)
 
 
 @pytest.mark.parametrize("page", sorted(["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]))
