@@ -1,21 +1,25 @@
 """specjax as rollout engine of tunix. ``pip install -e '.[tunix]'`` brings what it needs."""
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
 
 import specjax
 
 pytest.importorskip("tunix", reason="google-tunix is not installed: pip install -e '.[tunix]'")
 
 from tunix.models.qwen3 import model as qwen3
-from tunix.rl import common
+from tunix.rl import common, rl_cluster
+from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
 from tunix.rl.rollout import base_rollout, vanilla_rollout
 
 from specjax.integrations.tunix import SpecjaxRollout
@@ -35,9 +39,14 @@ PROMPTS = ["abca", "abca", "z", "z", "hello wor", "hello wor"]  # the last one i
 
 @pytest.fixture(autouse=True)
 def _foreign_code():
-    """tunix promotes ranks and dtypes, which this suite forbids elsewhere."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
+    """tunix promotes ranks and dtypes, which this suite forbids elsewhere; in threads of its own, too."""
+    ours = {"jax_numpy_rank_promotion": "allow", "jax_numpy_dtype_promotion": "standard"}
+    before = {name: jax.config.values[name] for name in ours}
+    for name, value in ours.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 class Letters:
@@ -152,12 +161,43 @@ def test_refuses_what_it_cannot_do():
         sampler.update_params(nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0))))
     with pytest.raises(ValueError, match="prompts is empty"):
         sampler.generate([], ROLLOUT)
+    with pytest.raises(TypeError, match=r"prompts has 3; give texts"):
+        sampler.generate(["a", 3], ROLLOUT)
     with pytest.raises(TypeError, match="takes no images"):
         sampler.generate(PROMPTS, ROLLOUT, images=[None])
     with pytest.raises(ValueError, match="rows is 0; give an integer"):
         engine(rows=0)
     with pytest.raises(ValueError, match="Linear has no init_cache; give SpecjaxRollout adapt="):
         SpecjaxRollout(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), Letters())
+
+
+def test_grpo_trains_a_policy_with_the_engine():
+    """tunix's own learner: the reward rises, and the engine samples from the policy as it is after the last step."""
+    mesh = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
+    roles, steps, rewards = rl_cluster.Role, 12, []
+    config = rl_cluster.ClusterConfig(
+        role_to_mesh=dict.fromkeys((roles.ACTOR, roles.REFERENCE, roles.ROLLOUT), mesh),
+        rollout_engine=functools.partial(SpecjaxRollout, drafter=specjax.NGramDrafter(num_draft=3)),
+        training_config=rl_cluster.RLTrainingConfig(
+            actor_optimizer=optax.adam(3e-3), eval_every_n_steps=1000, max_steps=steps
+        ),
+        rollout_config=dataclasses.replace(ROLLOUT, top_p=None, kv_cache_size=64),
+    )
+
+    def even(prompts, completions, **_):
+        share = [np.mean([int(token) % 2 == 0 for token in text.split()]) for text in completions]
+        rewards.append(np.mean(share))
+        return share
+
+    with mesh:
+        cluster = rl_cluster.RLCluster(actor=policy(), reference=policy(), tokenizer=Letters(), cluster_config=config)
+        learner = GRPOLearner(cluster, GRPOConfig(num_generations=4, num_iterations=1, beta=0.0), reward_fns=even)
+        learner.train([{"prompts": np.array(["abca", "z", "hello"])}] * steps)
+    assert len(rewards) == steps and np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.1, rewards
+    engine, trained = cluster.rollout, nnx.state(cluster.actor_trainer.model, nnx.Param)
+    assert isinstance(engine, SpecjaxRollout) and len(engine.last.lengths) == 12
+    for own, wanted in zip(jax.tree.leaves(engine.target.params), jax.tree.leaves(trained), strict=True):
+        np.testing.assert_array_equal(own, wanted)
 
 
 def test_tunix_takes_the_engine_of_the_page():

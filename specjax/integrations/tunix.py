@@ -108,12 +108,14 @@ class SpecjaxRollout(base_rollout.BaseRollout):
 
         Raises:
           ValueError: there is no prompt, or a number of the config is out of its range.
-          TypeError: an argument that this engine does not have, such as images.
+          TypeError: an argument that this engine does not have, such as images; or a prompt that is no text.
         """
         if kwargs:
             raise TypeError(f"specjax's rollout engine takes no {', '.join(kwargs)}; use tunix's own engine for that")
-        if not prompts:
+        if len(prompts) == 0:
             raise ValueError("prompts is empty; give at least one")
+        if other := [prompt for prompt in prompts if not isinstance(prompt, str)]:
+            raise TypeError(f"prompts has {other[0]!r}; give texts, as a learner does whose batches are NumPy arrays")
         samples = _repeats(prompts)
         tokens = [self._encode(prompt) for prompt in prompts[::samples]]
         length = max(map(len, tokens))
