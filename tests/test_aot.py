@@ -618,8 +618,9 @@ def test_a_tpu_keeps_every_promise(tmp_path):
 
 
 @needs_tpu
-def test_a_tree_on_a_tpu_keeps_every_promise(tmp_path):
-    made = compiled(tmp_path, "--rows", "2", "--drafter", "eagle", "--tree", "8")
+@pytest.mark.parametrize("drafter", ["eagle", "model"])
+def test_a_tree_on_a_tpu_keeps_every_promise(drafter, tmp_path):
+    made = compiled(tmp_path, "--rows", "2", "--drafter", drafter, "--tree", "8")
     assert (made["tree"], made["cache_copies"], made["undecided"]) == (8, 0, [])
     assert all(of["holds"] for of in made["promises"].values())
 
@@ -683,6 +684,15 @@ def test_an_h100_keeps_every_promise(drafter, tmp_path):
     assert made["cache_copies"] == 0 and made["kernels"] > 100
     broken = compiled(tmp_path, *options, "filters", "--most-waits", "0", status=1)
     assert not broken["promises"]["the host waits at most 0 times a round"]["holds"]
+
+
+@needs_gpu
+@pytest.mark.parametrize("drafter", ["eagle", "model"])
+def test_a_tree_on_an_h100_keeps_every_promise(drafter, tmp_path):
+    options = ["--topology", "h100", "--rows", "2", "--drafter", drafter, "--tree", "8"]
+    made = compiled(tmp_path, *options, "--most-waits", "0.25")
+    assert (made["tree"], made["cache_copies"], made["undecided"]) == (8, 0, [])
+    assert all(of["holds"] for of in made["promises"].values())
 
 
 @needs_gpu

@@ -18,7 +18,8 @@ _COLLECTIVE = re.compile(
     r"(-start)?"
 )
 _HOST = re.compile(r"callback|host", re.IGNORECASE)
-_SORT = re.compile(r'custom_call_target="[^"]*(sort|topk)', re.IGNORECASE)
+# A GPU's TopK is one kernel that selects a few entries.
+_SORT = re.compile(r'custom_call_target="(?!__gpu\$TopK")[^"]*(sort|topk)', re.IGNORECASE)
 _SHORT = 1024  # entries of a row; so many are sorted in no time
 # What may have a whole cache as its result without being a write: it passes the cache on.
 _PASSES = re.compile(

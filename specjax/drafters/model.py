@@ -137,7 +137,6 @@ class ModelDrafter:
         length_b = context.length_b
         feed = self._missing(state, context, self._window)
         logits_btv, cache = self.model.run(feed, state.cache)
-        read = ModelState(cache, jnp.where(context.running_b, length_b, state.fed_b))
         logits_bv = place(logits_btv, jnp.maximum(feed.count_b - 1, 0))
         drawn = DrawnTree.of(tree, self.siblings, length_b.shape[0]).add(draw, logits_bv[:, None])
         for depth in range(1, drawn.shape.depth):
@@ -145,6 +144,8 @@ class ModelDrafter:
             count_b = jnp.where(context.running_b, jnp.int32(tokens_bm.shape[1]), 0)
             logits_bmv, cache = self.model.run(Feed(tokens_bm, length_b, count_b, parents_bm), cache)
             drawn = drawn.add(draw, logits_bmv[:, -len(drawn.shape.last_fed(depth)) :])
+        # The tree stays in the cache past the row's end, where the next round writes what was kept.
+        read = ModelState(cache, jnp.where(context.running_b, length_b, state.fed_b))
         return drawn.propose(jnp.ones_like(context.running_b)), read
 
     def follow(self, state: ModelState, context: Context, tokens_bg: Array) -> ModelState:
