@@ -31,6 +31,7 @@ from tokenizers.models import BPE
 
 import specjax
 from specjax import (
+    BlockDrafter,
     Cascade,
     EarlyExitDrafter,
     FeatureDrafter,
@@ -43,9 +44,11 @@ from specjax import (
 )
 from specjax.checkpoint.eagle import eagle_head
 from specjax.drafters.assistant import AssistantDrafter, AssistantHead
+from specjax.drafters.dflash import DFlashHead
 from specjax.drafters.eagle import EagleHead
 from specjax.drafters.medusa import init_medusa_params
 from specjax.drafters.mtp import MTPConfig, init_mtp_params
+from specjax.drafters.trees import drawn_tree
 from specjax.engine import programs
 from specjax.engine.request import lay_out
 from specjax.hf.config import decoder_config
@@ -193,6 +196,26 @@ CASES = [  # the target, drafters, mesh, the drafters' rules
     (DEEPSEEK, ("eagle", "medusa", "early exit", "cascade"), (2, 4), RULES),
     (HYBRID, ("mamba", "assistant"), (2, 2, 2), RULES),
 ]
+
+
+def blocks_and_trees_run_on_a_mesh():
+    """Rows and heads split: the text is that of plain decoding on one device with the same noise."""
+    mesh, target = make_mesh(2, 4), decoder(DENSE)
+    head = DFlashHead(DENSE, (0,), DRAFTS, 9, from_anchor=True, markov="gated", markov_rank=4)
+    block, tree = (
+        BlockDrafter(loud(head.init_params(jax.random.key(2))), head, DRAFTS),
+        drawn_tree(5, DRAFTS, "distinct"),
+    )
+    drafters = {
+        "block": block,
+        "tree of a block": dataclasses.replace(block, num_draft=5, tree_depth=DRAFTS),
+        "drawn tree": dataclasses.replace(drafter("model", DENSE), num_draft=5, tree=tree, siblings="distinct"),
+    }
+    for name, draft in drafters.items():
+        with jax.set_mesh(mesh):
+            out = generate(shard(target, mesh), shard(draft, mesh), verify.coupled)
+        np.testing.assert_array_equal(out.tokens, plainly(DENSE), name)
+        assert out.stats.accepted.sum() > 0, name
 
 
 def stream_keeps_caches_split_and_gives_the_same_tokens():
@@ -626,6 +649,7 @@ CHECKS = {
 } | {
     check.__name__: check
     for check in (
+        blocks_and_trees_run_on_a_mesh,
         stream_keeps_caches_split_and_gives_the_same_tokens,
         a_callers_shard_map_runs_generate,
         a_callers_pmap_runs_generate,
