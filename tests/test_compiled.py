@@ -15,6 +15,7 @@ from jax import lax
 
 import specjax
 from specjax import ModelDrafter, NGramDrafter, Sampling, verify
+from specjax.drafters.trees import drawn_tree
 from specjax.engine import costs, programs
 from specjax.engine.adapt import widths_of
 from specjax.engine.request import lay_out
@@ -49,7 +50,7 @@ def arguments(rows, slots, target=TARGET, drafter=DRAFTER, width=5, sampling=Sam
     """Returns the positional and the static arguments of the jitted ``generate``."""
     prompt_bt = np.ones((rows, width), np.int32)
     prompt_bs, request, static = lay_out(target, drafter, prompt_bt, None, sampling, 8, (), slots, fixed=fixed)
-    static |= {"classes": programs.classes_key(target, drafter), "verify": verify.block}
+    static |= {"classes": programs.classes_key(target, drafter), "verify": verify.default_rule(drafter)}
     return (target, prompt_bs, request, drafter), static
 
 
@@ -151,7 +152,10 @@ def test_a_round_copies_no_cache(program):
     assert copies(body, slots) == []
 
 
-@pytest.mark.parametrize("drafter", [DRAFTER, NGramDrafter(DRAFTS)], ids=["model", "n-gram"])
+TREE = ModelDrafter(DRAFTER.model, 6, tree=drawn_tree(6, DRAFTS, "distinct"), siblings="distinct")
+
+
+@pytest.mark.parametrize("drafter", [DRAFTER, NGramDrafter(DRAFTS), TREE], ids=["model", "n-gram", "tree"])
 def test_rounds_of_all_widths_copy_no_cache(drafter):
     """The program that adapts has a loop for each width in its loop."""
     args, static = arguments(1, 1024, drafter=drafter, fixed=False)
