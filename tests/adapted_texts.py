@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from scipy import stats
 
 import specjax
@@ -65,6 +66,8 @@ def assert_texts_and_law(target, second, logits_of):
     """Greedy texts, plain and with drafts of n-grams and of a second model, and the law at temperature 1."""
     for drafter in (None, specjax.NGramDrafter(3, 1, 2), specjax.ModelDrafter(second, 3)):
         assert_greedy(generate(target, drafter), PROMPTS, logits_of)
-    drafted = generate(target, drafter, [[1, 2, 3]] * 64, temperature=1.0)
+    drafted = generate(target, drafter, [[1, 2, 3]] * 256, temperature=1.0)
     assert 0 < drafted.stats.accepted.sum() < drafted.stats.drafted.sum()
     assert_law(drafted, 3, logits_of)
+    with pytest.raises(AssertionError):  # so many texts tell the law from that of a lower temperature
+        assert_law(drafted, 3, lambda tokens: logits_of(tokens) / 0.8)

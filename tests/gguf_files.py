@@ -9,7 +9,6 @@ import re
 
 import numpy as np
 import pytest
-import safetensors.torch
 
 gguf = pytest.importorskip("gguf")
 
@@ -61,6 +60,8 @@ def permuted(array, heads):
 def load_folder(folder):
     """Returns the config of a Hugging Face folder and its tensors as float32."""
     config = json.loads((folder / "config.json").read_text())
+    import safetensors.torch  # which needs torch
+
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     return config, {name: tensor.float().numpy() for name, tensor in tensors.items()}
 

@@ -422,7 +422,7 @@ def test_costs_outlast_the_process(monkeypatch, tmp_path):
     monkeypatch.setattr(costs_lib, "_known", {})
 
     def ask():
-        return costs_lib.measured("key", lambda: "lasting", (0, 2, 4), lambda: 100, None).tolist()
+        return costs_lib.measured("key", lambda: "lasting", (0, 2, 4), (0, 2, 4), lambda: 100, None).tolist()
 
     monkeypatch.setattr(costs_lib, "_seconds", lambda *_: np.asarray([2.0, 3.0, 4.0]))
     assert ask() == [1.0, 1.5, 2.0]

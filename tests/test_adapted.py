@@ -229,6 +229,22 @@ def test_other_code_and_other_closures_are_other_functions():
     assert partly[0].forward is partly[1].forward is not partly[2].forward
 
 
+def test_globals_that_are_read_count():
+    """As in a notebook, whose cell is run again after another one has changed a global."""
+    cell = {"scaled_by": scaled_by}
+    source = "def call(model, *args): return (lambda: scaled_by(scale, model, *args))()"
+
+    def run(scale):
+        exec(source, cell)
+        cell["scale"] = scale
+        target = adapted(call=cell["call"])
+        return target.forward, texts(generate(target))
+
+    (first, text), (other, its_text), (again, _) = run(2.0), run(-2.0), run(2.0)
+    assert first is again is not other
+    assert text == texts(generate(adapted())) != its_text
+
+
 @dataclasses.dataclass
 class Config:
     """Can be changed and so has no hash, as of tunix."""

@@ -238,7 +238,7 @@ def test_a_peer_that_is_missing_has_its_cure(monkeypatch):
 def test_a_package_that_is_missing_has_its_cure(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'specjax\[keras\]'"):
-        adapted.check(["keras-hub"])
+        adapted.check(["keras-hub"], asked=True)
 
 
 def test_adapted_models_stand_beside_their_own_samplers(monkeypatch):

@@ -1,6 +1,7 @@
 """SmolLM2, the model of ``specjax fetch smollm2``, where it was fetched: against transformers' reading of its file."""
 
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import specjax
 from specjax.checkpoint.fetched import is_whole
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-
 pytestmark = pytest.mark.skipif(not is_whole("smollm2"), reason="smollm2 was not fetched: specjax fetch smollm2")
+ROOT = Path(__file__).parent.parent
 NEW_TOKENS = 24
 GREEDY = specjax.Sampling(temperature=0.0)
 PROMPTS = {
@@ -33,6 +32,8 @@ def opened():
 
 @pytest.fixture(scope="module")
 def theirs(opened):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
     return their_reading(opened.path).eval()
 
 
@@ -44,6 +45,8 @@ def tokens_of(opened, kind, text):
 
 @pytest.mark.parametrize("kind", PROMPTS)
 def test_greedy_text_is_that_of_transformers(kind, opened, theirs):
+    import torch
+
     prompts = [tokens_of(opened, kind, text) for text in PROMPTS[kind]]
     drafter = specjax.NGramDrafter(num_draft=3, min_n=1)
     made = specjax.generate(
@@ -84,8 +87,21 @@ def test_copies_are_drafted(opened):
     assert len(drafted.tokens) > 2.5 * drafted.rounds
 
 
+def test_the_shipped_head_leaves_the_text_as_it_is(opened):
+    """And more than a fifth of its first drafts are accepted."""
+    prompts = [tokens_of(opened, "chat", text) for text in PROMPTS["chat"]]
+    options = {"sampling": GREEDY, "max_new_tokens": 64, "fixed": True}
+    drafter = specjax.load_drafter(f"eagle:{ROOT / 'checkpoints' / 'smollm2-eagle'}", opened.model, 4)
+    plain, drafted = (specjax.generate(opened.model, prompts, drafter=each, **options) for each in (None, drafter))
+    for one, other in zip(plain.rows(), drafted.rows(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    accepted, tried = (np.asarray(x)[:, 0].sum() for x in (drafted.stats.accepted_at, drafted.stats.drafted_at))
+    assert accepted > 0.2 * tried
+
+
 def test_tokens_are_those_of_transformers(opened):
     """But for texts with numbers: transformers cuts as GPT-2 does; SmolLM and llama.cpp cut at each digit first."""
+    transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(opened.path.parent, gguf_file=opened.path.name)
     fields = gguf.GGUFReader(opened.path).fields
     tokens, merges = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "merges"))

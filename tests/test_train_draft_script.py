@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,7 +106,8 @@ test.run(script, folder, sys.argv[4], runs="others", output=folder / "outputs" /
 
 
 @pytest.mark.parametrize(
-    ("kind", "moments"), [("medusa", ("sampling", "training")), ("dflash", ("training",)), ("dspark", ("training",))]
+    ("kind", "moments"),
+    [("medusa", ("sampling", "training")), *((kind, ("training",)) for kind in ("eagle", "dflash", "dspark"))],
 )
 def test_a_run_that_is_killed_goes_on_to_the_same_bits(kind, moments, script, folder):
     """It is killed after a shard of the text, and again in the training. Once done, the command ends at once."""
@@ -142,6 +144,10 @@ def test_own_texts_and_a_time_are_taken(script, folder, monkeypatch, capsys):
     monkeypatch.setattr(script, "step_seconds", None)  # nothing is measured again
     assert run(script, folder, "medusa", *options, output=output) == 0
     assert json.loads((output / "metrics.json").read_text())["stages"] == metrics["stages"]
+    # A draft whose run is elsewhere, such as one that is shipped, is not replaced by the command that made it.
+    shutil.rmtree(folder / "runs" / "timed")
+    assert run(script, folder, "medusa", *options, output=output) == 2
+    assert "exists and is not of the run in" in capsys.readouterr().err
 
 
 def test_a_run_or_output_of_something_else_is_not_touched(script, folder, capsys):
@@ -149,7 +155,7 @@ def test_a_run_or_output_of_something_else_is_not_touched(script, folder, capsys
     other.mkdir(parents=True)
     (other / "notes.txt").write_text("mine")
     assert run(script, folder, "medusa", output=other) == 2
-    assert "exists and is not of this run; remove it, or give another --output" in capsys.readouterr().err
+    assert "exists and is not of the run in" in capsys.readouterr().err
     assert [file.name for file in other.iterdir()] == ["notes.txt"]
     assert run(script, folder, "medusa", output=folder / "runs" / "same") == 2
     assert "is the folder of the run as well" in capsys.readouterr().err
@@ -200,7 +206,7 @@ def test_a_target_that_lacks_what_a_draft_reads_is_refused(script, folder, monke
 def test_a_target_that_repeats_itself_ends_the_sampling(script, folder, monkeypatch, capsys):
     same = [training.Document(np.asarray([1, 2, 0, 2, 5], np.int32), 4)]
     monkeypatch.setattr(training, "write_documents", lambda *args, **options: same)
-    assert run(script, folder, "medusa", runs="repeats") == 2
+    assert run(script, folder, "medusa", runs="repeats", output=folder / "outputs" / "repeats") == 2
     assert "48 documents of the target are empty or repeat earlier ones, after 5 tokens" in capsys.readouterr().err
 
 

@@ -196,6 +196,10 @@ def test_rounds_that_adapt_draft_one_of_two_trees_or_nothing(number):
     first, second = np.asarray(state.adapt.tried_be).reshape(ROWS, 2, 3)[:, :, 0].T
     assert (first > 2.8).all() if number == 1 else not first.any()
     assert (second > 2.8).all() if number == 2 else not second.any()
+    if number == 1:  # the small tree has paths of two drafts at most, so a third one was never kept
+        tried_b, kept_b = (np.asarray(x)[:, 2] for x in (state.adapt.tried_be, state.adapt.kept_be))
+        np.testing.assert_array_equal(tried_b > 0, np.asarray(state.stats.accepted_at)[:, 1] > 0)
+        assert tried_b.any() and not kept_b.any()
 
 
 # Faults.

@@ -37,8 +37,8 @@ def adapt(
     Run ``specjax.check_model`` on the result once: a model can break the contract without an error.
 
     To adapt a model of the same architecture again, such as after an update of its weights, compiles nothing.
-    Functions count as the same if their code and what they close over are. ``model.replace(params=...)`` of the result
-    does the same without a look at the functions.
+    Functions count as the same if their code, what they close over and the globals that they read are.
+    ``with_params`` of the result does the same without a look at the functions.
 
     Args:
       model: an ``nnx`` module, or a pytree of parameters, whose leaves become ``LanguageModel.params``.
@@ -53,8 +53,8 @@ def adapt(
         ``[b, t, slots]``, true at the slots that a place sees, its own included.
       way: how rows at different places go through the model.
 
-        - "mapped": ``jax.vmap`` over rows. The model sees one row at a time, whose slots are its positions. Right for
-          every model that is right for one row.
+        - "mapped": ``jax.vmap`` over rows, if there are several. The model sees one row at a time, whose slots are its
+          positions. Right for every model that is right for one row and that ``vmap`` can map.
         - "scratch": all rows write at the same slots, after every row, and the library moves what they wrote. For
           models that ``vmap`` cannot map. The model must follow ``positions`` and ``attention_mask`` alone: a window
           that is computed from slots is wrong.

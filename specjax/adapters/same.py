@@ -1,5 +1,6 @@
 """Functions and static values that compare equal by content, so that what is compiled for one serves the other."""
 
+import dis
 import functools
 import types
 from collections.abc import Hashable
@@ -9,9 +10,9 @@ from typing import Any
 class Same:
     """Holds a value, and equals another one that holds the same content.
 
-    Two functions have the same content if they have the same code in the same module, and the values that they close
-    over have. A lambda that is written once and made anew in each step is one function. An array is the same as itself
-    alone, and so is what holds one.
+    Two functions have the same content if they have the same code in the same module, the values that they close over
+    have, and the globals that they read are equal. A lambda that is written once and made anew in each step is one
+    function. An array is the same as itself alone, and so is what holds one.
     """
 
     __slots__ = ("_key", "value")
@@ -62,12 +63,27 @@ def _key(value: Any, outer: tuple[Any, ...]) -> Hashable:
     if isinstance(value, types.FunctionType):
         defaults = tuple(map(part, value.__defaults__ or ()))
         named = tuple((name, part(each)) for name, each in sorted((value.__kwdefaults__ or {}).items()))
-        return ("function", value.__code__, id(value.__globals__), defaults, named, _cells(value, part))
+        read = _cells(value, part), _globals(value)
+        return ("function", value.__code__, id(value.__globals__), defaults, named, *read)
+    return _plain(value)
+
+
+def _plain(value: Any) -> Hashable:
     try:
         hash(value)
     except TypeError:
         return _Unhashable(value)
     return (type(value), value)
+
+
+def _globals(function: types.FunctionType) -> Hashable:
+    """Returns what stands for the globals that a function reads, by name. Functions among them are themselves alone."""
+    names, codes = set(), [function.__code__]
+    for code in codes:
+        names |= {each.argval for each in dis.get_instructions(code) if each.opname == "LOAD_GLOBAL"}
+        codes += [each for each in code.co_consts if isinstance(each, types.CodeType)]
+    known = function.__globals__
+    return tuple((name, _plain(known[name])) for name in sorted(names) if name in known)
 
 
 def _cells(function: types.FunctionType, part: Any) -> Hashable:

@@ -152,8 +152,12 @@ def as_texts(prompts: np.ndarray) -> list[str]:
     return [" ".join(map(str, prompt)) for prompt in prompts.tolist()]
 
 
-def check(names: list[str]) -> None:
-    """Raises ValueError if a package is not installed."""
+def check(names: list[str], asked: bool) -> None:
+    """Raises ValueError if a package is not installed, or packages are named and the benchmark is not, or reversed."""
+    if asked and not names:
+        raise ValueError(f"adapted is asked for without --package; give --package with one of {', '.join(PACKAGES)}")
+    if names and not asked:
+        raise ValueError(f"--package {names[0]} is for the benchmark adapted; name it")
     for name in names:
         module = name.replace("-", "_")
         if importlib.util.find_spec(module) is None:

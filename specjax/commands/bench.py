@@ -229,12 +229,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("prompts compares greedy answers with --peer; give --temperature 0, too")
     if "peer" in args.what and not args.peer:
         raise ValueError(f"peer is asked for without --peer; give --peer with one of {', '.join(peers.PEERS)}")
-    if "adapted" in args.what and not args.package:
-        names = ", ".join(adapted.PACKAGES)
-        raise ValueError(f"adapted is asked for without --package; give --package with one of {names}")
-    if args.package and "adapted" not in args.what:
-        raise ValueError(f"--package {args.package[0]} is for the benchmark adapted; name it")
-    adapted.check(args.package)
+    adapted.check(args.package, asked="adapted" in args.what)
     if args.peer and args.forced_acceptance:
         raise ValueError("--peer compares texts, and --forced-acceptance makes text without meaning; leave one out")
     if args.peer and (args.quantize or args.quantize_draft):

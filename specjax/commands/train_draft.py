@@ -231,7 +231,7 @@ def check(job: Job, data: np.ndarray) -> dict[str, str]:
         "--tokens or --minutes": f"{args.tokens} tokens, {args.minutes} minutes",
         "--seed": str(args.seed),
     }
-    check_output(job.output, origin)
+    check_output(job.output, origin, job.run.folder)
     if job.output.resolve() == job.run.folder.resolve():
         raise ValueError(f"{job.output} is the folder of the run as well; give another --output or --runs")
     nothing = np.zeros(1, np.int32)
@@ -245,16 +245,19 @@ def check(job: Job, data: np.ndarray) -> dict[str, str]:
     return origin
 
 
-def check_output(output: Path, origin: dict[str, str]) -> None:
-    """Raises ValueError if something else than this run's draft is where the draft goes."""
+def check_output(output: Path, origin: dict[str, str], run: Path) -> None:
+    """Raises ValueError if something else than the draft of this run is where the draft goes.
+
+    A draft that was trained elsewhere by the same command, such as one that is shipped, is something else.
+    """
     if not os.path.lexists(output):
         return
     try:
         there = json.loads((output / "metrics.json").read_text(encoding="utf-8"))["run"]
     except (OSError, ValueError, KeyError, TypeError):
         there = None
-    if there != json.dumps(origin):
-        raise ValueError(f"{output} exists and is not of this run; remove it, or give another --output")
+    if there != json.dumps(origin) or not run.is_dir():
+        raise ValueError(f"{output} exists and is not of the run in {run}; give another --output, or remove it")
 
 
 def sample(job: Job) -> tuple[training.Openings, training.OwnText]:

@@ -30,7 +30,7 @@ class ModelDrafter:
     """Drafts with another language model of the same vocabulary (Leviathan et al. 2023; Chen et al. 2023): a chain, or
     a static tree of drawn tokens, such as several independent chains (Miao et al. 2024, arXiv 2305.09781).
 
-    A tree takes one pass for each depth, over all drafts so far that others follow. The cache keeps none of them.
+    A tree takes one pass for each depth, over all drafts so far that others follow. What was kept of it is fed again.
 
     Attributes:
       model: the draft model.
@@ -38,7 +38,8 @@ class ModelDrafter:
       unrolled: compile g passes one after another, in place of one pass in a loop on the device. A long loop compiles
         faster and runs a little slower (docs/performance.md). Trees are always unrolled.
       tree: for trees: drafts by their ranks among siblings in the order of drawing, of which the first ``num_draft``
-        are proposed. ``drafters.trees`` makes some. None drafts a chain.
+        are proposed, the most valuable ones first: rounds that adapt take the first ones. ``drafters.trees`` makes
+        some. None drafts a chain.
       siblings: for trees: how siblings are drawn, see ``types.Drafter``.
     """
 
@@ -66,7 +67,7 @@ class ModelDrafter:
 
     @property
     def _rolls_back(self) -> bool:
-        """Whether the cache keeps no drafts: a model with recurrent layers has to be told what to forget."""
+        """Whether drafts that were kept are fed again: a tree's are at other slots, recurrent layers forget them."""
         return self.model.commit is not None or self.tree is not None
 
     @property

@@ -62,14 +62,17 @@ def passes_of(drafter: Drafter) -> tuple[int, ...]:
     return (0, g) if getattr(drafter, "sparse", False) else ()
 
 
-def kept_by(drafter: Drafter) -> tuple[int, ...]:
-    """Returns the most drafts that a round of each cost keeps: of each width, or of each pass of a drafter that cuts.
+def drafts_of(drafter: Drafter) -> tuple[int, ...]:
+    """Returns the most drafts of a round of each cost: of each width, or of each pass of a drafter that cuts.
 
     Example: (0, 0, 2, 4) is a plain round, and rounds of four drafts that propose none, up to two, and up to four.
     """
-    if getattr(drafter, "cuts", False):
-        return (0, *passes_of(drafter))
-    return tuple(min(width, longest_path(drafter)) for width in widths_of(drafter))
+    return (0, *passes_of(drafter)) if getattr(drafter, "cuts", False) else widths_of(drafter)
+
+
+def kept_by(drafter: Drafter) -> tuple[int, ...]:
+    """Returns the most drafts that a round of each cost keeps: those of ``drafts_of``, or of a path of a tree."""
+    return tuple(min(drafts, longest_path(drafter)) for drafts in drafts_of(drafter))
 
 
 @struct.dataclass
@@ -153,8 +156,8 @@ class Adapt:
           cost_bw: as for ``start``.
           running_b: bool, the rows that ran.
           room_b: int32, how many drafts each could use.
-          length_b: int32, how many drafts each row proposed; of a tree, its depth. Of a drafter that cuts, how many it
-            could have proposed: a draft that was cut counts as one that was rejected.
+          length_b: int32, how many drafts each row proposed. Of a tree and of a drafter that cuts, how many a path
+            could have had: a depth that a tree lacks, and a draft that was cut, count as rejected.
           verdict: what became of them.
           wide: the share of the widest pass's further time that the target's pass took: 0 without proposals.
         """

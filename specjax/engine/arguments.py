@@ -139,12 +139,12 @@ def check_logprobs(logprobs: Any, top: Any, vocab: int) -> int:
     return top
 
 
-def as_costs(costs: Any, widths: tuple[int, ...]) -> Any:
-    """Returns the costs of rounds, float32 ``[widths]``; assumed ones if there are none."""
-    array = _numbers("costs", assumed(widths) if costs is None else costs)
-    if array.shape != (len(widths),):
+def as_costs(costs: Any, drafts: tuple[int, ...]) -> Any:
+    """Returns the costs of rounds of so many drafts, float32 ``[rounds]``; assumed ones if there are none."""
+    array = _numbers("costs", assumed(drafts) if costs is None else costs)
+    if array.shape != (len(drafts),):
         raise ValueError(
-            f"costs has shape {array.shape}; give ({len(widths)},), the time of a round of {widths} drafts over that "
+            f"costs has shape {array.shape}; give ({len(drafts)},), the time of a round of {drafts} drafts over that "
             "of a plain one"
         )
     if is_known(array) and not np.all(np.asarray(array) > 0):

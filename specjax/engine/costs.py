@@ -25,9 +25,9 @@ _ALL_SECONDS, _REPEATS = 6.0, 4  # of all runs: about the most time, and the mos
 _known: dict[Hashable, np.ndarray] = {}
 
 
-def assumed(widths: tuple[int, ...]) -> np.ndarray:
+def assumed(drafts: tuple[int, ...]) -> np.ndarray:
     """Returns costs for where nothing can be measured, as under the caller's ``jit``: each draft costs a tenth."""
-    return 1 + 0.1 * np.asarray(widths, np.float32)
+    return 1 + 0.1 * np.asarray(drafts, np.float32)
 
 
 def forced(widths: tuple[int, ...], number: int) -> np.ndarray:
@@ -40,14 +40,20 @@ Run = Callable[[np.ndarray, int], tuple[float, int]]
 
 
 def measured(
-    key: Hashable, lasting_key: Callable[[], str], widths: tuple[int, ...], find_room: Callable[[], int], run: Run
+    key: Hashable,
+    lasting_key: Callable[[], str],
+    drafts: tuple[int, ...],
+    widths: tuple[int, ...],
+    find_room: Callable[[], int],
+    run: Run,
 ) -> np.ndarray:
     """Returns the time of a round of each width over that of a plain round; measures what is not known yet.
 
     Args:
       key: differs where programs do, in this process.
       lasting_key: ``key_of`` what is run, for the file.
-      widths: the most drafts that rounds keep, 0 first (``adapt.kept_by``).
+      drafts: of rounds, 0 first (``adapt.drafts_of``).
+      widths: the most drafts that these rounds keep (``adapt.kept_by``).
       find_room: returns the most tokens that a run may emit. If they are too few to measure, costs are assumed.
       run: runs the program.
     """
@@ -55,7 +61,7 @@ def measured(
         return _known[key]
     room = find_room()
     if room < _least(widths):
-        return assumed(widths)
+        return assumed(drafts)
     lasting = lasting_key()
     unknown = [math.nan] * len(widths)
     # All processes must take the same decisions, and run as many rounds as the others: the first one's figures count.

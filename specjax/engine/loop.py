@@ -78,8 +78,8 @@ def generate(
         the rule is ``coupled``.
       costs: floats, the time of a round of 0, half and all drafts, over that of a plain round; of 0 and all for a
         drafter that is ``sparse``. For one that ``cuts``: of a plain round, and of rounds that draft all and propose
-        none, half and all. None measures them, once for each target, drafter and batch; under ``jit`` it takes
-        each draft for a tenth of a plain round.
+        none, half and all. For trees: of 0 drafts, of as many as a path has, and of all. None measures them, once for
+        each target, drafter and batch; under ``jit`` it takes each draft for a tenth of a plain round.
 
     Returns:
       Tokens, lengths and statistics of each row.

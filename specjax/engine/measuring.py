@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from specjax.engine.adapt import kept_by, places_past
+from specjax.engine.adapt import drafts_of, kept_by, places_past
 from specjax.engine.costs import key_of, measured
 from specjax.engine.pool import rollout_program
 from specjax.engine.programs import generate_program, rounds_program
@@ -64,7 +64,7 @@ def costs_of_rollout(target, prompt_ps, request_n, drafter, static) -> np.ndarra
 
 def _costs_of_prompts(target, prompt_bs, request, drafter, static, rows, rounds) -> np.ndarray:
     """Returns the costs of rounds of ``rows`` rows, where ``rounds(prompts, request)`` runs a program of prompts."""
-    slots, widths = prompt_bs.shape[1], kept_by(drafter)
+    slots, drafts = prompt_bs.shape[1], drafts_of(drafter)
     # Of a long prompt a part is enough: the program reads as many chunks as there are.
     length_b = np.minimum(gathered(request.prompt_length_b), _MEASURED_PROMPT)
     same_bs = _filled(prompt_bs, 1)  # n-grams find a copy in each round
@@ -83,12 +83,12 @@ def _costs_of_prompts(target, prompt_bs, request, drafter, static, rows, rounds)
     room = slots - int(length_b.max()) - places_past(drafter.num_draft, True) - 1
     trees = target, drafter, request.prompt_length_b[:rows]  # times hardly depend on the slots
     program = _program(static["classes"], static["verify"], rows, target, drafter)
-    return measured(program, lambda: key_of(widths, *trees), widths, lambda: room, run)
+    return measured(program, lambda: key_of(drafts, *trees), drafts, kept_by(drafter), lambda: room, run)
 
 
 def costs_of_run(target, state, drafter, limit, options) -> np.ndarray:
     """Returns the costs of rounds, measured by the program that is asked for, on a copy of the state."""
-    widths = kept_by(drafter)
+    drafts = drafts_of(drafter)
 
     def find_room() -> int:
         slots, longest = state.tokens_bs.shape[1], int(gathered(state.length_b).max())
@@ -113,7 +113,7 @@ def costs_of_run(target, state, drafter, limit, options) -> np.ndarray:
 
     trees = target, drafter, state.length_b
     program = _program(options["classes"], options["verify"], state.length_b.shape[0], target, drafter)
-    return measured(program, lambda: key_of(widths, *trees), widths, find_room, run)
+    return measured(program, lambda: key_of(drafts, *trees), drafts, kept_by(drafter), find_room, run)
 
 
 @jax.jit

@@ -12,7 +12,7 @@ from flax import struct
 from jax import Array
 from jax.typing import ArrayLike
 
-from specjax.engine.adapt import kept_by, places_past
+from specjax.engine.adapt import drafts_of, places_past
 from specjax.engine.arguments import (
     Prompts,
     allocated_slots,
@@ -96,7 +96,7 @@ def lay_out(
         raise ValueError(
             "costs are given and fixed is True; give costs where rounds may take fewer drafts, or only fixed"
         )
-    cost_w = None if fixed or drafter is None else as_costs(costs, kept_by(drafter))
+    cost_w = None if fixed or drafter is None else as_costs(costs, drafts_of(drafter))
     past = places_past(g, cost_w is not None)
 
     # 2. How many slots a row needs. Values that are traced are taken to be the most that their shapes allow.

@@ -167,6 +167,7 @@ def rollout(
             request_n = with_costs(request_n, cost_w)
         generation, rounds = rollout_program(target, prompt_ps, request_n, drafter, count, **static)
     last_n1 = jnp.take_along_axis(generation.tokens, generation.lengths[:, None] - 1, axis=1)
-    stopped = jnp.any(last_n1 == request_n.stop_tokens_bk, axis=1)
+    emits_n = generation.lengths > generation.prompt_lengths
+    stopped = emits_n & jnp.any(last_n1 == request_n.stop_tokens_bk, axis=1)
     fields = {name: getattr(generation, name) for name in Generation.__dataclass_fields__}
     return Rollout(**fields, stopped=stopped, rounds=rounds)
