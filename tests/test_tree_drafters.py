@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from every_rule import EveryTreeRule
 from flax import struct
 from heads_observing import context_of
 from jitted import jit
@@ -84,7 +85,8 @@ def paths(proposal, row):
 
 @every_drafter
 def test_text_is_that_of_plain_decoding_and_little_slots_are_enough(drafter):
-    """At temperatures 0 and 1; and what is accepted does not depend on the slots past a row's end."""
+    """At temperatures 0 and 1, greedily by each rule; and what is accepted does not depend on the slots past a row's
+    end."""
     options = {
         "sampling": Sampling(temperature=np.float32([0, 0, 1, 0.7]), seed=2),
         "max_new_tokens": 20,
@@ -92,7 +94,7 @@ def test_text_is_that_of_plain_decoding_and_little_slots_are_enough(drafter):
     }
     plain = specjax.generate(TARGET, PROMPTS, verify=verify.walk, **options)
     outs = [
-        specjax.generate(TARGET, PROMPTS, drafter=drafter, verify=verify.walk, slots=slots, **options)
+        specjax.generate(TARGET, PROMPTS, drafter=drafter, verify=EveryTreeRule(), slots=slots, **options)
         for slots in (8 + 20 + drafter.num_draft + 1, 128)
     ]
     for out in outs:
