@@ -42,7 +42,7 @@ def check_tree(target: LanguageModel, drafter: Drafter | None) -> None:
     if target.gather is None:
         raise ValueError(
             f"the drafter proposes trees (depth {depth}) and the target has no gather, as models with recurrent layers "
-            "and adapted ones have none; give a drafter of chains, or LanguageModel(gather=...) for an attention cache"
+            "have none, nor adapted ones; give a drafter of chains, or LanguageModel(gather=...) for an attention cache"
         )
 
 
