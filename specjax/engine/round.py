@@ -179,11 +179,11 @@ def _finish(
         logprobs = _log(logprobs, state.length_b, emitted_bt, count_b, output.logits_btv, target_btv)
     if adapt is not None and request.cost_bw is not None:
         if drafted:
-            drafted_b, most_b = proposal.length_b, jnp.clip(room_b, 0, longest_path(drafter))
+            drafted_b, path_b = proposal.length_b, jnp.clip(room_b, 0, longest_path(drafter))
             if getattr(drafter, "cuts", False):
-                drafted_b = most_b
+                drafted_b = path_b
             elif depth_b is not None:
-                drafted_b = jnp.where(depth_b > 0, most_b, 0)
+                drafted_b = jnp.where(depth_b > 0, path_b, 0)
             adapt = adapt.after_drafts(request.cost_bw, running_b, room_b, drafted_b, verdict, wide)
         else:
             adapt = adapt.after_plain(request.cost_bw, running_b, output.features)
